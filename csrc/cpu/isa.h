@@ -1,0 +1,124 @@
+#pragma once
+#include <cstdint>
+#include <new>
+
+#include "../kernels.h"
+
+// Compiled once per instruction set, with OSF_ISA (namespace) and OSF_VECTOR_BYTES set. Everything
+// has internal linkage and no std:: template is used: an inline function compiled for AVX-512 must
+// not be the copy that the linker keeps for the other files.
+namespace osf::OSF_ISA {
+
+PatchRotate patch_rotate;
+PatchOuter patch_outer;
+SkewExp skew_exp;
+DSkewExp d_skew_exp;
+LatentMse latent_mse;
+DLatentMse d_latent_mse;
+PixelL1 pixel_l1;
+DPixelL1 d_pixel_l1;
+extern const Kernels kernels;
+
+namespace {
+
+#define OSF_INLINE inline __attribute__((always_inline))
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(OSF_VECTOR_BYTES)));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+template <class T>
+constexpr int kLanes = OSF_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+OSF_INLINE Vector<T> load(const T* p) {
+  Vector<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+OSF_INLINE void store(T* p, Vector<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+OSF_INLINE float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+OSF_INLINE uint32_t as_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
+
+OSF_INLINE float widen(float x) { return x; }
+OSF_INLINE double widen(double x) { return x; }
+OSF_INLINE float widen(BFloat16 x) { return as_float(uint32_t(x.bits) << 16); }
+OSF_INLINE float widen(Half x) {
+  const uint32_t u = x.bits & 0x7fffu;
+  const float subnormal = float(int32_t(u)) * 0x1p-24f;
+  const float normal = as_float((u << 13) + (u >= 0x7c00u ? 224u << 23 : 112u << 23));
+  return as_float(as_bits(u < 0x400u ? subnormal : normal) | uint32_t(x.bits & 0x8000u) << 16);
+}
+
+// Rounds to nearest, ties to even.
+OSF_INLINE void narrow(float x, float& out) { out = x; }
+OSF_INLINE void narrow(double x, double& out) { out = x; }
+OSF_INLINE void narrow(float x, BFloat16& out) {
+  const uint32_t u = as_bits(x);
+  const uint32_t rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  out.bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+OSF_INLINE void narrow(float x, Half& out) {
+  const uint32_t bits = as_bits(x), u = bits & 0x7fffffffu;
+  const uint32_t subnormal = as_bits(as_float(u) + 0.5f) - as_bits(0.5f);
+  const uint32_t normal = (u + 0xc8000fffu + (u >> 13 & 1u)) >> 13;
+  const uint32_t finite = u < 0x38800000u ? subnormal : normal;
+  const uint32_t special = u > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  out.bits = uint16_t((u >= 0x47800000u ? special : finite) | (bits >> 16 & 0x8000u));
+}
+
+template <class S>
+using Accumulator = decltype(widen(S{}));
+
+// Uninitialised scratch memory, aligned to a cache line.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t{64}))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator T*() { return data_; }
+
+ private:
+  T* data_;
+};
+
+template <class F>
+void parallel_for(const Threads& threads, int64_t n, int64_t grain, F f) {
+  threads.run(
+      n, grain, [](int64_t i0, int64_t i1, void* g) { (*static_cast<F*>(g))(i0, i1); }, &f);
+}
+
+// Calls f with a value of the storage type.
+template <class F>
+void with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::f64: return f(double{});
+    case DType::f16: return f(Half{});
+    case DType::bf16: return f(BFloat16{});
+  }
+}
+
+}  // namespace
+}  // namespace osf::OSF_ISA

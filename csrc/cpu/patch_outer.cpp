@@ -1,0 +1,81 @@
+#include "gemm.h"
+#include "patches.h"
+
+namespace osf::OSF_ISA {
+namespace {
+
+constexpr int64_t kBlockPatches = 64;
+// A sum over all images is made of at most this many partial sums, whatever the threads.
+constexpr int64_t kPartialSums = 16;
+
+// sum[r, d] = or += a_n[r] b_n[d] over the patches of one tile, for the rows [r0, r1).
+template <int P, class S, class T>
+void add_tile(const PatchGrid& grid, int64_t image, int64_t tile, const S* a, const S* b,
+              int64_t r0, int64_t r1, T* rows_a, T* rows_b, T* sum, int64_t ld, bool accumulate) {
+  const int64_t N = grid.tile_patches();
+  int64_t n0 = 0;
+  do {  // also without patches, to write the zeros
+    const int64_t n1 = min(N, n0 + kBlockPatches);
+    gather_rows<P>(grid, image, tile, n0, n1, a, rows_a, ld);
+    gather_rows<P>(grid, image, tile, n0, n1, b, rows_b, ld);
+    block_product<true, T>(r1 - r0, ld, n1 - n0, rows_a + r0, ld, rows_b, ld, sum, ld,
+                           accumulate || n0 > 0);
+    n0 = n1;
+  } while (n0 < N);
+}
+
+template <int P, class S>
+void run(const Threads& threads, const PatchGrid& grid, const S* a, const S* b, bool shared,
+         S* out) {
+  using T = Accumulator<S>;
+  constexpr bool narrower = sizeof(S) < sizeof(T);
+  const int64_t D = grid.dim(), ld = round_up(D, kLanes<T>);
+  const int64_t images = shared ? ceil_div(grid.B, kPartialSums) : 1;
+  const int64_t tiles = shared ? grid.tiles() : 1;  // of each image, in one sum
+  const int64_t sums = ceil_div(grid.B, images ? images : 1) * (grid.tiles() / tiles);
+  // idle threads take rows of the same sum, which does not change any element
+  const int64_t parts = max(1, min(ceil_div(threads.count, max(1, sums)), D / 32));
+  const int64_t rows = round_up(ceil_div(D, parts), kTileRows);
+  const int64_t grain = ceil_div(1 << 18, rows * ld * grid.tile_patches() * images * tiles + 1);
+  Buffer<T> partial(shared ? sums * D * ld : 0);
+  parallel_for(threads, sums * parts, grain, [&](int64_t i0, int64_t i1) {
+    Buffer<T> rows_a(kBlockPatches * ld), rows_b(kBlockPatches * ld), block(rows * ld);
+    __builtin_memset(rows_b, 0, kBlockPatches * ld * sizeof(T));
+    for (int64_t i = i0; i < i1; ++i) {
+      const int64_t s = i / parts, r0 = min(D, i % parts * rows), r1 = min(D, r0 + rows);
+      T* sum = shared ? partial + (s * D + r0) * ld : static_cast<T*>(block);
+      if constexpr (!narrower)
+        if (!shared && ld == D) sum = out + (s * D + r0) * D;
+      const int64_t first = shared ? s * images * tiles : s;
+      const int64_t last = shared ? min(grid.B, (s + 1) * images) * tiles : s + 1;
+      for (int64_t t = first; t < last; ++t)
+        add_tile<P, S, T>(grid, t / grid.tiles(), t % grid.tiles(), a, b, r0, r1, rows_a, rows_b,
+                          sum, ld, t > first);
+      if (sum == block)
+        for (int64_t r = r0; r < r1; ++r)
+          for (int64_t d = 0; d < D; ++d)
+            narrow(sum[(r - r0) * ld + d], out[(s * D + r) * D + d]);
+    }
+  });
+  if (!shared) return;
+  for (int64_t r = 0; r < D; ++r)
+    for (int64_t d = 0; d < D; ++d) {
+      T total = 0;
+      for (int64_t s = 0; s < sums; ++s) total += partial[(s * D + r) * ld + d];
+      narrow(total, out[r * D + d]);
+    }
+}
+
+}  // namespace
+
+void patch_outer(const Threads& threads, DType dtype, const PatchGrid& grid, const void* a,
+                 const void* b, bool shared, void* out) {
+  with_dtype(dtype, [&]<class S>(S) {
+    with_patch_side(grid.p, [&]<int P>() {
+      run<P>(threads, grid, static_cast<const S*>(a), static_cast<const S*>(b), shared,
+             static_cast<S*>(out));
+    });
+  });
+}
+
+}  // namespace osf::OSF_ISA

@@ -1,0 +1,62 @@
+#include "gemm.h"
+#include "patches.h"
+
+namespace osf::OSF_ISA {
+namespace {
+
+// op(q) x for the patches [n0, n1) of one tile, or accumulated over k in blocks.
+template <class T>
+void rotate(bool transposed, int64_t D, int64_t columns, const T* q, const T* x, T* y,
+            int64_t ld) {
+  for (int64_t k = 0; k < D; k += kBlockK) {
+    const int64_t K = min(kBlockK, D - k);
+    if (transposed)
+      block_product<true>(D, columns, K, q + k * D, D, x + k * ld, ld, y, ld, k > 0);
+    else
+      block_product<false>(D, columns, K, q + k, D, x + k * ld, ld, y, ld, k > 0);
+  }
+}
+
+template <int P, class S>
+void run(const Threads& threads, const PatchGrid& grid, const S* x, const Matrices& q, S* out) {
+  using T = Accumulator<S>;
+  constexpr int64_t ld = kTileColumns<T>;
+  const int64_t D = grid.dim(), N = grid.tile_patches(), blocks = ceil_div(N, ld);
+  const int64_t grain = ceil_div(1 << 18, D * D * ld);
+  parallel_for(threads, grid.B * grid.tiles() * blocks, grain, [&](int64_t i0, int64_t i1) {
+    Buffer<T> columns(D * ld), rotated(D * ld), wide(sizeof(S) < sizeof(T) ? D * D : 0);
+    __builtin_memset(columns, 0, D * ld * sizeof(T));
+    int64_t widened = -1;
+    for (int64_t i = i0; i < i1; ++i) {
+      const int64_t b = i / blocks / grid.tiles(), g = i / blocks % grid.tiles();
+      const int64_t n0 = i % blocks * ld, n1 = min(N, n0 + ld);
+      const int64_t at = i / blocks * q.stride;
+      const S* matrix = static_cast<const S*>(q.data) + at;
+      const T* m;
+      if constexpr (sizeof(S) < sizeof(T)) {
+        if (at != widened)
+          for (int64_t j = 0; j < D * D; ++j) wide[j] = widen(matrix[j]);
+        widened = at;
+        m = wide;
+      } else {
+        m = matrix;
+      }
+      gather_columns<P>(grid, b, g, n0, n1, x, static_cast<T*>(columns), ld);
+      rotate<T>(q.transposed, D, round_up(n1 - n0, kLanes<T>), m, columns, rotated, ld);
+      scatter_columns<P>(grid, b, g, n0, n1, static_cast<const T*>(rotated), ld, out);
+    }
+  });
+}
+
+}  // namespace
+
+void patch_rotate(const Threads& threads, DType dtype, const PatchGrid& grid, const void* x,
+                  const Matrices& q, void* out) {
+  with_dtype(dtype, [&]<class S>(S) {
+    with_patch_side(grid.p, [&]<int P>() {
+      run<P>(threads, grid, static_cast<const S*>(x), q, static_cast<S*>(out));
+    });
+  });
+}
+
+}  // namespace osf::OSF_ISA

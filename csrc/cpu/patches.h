@@ -1,0 +1,92 @@
+#pragma once
+#include "isa.h"
+
+// Gathers patches into small matrices that stay in the cache, and scatters them back.
+namespace osf::OSF_ISA {
+namespace {
+
+// f(n, count, offset) for every run of patches of [n0, n1) that lie side by side in one tile row.
+template <class F>
+OSF_INLINE void for_each_run(const PatchGrid& grid, int64_t b, int64_t g, int64_t n0, int64_t n1,
+                             F f) {
+  for (int64_t n = n0; n < n1;) {
+    const int64_t count = min(n1 - n, grid.tile_columns() - n % grid.tile_columns());
+    f(n - n0, count, grid.origin(b, g, n));
+    n += count;
+  }
+}
+
+// f(j) for j in [0, count), in groups of whole vectors that the compiler unrolls.
+template <class T, class F>
+OSF_INLINE void for_each_lane(int64_t count, F f) {
+  int64_t j = 0;
+  for (; j + kLanes<T> <= count; j += kLanes<T>)
+    for (int i = 0; i < kLanes<T>; ++i) f(j + i);
+  for (; j < count; ++j) f(j);
+}
+
+// Patches as columns: columns[d][n] for n in [n0, n1); P is the patch side, or 0 if only known
+// at run time.
+template <int P, class S, class T>
+void gather_columns(const PatchGrid& grid, int64_t b, int64_t g, int64_t n0, int64_t n1,
+                    const S* __restrict x, T* __restrict columns, int64_t ld) {
+  const int64_t p = P ? P : grid.p;
+  for_each_run(grid, b, g, n0, n1, [&](int64_t n, int64_t count, int64_t offset) {
+    for (int64_t c = 0; c < grid.C; ++c)
+      for (int64_t i = 0; i < p; ++i) {
+        const S* src = x + offset + grid.row(c, i);
+        T* dst = columns + (c * p + i) * p * ld + n;
+        for_each_lane<T>(count, [&](int64_t j) {
+          for (int64_t k = 0; k < p; ++k) dst[k * ld + j] = widen(src[j * p + k]);
+        });
+      }
+  });
+}
+
+// Inverse of gather_columns.
+template <int P, class S, class T>
+void scatter_columns(const PatchGrid& grid, int64_t b, int64_t g, int64_t n0, int64_t n1,
+                     const T* __restrict columns, int64_t ld, S* __restrict y) {
+  const int64_t p = P ? P : grid.p;
+  for_each_run(grid, b, g, n0, n1, [&](int64_t n, int64_t count, int64_t offset) {
+    for (int64_t c = 0; c < grid.C; ++c)
+      for (int64_t i = 0; i < p; ++i) {
+        S* dst = y + offset + grid.row(c, i);
+        const T* src = columns + (c * p + i) * p * ld + n;
+        for_each_lane<T>(count, [&](int64_t j) {
+          for (int64_t k = 0; k < p; ++k) narrow(src[k * ld + j], dst[j * p + k]);
+        });
+      }
+  });
+}
+
+// Patches as rows: rows[n][d] for n in [n0, n1).
+template <int P, class S, class T>
+void gather_rows(const PatchGrid& grid, int64_t b, int64_t g, int64_t n0, int64_t n1,
+                 const S* __restrict x, T* __restrict rows, int64_t ld) {
+  const int64_t p = P ? P : grid.p;
+  for_each_run(grid, b, g, n0, n1, [&](int64_t n, int64_t count, int64_t offset) {
+    for (int64_t c = 0; c < grid.C; ++c)
+      for (int64_t i = 0; i < p; ++i) {
+        const S* src = x + offset + grid.row(c, i);
+        T* dst = rows + n * ld + (c * p + i) * p;
+        for (int64_t j = 0; j < count; ++j)
+          for (int64_t k = 0; k < p; ++k) dst[j * ld + k] = widen(src[j * p + k]);
+      }
+  });
+}
+
+// Calls f with the patch side as a constant where a fast path exists.
+template <class F>
+void with_patch_side(int64_t p, F f) {
+  switch (p) {
+    case 1: return f.template operator()<1>();
+    case 2: return f.template operator()<2>();
+    case 4: return f.template operator()<4>();
+    case 8: return f.template operator()<8>();
+    default: return f.template operator()<0>();
+  }
+}
+
+}  // namespace
+}  // namespace osf::OSF_ISA

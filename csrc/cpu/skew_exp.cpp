@@ -1,0 +1,235 @@
+#include "skew_series.h"
+
+namespace osf::OSF_ISA {
+namespace {
+
+enum Series { kEven, kOdd };
+
+// The exponential of S = a - a^T, scaled by 2^-s into the range of a Taylor series.
+template <class T>
+class Exponential {
+ public:
+  Exponential(const Threads& threads, int64_t D, bool adjoint)
+      : m_(threads, D), memory_((adjoint ? kAdjointMatrices : kMatrices) * m_.size) {
+    T** const all[] = {&S_,      &X_[1],  &X_[2],  &X_[3], &X_[4], &Q_,  &K_,  &C_, &W_, &R_,
+                       &dX_[1], &dX_[2], &dX_[3], &dX_[4], &E_,   &dQ_, &dK_, &q_};
+    for (int i = 0; i < (adjoint ? kAdjointMatrices : kMatrices); ++i)
+      *all[i] = memory_ + i * m_.size;
+  }
+
+  template <class In>
+  void forward(const In* a, In* out) {
+    set_generator(a);
+    exponential(1, R_);
+    for (int k = 0; k < squarings_; ++k) {
+      m_.product(R_, R_, W_);
+      swap(R_, W_);
+    }
+    write(R_, out);
+  }
+
+  // With W = q^T grad and the average phi(Y) of exp(u S) Y exp(-u S) over u in [0, 1], the
+  // gradient in a is phi(W - W^T): everything stays skew.
+  template <class In>
+  void adjoint(const In* grad, const In* a, const In* q, In* out) {
+    read(q, q_);
+    read(grad, C_);
+    m_.template product<true>(q_, C_, W_);
+    m_.add_transpose(W_, -1, E_);
+    set_generator(a);
+    series(kOdd, K_);
+    m_.mirror(K_, 1);
+    if (squarings_ > 0) undo_squarings();
+    average();
+    m_.mirror(W_, -1);
+    write(W_, out);
+  }
+
+ private:
+  static constexpr int kMatrices = 10, kAdjointMatrices = 18;
+
+  static void swap(T*& a, T*& b) {
+    T* c = a;
+    a = b;
+    b = c;
+  }
+  template <class In>
+  void read(const In* in, T* M) const {
+    for (int64_t i = 0; i < m_.D; ++i)
+      for (int64_t j = 0; j < m_.D; ++j) M[i * m_.ld + j] = widen(in[i * m_.D + j]);
+  }
+  template <class In>
+  void write(const T* M, In* out) const {
+    for (int64_t i = 0; i < m_.D; ++i)
+      for (int64_t j = 0; j < m_.D; ++j) narrow(M[i * m_.ld + j], out[i * m_.D + j]);
+  }
+
+  template <class In>
+  void set_generator(const In* a) {
+    read(a, W_);
+    m_.add_transpose(W_, -1, S_);
+    m_.half_product(S_, S_, X_[1]);
+    m_.mirror(X_[1], 1);
+    m_.half_product(X_[1], X_[1], X_[2]);
+    m_.mirror(X_[2], 1);
+    choose_scheme();
+    for (int r = 3; r <= scheme_->powers; ++r) {
+      m_.half_product(X_[r / 2], X_[r - r / 2], X_[r]);
+      m_.mirror(X_[r], 1);
+    }
+  }
+
+  // The cheapest series and scaling. S is normal: ||S||_2 is at most every ||S^k||_1^(1/k), which
+  // for large D are far below ||S||_1. Not finite: the result will not be either.
+  void choose_scheme() {
+    double bound = m_.one_norm(S_, W_);
+    const double second = __builtin_sqrt(m_.one_norm(X_[1], W_));
+    const double fourth = __builtin_sqrt(__builtin_sqrt(m_.one_norm(X_[2], W_)));
+    bound = second < bound ? second : bound;
+    bound = fourth < bound ? fourth : bound;
+    if (!(bound < __builtin_huge_val())) bound = 0;
+    int best = 1 << 30;
+    for (const Scheme& scheme : kSchemes) {
+      double theta = sizeof(T) == 8 ? scheme.theta64 : scheme.theta32;
+      int s = 0;
+      for (; theta < bound; theta *= 2) ++s;
+      if (scheme.half_products + 2 * s >= best) continue;
+      best = scheme.half_products + 2 * s;
+      scheme_ = &scheme;
+      squarings_ = s;
+    }
+    if (squarings_ == 0) return;
+    const double unit = __builtin_ldexp(1., -squarings_);
+    m_.scale(S_, T(unit));
+    m_.scale(X_[1], T(unit * unit));
+    m_.scale(X_[2], T(unit * unit * unit * unit));
+  }
+
+  // out = or += [first = 0] I + sum over i in 1 .. powers of coefficient(first + i) M_i
+  void combine(Series parity, int first, bool identity, T* const* M, T* out, bool accumulate) const {
+    const double* c = kInverseFactorials + 2 * first + parity;
+    for (int64_t i = 0; i < m_.size; ++i) {
+      T sum = T(c[2]) * M[1][i] + T(c[4]) * M[2][i];
+      if (scheme_->powers > 2) sum += T(c[6]) * M[3][i];
+      if (scheme_->powers > 3) sum += T(c[8]) * M[4][i];
+      out[i] = accumulate ? out[i] + sum : sum;
+    }
+    for (int64_t i = 0; identity && i < m_.D; ++i) out[i * (m_.ld + 1)] += 1;
+  }
+
+  // The lower triangle of C or K
+  void series(Series parity, T* out) const {
+    const int r = scheme_->powers;
+    if (scheme_->levels == 2) {
+      combine(parity, r, false, X_, Q_, false);
+      m_.half_product(X_[r], Q_, out);
+    }
+    combine(parity, 0, true, X_, out, scheme_->levels == 2);
+  }
+  // The lower triangle of its derivative
+  void d_series(Series parity, T* out) const {
+    const int r = scheme_->powers;
+    if (scheme_->levels == 2) {
+      combine(parity, r, false, X_, Q_, false);
+      combine(parity, r, false, dX_, dQ_, false);
+      m_.half_product(dX_[r], Q_, out);
+      m_.half_product(X_[r], dQ_, out, true);
+    }
+    combine(parity, 0, false, dX_, out, scheme_->levels == 2);
+  }
+
+  // R = exp(sign S) of the scaled S
+  void exponential(T sign, T* R) {
+    series(kOdd, K_);
+    m_.mirror(K_, 1);
+    series(kEven, C_);
+    m_.half_product(S_, K_, W_);
+    m_.assemble(1, C_, sign, W_, R);
+  }
+
+  // E = phi(E) at S, expressed by phi at the scaled S: phi(S) = (1 + exp(S/2) . exp(-S/2)) / 2 after
+  // phi(S/2). q becomes exp of the scaled S.
+  void undo_squarings() {
+    Buffer<T> chain(squarings_ * m_.size);  // exp(-S) of the scaled S, squared again and again
+    exponential(-1, chain);
+    for (int k = 1; k < squarings_; ++k) {
+      const T* root = chain + (k - 1) * m_.size;
+      m_.product(root, root, chain + k * m_.size);
+    }
+    for (int k = squarings_ - 1; k >= 0; --k) {
+      const T* inverse = chain + k * m_.size;
+      m_.product(E_, inverse, R_);
+      m_.template half_product<true>(inverse, R_, W_);
+      m_.mirror(W_, -1);
+      for (int64_t i = 0; i < m_.size; ++i) E_[i] = T(0.5) * (E_[i] + W_[i]);
+    }
+    for (int64_t i = 0; i < m_.D; ++i)
+      for (int64_t j = 0; j < m_.D; ++j) q_[i * m_.ld + j] = chain[j * m_.ld + i];
+  }
+
+  // W = phi(E) = L exp(-S) at the scaled S, with the derivative L of exp at S in the direction E;
+  // W is skew, so W = -W^T = exp(S) (-L^T), and L is d_even + d_odd, symmetric plus skew.
+  void average() {
+    m_.product(S_, E_, W_);
+    m_.add_transpose(W_, 1, dX_[1]);
+    m_.product(X_[1], dX_[1], W_);
+    m_.add_transpose(W_, 1, dX_[2]);
+    for (int r = 3; r <= scheme_->powers; ++r) {
+      m_.half_product(dX_[r / 2], X_[r - r / 2], dX_[r]);
+      m_.half_product(X_[r / 2], dX_[r - r / 2], dX_[r], true);
+      m_.mirror(dX_[r], 1);
+    }
+    d_series(kEven, C_);
+    d_series(kOdd, dK_);
+    m_.mirror(dK_, 1);
+    m_.half_product(E_, K_, W_);
+    m_.half_product(S_, dK_, W_, true);
+    m_.assemble(-1, C_, 1, W_, R_);
+    m_.half_product(q_, R_, W_);
+  }
+
+  const Squares<T> m_;
+  Buffer<T> memory_;
+  T *S_, *X_[kMaxPowers + 1], *Q_, *K_, *C_, *W_, *R_;
+  T *E_, *dX_[kMaxPowers + 1], *dQ_, *dK_, *q_;
+  const Scheme* scheme_;
+  int squarings_;
+};
+
+// f(b) for every matrix b: with fewer matrices than threads, the products share the threads.
+template <class F>
+void for_each_matrix(const Threads& threads, int64_t B, int64_t D, F f) {
+  if (B < threads.count && D >= 128)
+    f(0, B);
+  else
+    parallel_for(threads, B, ceil_div(1 << 16, D * D * D + 1), f);
+}
+
+}  // namespace
+
+void skew_exp(const Threads& threads, DType dtype, int64_t B, int64_t D, const void* a, void* out) {
+  with_dtype(dtype, [&]<class S>(S) {
+    for_each_matrix(threads, B, D, [&](int64_t b0, int64_t b1) {
+      Exponential<Accumulator<S>> exponential(threads, D, false);
+      for (int64_t b = b0; b < b1; ++b)
+        exponential.forward(static_cast<const S*>(a) + b * D * D,
+                            static_cast<S*>(out) + b * D * D);
+    });
+  });
+}
+
+void d_skew_exp(const Threads& threads, DType dtype, int64_t B, int64_t D, const void* grad,
+                const void* a, const void* q, void* out) {
+  with_dtype(dtype, [&]<class S>(S) {
+    for_each_matrix(threads, B, D, [&](int64_t b0, int64_t b1) {
+      Exponential<Accumulator<S>> exponential(threads, D, true);
+      for (int64_t b = b0; b < b1; ++b)
+        exponential.adjoint(static_cast<const S*>(grad) + b * D * D,
+                            static_cast<const S*>(a) + b * D * D,
+                            static_cast<const S*>(q) + b * D * D,
+                            static_cast<S*>(out) + b * D * D);
+    });
+  });
+}
+
+}  // namespace osf::OSF_ISA

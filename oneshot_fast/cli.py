@@ -1,0 +1,166 @@
+"""What the commands share: option groups, argument parsing, exit codes, progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import tyro
+
+from oneshot_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from oneshot_fast.data import Failure, Record
+    from oneshot_fast.generator import OneStepGenerator
+
+OK, SOME_FAILED, BAD_INPUT, NO_SPACE, INTERRUPTED = 0, 1, 2, 3, 130
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the generator is loaded, and where it runs."""
+
+    variant: str | None = None
+    """Weight variant, such as fp16; plain weights serve where the model has none."""
+    revision: str | None = None
+    """Hub revision."""
+    model_config: str | None = None
+    """Folder or hub id with the pipeline's configs; only for a .safetensors file."""
+    device: str | None = None
+    """cuda, cuda:1, cpu, ...; by default cuda where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type the UNet computes in; auto is float32 on the CPU, bfloat16 on a GPU."""
+
+    def load(self, model_id: str, master_weights: bool = False) -> OneStepGenerator:
+        """Load a generator.
+
+        Args:
+            model_id: Folder in diffusers layout, hub id, .safetensors file, or "tiny".
+            master_weights: Keep float32 weights and compute in ``dtype`` through autocast.
+        """
+        import diffusers
+        import torch
+        import transformers
+
+        from oneshot_fast.generator import load_generator
+
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        return load_generator(
+            model_id,
+            device=self.device,
+            dtype=None if self.dtype == "auto" else getattr(torch, self.dtype),
+            master_weights=master_weights,
+            variant=self.variant,
+            revision=self.revision,
+            model_config=self.model_config,
+        )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which pairs, and how their images are read."""
+
+    data_root: Path | None = None
+    """Folder with pairs.jsonl ({"prompt", "image"}), or with metadata.jsonl (file_name, text)."""
+    prompt_field: str | None = None
+    """Field of the prompt in each line; by default prompt (text in metadata.jsonl)."""
+    image_field: str | None = None
+    """Field of the image path in each line; by default image (file_name in metadata.jsonl)."""
+    start_index: int = 0
+    """Records to skip at the start."""
+    max_samples: int | None = None
+    """Records to use at most."""
+    allow_outside_root: bool = False
+    """Accept image paths that leave the data folder."""
+    resolution: int | None = None
+    """Image side in pixels; by default the model's own (512 for SDXL-Turbo)."""
+    resize_mode: Literal["crop", "squash"] = "crop"
+    """Other aspect ratios: cut the centre square, or squash to a square."""
+
+    def read(self, data_root: Path) -> tuple[list[Record], list[Failure]]:
+        """Records and failures of the data set in ``data_root``, read as these options say."""
+        from oneshot_fast.data import read_pairs
+
+        return read_pairs(
+            data_root,
+            prompt_field=self.prompt_field,
+            image_field=self.image_field,
+            start_index=self.start_index,
+            max_samples=self.max_samples,
+            allow_outside_root=self.allow_outside_root,
+        )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is kept and shown."""
+
+    seed: int = 0
+    """Seed of the run; each sample's own seed follows from it and from the sample's id."""
+    overwrite: bool = False
+    """Start anew in a folder that holds another run, instead of resuming."""
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    """Also log losses to this tracker."""
+
+
+def run_command(
+    name: str, options: type[Options], command: Callable[[Options], int], argv: Sequence[str] | None
+) -> int:
+    """Parse ``argv`` into ``options``, run ``command`` and turn its end into an exit code.
+
+    Args:
+        name: The command's name, as in ``python -m oneshot_fast.NAME``.
+        options: Dataclass whose fields are flags, or groups of flags.
+        command: What to run.
+        argv: Arguments; None takes the process's own.
+
+    Returns:
+        0; 1 if some samples failed; 2 on bad input (one line on stderr); 3 on a full disk; 130
+        after Ctrl-C.
+    """
+    parsed = tyro.cli(
+        options,
+        prog=f"python -m oneshot_fast.{name}",
+        description=options.__doc__,
+        args=argv,
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    # Read when transformers is imported: without it, each command starts with its warnings
+    # that torchvision, which we do not use, is missing.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    again = "everything finished is kept; repeat the command to go on"
+    try:
+        return command(parsed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {again}", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"error: no space left to write{place}: free some; {again}", file=sys.stderr)
+        return NO_SPACE
+
+
+def public(options: Any) -> dict[str, Any]:
+    """Options as one flat dict of JSON values, flag by flag."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= public(value)
+        else:
+            flat[field.name] = str(value) if isinstance(value, Path) else value
+    return flat

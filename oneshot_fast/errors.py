@@ -1,0 +1,23 @@
+"""Errors that a user can mend. Each message is one line that says what to do."""
+
+
+class UserError(ValueError):
+    """Base of all of them; commands print the message and exit with 2."""
+
+
+class DataError(UserError):
+    """A data set, image, manifest or noise cannot be used."""
+
+
+class ModelError(UserError):
+    """A model cannot be used."""
+
+
+class RunError(UserError):
+    """A run cannot start or go on."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,68 @@
+"""The patch-wise rotation of a base noise as an nn.Module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from oneshot_fast import ops
+from oneshot_fast.errors import require
+
+
+class PatchRotation(nn.Module):
+    """One learnable rotation per image, applied to every p x p patch of its latent noise.
+
+    The parameter ``skew`` is any square matrix a; q = exp(a - a^T) is orthogonal, so the rotated
+    noise has the energy and, for a fixed q, the law of the base noise. It starts at the identity.
+    Source of the parametrisation: Lezcano-Casado and Martinez-Rubio 2019 (arXiv 1901.08428).
+    """
+
+    def __init__(
+        self,
+        latent_shape: tuple[int, int, int, int],
+        patch_size: int,
+        groups: int = 1,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Make the identity rotation.
+
+        Args:
+            latent_shape: [B, C, H, W] of the noises, in latent pixels.
+            patch_size: Patch side p in latent pixels; divides H and W.
+            groups: Tiles of patches per side, each with its own q; divides H/p and W/p.
+            device: Where the parameter lives.
+
+        Raises:
+            UserError: If p or groups do not divide the latent.
+        """
+        super().__init__()
+        check_patching(latent_shape[-2:], patch_size, groups)
+        B, C = latent_shape[:2]
+        tiles = () if groups == 1 else (groups, groups)
+        D = C * patch_size**2
+        self.patch_size = patch_size
+        self.skew = nn.Parameter(torch.zeros(B, *tiles, D, D, device=device))
+
+    def q(self) -> Tensor:
+        """Orthogonal matrices, [B, D, D] or [B, G, G, D, D], float32."""
+        return ops.skew_exp(self.skew)
+
+    def forward(self, eps: Tensor) -> Tensor:
+        """Rotated noise, [B, C, H, W] like ``eps``."""
+        return ops.patch_rotate(eps, self.q(), self.patch_size)
+
+
+def check_patching(size: tuple[int, ...], patch_size: int, groups: int) -> None:
+    """Raise UserError unless patches and tiles divide a latent of ``size`` [H, W]."""
+    H, W = size
+    sides = [p for p in range(1, min(H, W) + 1) if H % p == 0 and W % p == 0]
+    require(
+        patch_size in sides,
+        f"patch_size {patch_size} does not divide the {H} x {W} latent; use one of {sides}",
+    )
+    h, w = H // patch_size, W // patch_size
+    tiles = [g for g in range(1, min(h, w) + 1) if h % g == 0 and w % g == 0]
+    require(
+        groups in tiles,
+        f"rotation_groups {groups} does not divide the {h} x {w} patches; use one of {tiles}",
+    )

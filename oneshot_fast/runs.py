@@ -1,0 +1,209 @@
+"""Run folders: files that survive a kill, one writer at a time, resumed only with equal settings."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import filelock
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from oneshot_fast.errors import RunError
+
+TEMPORARY = ".tmp-"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` atomically: temporary name, fsync, rename."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object per line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append lines and fsync. A torn last line is possible; owners rebuild the file on resume."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def mend_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON lines file that we appended to; a torn last line is cut off."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    write_jsonl(path, rows)
+    return rows
+
+
+def read_json(path: Path) -> Any:
+    """Value of a JSON file that we wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Write tensors atomically; ``metadata`` values are stored as JSON."""
+    header = {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
+    data = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with _replacing(path) as temporary:
+        save_file(data, temporary, metadata=header)
+
+
+def read_metadata(path: Path, key: str) -> Any:
+    """Metadata ``key`` of a file of ``write_safetensors``, without reading its tensors."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()[key])
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(TEMPORARY + path.name)
+    try:
+        yield temporary
+        _fsync(temporary)
+        temporary.replace(path)
+        _fsync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``path`` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(TEMPORARY + path.name)
+    old = path.with_name(TEMPORARY + "old-" + path.name)
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _fsync(file)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        _fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RunFolder:
+    """Exclusive use of one output folder, bound to one set of settings.
+
+    ``run.json`` keeps the settings. Entering locks the folder (the lock dies with the process) and
+    compares; a finished or interrupted run goes on only with equal settings.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        outputs: Sequence[str],
+        overwrite: bool = False,
+    ) -> None:
+        """Describe the run; nothing is touched before ``with``.
+
+        Args:
+            path: The folder; made if absent.
+            settings: Whatever a result depends on; JSON values.
+            outputs: Names inside ``path`` that the run owns and ``overwrite`` removes.
+            overwrite: Start anew instead of resuming.
+        """
+        self.path = Path(path)
+        self._settings = json.loads(json.dumps(settings))
+        self._outputs = (*outputs, "run.json")
+        self._overwrite = overwrite
+        self._lock = filelock.FileLock(self.path / ".lock")
+
+    def __enter__(self) -> RunFolder:
+        """Lock the folder and compare settings.
+
+        Raises:
+            RunError: If the folder is in use, cannot be written, or holds a different run.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise RunError(f"{self.path} is in use by another process; choose another") from None
+        except OSError as error:
+            raise RunError(f"cannot write to {self.path}: {error.strerror}") from None
+        try:
+            self._prepare()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Release the lock."""
+        self._lock.release()
+
+    def _prepare(self) -> None:
+        if self._overwrite:
+            for name in self._outputs:
+                _remove(self.path / name)
+        for leftover in self.path.glob(TEMPORARY + "*"):
+            _remove(leftover)
+        run_json = self.path / "run.json"
+        if not run_json.exists():
+            write_json(run_json, self._settings)
+            return
+        changes = _differences(read_json(run_json), self._settings)
+        if changes:
+            raise RunError(
+                f"{self.path} holds a run with other settings ({'; '.join(changes)}); "
+                "repeat the old ones to resume, or start anew with --overwrite"
+            )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key}: {old.get(key)} then, {new.get(key)} now" for key in keys]

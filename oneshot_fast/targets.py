@@ -1,0 +1,66 @@
+"""Target images and their latents, each decoded and encoded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from oneshot_fast.data import load_image
+from oneshot_fast.errors import require
+from oneshot_fast.generator import OneStepGenerator
+
+
+class Targets:
+    """Images of one size and their latents, by path; latents are kept in host memory.
+
+    Images are encoded one by one, so a latent never depends on its neighbours' rounding.
+    """
+
+    def __init__(self, generator: OneStepGenerator, resolution: int | None = None) -> None:
+        """Bind the generator's encoder.
+
+        Args:
+            generator: Its VAE encodes; it is not trained.
+            resolution: Image side in pixels; default the generator's own.
+
+        Raises:
+            UserError: If the resolution is not a multiple of the VAE's factor.
+        """
+        factor = generator.pipe.vae_scale_factor
+        self.resolution = resolution or generator.image_size
+        require(
+            self.resolution > 0 and self.resolution % factor == 0,
+            f"resolution {self.resolution} is not a positive multiple of {factor}",
+        )
+        self._generator = generator
+        self._latents: dict[tuple[Path, str], Tensor] = {}
+
+    def latent(self, path: Path, resize_mode: str) -> Tensor:
+        """Scaled latent [C, h, w] float32 of the image at ``path``, on the CPU.
+
+        Raises:
+            DataError: If the image cannot be read.
+        """
+        key = (path, resize_mode)
+        if key not in self._latents:
+            image = self.image(path, resize_mode)
+            self._latents[key] = self._generator.encode_image(image).cpu()
+        return self._latents[key]
+
+    def image(self, path: Path, resize_mode: str) -> Tensor:
+        """Image [3, H, W] float32 in [0, 1] at the working resolution, on the CPU.
+
+        Raises:
+            DataError: If the image cannot be read.
+        """
+        return load_image(path, self.resolution, self.resolution, resize_mode)
+
+    def latents(self, paths: list[tuple[Path, str]]) -> Tensor:
+        """Latents [B, C, h, w] of (path, resize mode) pairs, on the generator's device."""
+        return torch.stack([self.latent(*pair) for pair in paths]).to(self._generator.device)
+
+    def images(self, paths: list[tuple[Path, str]]) -> Tensor:
+        """Images [B, 3, H, W] of (path, resize mode) pairs, on the generator's device."""
+        return torch.stack([self.image(*pair) for pair in paths]).to(self._generator.device)

@@ -1,0 +1,93 @@
+"""What the stages of the recipe share: initial weights and the optimiser's loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from tqdm import trange
+
+
+@torch.no_grad()
+def start_near_linear(module: nn.Module) -> None:
+    """Set every residual branch to zero and let convolutions keep the variance.
+
+    torch's default shrinks a signal by sqrt(3) per convolution, until the normalised branches
+    drown what the network should carry through, such as the colours in the VAE.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            part.weight *= 3**0.5
+    for part in module.modules():
+        if isinstance(part, ResnetBlock2D):
+            last: nn.Module = part.conv2
+        elif isinstance(part, Attention):
+            last = part.to_out[0]
+        else:
+            continue
+        for parameter in last.parameters():
+            parameter.zero_()
+
+
+class Ema:
+    """Exponential moving average of parameters with a warm-up (the first steps count less)."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self.parameters = list(parameters)
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.decay, self.count = decay, 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.count += 1
+        weight = 1 - min(self.decay, self.count / (self.count + 9))
+        torch._foreach_lerp_(self.average, self.parameters, weight)
+
+    @torch.no_grad()
+    def copy_to_parameters(self) -> None:
+        torch._foreach_copy_(self.parameters, self.average)
+
+
+def fit(
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    loss_of_step: Callable[[int], Tensor],
+    steps: int,
+    lr: float,
+    ema_decay: float = 0.995,
+) -> None:
+    """AdamW with warm-up, cosine decay and clipping; leaves the averaged weights in place.
+
+    Args:
+        name: shown in the progress bar.
+        parameters: what is trained.
+        loss_of_step: gives the scalar loss of a step.
+        steps: number of steps.
+        lr: highest learning rate.
+        ema_decay: of the weights' moving average.
+    """
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, betas=(0.9, 0.99))
+    warmup = max(1, min(100, steps // 10))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / steps)),
+    )
+    ema = Ema(parameters, ema_decay)
+    mean_loss = 0.0
+    for step in (bar := trange(steps, desc=name, mininterval=1.0)):
+        loss = loss_of_step(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.update()
+        mean_loss += (loss.item() - mean_loss) / min(step + 1, 100)
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{mean_loss:.5f}", refresh=False)
+    ema.copy_to_parameters()

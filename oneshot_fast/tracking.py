@@ -1,0 +1,42 @@
+"""What a running job shows: progress bars and trackers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneshot_fast.errors import require
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+
+def progress(total: int, description: str, unit: str) -> tqdm[Any]:
+    """Progress bar with ETA on stderr; in a log file it prints a line now and then."""
+    from tqdm import tqdm
+
+    interval = 0.1 if sys.stderr.isatty() else 20.0
+    return tqdm(
+        total=total, desc=description, unit=unit, dynamic_ncols=True, mininterval=interval
+    )
+
+
+def start_tracking(name: str, folder: Path, settings: dict[str, Any]) -> Accelerator:
+    """Accelerate's ``Accelerator`` whose ``log`` writes to tracker ``name`` (none: to nowhere).
+
+    Raises:
+        UserError: If the tracker's package is not installed.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=None if name == "none" else name, project_dir=folder)
+    require(
+        name == "none" or len(accelerator.log_with) == 1,
+        f"--report_to {name} needs a package that is not installed: pip install {name}",
+    )
+    numbers = {k: v for k, v in settings.items() if isinstance(v, int | float)}
+    config = {key: str(value) for key, value in settings.items()} | numbers
+    accelerator.init_trackers("logs", config=config)
+    return accelerator
