@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ class ModelOptions:
         import torch
         import transformers
 
-        from oneshot_fast.generator import load_generator
+        from oneshot_fast.loading import load_generator
 
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
@@ -129,7 +130,7 @@ def run_command(
     parsed = tyro.cli(
         options,
         prog=f"python -m oneshot_fast.{name}",
-        description=options.__doc__,
+        description=inspect.cleandoc(options.__doc__ or ""),
         args=argv,
         use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes,),

@@ -65,6 +65,7 @@ class MatchedPair:
     noise_path: Path  # .safetensors, or .pt from the reference workflow
     noise_index: int | None  # row of tensor "z" in a safetensors shard; None: a file of one noise
     resize_mode: str = "crop"  # how the target was brought to the model's resolution
+    image_sha256: str | None = None  # of the target when the noise was assigned
 
 
 def read_pairs(
@@ -245,7 +246,8 @@ def _parse_match(
         image_path = _find_file(image, folders)
         noise_path = _find_file(noise, folders)
         mode = text_field(item, "resize_mode") if "resize_mode" in item else "crop"
-        return MatchedPair(name, prompt, image_path, noise_path, index, mode)
+        digest = text_field(item, "image_sha256") if "image_sha256" in item else None
+        return MatchedPair(name, prompt, image_path, noise_path, index, mode, digest)
     except DataError as error:
         return Failure(str(error), line, name, prompt, image)
 

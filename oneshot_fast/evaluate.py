@@ -153,7 +153,7 @@ class RandomNoiseMeasure:
         """
         result_path = path.with_name(f"{path.name}.json")
         if result_path.exists():
-            return read_json(result_path)  # type: ignore[no-any-return]
+            return read_json(result_path)
         latents, images = self._generate(generator, path.with_name(f"{path.name}.png"))
         base_path = path.with_name("base.safetensors")
         if not base_path.exists():

@@ -1,4 +1,7 @@
-"""The one-step generator over a diffusers SDXL pipeline; only this file knows such pipelines."""
+"""The one-step generator over a diffusers SDXL pipeline.
+
+This file and loading.py are the only ones that know diffusers' pipelines.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import (
@@ -22,7 +24,6 @@ from torch import Tensor, nn
 
 from oneshot_fast.errors import ModelError
 from oneshot_fast.runs import write_folder
-from oneshot_fast.tiny.model import model_path
 
 
 @dataclass(frozen=True)
@@ -209,9 +210,7 @@ class OneStepGenerator:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents [B, C, h, w], one by one: [B, 3, H, W] float32, [0, 1] RGB."""
-        return torch.cat(
-            [(self.decode_raw(row) / 2 + 0.5).clamp(0, 1) for row in latents.split(1)]
-        )
+        return torch.cat([(self.decode_raw(row) / 2 + 0.5).clamp(0, 1) for row in latents.split(1)])
 
     def _computing(self) -> torch.autocast:
         return torch.autocast(
@@ -284,93 +283,6 @@ class OneStepGenerator:
                 digest.update(f"{part}.{name}{tuple(value.shape)}".encode())
                 digest.update(sample.numpy().tobytes())
         return digest.hexdigest()[:16]
-
-
-def load_generator(
-    model_id: str | Path,
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    master_weights: bool = False,
-    variant: str | None = None,
-    revision: str | None = None,
-    model_config: str | None = None,
-    local_files_only: bool = False,
-) -> OneStepGenerator:
-    """Load a one-step generator.
-
-    Args:
-        model_id: Folder in diffusers layout, hub id, a single .safetensors file, or "tiny" for
-            the embedded model.
-        device: Default: cuda where there is one, else cpu.
-        dtype: Compute type; default bfloat16 on cuda, float32 on cpu.
-        master_weights: Keep the weights in float32, for training.
-        variant: Weight variant such as "fp16"; where the model has none, the plain files serve.
-        revision: Hub revision.
-        model_config: For a single file: folder or hub id with the pipeline's configs.
-        local_files_only: Never ask the hub.
-
-    Raises:
-        ModelError: If it cannot be loaded or is not a one-step model of SDXL's shape.
-    """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    weights = torch.float32 if master_weights else dtype
-    options = {"dtype": weights, "local_files_only": local_files_only}
-    source = str(model_path()) if model_id == "tiny" else str(model_id)
-    try:
-        if source.endswith(".safetensors"):
-            pipe = _load_single_file(Path(source), model_config, options)
-        else:
-            pipe = _load_folder(source, variant, options | {"revision": revision})
-        return OneStepGenerator(pipe.to(device), autocast=None if weights == dtype else dtype)
-    except ModelError as error:
-        raise ModelError(f"cannot use model {model_id}: {error}") from None
-
-
-def _load_folder(
-    source: str, variant: str | None, options: dict[str, Any]
-) -> StableDiffusionXLPipeline:
-    folder = Path(source)
-    is_local = folder.is_absolute() or source.startswith(".") or folder.exists()
-    if is_local and not (folder / "model_index.json").is_file():
-        raise ModelError("no model_index.json there; give a diffusers folder, a hub id or a file")
-    errors: list[Exception] = []
-    for choice in dict.fromkeys((variant, None)):  # a checkpoint of ours has no variant files
-        try:
-            return StableDiffusionXLPipeline.from_pretrained(source, variant=choice, **options)
-        except Exception as error:  # diffusers raises many types for a broken or absent model
-            errors.append(error)
-    if is_local:
-        raise ModelError(_first_line(errors[0]))
-    raise ModelError(
-        "it is no local folder, and the hub did not give it; download it first, or check the "
-        f"name and the network ({_first_line(errors[0]):.150})"
-    )
-
-
-def _load_single_file(
-    path: Path, model_config: str | None, options: dict[str, Any]
-) -> StableDiffusionXLPipeline:
-    if not path.is_file():
-        raise ModelError("no such file")
-    try:
-        pipe = StableDiffusionXLPipeline.from_single_file(
-            str(path), config=model_config, **options
-        )
-    except Exception as error:  # diffusers raises many types here, bare Exception among them
-        hint = "" if model_config else " (offline? name a folder of configs with --model_config)"
-        raise ModelError(_first_line(error) + hint) from error
-    # A single file carries no scheduler: diffusers then takes SDXL base's, which has leading
-    # spacing. SDXL-Turbo's own scheduler is this one.
-    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(
-        pipe.scheduler.config, timestep_spacing="trailing"
-    )
-    return pipe
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_shape(pipe: object) -> None:

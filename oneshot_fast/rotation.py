@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ class PatchRotation(nn.Module):
 
     def __init__(
         self,
-        latent_shape: tuple[int, int, int, int],
+        latent_shape: Sequence[int],
         patch_size: int,
         groups: int = 1,
         device: torch.device | str | None = None,
@@ -52,7 +54,7 @@ class PatchRotation(nn.Module):
         return ops.patch_rotate(eps, self.q(), self.patch_size)
 
 
-def check_patching(size: tuple[int, ...], patch_size: int, groups: int) -> None:
+def check_patching(size: Sequence[int], patch_size: int, groups: int) -> None:
     """Raise UserError unless patches and tiles divide a latent of ``size`` [H, W]."""
     H, W = size
     sides = [p for p in range(1, min(H, W) + 1) if H % p == 0 and W % p == 0]

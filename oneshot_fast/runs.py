@@ -1,4 +1,4 @@
-"""Run folders: files that survive a kill, one writer at a time, resumed only with equal settings."""
+"""Run folders: files that survive a kill, one writer, resumed only with equal settings."""
 
 from __future__ import annotations
 

@@ -18,9 +18,7 @@ def progress(total: int, description: str, unit: str) -> tqdm[Any]:
     from tqdm import tqdm
 
     interval = 0.1 if sys.stderr.isatty() else 20.0
-    return tqdm(
-        total=total, desc=description, unit=unit, dynamic_ncols=True, mininterval=interval
-    )
+    return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, mininterval=interval)
 
 
 def start_tracking(name: str, folder: Path, settings: dict[str, Any]) -> Accelerator:

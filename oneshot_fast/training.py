@@ -135,7 +135,7 @@ class PreservePool:
     def draw(self, count: int, seed: int) -> list[int]:
         """Positions of ``count`` different noises, or of all if there are fewer."""
         order = torch.randperm(len(self.seeds), generator=torch.Generator().manual_seed(seed))
-        return order[:count].tolist()  # type: ignore[no-any-return]
+        return order[:count].tolist()
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,17 @@
 """Native ops; each is drop-in for any torch project."""
 
+from oneshot_fast.ops.latent_mse import SPEC as _LATENT_MSE
 from oneshot_fast.ops.latent_mse import latent_mse
+from oneshot_fast.ops.patch_outer import SPEC as _PATCH_OUTER
 from oneshot_fast.ops.patch_outer import patch_outer
+from oneshot_fast.ops.patch_rotate import SPEC as _PATCH_ROTATE
 from oneshot_fast.ops.patch_rotate import patch_rotate
+from oneshot_fast.ops.pixel_l1 import SPEC as _PIXEL_L1
 from oneshot_fast.ops.pixel_l1 import pixel_l1
+from oneshot_fast.ops.skew_exp import SPEC as _SKEW_EXP
 from oneshot_fast.ops.skew_exp import skew_exp
 
-__all__ = ["latent_mse", "patch_outer", "patch_rotate", "pixel_l1", "skew_exp"]
+OPS = (_PATCH_ROTATE, _PATCH_OUTER, _SKEW_EXP, _LATENT_MSE, _PIXEL_L1)
+"""Descriptions that the generic tests and the benchmarks read."""
+
+__all__ = ["OPS", "latent_mse", "patch_outer", "patch_rotate", "pixel_l1", "skew_exp"]

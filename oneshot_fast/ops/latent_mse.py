@@ -1,7 +1,11 @@
 """latent_mse: the one-step Euler update and its squared distance to a target latent."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from oneshot_fast.ops._register import OpSpec, define
 
 
 def latent_mse(eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float) -> Tensor:
@@ -9,7 +13,7 @@ def latent_mse(eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float) -> Tens
 
     Args:
         eps_hat: Predicted noise, [B, C, H, W].
-        x: Noisy latents in the scheduler's unscaled units (sigma times unit noise), [B, C, H, W].
+        x: Noisy latents in unscaled units (target plus sigma times unit noise), [B, C, H, W].
         target: Target latents, [B, C, H, W].
         sigma: Noise level of the step.
 
@@ -19,7 +23,7 @@ def latent_mse(eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float) -> Tens
     Raises:
         RuntimeError: Shapes, dtypes or devices do not agree.
     """
-    return reference(eps_hat, x, target, sigma)
+    return _call(eps_hat, x, target, sigma)
 
 
 def reference(eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float) -> Tensor:
@@ -27,3 +31,64 @@ def reference(eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float) -> Tenso
     acc = torch.promote_types(x.dtype, torch.float32)
     error = x.to(acc) - sigma * eps_hat.to(acc) - target.to(acc)
     return error.square().mean((1, 2, 3))
+
+
+def _fake(eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.sigma = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _scales(sigma: float) -> tuple[float, float, float]:
+    """Derivatives of the error x - sigma eps_hat - target in eps_hat, x and target."""
+    return -sigma, 1.0, -1.0
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = [
+        _call_gradient(grad, *ctx.saved_tensors, ctx.sigma, scale) if needed else None
+        for scale, needed in zip(_scales(ctx.sigma), ctx.needs_input_grad[:3], strict=True)
+    ]
+    return *gradients, None
+
+
+def _gradient_fake(
+    grad: Tensor, eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float, scale: float
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.sigma, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient scale 2/n grad[b] error is linear in grad and in error."""
+    grad, *tensors = ctx.saved_tensors
+    d_error = v * (2 * ctx.scale / max(1, v[:1].numel())) * grad.to(v.dtype)[:, None, None, None]
+    per_unit = _call_gradient(torch.ones_like(grad), *tensors, ctx.sigma, ctx.scale)
+    d_grad = (v.to(grad.dtype) * per_unit).sum((1, 2, 3))
+    return d_grad, *(d_error * scale for scale in _scales(ctx.sigma)), None, None
+
+
+_call_gradient = define("d_latent_mse", _gradient_fake, _gradient_setup_context, _gradient_backward)
+_call = define("latent_mse", _fake, _setup_context, _backward)
+
+
+def _inputs(shape: tuple[int, ...], sigma: float) -> tuple[Any, ...]:
+    return *torch.randn(3, *shape, dtype=torch.float64), sigma
+
+
+SPEC = OpSpec(
+    name="latent_mse",
+    fn=latent_mse,
+    reference=reference,
+    inputs=_inputs,
+    small=[((3, 4, 8, 8), 14.6), ((2, 3, 5, 7), 0.5), ((1, 1, 1, 1), 1.0), ((0, 4, 8, 8), 1.0)],
+    large=[((B, 4, 64, 64), 14.6) for B in (1, 16, 64)],
+    trained=1,
+)

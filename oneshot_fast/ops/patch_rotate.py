@@ -1,6 +1,11 @@
 """patch_rotate: multiply every patch of a latent by an orthogonal matrix."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from oneshot_fast.ops._register import OpSpec, define
 
 
 def patch_rotate(x: Tensor, q: Tensor, p: int) -> Tensor:
@@ -19,21 +24,23 @@ def patch_rotate(x: Tensor, q: Tensor, p: int) -> Tensor:
     Raises:
         RuntimeError: Shapes, dtypes or devices do not agree.
     """
-    return reference(x, q, p)
+    return _call(x, q, p)
 
 
 def reference(x: Tensor, q: Tensor, p: int) -> Tensor:
     """Plain-torch definition of ``patch_rotate``."""
-    tiles = tile_grid(q)
-    return fold(unfold(x, p, tiles) @ q.mT.reshape(*(q.shape[:1] if q.dim() > 2 else (1,)), *tiles, *q.shape[-2:]), x.shape, p)
+    tiles = tile_grid(q.shape[:-2])
+    images = q.shape[0] if q.dim() > 2 else 1
+    matrices = q.mT.reshape(images, *tiles, *q.shape[-2:])
+    return fold(unfold(x, p, tiles) @ matrices, x.shape, p)
 
 
-def tile_grid(q: Tensor) -> tuple[int, int]:
-    """Number of tiles (Gh, Gw) that have a matrix of their own in ``q``."""
-    return (q.shape[1], q.shape[2]) if q.dim() == 5 else (1, 1)
+def tile_grid(leading: torch.Size) -> tuple[int, int]:
+    """Tiles (Gh, Gw) with a matrix of their own, from the leading shape of the matrices."""
+    return (leading[1], leading[2]) if len(leading) == 3 else (1, 1)
 
 
-def unfold(x: Tensor, p: int, tiles: tuple[int, int] = (1, 1)) -> Tensor:
+def unfold(x: Tensor, p: int, tiles: tuple[int, int]) -> Tensor:
     """Cut [B, C, H, W] into the patches of each tile, [B, Gh, Gw, N / (Gh Gw), D]."""
     B, C, H, W = x.shape
     Gh, Gw = tiles
@@ -42,9 +49,57 @@ def unfold(x: Tensor, p: int, tiles: tuple[int, int] = (1, 1)) -> Tensor:
     return patches.reshape(B, Gh, Gw, h * w, C * p * p)
 
 
-def fold(patches: Tensor, shape: tuple[int, ...], p: int) -> Tensor:
+def fold(patches: Tensor, shape: torch.Size, p: int) -> Tensor:
     """Inverse of ``unfold``: [B, Gh, Gw, N / (Gh Gw), D] to [B, C, H, W] = ``shape``."""
     B, C, H, W = shape
     Gh, Gw = patches.shape[1:3]
     x = patches.reshape(B, Gh, Gw, H // p // Gh, W // p // Gw, C, p, p)
-    return x.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(B, C, H, W)
+    return x.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(shape)
+
+
+def _fake(x: Tensor, q: Tensor, p: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, q, ctx.p = inputs
+    ctx.save_for_backward(x, q)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    from oneshot_fast.ops.patch_outer import patch_outer  # the two are each other's gradients
+
+    x, q = ctx.saved_tensors
+    d_x = patch_rotate(grad, q.mT, ctx.p) if ctx.needs_input_grad[0] else None
+    d_q = patch_outer(grad, x, ctx.p, q) if ctx.needs_input_grad[1] else None
+    return d_x, d_q, None
+
+
+_call = define("patch_rotate", _fake, _setup_context, _backward)
+
+
+def _inputs(shape: tuple[int, ...], p: int, leading: tuple[int, ...]) -> tuple[Any, ...]:
+    D = shape[1] * p * p
+    skew = torch.randn(*leading, D, D, dtype=torch.float64) / D
+    x = torch.randn(shape, dtype=torch.float64)
+    return x, torch.linalg.matrix_exp(skew - skew.mT), p
+
+
+SPEC = OpSpec(
+    name="patch_rotate",
+    fn=patch_rotate,
+    reference=reference,
+    inputs=_inputs,
+    small=[
+        ((3, 4, 8, 12), 2, ()),
+        ((3, 4, 8, 12), 2, (3,)),
+        ((2, 4, 8, 12), 2, (2, 2, 3)),
+        ((2, 3, 9, 15), 3, (2, 3, 1)),
+        ((1, 1, 5, 7), 1, (1,)),
+        ((2, 2, 16, 8), 4, (2, 1, 2)),
+        ((2, 1, 16, 24), 8, (2,)),
+        ((0, 4, 8, 8), 2, (0,)),
+    ],
+    large=[((B, 4, 64, 64), p, (B,)) for p in (2, 4, 8) for B in (1, 16, 64)],
+    trained=2,
+)

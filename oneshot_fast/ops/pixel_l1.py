@@ -1,7 +1,11 @@
 """pixel_l1: distance of a decoder's output to an image."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from oneshot_fast.ops._register import OpSpec, define
 
 
 def pixel_l1(y: Tensor, target: Tensor) -> Tensor:
@@ -17,10 +21,60 @@ def pixel_l1(y: Tensor, target: Tensor) -> Tensor:
     Raises:
         RuntimeError: Shapes, dtypes or devices do not agree.
     """
-    return reference(y, target)
+    return _call(y, target)
 
 
 def reference(y: Tensor, target: Tensor) -> Tensor:
     """Plain-torch definition of ``pixel_l1``."""
     acc = torch.promote_types(y.dtype, torch.float32)
     return ((y.to(acc) / 2 + 0.5).clamp(0, 1) - target.to(acc)).abs().mean((1, 2, 3))
+
+
+def _fake(y: Tensor, target: Tensor) -> Tensor:
+    return y.new_empty(y.shape[0], dtype=torch.promote_types(y.dtype, torch.float32))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(
+        _call_gradient(grad, *ctx.saved_tensors, wrt_target) if needed else None
+        for wrt_target, needed in zip((False, True), ctx.needs_input_grad, strict=True)
+    )
+
+
+def _gradient_fake(grad: Tensor, y: Tensor, target: Tensor, wrt_target: bool) -> Tensor:
+    return y.new_empty(y.shape)
+
+
+def _gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, y, target, ctx.wrt_target = inputs
+    ctx.save_for_backward(grad, y, target)
+
+
+def _gradient_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient is linear in grad and piecewise constant in y and target."""
+    grad, y, target = ctx.saved_tensors
+    per_unit = _call_gradient(torch.ones_like(grad), y, target, ctx.wrt_target)
+    return (v.to(grad.dtype) * per_unit).sum((1, 2, 3)), None, None, None
+
+
+_call_gradient = define("d_pixel_l1", _gradient_fake, _gradient_setup_context, _gradient_backward)
+_call = define("pixel_l1", _fake, _setup_context, _backward)
+
+
+def _inputs(shape: tuple[int, ...]) -> tuple[Any, ...]:
+    return torch.randn(shape, dtype=torch.float64), torch.rand(shape, dtype=torch.float64)
+
+
+SPEC = OpSpec(
+    name="pixel_l1",
+    fn=pixel_l1,
+    reference=reference,
+    inputs=_inputs,
+    small=[((3, 3, 16, 16),), ((2, 3, 5, 7),), ((1, 1, 1, 1),), ((0, 3, 8, 8),)],
+    large=[((B, 3, 512, 512),) for B in (1, 4)],
+    trained=1,
+)

@@ -37,5 +37,5 @@ class TrainConfig:
     """Optimiser steps of the student."""
     batch_size: int = 48
     """Images per step of teacher, student and classifier."""
-    classifier_steps: int = 1500
+    classifier_steps: int = 2000
     """Optimiser steps of the classifier."""

@@ -28,7 +28,7 @@ from oneshot_fast.tiny.model import random_pipeline
 def train_classifier(config: TrainConfig) -> DigitClassifier:
     """Train the classifier on the training writers' digits in random styles.
 
-    Loss: cross-entropy of the digit plus the squared error of ink, paper and level.
+    Loss: cross-entropy of the digit plus 10 times the squared error of ink, paper and level.
     """
     generator = torch.Generator().manual_seed(config.seed + 3)
     with torch.random.fork_rng(devices=[]):
@@ -47,7 +47,7 @@ def train_classifier(config: TrainConfig) -> DigitClassifier:
         wrong = F.cross_entropy(
             classifier.digit_head(features), labels[index], label_smoothing=0.05
         )
-        return wrong + 2 * F.mse_loss(classifier.style_head(features), look)
+        return wrong + 10 * F.mse_loss(classifier.style_head(features), look)
 
     fit("classifier", classifier.parameters(), loss_of_step, config.classifier_steps, lr=2e-3)
     return classifier.eval()

@@ -1,0 +1,4 @@
+compiler: str
+torch_version: str
+
+def isa() -> str: ...

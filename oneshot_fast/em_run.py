@@ -1,0 +1,270 @@
+"""The stages of one EM run, in order. Holds no maths.
+
+Each stage is a resumable run in a folder of its own; a stage whose result is there is skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneshot_fast.assign_run import AssignRun
+from oneshot_fast.data import Failure, Record, read_manifest
+from oneshot_fast.errors import require
+from oneshot_fast.runs import RunFolder, append_jsonl, mend_jsonl, write_json, write_jsonl
+from oneshot_fast.seeds import derived_seed
+from oneshot_fast.sft_run import SftRun
+from oneshot_fast.tracking import start_tracking
+from oneshot_fast.training import PreservePool, SftOptions
+
+if TYPE_CHECKING:
+    from oneshot_fast.em import EmCommand
+    from oneshot_fast.evaluate import RandomNoiseMeasure
+    from oneshot_fast.generator import OneStepGenerator
+    from oneshot_fast.targets import Targets
+
+OUTPUTS = (
+    "eval", "direct", "heldout-base", "heldout-final", "logs", "preserve.safetensors",
+    "checkpoint-best", "checkpoint-final", "failures.jsonl", "history.jsonl", "summary.json",
+    "report.html",
+)  # fmt: skip
+
+
+class EmRun:
+    """The stages of one run, in order; every one is skipped if its result is there."""
+
+    def __init__(self, command: EmCommand) -> None:
+        """Load the data and the initial generator.
+
+        Raises:
+            UserError: On bad data, model or options.
+        """
+        require(command.em.num_cycles >= 1, "num_cycles must be at least 1")
+        require(command.eval_samples >= 10, "eval_samples must be at least 10")
+        command.em.assign().check()
+        command.em.sft().check()
+        self.command, self.folder = command, command.work_dir
+        train, heldout = self._data_roots()
+        self.records, self.failures = command.data.read(train)
+        self.heldout: list[Record] = []
+        if heldout is not None:
+            self.heldout, failures = dataclasses.replace(
+                command.data, start_index=0, max_samples=None
+            ).read(heldout)
+            self.failures += failures
+
+        from oneshot_fast.targets import Targets
+
+        own_data = command.data.data_root is not None
+        model_id = command.initial_model_id or ("stabilityai/sdxl-turbo" if own_data else "tiny")
+        self.generator: OneStepGenerator = command.model.load(model_id, master_weights=True)
+        self.targets: Targets = Targets(self.generator, command.data.resolution)
+        self.summary: dict[str, Any] = {"random_noise": {}, "cycles": []}
+
+    def _data_roots(self) -> tuple[Path, Path | None]:
+        if self.command.data.data_root is not None:
+            return self.command.data.data_root, self.command.heldout_root
+
+        from oneshot_fast.tiny.dataset import write_default_dataset
+
+        data = self.folder / "data"
+        write_default_dataset(data)
+        return data / "train", self.command.heldout_root or data / "heldout"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything the result depends on."""
+        return {
+            "command": "em",
+            **dataclasses.asdict(self.command.em),
+            "eval_samples": self.command.eval_samples,
+            "compare_direct": self.command.compare_direct,
+            "seed": self.command.run.seed,
+            "resolution": self.targets.resolution,
+            "resize_mode": self.command.data.resize_mode,
+            "model": self.generator.fingerprint(),
+            "device": self.generator.device.type,
+            "samples": len(self.records),
+            "data": f"{derived_seed(0, *(record.id for record in self.records)):016x}",
+            "heldout": f"{derived_seed(0, *(record.id for record in self.heldout)):016x}",
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Run all stages that have no result yet.
+
+        Returns:
+            The summary, as in summary.json.
+        """
+        run, cycles = self.command.run, range(1, self.command.em.num_cycles + 1)
+        outputs = (*OUTPUTS, *(f"cycle-{cycle:02d}" for cycle in cycles))
+        settings = self.settings()
+        with RunFolder(self.folder, settings, outputs, run.overwrite):
+            mend_jsonl(self.folder / "history.jsonl")
+            tracker = start_tracking(run.report_to, self.folder, settings)
+            measure = self._measure()
+            self._evaluate(measure, "base")
+            pool = self._pool()
+            self._assign_heldout("base")
+            initial = {k: v.cpu().clone() for k, v in self.generator.unet.state_dict().items()}
+            for cycle in cycles:
+                self._cycle(cycle, pool)
+                tracker.log(self._evaluate(measure, _name(cycle)), step=cycle)
+            self._assign_heldout("final")
+            if self.command.compare_direct:
+                self.generator.unet.load_state_dict(initial)
+                self._train_directly(measure, pool)
+            tracker.end_training()
+            self._finish(settings)
+        return self.summary
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[Path]:
+        """Yield the folder of a stage and note in history.jsonl how long it took."""
+        started = time.perf_counter()
+        print(f"[{name}]", file=sys.stderr)
+        yield self.folder / name
+        path = self.folder / "history.jsonl"
+        if name not in (row["stage"] for row in mend_jsonl(path)):
+            seconds = round(time.perf_counter() - started, 3)
+            append_jsonl(path, [{"stage": name, "seconds": seconds}])
+
+    def _measure(self) -> RandomNoiseMeasure:
+        from oneshot_fast.evaluate import RandomNoiseMeasure, real_measures
+        from oneshot_fast.tiny.classifier import load_classifier
+        from oneshot_fast.tiny.dataset import digit_of
+
+        prompts = [record.prompt for record in self.records]
+        is_digits = all(digit_of(prompt) is not None for prompt in prompts)
+        classifier = load_classifier() if is_digits else None
+        real = None
+        if self.heldout:
+            mode = self.command.data.resize_mode
+            real = self.targets.images([(record.image_path, mode) for record in self.heldout]).cpu()
+            labels = [record.prompt for record in self.heldout]
+            self.summary["real"] = real_measures(real, labels, classifier)
+        return RandomNoiseMeasure(
+            prompts,
+            self.generator.latent_shape(self.targets.resolution, self.targets.resolution),
+            samples=self.command.eval_samples,
+            seed=self.command.run.seed,
+            classifier=classifier,
+            real=real,
+        )
+
+    def _evaluate(self, measure: RandomNoiseMeasure, name: str) -> dict[str, float]:
+        with self._stage(f"eval/{name}") as path:
+            result = measure.measure(self.generator, path)
+        self.summary["random_noise"][name] = result
+        return result
+
+    def _pool(self) -> PreservePool | None:
+        options = self.command.em.sft()
+        if not options.preserves:
+            return None
+        return PreservePool.build(
+            self.generator,
+            [record.prompt for record in self.records],
+            self.generator.latent_shape(self.targets.resolution, self.targets.resolution),
+            options.preserve_pool_size,
+            self.command.run.seed,
+            self.folder / "preserve.safetensors",
+        )
+
+    def _assign(
+        self, folder: Path, records: list[Record], failures: list[Failure], seed: int
+    ) -> dict[str, Any]:
+        return AssignRun(
+            self.generator,
+            self.targets,
+            folder,
+            self.command.em.assign(),
+            seed=seed,
+            resize_mode=self.command.data.resize_mode,
+            batch_size=self.command.em.assign_batch_size,
+            num_images=self.command.num_images,
+        ).run(records, failures)
+
+    def _train(
+        self,
+        folder: Path,
+        manifest: Path,
+        options: SftOptions,
+        seed: int,
+        pool: PreservePool | None,
+    ) -> dict[str, Any]:
+        pairs, failures = read_manifest(manifest)
+        return SftRun(
+            self.generator,
+            self.targets,
+            folder,
+            options,
+            seed=seed,
+            save_minutes=self.command.save_minutes,
+        ).run(pairs, failures, pool=pool)
+
+    def _assign_heldout(self, name: str) -> None:
+        if not self.heldout:
+            return
+        with self._stage(f"heldout-{name}") as folder:
+            result = self._assign(folder, self.heldout, [], self.command.run.seed)
+        kept = ("initial_loss", "best_loss", "losses")
+        heldout = self.summary.setdefault("heldout", {"samples": result["samples"]})
+        heldout[name] = {key: result[key] for key in kept}
+
+    def _train_directly(self, measure: RandomNoiseMeasure, pool: PreservePool | None) -> None:
+        """Baseline: the same number of steps on the same targets, with random noise."""
+        options = self.command.em.sft("random", self.command.em.num_cycles)
+        manifest = self.folder / _name(1) / "assign" / "manifest.jsonl"
+        with self._stage("direct") as folder:
+            self._train(folder, manifest, options, self.command.run.seed, pool)
+        self._evaluate(measure, "direct")
+
+    def _cycle(self, cycle: int, pool: PreservePool | None) -> None:
+        """One E-step on fresh base noises and one M-step on what it found."""
+        seed = derived_seed(self.command.run.seed, "cycle", cycle)
+        with self._stage(f"{_name(cycle)}/assign") as folder:
+            assigned = self._assign(folder, self.records, self.failures, seed)
+        with self._stage(f"{_name(cycle)}/sft") as folder:
+            manifest = self.folder / _name(cycle) / "assign" / "manifest.jsonl"
+            trained = self._train(folder, manifest, self.command.em.sft(), seed, pool)
+        self.summary["cycles"].append(
+            {
+                "cycle": cycle,
+                "assign": {k: assigned[k] for k in ("initial_loss", "best_loss", "losses")},
+                "sft": {k: trained[k] for k in ("matched_loss_before", "matched_loss_after")},
+                "failed": assigned["failed"],
+            }
+        )
+
+    def _finish(self, settings: dict[str, Any]) -> None:
+        """Choose the best cycle, link checkpoints, write summary and failures."""
+        noise, cycles = self.summary["random_noise"], self.summary["cycles"]
+        last = len(cycles)
+        noise["final"] = noise[_name(last)]
+        # Without a classifier nothing here tells better from worse, so the last one is taken.
+        best = min(
+            range(1, last + 1), key=lambda k: (noise[_name(k)].get("frechet_distance", 0.0), -k)
+        )
+        for name, cycle in (("best", best), ("final", last)):
+            link = self.folder / f"checkpoint-{name}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path(_name(cycle)) / "sft" / "checkpoint-final")
+        folders = [f"{_name(last)}/assign", "heldout-base"]
+        failures = [r for f in folders for r in mend_jsonl(self.folder / f / "failures.jsonl")]
+        write_jsonl(self.folder / "failures.jsonl", failures)
+        history = mend_jsonl(self.folder / "history.jsonl")
+        self.summary |= {
+            "best_cycle": best,
+            "failed": len(failures),
+            "seconds": round(sum(row["seconds"] for row in history), 1),
+            "settings": settings,
+        }
+        write_json(self.folder / "summary.json", self.summary)
+
+
+def _name(cycle: int) -> str:
+    return f"cycle-{cycle:02d}"

@@ -1,0 +1,268 @@
+"""The M-step on one manifest: a training that resumes exactly, and its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from oneshot_fast import ops
+from oneshot_fast.data import DataError, Failure, MatchedPair, file_sha256, load_noise
+from oneshot_fast.errors import UserError
+from oneshot_fast.runs import RunFolder, read_json, write_json, write_jsonl
+from oneshot_fast.seeds import derived_seed, gaussian
+from oneshot_fast.tracking import progress, start_tracking
+from oneshot_fast.training import Batch, PreservePool, SftOptions, Trainer, batches, sft_losses
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from oneshot_fast.generator import OneStepGenerator
+    from oneshot_fast.targets import Targets
+
+OUTPUTS = (
+    "checkpoint-best", "checkpoint-final", "logs", "failures.jsonl", "history.jsonl",
+    "preserve.safetensors", "state.safetensors", "summary.json", "report.html",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Everything the training reads, on the CPU.
+
+    Attributes:
+        pairs: n matched pairs.
+        noises: [n, C, h, w] float32.
+        latents: Target latents, [n, C, h, w] float32.
+    """
+
+    pairs: list[MatchedPair]
+    noises: Tensor
+    latents: Tensor
+
+
+class SftRun:
+    """Training on one manifest into one folder."""
+
+    def __init__(
+        self,
+        generator: OneStepGenerator,
+        targets: Targets,
+        folder: Path,
+        options: SftOptions,
+        *,
+        seed: int = 0,
+        save_minutes: float = 5.0,
+    ) -> None:
+        """Describe the run.
+
+        Args:
+            generator: The generator to train, in place; float32 weights.
+            targets: Reads and encodes the target images.
+            folder: Where everything is written.
+            options: Losses and schedule.
+            seed: Seed of the run.
+            save_minutes: Minutes between saved states.
+
+        Raises:
+            UserError: If an option makes no sense.
+        """
+        options.check()
+        self.generator, self.targets, self.folder = generator, targets, Path(folder)
+        self.options, self.seed, self.save_minutes = options, seed, save_minutes
+
+    def settings(self, pairs: Sequence[MatchedPair]) -> dict[str, Any]:
+        """Everything the result depends on."""
+        return {
+            "command": "sft",
+            **dataclasses.asdict(self.options),
+            "seed": self.seed,
+            "resolution": self.targets.resolution,
+            "model": self.generator.fingerprint(),
+            "device": self.generator.device.type,
+            "samples": len(pairs),
+            "data": f"{derived_seed(0, *(pair.id for pair in pairs)):016x}",
+        }
+
+    def run(
+        self,
+        pairs: Sequence[MatchedPair],
+        failures: Sequence[Failure] = (),
+        *,
+        pool: PreservePool | None = None,
+        overwrite: bool = False,
+        report_to: str = "none",
+    ) -> dict[str, Any]:
+        """Train, or finish an interrupted training; the generator ends with the final weights.
+
+        Args:
+            pairs: Matched pairs.
+            failures: Lines of the manifest that could not be used.
+            pool: Preserve targets; by default made from the generator as it is now.
+            overwrite: Start anew.
+            report_to: Tracker.
+
+        Returns:
+            The summary, as in summary.json.
+
+        Raises:
+            UserError: If no pair can be used, or the loss becomes NaN or infinite.
+        """
+        settings = self.settings(pairs)
+        with RunFolder(self.folder, settings, OUTPUTS, overwrite):
+            if (self.folder / "summary.json").exists():
+                self.generator.load_unet(self.folder / "checkpoint-final")
+                return read_json(self.folder / "summary.json")
+            failures = list(failures)
+            usable = self._encode(pairs, failures)
+            if self.options.preserves and pool is None:
+                pool = self._build_pool(usable)
+            tracker = start_tracking(report_to, self.folder, settings)
+            summary = self._train(usable, pool, tracker)
+            tracker.end_training()
+            summary |= {"failed": len(failures), "settings": settings}
+            write_jsonl(
+                self.folder / "failures.jsonl",
+                [{k: v for k, v in vars(f).items() if v is not None} for f in failures],
+            )
+            write_json(self.folder / "summary.json", summary)
+            (self.folder / "state.safetensors").unlink(missing_ok=True)
+            return summary
+
+    def _encode(self, pairs: Sequence[MatchedPair], failures: list[Failure]) -> Examples:
+        """Noises and target latents of all pairs, on the CPU; unreadable pairs become failures."""
+        shape = self.generator.latent_shape(self.targets.resolution, self.targets.resolution)
+        usable, noises, latents = [], [], []
+        for pair in pairs:
+            try:
+                noise = load_noise(pair)
+                if noise.shape != shape:
+                    raise DataError(
+                        f"{pair.noise_path}: the noise is {list(noise.shape)}, the model takes "
+                        f"{list(shape)}"
+                    )
+                if pair.image_sha256 not in (None, file_sha256(pair.image_path)):
+                    raise DataError(f"{pair.image_path} changed after its noise was assigned")
+                latents.append(self.targets.latent(pair.image_path, pair.resize_mode))
+            except DataError as error:
+                failures.append(Failure(str(error), id=pair.id, prompt=pair.prompt))
+                continue
+            usable.append(pair)
+            noises.append(noise)
+        if not usable:
+            raise UserError(f"no pair of the manifest can be used; the first: {failures[0].reason}")
+        return Examples(usable, torch.stack(noises), torch.stack(latents))
+
+    def _build_pool(self, examples: Examples) -> PreservePool:
+        return PreservePool.build(
+            self.generator,
+            [pair.prompt for pair in examples.pairs],
+            examples.latents.shape[1:],
+            self.options.preserve_pool_size,
+            self.seed,
+            self.folder / "preserve.safetensors",
+        )
+
+    def _train(
+        self, examples: Examples, pool: PreservePool | None, tracker: Accelerator
+    ) -> dict[str, Any]:
+        before = self._matched_loss(examples)
+        trainer = Trainer(self.generator.unet, self.options)
+        state = self.folder / "state.safetensors"
+        if state.exists():
+            trainer.load(state)
+        started, resumed_at = time.perf_counter(), trainer.step
+        self._steps(trainer, examples, pool, tracker)
+        seconds = time.perf_counter() - started
+        write_jsonl(self.folder / "history.jsonl", trainer.history)
+        after = self._matched_loss(examples)
+        final = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+        trainer.load_weights(trainer.best)
+        self.generator.save(self.folder / "checkpoint-best")
+        trainer.load_weights(final)
+        self.generator.save(self.folder / "checkpoint-final")
+        self.generator.unet.requires_grad_(False)
+        return {
+            "samples": len(examples.pairs),
+            "steps": trainer.step,
+            "matched_loss_before": before,
+            "matched_loss_after": after,
+            "best_epoch": min(trainer.history, key=lambda row: row["loss"])["epoch"],
+            "seconds": round(seconds, 3),
+            "steps_per_second": round((trainer.step - resumed_at) / max(seconds, 1e-9), 3),
+        }
+
+    def _steps(
+        self,
+        trainer: Trainer,
+        examples: Examples,
+        pool: PreservePool | None,
+        tracker: Accelerator,
+    ) -> None:
+        count = len(examples.pairs)
+        per_epoch = math.ceil(count / self.options.batch_size)
+        total = self.options.epochs * per_epoch
+        saved = time.monotonic()
+        with progress(total, "sft", "step") as bar:
+            bar.update(trainer.step)
+            for rows in batches(count, self.options.batch_size, self.seed, trainer.step, total):
+                batch = self._batch(examples, rows, pool, trainer.step)
+                trainer.update(*sft_losses(self.generator, batch, self.options))
+                if trainer.step % per_epoch == 0:
+                    row = trainer.end_epoch(trainer.step // per_epoch, per_epoch)
+                    bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+                    tracker.log(row, step=trainer.step)
+                if time.monotonic() - saved >= 60 * self.save_minutes:
+                    trainer.save(self.folder / "state.safetensors")
+                    write_jsonl(self.folder / "history.jsonl", trainer.history)
+                    saved = time.monotonic()
+                bar.update()
+
+    def _batch(
+        self, examples: Examples, rows: list[int], pool: PreservePool | None, step: int
+    ) -> Batch:
+        """The pairs at ``rows``, then the preserve noises of this step."""
+        options, generator = self.options, self.generator
+        pairs = [examples.pairs[k] for k in rows]
+        prompts = [pair.prompt for pair in pairs]
+        noise, latents = [examples.noises[rows]], [examples.latents[rows]]
+        shape = noise[0].shape[1:]
+        if options.noise == "random":
+            seeds = [derived_seed(self.seed, "direct", step, pair.id) for pair in pairs]
+            noise = [gaussian(seeds, shape)]
+        if pool is not None:
+            count = options.preserve_batch_size or options.batch_size
+            drawn = pool.draw(count, derived_seed(self.seed, "preserve step", step))
+            prompts += [pool.prompts[k] for k in drawn]
+            noise.append(gaussian([pool.seeds[k] for k in drawn], shape))
+            latents.append(pool.latents[drawn])
+        images = None
+        if options.pixel_l1_weight:
+            images = self.targets.images([(pair.image_path, pair.resize_mode) for pair in pairs])
+        device = generator.device
+        return Batch(
+            torch.cat(noise).to(device),
+            generator.encode_prompts(prompts),
+            torch.cat(latents).to(device),
+            images,
+            len(pairs),
+        )
+
+    @torch.no_grad()
+    def _matched_loss(self, examples: Examples) -> float:
+        """Mean latent loss of all pairs on their matched noises, weighted as in training."""
+        generator, losses = self.generator, []
+        for start in range(0, len(examples.pairs), self.options.batch_size):
+            part = slice(start, start + self.options.batch_size)
+            prompts = generator.encode_prompts([pair.prompt for pair in examples.pairs[part]])
+            eps_hat, x = generator.predict(examples.noises[part].to(generator.device), prompts)
+            target = examples.latents[part].to(generator.device)
+            losses.append(ops.latent_mse(eps_hat, x, target, generator.step.sigma))
+        return torch.cat(losses).mean().item()
