@@ -103,7 +103,10 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         f"in {summary['seconds']:.0f} s ({summary['images_per_second']:.2f} images/s)"
     )
     if summary["truncated_prompts"]:
-        print(f"warning: {summary['truncated_prompts']} prompts are longer than 77 tokens; cut off")
+        print(
+            f"warning: {summary['truncated_prompts']} prompts are longer than 77 tokens; cut off",
+            file=sys.stderr,
+        )
     if summary["failed"]:
         print(f"{summary['failed']} records failed: {folder / 'failures.jsonl'}", file=sys.stderr)
     print(f"report: {folder / 'report.html'}")

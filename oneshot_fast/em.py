@@ -164,6 +164,9 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
             f"{summary['heldout']['samples']} held-out pairs, assigned: {base['best_loss']:.4f} "
             f"with the base model, {final['best_loss']:.4f} with the final one ({change:+.0f} %)"
         )
+    truncated = summary["cycles"][-1]["truncated_prompts"]
+    if truncated:
+        print(f"warning: {truncated} prompts are longer than 77 tokens; cut off", file=sys.stderr)
     if summary["failed"]:
         print(f"{summary['failed']} records failed: {folder / 'failures.jsonl'}", file=sys.stderr)
     print(f"\ntook {summary['seconds']:.0f} s; checkpoint: {folder / 'checkpoint-final'}")

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from oneshot_fast.assign_run import AssignRun
 from oneshot_fast.data import Failure, Record, read_manifest
 from oneshot_fast.errors import require
@@ -109,7 +111,7 @@ class EmRun:
             self._evaluate(measure, "base")
             pool = self._pool()
             self._assign_heldout("base")
-            initial = {k: v.cpu().clone() for k, v in self.generator.unet.state_dict().items()}
+            initial = self._weights() if self.command.compare_direct else {}
             for cycle in cycles:
                 self._cycle(cycle, pool)
                 tracker.log(self._evaluate(measure, _name(cycle)), step=cycle)
@@ -131,6 +133,9 @@ class EmRun:
         if name not in (row["stage"] for row in mend_jsonl(path)):
             seconds = round(time.perf_counter() - started, 3)
             append_jsonl(path, [{"stage": name, "seconds": seconds}])
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {k: v.to("cpu", copy=True) for k, v in self.generator.unet.state_dict().items()}
 
     def _measure(self) -> RandomNoiseMeasure:
         from oneshot_fast.evaluate import RandomNoiseMeasure, real_measures
@@ -237,6 +242,7 @@ class EmRun:
                 "assign": {k: assigned[k] for k in ("initial_loss", "best_loss", "losses")},
                 "sft": {k: trained[k] for k in ("matched_loss_before", "matched_loss_after")},
                 "failed": assigned["failed"],
+                "truncated_prompts": assigned["truncated_prompts"],
             }
         )
 
