@@ -36,7 +36,7 @@ def installed_torch() -> tuple[str, str]:
     hidden = {"PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONHOME"}
     for env in (None, {k: v for k, v in os.environ.items() if k not in hidden}):
         command = [python, "-c", QUERY]
-        query = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT / "csrc")
+        query = subprocess.run(command, env=env, capture_output=True, text=True)
         if query.returncode == 0:
             version, folder = query.stdout.strip().split("|")
             break
@@ -57,18 +57,19 @@ class CMakeBuild(build_ext):
         import pybind11
 
         torch_version, torch_folder = installed_torch()
+        if shutil.which("cmake") is None or shutil.which("ninja") is None:
+            sys.exit("oneshot_fast needs cmake and ninja to build: pip install cmake ninja")
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch_version}"
         configure = [
-            *("cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "--fresh"),
+            *("cmake", "-S", ROOT, "-B", build, "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DOSF_TORCH_VERSION={torch_version}",
             f"-DOSF_TORCH_DIR={torch_folder}",
         ]
-        if shutil.which("cmake") is None or shutil.which("ninja") is None:
-            sys.exit("oneshot_fast needs cmake and ninja to build: pip install cmake ninja")
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", build], check=True)
 

@@ -15,6 +15,7 @@ namespace osf {
 namespace {
 
 using torch::headeronly::ScalarType;
+using torch::headeronly::toString;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
 
@@ -39,8 +40,8 @@ DType dtype_of(const char* op, const Tensor& t) {
     case ScalarType::BFloat16: return DType::bf16;
     default: break;
   }
-  STD_TORCH_CHECK(false, op, ": expected float32, float64, float16 or bfloat16, got dtype number ",
-                  static_cast<int>(t.scalar_type()));
+  STD_TORCH_CHECK(false, op, ": expected Float, Double, Half or BFloat16, got ",
+                  toString(t.scalar_type()));
 }
 
 ScalarType accumulation(ScalarType storage) {
@@ -53,8 +54,8 @@ void check_like(const char* op, const char* name, const Tensor& t, const Shape& 
   STD_TORCH_CHECK(actual == expected, op, ": ", name, " must be ", text(expected), ", got ",
                   text(actual));
   STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must have dtype number ",
-                  static_cast<int>(dtype), ", got ", static_cast<int>(t.scalar_type()));
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", toString(dtype), ", got ",
+                  toString(t.scalar_type()));
 }
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

@@ -1,7 +1,6 @@
 """Align one-step text-to-image generators with data: native ops, assignment, training, EM."""
 
 import importlib.metadata
-import importlib.util
 
 import torch
 
@@ -13,7 +12,6 @@ __all__ = ["__version__", "build_info", "ops"]
 
 def build_info() -> dict[str, str | bool | None]:
     """Versions that a bug report needs: package, compiler, torch, instruction set, CUDA, Triton."""
-    triton = importlib.util.find_spec("triton")
     return {
         "oneshot_fast": __version__,
         "compiler": _C.compiler,
@@ -22,5 +20,12 @@ def build_info() -> dict[str, str | bool | None]:
         "cpu_isa": _C.isa(),
         "cuda_available": torch.cuda.is_available(),
         "cuda_version": torch.version.cuda,
-        "triton": importlib.metadata.version("triton") if triton else None,
+        "triton": _installed_version("triton"),
     }
+
+
+def _installed_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = (
     "noises", "images", "logs", "manifest.jsonl", "failures.jsonl", "history.jsonl",
-    "summary.json", "report.html",
+    "summary.json", "diagnostics.json", "report.html",
 )  # fmt: skip
 
 
@@ -136,13 +136,9 @@ class AssignRun:
 
     def _check_unchanged(self, records: Sequence[Record], done: dict[str, Any]) -> None:
         for record in records:
+            # Not by modification time, which a copied or restored file brings along.
             row = done.get(record.id)
-            if row is None or not record.image_path.exists():
-                continue
-            shard = self.folder / row["noise_path"]
-            if record.image_path.stat().st_mtime <= shard.stat().st_mtime:
-                continue
-            if file_sha256(record.image_path) != row["image_sha256"]:
+            if row and file_sha256(record.image_path) != row["image_sha256"]:
                 raise RunError(
                     f"{record.image} changed after its noise was assigned; restore it, or start "
                     "anew with --overwrite"

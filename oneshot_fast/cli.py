@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import inspect
+import io
+import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
+from safetensors import SafetensorError
 
 from oneshot_fast.errors import UserError
 
@@ -127,32 +132,64 @@ def run_command(
         0; 1 if some samples failed; 2 on bad input (one line on stderr); 3 on a full disk; 130
         after Ctrl-C.
     """
-    parsed = tyro.cli(
-        options,
-        prog=f"python -m oneshot_fast.{name}",
-        description=inspect.cleandoc(options.__doc__ or ""),
-        args=argv,
-        use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    # Read when transformers is imported: without it, each command starts with its warnings
-    # that torchvision, which we do not use, is missing.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Read when diffusers and transformers are imported: without it, each command starts with
+    # warnings, such as that torchvision, which we do not use, is missing.
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     again = "everything finished is kept; repeat the command to go on"
     try:
-        return command(parsed)
+        return command(_parse(name, options, argv))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _fail(BAD_INPUT, str(error))
     except KeyboardInterrupt:
         print(f"\ninterrupted: {again}", file=sys.stderr)
         return INTERRUPTED
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, SafetensorError) as error:
+        number, place = _system_error(error)
+        if number is None:
             raise
-        place = f" ({error.filename})" if error.filename else ""
-        print(f"error: no space left to write{place}: free some; {again}", file=sys.stderr)
-        return NO_SPACE
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return _fail(NO_SPACE, f"no space left to write{place}: free some; {again}")
+        return _fail(BAD_INPUT, f"{os.strerror(number)}{place}; check the path and its permissions")
+
+
+def _fail(code: int, message: str) -> int:
+    print("error: " + " ".join(message.splitlines()), file=sys.stderr)
+    return code
+
+
+def _system_error(error: OSError | SafetensorError) -> tuple[int | None, str]:
+    """Error number and place; safetensors names the number only in its message."""
+    if isinstance(error, OSError):
+        return error.errno, f" ({error.filename})" if error.filename else ""
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None, ""
+
+
+def _parse(name: str, options: type[Options], argv: Sequence[str] | None) -> Options:
+    """Options of the command line.
+
+    Raises:
+        UserError: With the one line that matters of the box that tyro draws.
+    """
+    drawn = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(drawn):
+            return tyro.cli(
+                options,
+                prog=f"python -m oneshot_fast.{name}",
+                description=inspect.cleandoc(options.__doc__ or ""),
+                args=argv,
+                use_underscores=True,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        rows = [line.strip("│─- ") and line.strip("│ ") for line in drawn.getvalue().splitlines()]
+        below_title = itertools.dropwhile(lambda row: not row, rows[1:])
+        said = " ".join(itertools.takewhile(bool, below_title)).removeprefix("Error parsing ")
+        raise UserError(f"{said} (python -m oneshot_fast.{name} --help)") from None
 
 
 def public(options: Any) -> dict[str, Any]:

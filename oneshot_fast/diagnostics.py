@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+import numpy
+import scipy.stats
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -52,7 +54,7 @@ def diagnose(folder: Path) -> dict[str, Any]:
 
 
 def _shards(folder: Path) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """z [b, C, H, W], q and base noise of one shard after the other, float64."""
+    """Yield z [b, C, H, W], q and base noise of one shard after the other, float64."""
     lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     for noise_path, group in itertools.groupby(rows, key=lambda row: row["noise_path"]):
@@ -92,9 +94,7 @@ class NoiseStatistics:
         self.total = self.total + z.sum(0)
         self.norms += z.square().mean((1, 2, 3)).tolist()
         self.angles += rotation_angles(q).tolist()
-        self.residual = max(
-            self.residual, _largest(z - ops.patch_rotate(eps, q, self.patch_size))
-        )
+        self.residual = max(self.residual, _largest(z - ops.patch_rotate(eps, q, self.patch_size)))
         eye = torch.eye(D, dtype=q.dtype)
         self.skewing = max(self.skewing, _largest(q @ q.mT - eye))
 
@@ -165,34 +165,24 @@ def rotation_angles(q: Tensor) -> Tensor:
 def eigenvalue_band(m: int, D: int) -> tuple[Tensor, Tensor, float]:
     """Eigenvalues of the covariance of ``m`` iid N(0, I_D) vectors about the known mean 0.
 
-    Simulated with Bartlett's decomposition (1933) of the Wishart law; the width in standard
-    deviations is Bonferroni's, so that all D eigenvalues stay inside with probability 1 - LEVEL.
+    Simulated; the width in standard deviations is Bonferroni's, so that all D eigenvalues stay
+    inside with probability 1 - LEVEL.
 
     Returns:
         Mean [D] and standard deviation [D] of each eigenvalue, descending, float64; the width.
     """
-    generator = torch.Generator().manual_seed(0)
-    draws = 400 if D <= 64 else 40
+    random = numpy.random.default_rng(0)
     samples = []
-    for _ in range(draws):
-        # Below 2 D vectors the plain product is as cheap, and it also holds for m < D.
-        if m < 2 * D:
-            root = torch.randn(D, m, generator=generator, dtype=torch.float64)
-        else:
-            root = torch.randn(D, D, generator=generator, dtype=torch.float64).tril(-1)
-            # Chi-square values by Wilson and Hilferty (1931), exact enough above D degrees.
-            freedom = torch.arange(m, m - D, -1, dtype=torch.float64)
-            normal = torch.randn(D, generator=generator, dtype=torch.float64)
-            root += _chi_square(freedom, normal).sqrt().diag()
-        samples.append(torch.linalg.eigvalsh(root @ root.mT / m).flip(0))
-    stacked = torch.stack(samples)
-    return stacked.mean(0), stacked.std(0), NormalDist().inv_cdf(1 - LEVEL / (2 * D))
-
-
-def _chi_square(freedom: Tensor, normal: Tensor | float) -> Tensor:
-    """Chi-square value at a standard normal score (Wilson and Hilferty 1931)."""
-    spread = 2 / (9 * freedom)
-    return freedom * (1 - spread + normal * spread.sqrt()).clamp_min(0) ** 3
+    for _ in range(400 if D <= 64 else 40):
+        if m >= D:
+            product = scipy.stats.wishart.rvs(m, numpy.eye(D), random_state=random)
+        else:  # Wishart's law has no density, and few vectors are cheap to multiply
+            root = random.standard_normal((D, m))
+            product = root @ root.T
+        samples.append(numpy.linalg.eigvalsh(product / m)[::-1])
+    mean, deviation = numpy.mean(samples, 0), numpy.std(samples, 0, ddof=1)
+    width = NormalDist().inv_cdf(1 - LEVEL / (2 * D))
+    return torch.from_numpy(mean), torch.from_numpy(deviation), width
 
 
 def _largest(x: Tensor) -> float:
@@ -206,8 +196,7 @@ def _moments(powers: Tensor, count: int) -> dict[str, float]:
         "mean": mean,
         "variance": variance,
         "skewness": (third - 3 * mean * second + 2 * mean**3) / variance**1.5,
-        "kurtosis": (fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4)
-        / variance**2
+        "kurtosis": (fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4) / variance**2
         - 3,
     }
 
@@ -233,14 +222,11 @@ def _moment_checks(moments: dict[str, float], count: int) -> list[dict[str, Any]
 
 
 def _norm_check(norms: list[float], d: int) -> dict[str, Any]:
-    """Kolmogorov-Smirnov distance to the chi-square law; bound of Massart (1990), for any n."""
-    n = len(norms)
-    energy = torch.tensor(norms, dtype=torch.float64).sort().values * d
-    law = torch.special.gammainc(torch.tensor(d / 2, dtype=torch.float64), energy / 2)
-    steps = torch.arange(n + 1, dtype=torch.float64) / n
-    distance = torch.maximum(steps[1:] - law, law - steps[:-1]).max().item()
+    """Kolmogorov-Smirnov distance of the energies d * norms to the chi-square law."""
+    law = scipy.stats.chi2(d, scale=1 / d)
+    distance = float(scipy.stats.ks_1samp(norms, law.cdf).statistic)
     meaning = "largest gap between the distribution of ||z||² and its chi-square law"
-    return _check("norms", meaning, distance, 0.0, math.sqrt(math.log(2 / LEVEL) / (2 * n)))
+    return _check("norms", meaning, distance, 0.0, float(scipy.stats.kstwo.isf(LEVEL, len(norms))))
 
 
 def _shift_checks(shift: Tensor, p: int, n: int) -> list[dict[str, Any]]:
@@ -260,8 +246,9 @@ def _shift_checks(shift: Tensor, p: int, n: int) -> list[dict[str, Any]]:
     )  # fmt: skip
     checks = []
     for name, meaning, errors in laws:
-        count = torch.tensor(float(errors.numel()), dtype=torch.float64)
-        low, high = ((_chi_square(count, s) / count).sqrt().item() for s in (-QUANTILE, QUANTILE))
+        count = errors.numel()
+        energies = scipy.stats.chi2.ppf([LEVEL / 2, 1 - LEVEL / 2], count)
+        low, high = numpy.sqrt(energies / count).tolist()
         checks.append(_check(name, meaning, errors.square().mean().sqrt().item(), low, high))
     return checks
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from oneshot_fast.assign_run import AssignRun
-from oneshot_fast.data import Failure, Record, read_manifest
+from oneshot_fast.data import Record, read_manifest
 from oneshot_fast.errors import require
 from oneshot_fast.runs import RunFolder, append_jsonl, mend_jsonl, write_json, write_jsonl
 from oneshot_fast.seeds import derived_seed
@@ -67,6 +67,7 @@ class EmRun:
         self.generator: OneStepGenerator = command.model.load(model_id, master_weights=True)
         self.targets: Targets = Targets(self.generator, command.data.resolution)
         self.summary: dict[str, Any] = {"random_noise": {}, "cycles": []}
+        self._assigner(self.folder, 0)  # checks its options before any long work
 
     def _data_roots(self) -> tuple[Path, Path | None]:
         if self.command.data.data_root is not None:
@@ -102,7 +103,8 @@ class EmRun:
             The summary, as in summary.json.
         """
         run, cycles = self.command.run, range(1, self.command.em.num_cycles + 1)
-        outputs = (*OUTPUTS, *(f"cycle-{cycle:02d}" for cycle in cycles))
+        old = (path.name for path in self.folder.glob("cycle-*"))  # may be more than the new ones
+        outputs = (*OUTPUTS, *sorted({*old, *map(_name, cycles)}))
         settings = self.settings()
         with RunFolder(self.folder, settings, outputs, run.overwrite):
             mend_jsonl(self.folder / "history.jsonl")
@@ -179,9 +181,7 @@ class EmRun:
             self.folder / "preserve.safetensors",
         )
 
-    def _assign(
-        self, folder: Path, records: list[Record], failures: list[Failure], seed: int
-    ) -> dict[str, Any]:
+    def _assigner(self, folder: Path, seed: int) -> AssignRun:
         return AssignRun(
             self.generator,
             self.targets,
@@ -191,7 +191,7 @@ class EmRun:
             resize_mode=self.command.data.resize_mode,
             batch_size=self.command.em.assign_batch_size,
             num_images=self.command.num_images,
-        ).run(records, failures)
+        )
 
     def _train(
         self,
@@ -215,7 +215,7 @@ class EmRun:
         if not self.heldout:
             return
         with self._stage(f"heldout-{name}") as folder:
-            result = self._assign(folder, self.heldout, [], self.command.run.seed)
+            result = self._assigner(folder, self.command.run.seed).run(self.heldout)
         kept = ("initial_loss", "best_loss", "losses")
         heldout = self.summary.setdefault("heldout", {"samples": result["samples"]})
         heldout[name] = {key: result[key] for key in kept}
@@ -232,7 +232,7 @@ class EmRun:
         """One E-step on fresh base noises and one M-step on what it found."""
         seed = derived_seed(self.command.run.seed, "cycle", cycle)
         with self._stage(f"{_name(cycle)}/assign") as folder:
-            assigned = self._assign(folder, self.records, self.failures, seed)
+            assigned = self._assigner(folder, seed).run(self.records, self.failures)
         with self._stage(f"{_name(cycle)}/sft") as folder:
             manifest = self.folder / _name(cycle) / "assign" / "manifest.jsonl"
             trained = self._train(folder, manifest, self.command.em.sft(), seed, pool)

@@ -111,6 +111,12 @@ class OneStepGenerator:
         _check_shape(pipe)
         self.pipe = pipe
         self.autocast = autocast
+        self._vae_autocast = autocast
+        if pipe.vae.config.force_upcast:  # as diffusers does: SDXL's VAE overflows in float16
+            if pipe.vae.dtype == torch.float16:
+                pipe.vae.to(torch.float32)
+            if autocast == torch.float16:
+                self._vae_autocast = None
         self.step = OneStep.from_scheduler(pipe.scheduler)
         for module in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
             module.requires_grad_(False).eval()
@@ -188,7 +194,7 @@ class OneStepGenerator:
         """
         vae = self.pipe.vae
         x = (image[None] * 2 - 1).to(vae.device, vae.dtype)
-        with self._computing():
+        with self._computing(self._vae_autocast):
             latent = vae.encode(x).latent_dist.mode().float()[0]
         shift, scale = self._latent_affine(latent)
         return (latent - shift) / scale
@@ -204,7 +210,7 @@ class OneStepGenerator:
         """
         shift, scale = self._latent_affine(latents)
         raw = (latents * scale + shift).to(self.pipe.vae.dtype)
-        with self._computing():
+        with self._computing(self._vae_autocast):
             return self.pipe.vae.decode(raw, return_dict=False)[0].float()
 
     @torch.no_grad()
@@ -212,10 +218,8 @@ class OneStepGenerator:
         """Images of latents [B, C, h, w], one by one: [B, 3, H, W] float32, [0, 1] RGB."""
         return torch.cat([(self.decode_raw(row) / 2 + 0.5).clamp(0, 1) for row in latents.split(1)])
 
-    def _computing(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, dtype=self.autocast, enabled=self.autocast is not None
-        )
+    def _computing(self, dtype: torch.dtype | None) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _latent_affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Shift and scale from the UNet's latents to the VAE's own."""
@@ -242,7 +246,7 @@ class OneStepGenerator:
         unet, factor = self.pipe.unet, self.pipe.vae_scale_factor
         size = (h * factor, w * factor)
         time_ids = torch.tensor([[*size, 0, 0, *size]], device=eps.device, dtype=unet.dtype)
-        with self._computing():
+        with self._computing(self.autocast):
             eps_hat = unet(
                 (eps * self.step.scale).to(unet.dtype),
                 self.step.timestep.to(eps.device),

@@ -40,7 +40,7 @@ def load_generator(
     Raises:
         ModelError: If it cannot be loaded or is not a one-step model of SDXL's shape.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     weights = torch.float32 if master_weights else dtype
     options = {"dtype": weights, "local_files_only": local_files_only}
@@ -50,9 +50,27 @@ def load_generator(
             pipe = _load_single_file(Path(source), model_config, options)
         else:
             pipe = _load_folder(source, variant, options | {"revision": revision})
-        return OneStepGenerator(pipe.to(device), autocast=None if weights == dtype else dtype)
+        generator = OneStepGenerator(pipe, autocast=None if weights == dtype else dtype)
+        _check_complete(pipe)
+        pipe.to(device)
+        return generator
     except ModelError as error:
         raise ModelError(f"cannot use model {model_id}: {error}") from None
+
+
+def _usable_device(name: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:  # torch raises either
+        raise ModelError(f"cannot use device {name}: {_first_line(error)}") from None
+
+
+def _check_complete(pipe: StableDiffusionXLPipeline) -> None:
+    """Raise ModelError if the files had no values for some weights; those are left on "meta"."""
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        for name, parameter in getattr(pipe, part).named_parameters():
+            if parameter.is_meta:
+                raise ModelError(f"its weights are incomplete: {part} has no {name}")
 
 
 def _load_folder(

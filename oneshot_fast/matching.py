@@ -6,6 +6,7 @@ matrix's skew logarithm. Many targets are solved at once, each with its own rota
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -43,9 +44,12 @@ class AssignOptions:
     def check(self) -> None:
         """Raise UserError for values that make no sense."""
         require(self.steps >= 1, f"steps is {self.steps}; give at least 1")
-        require(self.lr > 0, f"lr is {self.lr}; give a positive number")
+        require(0 < self.lr < math.inf, f"lr is {self.lr}; give a positive number")
         weights = (self.latent_loss_weight, self.pixel_l1_weight, self.drift_reg_weight)
-        require(min(weights) >= 0, "loss weights must not be negative")
+        require(
+            all(0 <= weight < math.inf for weight in weights),
+            "loss weights must be finite and not negative",
+        )
         require(
             self.latent_loss_weight + self.pixel_l1_weight > 0,
             "both latent_loss_weight and pixel_l1_weight are 0; there is nothing to match",

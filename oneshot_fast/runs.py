@@ -19,6 +19,8 @@ from torch import Tensor
 from oneshot_fast.errors import RunError
 
 TEMPORARY = ".tmp-"
+# Readers that split text into lines end them at these, too; JSON leaves them as they are.
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -34,24 +36,39 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(map(_line, rows)))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False).translate(_LINE_ENDS) + "\n"
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append lines and fsync. A torn last line is possible; owners rebuild the file on resume."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+    """Append lines and fsync; without space for all of them, none is left in the file.
+
+    After a kill or a power cut a torn last line is possible: ``mend_jsonl`` cuts it off.
+    """
+    lines = "".join(map(_line, rows)).encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while lines:  # a nearly full disk takes a part, and refuses the rest
+                lines = lines[file.write(lines) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(size)
+            raise
 
 
 def mend_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON lines file that we appended to; a torn last line is cut off."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    for line in path.read_bytes().split(b"\n"):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:  # broken JSON, or broken UTF-8
             break
     write_jsonl(path, rows)
     return rows
@@ -154,15 +171,14 @@ class RunFolder:
         """Lock the folder and compare settings.
 
         Raises:
-            RunError: If the folder is in use, cannot be written, or holds a different run.
+            RunError: If the folder is in use or holds other files or a different run.
+            OSError: If it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
             raise RunError(f"{self.path} is in use by another process; choose another") from None
-        except OSError as error:
-            raise RunError(f"cannot write to {self.path}: {error.strerror}") from None
         try:
             self._prepare()
         except BaseException:
@@ -180,12 +196,20 @@ class RunFolder:
         self._lock.release()
 
     def _prepare(self) -> None:
-        if self._overwrite:
-            for name in self._outputs:
-                _remove(self.path / name)
-        for leftover in self.path.glob(TEMPORARY + "*"):
-            _remove(leftover)
         run_json = self.path / "run.json"
+        present = [name for name in self._outputs if os.path.lexists(self.path / name)]
+        if present and not run_json.exists():
+            raise RunError(
+                f"{self.path} holds {', '.join(present)}, which no run of ours wrote; choose "
+                "another folder"
+            )
+        for name in self._outputs:
+            path, doomed = self.path / name, self.path / (TEMPORARY + name)
+            for leftover in (*self.path.glob(f"{TEMPORARY}*{name}"), *path.glob(TEMPORARY + "*")):
+                _remove(leftover)
+            if self._overwrite and os.path.lexists(path):
+                path.rename(doomed)  # a kill leaves nothing half removed
+                _remove(doomed)
         if not run_json.exists():
             write_json(run_json, self._settings)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot_fast.cli import OK, SOME_FAILED, ModelOptions, RunOptions, public, run_command
-from oneshot_fast.data import load_noise, read_manifest
+from oneshot_fast.data import DataError, MatchedPair, load_noise, read_manifest
 from oneshot_fast.errors import UserError
 from oneshot_fast.sft_run import SftRun
 from oneshot_fast.training import SftOptions
@@ -46,7 +47,7 @@ def execute(command: SftCommand) -> int:
     from oneshot_fast.targets import Targets
 
     generator = command.model.load(command.model_id, master_weights=True)
-    side = load_noise(pairs[0]).shape[-1] * generator.pipe.vae_scale_factor
+    side = _latent_side(pairs) * generator.pipe.vae_scale_factor
     run = SftRun(
         generator,
         Targets(generator, side),
@@ -61,6 +62,14 @@ def execute(command: SftCommand) -> int:
     write_sft_report(command.output_dir, public(command))
     print_summary(summary, command.output_dir)
     return SOME_FAILED if summary["failed"] else OK
+
+
+def _latent_side(pairs: Sequence[MatchedPair]) -> int:
+    """Side in latent pixels of the first noise that can be read; the others must be like it."""
+    for pair in pairs[:-1]:
+        with contextlib.suppress(DataError):
+            return load_noise(pair).shape[-1]
+    return load_noise(pairs[-1]).shape[-1]
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:

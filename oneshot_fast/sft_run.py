@@ -80,6 +80,13 @@ class SftRun:
 
     def settings(self, pairs: Sequence[MatchedPair]) -> dict[str, Any]:
         """Everything the result depends on."""
+        paths = {path for pair in pairs for path in (pair.image_path, pair.noise_path)}
+        files = {path: file_sha256(path) for path in paths}
+        contents: dict[str, list[tuple[object, ...]]] = {
+            "prompts": [(pair.id, pair.prompt) for pair in pairs],
+            "images": [(files[pair.image_path], pair.resize_mode) for pair in pairs],
+            "noises": [(files[pair.noise_path], pair.noise_index) for pair in pairs],
+        }
         return {
             "command": "sft",
             **dataclasses.asdict(self.options),
@@ -88,7 +95,7 @@ class SftRun:
             "model": self.generator.fingerprint(),
             "device": self.generator.device.type,
             "samples": len(pairs),
-            "data": f"{derived_seed(0, *(pair.id for pair in pairs)):016x}",
+            **{key: f"{derived_seed(0, *value):016x}" for key, value in contents.items()},
         }
 
     def run(
@@ -117,8 +124,10 @@ class SftRun:
         """
         settings = self.settings(pairs)
         with RunFolder(self.folder, settings, OUTPUTS, overwrite):
-            if (self.folder / "summary.json").exists():
-                self.generator.load_unet(self.folder / "checkpoint-final")
+            final = self.folder / "checkpoint-final"
+            if (self.folder / "summary.json").exists() and final.exists():
+                (self.folder / "state.safetensors").unlink(missing_ok=True)
+                self.generator.load_unet(final)
                 return read_json(self.folder / "summary.json")
             failures = list(failures)
             usable = self._encode(pairs, failures)

@@ -29,7 +29,7 @@ class Targets:
             UserError: If the resolution is not a multiple of the VAE's factor.
         """
         factor = generator.pipe.vae_scale_factor
-        self.resolution = resolution or generator.image_size
+        self.resolution = generator.image_size if resolution is None else resolution
         require(
             self.resolution > 0 and self.resolution % factor == 0,
             f"resolution {self.resolution} is not a positive multiple of {factor}",

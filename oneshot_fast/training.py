@@ -60,10 +60,11 @@ class SftOptions:
         for name in ("epochs", "batch_size", "preserve_pool_size"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}; give at least 1")
-        require(self.lr > 0, f"lr is {self.lr}; give a positive number")
+        require(0 < self.lr < math.inf, f"lr is {self.lr}; give a positive number")
         require(self.max_grad_norm > 0, "max_grad_norm must be positive")
         require(self.lr_warmup_steps >= 0, "lr_warmup_steps must not be negative")
-        require((self.preserve_batch_size or 1) >= 1, "preserve_batch_size must be at least 1")
+        preserved = self.preserve_batch_size
+        require(preserved is None or preserved >= 1, "preserve_batch_size must be at least 1")
         weights = (
             self.latent_loss_weight,
             self.pixel_l1_weight,
@@ -71,7 +72,10 @@ class SftOptions:
             self.preserve_pixel_weight,
             self.weight_decay,
         )
-        require(min(weights) >= 0, "weights must not be negative")
+        require(
+            all(0 <= weight < math.inf for weight in weights),
+            "weights must be finite and not negative",
+        )
         require(
             self.latent_loss_weight + self.pixel_l1_weight > 0,
             "both latent_loss_weight and pixel_l1_weight are 0; there is nothing to learn",
@@ -216,7 +220,10 @@ class Trainer:
         self.sums.zero_()
         row = {"epoch": epoch, "step": self.step, "loss": match + keep}
         row |= {"matching": match, "preserve": keep, "gradient_norm": norm}
-        require(math.isfinite(row["loss"]), f"the loss is {row['loss']} in epoch {epoch}; lower lr")
+        require(
+            math.isfinite(row["loss"]),
+            f"the loss is {row['loss']} in epoch {epoch}; start anew with a lower lr: --overwrite",
+        )
         self.history.append(row)
         if row["loss"] < self.best_loss:
             self.best_loss = row["loss"]

@@ -156,6 +156,14 @@ def test_default_dataset_keeps_what_is_there_and_refuses_a_foreign_folder(tmp_pa
     assert [path.name for path in foreign.iterdir()] == ["train"]
 
 
+def test_packaged_digits_are_those_of_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.datasets").load_digits()
+    parts = [dataset.load_digits(split) for split in ("train", "heldout")]
+    images, labels = (torch.cat(both) for both in zip(*parts, strict=True))
+    assert np.array_equal(images.numpy() * 16, sklearn.images)
+    assert np.array_equal(labels.numpy(), sklearn.target)
+
+
 def test_no_writer_is_both_in_training_and_held_out():
     train, _ = dataset.load_digits("train")
     heldout, _ = dataset.load_digits("heldout")

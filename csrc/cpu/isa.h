@@ -1,12 +1,13 @@
 #pragma once
 #include <cstdint>
 #include <new>
+#include <utility>
 
 #include "../kernels.h"
 
 // Compiled once per instruction set, with OSF_ISA (namespace) and OSF_VECTOR_BYTES set. Everything
-// has internal linkage and no std:: template is used: an inline function compiled for AVX-512 must
-// not be the copy that the linker keeps for the other files.
+// has internal linkage and no function of std:: is used: an inline function compiled for AVX-512
+// must not be the copy that the linker keeps for the other files.
 namespace osf::OSF_ISA {
 
 PatchRotate patch_rotate;
@@ -41,6 +42,31 @@ OSF_INLINE Vector<T> load(const T* p) {
 template <class T>
 OSF_INLINE void store(T* p, Vector<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
+}
+
+// 0, 1, 2, ..
+template <class T>
+OSF_INLINE Vector<T> lane_numbers() {
+  return []<int... l>(std::integer_sequence<int, l...>) {
+    return Vector<T>{T(l)...};
+  }(std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// Exchanges, for every lane l with bit h set, lane l of a with lane l - h of b.
+template <int h, class V>
+OSF_INLINE void exchange(V& a, V& b) {
+  constexpr int n = sizeof(V) / sizeof(a[0]);
+  [&]<int... l>(std::integer_sequence<int, l...>) {
+#ifdef __clang__
+    const V c = __builtin_shufflevector(a, b, (l & h ? n + l - h : l)...);
+    b = __builtin_shufflevector(a, b, (l & h ? n + l : l + h)...);
+#else
+    typedef decltype(a < a) Mask;
+    const V c = __builtin_shuffle(a, b, Mask{(l & h ? n + l - h : l)...});
+    b = __builtin_shuffle(a, b, Mask{(l & h ? n + l : l + h)...});
+#endif
+    a = c;
+  }(std::make_integer_sequence<int, n>{});
 }
 
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -20,14 +20,11 @@ void d_latent_mse(const Threads& threads, DType dtype, int64_t B, int64_t n, con
                   double scale, void* out) {
   with_dtype(dtype, [&]<class S>(S) {
     using T = Accumulator<S>;
-    const T* g = static_cast<const T*>(grad);
     const S *e = static_cast<const S*>(eps_hat), *z = static_cast<const S*>(x);
     const S* t = static_cast<const S*>(target);
-    const T factor = T(2 * scale / double(n));
-    map_per_image(threads, B, n, static_cast<S*>(out),
-                  [=, s = T(sigma)](int64_t b, int64_t i) {
-                    const T error = euler_error(widen(e[i]), widen(z[i]), widen(t[i]), s);
-                    return factor * g[b] * error;
+    map_per_image(threads, B, n, static_cast<const T*>(grad), 2 * scale / double(n),
+                  static_cast<S*>(out), [=, s = T(sigma)](T g, int64_t i) {
+                    return g * euler_error(widen(e[i]), widen(z[i]), widen(t[i]), s);
                   });
   });
 }

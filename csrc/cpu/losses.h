@@ -35,15 +35,17 @@ void mean_per_image(const Threads& threads, int64_t B, int64_t n, T* loss, F f) 
   }
 }
 
-// out[i] = f(b, i) for the elements i of every image b.
+// out[i] = f(factor grad[b], i) for the elements i of every image b.
 template <class S, class F>
-void map_per_image(const Threads& threads, int64_t B, int64_t n, S* out, F f) {
+void map_per_image(const Threads& threads, int64_t B, int64_t n, const Accumulator<S>* grad,
+                   double factor, S* out, F f) {
   const int64_t chunks = ceil_div(n, kChunk);
   parallel_for(threads, B * chunks, 4, [&](int64_t c0, int64_t c1) {
     for (int64_t c = c0; c < c1; ++c) {
       const int64_t b = c / chunks, i0 = b * n + c % chunks * kChunk;
       const int64_t i1 = min(i0 + kChunk, (b + 1) * n);
-      for (int64_t i = i0; i < i1; ++i) narrow(f(b, i), out[i]);
+      const Accumulator<S> scale = Accumulator<S>(factor) * grad[b];
+      for (int64_t i = i0; i < i1; ++i) narrow(f(scale, i), out[i]);
     }
   });
 }

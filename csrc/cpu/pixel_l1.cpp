@@ -18,13 +18,12 @@ void d_pixel_l1(const Threads& threads, DType dtype, int64_t B, int64_t n, const
                 const void* y, const void* target, bool wrt_target, void* out) {
   with_dtype(dtype, [&]<class S>(S) {
     using T = Accumulator<S>;
-    const T* g = static_cast<const T*>(grad);
     const S *v = static_cast<const S*>(y), *t = static_cast<const S*>(target);
-    const T factor = T(1 / double(n));
-    map_per_image(threads, B, n, static_cast<S*>(out), [=](int64_t b, int64_t i) {
-      const T slope = wrt_target ? T(-1) : unit_slope(widen(v[i]));
-      return factor * g[b] * slope * sign(pixel_error(widen(v[i]), widen(t[i])));
-    });
+    map_per_image(threads, B, n, static_cast<const T*>(grad), 1 / double(n), static_cast<S*>(out),
+                  [=](T g, int64_t i) {
+                    const T slope = wrt_target ? T(-1) : unit_slope(widen(v[i]));
+                    return g * slope * sign(pixel_error(widen(v[i]), widen(t[i])));
+                  });
   });
 }
 

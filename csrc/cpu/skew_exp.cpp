@@ -22,8 +22,8 @@ class Exponential {
     set_generator(a);
     exponential(1, R_);
     for (int k = 0; k < squarings_; ++k) {
-      m_.product(R_, R_, W_);
-      swap(R_, W_);
+      square(k, R_, Q_);
+      swap(R_, Q_);
     }
     write(R_, out);
   }
@@ -68,53 +68,59 @@ class Exponential {
   void set_generator(const In* a) {
     read(a, W_);
     m_.add_transpose(W_, -1, S_);
+    // powers of S / 2^e, whose norm is about 1, neither overflow nor underflow
+    int e = 0;
+    __builtin_frexp(m_.frobenius_norm(S_), &e);
+    m_.scale(S_, power_of_two(-e));
     m_.half_product(S_, S_, X_[1]);
     m_.mirror(X_[1], 1);
     m_.half_product(X_[1], X_[1], X_[2]);
     m_.mirror(X_[2], 1);
-    choose_scheme();
+    choose_scheme(e);
+    m_.scale(S_, power_of_two(e - squarings_));
+    m_.scale(X_[1], power_of_two(2 * (e - squarings_)));
+    m_.scale(X_[2], power_of_two(4 * (e - squarings_)));
     for (int r = 3; r <= scheme_->powers; ++r) {
       m_.half_product(X_[r / 2], X_[r - r / 2], X_[r]);
       m_.mirror(X_[r], 1);
     }
   }
 
-  // The cheapest series and scaling. S is normal: ||S||_2 is at most every ||S^k||_1^(1/k), which
-  // for large D are far below ||S||_1. Not finite: the result will not be either.
-  void choose_scheme() {
-    double bound = m_.one_norm(S_, W_);
-    const double second = __builtin_sqrt(m_.one_norm(X_[1], W_));
-    const double fourth = __builtin_sqrt(__builtin_sqrt(m_.one_norm(X_[2], W_)));
-    bound = second < bound ? second : bound;
-    bound = fourth < bound ? fourth : bound;
-    if (!(bound < __builtin_huge_val())) bound = 0;
+  // The cheapest series and scaling. S is normal: ||S||_2 is the fourth root of ||S^4||_2, and
+  // ||S^4||_F is at most sqrt(D) times that. Not finite: the result will not be either.
+  void choose_scheme(int e) {
+    const double bound = __builtin_ldexp(__builtin_sqrt(__builtin_sqrt(m_.frobenius_norm(X_[2]))), e);
     int best = 1 << 30;
     for (const Scheme& scheme : kSchemes) {
       double theta = sizeof(T) == 8 ? scheme.theta64 : scheme.theta32;
       int s = 0;
-      for (; theta < bound; theta *= 2) ++s;
+      for (; theta < bound && bound < __builtin_huge_val(); theta *= 2) ++s;
       if (scheme.half_products + 2 * s >= best) continue;
       best = scheme.half_products + 2 * s;
       scheme_ = &scheme;
       squarings_ = s;
     }
-    if (squarings_ == 0) return;
-    const double unit = __builtin_ldexp(1., -squarings_);
-    m_.scale(S_, T(unit));
-    m_.scale(X_[1], T(unit * unit));
-    m_.scale(X_[2], T(unit * unit * unit * unit));
   }
 
+  static T power_of_two(int e) { return T(__builtin_ldexp(1., e)); }
+
   // out = or += [first = 0] I + sum over i in 1 .. powers of coefficient(first + i) M_i
+  template <int powers>
   void combine(Series parity, int first, bool identity, T* const* M, T* out, bool accumulate) const {
     const double* c = kInverseFactorials + 2 * first + parity;
-    for (int64_t i = 0; i < m_.size; ++i) {
-      T sum = T(c[2]) * M[1][i] + T(c[4]) * M[2][i];
-      if (scheme_->powers > 2) sum += T(c[6]) * M[3][i];
-      if (scheme_->powers > 3) sum += T(c[8]) * M[4][i];
+    for (int64_t i = 0; i < m_.D * m_.ld; ++i) {
+      T sum = T(c[2]) * M[1][i];
+      for (int r = 2; r <= powers; ++r) sum += T(c[2 * r]) * M[r][i];
       out[i] = accumulate ? out[i] + sum : sum;
     }
     for (int64_t i = 0; identity && i < m_.D; ++i) out[i * (m_.ld + 1)] += 1;
+  }
+  void combine(Series parity, int first, bool identity, T* const* M, T* out, bool accumulate) const {
+    switch (scheme_->powers) {
+      case 2: return combine<2>(parity, first, identity, M, out, accumulate);
+      case 3: return combine<3>(parity, first, identity, M, out, accumulate);
+      case 4: return combine<4>(parity, first, identity, M, out, accumulate);
+    }
   }
 
   // The lower triangle of C or K
@@ -147,21 +153,32 @@ class Exponential {
     m_.assemble(1, C_, sign, W_, R);
   }
 
+  // R = M M for the k-th time. A squaring doubles the distance from an orthogonal matrix, which a
+  // Newton-Schulz step now and then, R = R (3 I - R^T R) / 2, brings back to rounding.
+  void square(int k, const T* M, T* R) {
+    m_.product(M, M, R);
+    if (k % 4 != 3) return;
+    m_.template half_product<true>(R, R, W_);
+    m_.mirror(W_, 1);
+    m_.scale(W_, T(-0.5));
+    for (int64_t i = 0; i < m_.D; ++i) W_[i * (m_.ld + 1)] += T(1.5);
+    m_.product(R, W_, C_);
+    __builtin_memcpy(R, C_, m_.size * sizeof(T));
+  }
+
   // E = phi(E) at S, expressed by phi at the scaled S: phi(S) = (1 + exp(S/2) . exp(-S/2)) / 2 after
   // phi(S/2). q becomes exp of the scaled S.
   void undo_squarings() {
     Buffer<T> chain(squarings_ * m_.size);  // exp(-S) of the scaled S, squared again and again
     exponential(-1, chain);
-    for (int k = 1; k < squarings_; ++k) {
-      const T* root = chain + (k - 1) * m_.size;
-      m_.product(root, root, chain + k * m_.size);
-    }
+    for (int k = 0; k + 1 < squarings_; ++k)
+      square(k, chain + k * m_.size, chain + (k + 1) * m_.size);
     for (int k = squarings_ - 1; k >= 0; --k) {
       const T* inverse = chain + k * m_.size;
       m_.product(E_, inverse, R_);
       m_.template half_product<true>(inverse, R_, W_);
       m_.mirror(W_, -1);
-      for (int64_t i = 0; i < m_.size; ++i) E_[i] = T(0.5) * (E_[i] + W_[i]);
+      for (int64_t i = 0; i < m_.D * m_.ld; ++i) E_[i] = T(0.5) * (E_[i] + W_[i]);
     }
     for (int64_t i = 0; i < m_.D; ++i)
       for (int64_t j = 0; j < m_.D; ++j) q_[i * m_.ld + j] = chain[j * m_.ld + i];

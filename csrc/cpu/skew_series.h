@@ -5,15 +5,54 @@
 namespace osf::OSF_ISA {
 namespace {
 
-// D x D matrices with rows of ld elements. A product that is symmetric or skew is computed in the
+// A square of one vector per row, in registers.
+template <class T>
+struct Tile {
+  static constexpr int kSize = kLanes<T>;
+  Vector<T> rows[kSize];
+
+  OSF_INLINE void read(const T* p, int64_t ld) {
+    for (int r = 0; r < kSize; ++r) rows[r] = load(p + r * ld);
+  }
+  OSF_INLINE void write(T* p, int64_t ld) const {
+    for (int r = 0; r < kSize; ++r) store(p + r * ld, rows[r]);
+  }
+  // Replaces what lies above the diagonal.
+  OSF_INLINE void take_upper(const Tile& other) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kSize; ++r)
+      rows[r] = lane_numbers<T>() > T(r) ? other.rows[r] : rows[r];
+  }
+  OSF_INLINE void transpose() { swap_blocks<kSize / 2>(); }
+
+ private:
+  // Exchanges the off-diagonal blocks of h x h, then those of h / 2, ...
+  template <int h>
+  OSF_INLINE void swap_blocks() {
+    if constexpr (h > 0) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kSize; ++r)
+        if (!(r & h)) exchange<h>(rows[r], rows[r + h]);
+      swap_blocks<h / 2>();
+    }
+  }
+};
+
+// D x D matrices padded to whole vectors in both directions; what lies beyond D is never read into
+// what lies within. A product that is symmetric or skew is computed in the
 // lower triangle only (half_product) and completed by mirror or assemble.
 template <class T>
 class Squares {
  public:
   Squares(const Threads& threads, int64_t D)
-      : D(D), ld(round_up(D, kLanes<T>)), size(D * ld), threads_(threads) {}
+      : D(D),
+        columns(round_up(D, kLanes<T>)),
+        // rows a power of two apart would fall into the same few cache sets
+        ld(columns * sizeof(T) % 1024 ? columns : columns + kLanes<T>),
+        size(columns * ld),
+        threads_(threads) {}
 
-  const int64_t D, ld, size;
+  const int64_t D, columns, ld, size;
 
   // C = op(A) B, or C += op(A) B
   template <bool TA = false>
@@ -21,8 +60,8 @@ class Squares {
     const auto panels = [&](int64_t j0, int64_t j1) {
       for (int64_t j = j0; j < j1; ++j) panel<TA>(j * kTileColumns<T>, A, B, C, half, accumulate);
     };
-    const int64_t count = ceil_div(ld, kTileColumns<T>);
-    if (D < 128)
+    const int64_t count = ceil_div(columns, kTileColumns<T>);
+    if (D < kParallelDim)
       panels(0, count);
     else
       parallel_for(threads_, count, 1, panels);
@@ -32,40 +71,52 @@ class Squares {
     product<TA>(A, B, C, true, accumulate);
   }
 
-  // R = alpha C + beta W from the lower triangles of a symmetric C and a skew W
-  void assemble(T alpha, const T* C, T beta, const T* W, T* R) const {
-    for_each_pair([&](int64_t lower, int64_t upper) {
-      const T c = alpha * C[lower], w = beta * W[lower];
-      R[upper] = c - w;
-      R[lower] = lower == upper ? c : c + w;
-    });
-  }
   // The upper triangle from the lower one of a symmetric (1) or skew (-1) matrix
   void mirror(T* C, T sign) const {
-    for_each_pair([&](int64_t lower, int64_t upper) {
-      C[upper] = sign * C[lower];
-      if (lower == upper && sign < 0) C[lower] = 0;
+    if (sign < 0) clear_diagonal(C);
+    for_each_tile(C, [&](int64_t lower, int64_t, Tile<T>& lo, Tile<T>& up) {
+      lo.read(C + lower, ld);
+      for (int r = 0; r < Tile<T>::kSize; ++r) up.rows[r] = sign * lo.rows[r];
+    });
+  }
+  // R = alpha C + beta W from the lower triangles of a symmetric C and a skew W
+  void assemble(T alpha, const T* C, T beta, T* W, T* R) const {
+    clear_diagonal(W);
+    for_each_tile(R, [&](int64_t lower, int64_t, Tile<T>& lo, Tile<T>& up) {
+      for (int r = 0; r < Tile<T>::kSize; ++r) {
+        const Vector<T> c = alpha * load(C + lower + r * ld), w = beta * load(W + lower + r * ld);
+        lo.rows[r] = c + w;
+        up.rows[r] = c - w;
+      }
     });
   }
   // out = M + sign M^T
   void add_transpose(const T* M, T sign, T* out) const {
-    for_each_pair([&](int64_t lower, int64_t upper) {
-      const T l = M[lower], u = M[upper];
-      out[upper] = u + sign * l;
-      out[lower] = l + sign * u;
+    for_each_tile(out, [&](int64_t lower, int64_t upper, Tile<T>& lo, Tile<T>& up) {
+      lo.read(M + lower, ld);
+      up.read(M + upper, ld);
+      up.transpose();
+      for (int r = 0; r < Tile<T>::kSize; ++r) {
+        const Vector<T> l = lo.rows[r], u = up.rows[r];
+        lo.rows[r] = l + sign * u;
+        up.rows[r] = u + sign * l;
+      }
     });
   }
   void scale(T* M, T factor) const {
-    for (int64_t i = 0; i < size; ++i) M[i] *= factor;
+    for (int64_t i = 0; i < D * ld; ++i) M[i] *= factor;
   }
-  // Largest column sum of |M|
-  T one_norm(const T* M, T* scratch) const {
-    for (int64_t j = 0; j < ld; ++j) scratch[j] = 0;
+  // Square root of the sum of squares
+  double frobenius_norm(const T* M) const {
+    Vector<T> sum = {};
     for (int64_t i = 0; i < D; ++i)
-      for (int64_t j = 0; j < ld; ++j) scratch[j] += M[i * ld + j] < 0 ? -M[i * ld + j] : M[i * ld + j];
-    T norm = 0;
-    for (int64_t j = 0; j < D; ++j) norm = scratch[j] > norm ? scratch[j] : norm;
-    return norm;
+      for (int64_t j = 0; j < D; j += kLanes<T>) {
+        const Vector<T> m = lane_numbers<T>() < T(D - j) ? load(M + i * ld + j) : Vector<T>{};
+        sum += m * m;
+      }
+    double total = 0;
+    for (int l = 0; l < kLanes<T>; ++l) total += sum[l];
+    return __builtin_sqrt(total);
   }
 
  private:
@@ -75,23 +126,34 @@ class Squares {
     for (int64_t k = 0; k < D; k += kBlockK) {
       const T* a = TA ? A + k * ld : A + k;
       const int64_t K = min(kBlockK, D - k);
-      if (ld - n >= kTileColumns<T>)
+      if (columns - n >= kTileColumns<T>)
         panel_product<kTileVectors, TA>(m, D, K, a, ld, B + k * ld + n, ld, C + n, ld,
                                         accumulate || k > 0);
       else
         panel_product<1, TA>(m, D, K, a, ld, B + k * ld + n, ld, C + n, ld, accumulate || k > 0);
     }
   }
-  // f(offset of (i, j), offset of (j, i)) for i >= j, in blocks that stay in the cache
+  void clear_diagonal(T* M) const {
+    for (int64_t i = 0; i < D; ++i) M[i * (ld + 1)] = 0;
+  }
+  // f(offset below the diagonal, offset above it, lo, up) sets two tiles of which lo and the
+  // transpose of up are written; on the diagonal, the lower triangle of lo and the upper of up^T.
   template <class F>
-  void for_each_pair(F f) const {
-    constexpr int64_t block = 16;
-    for (int64_t i0 = 0; i0 < D; i0 += block)
-      for (int64_t j0 = 0; j0 <= i0; j0 += block)
-        for (int64_t i = i0; i < min(D, i0 + block); ++i)
-          for (int64_t j = j0; j < min(i + 1, j0 + block); ++j) f(i * ld + j, j * ld + i);
+  void for_each_tile(T* out, F f) const {
+    for (int64_t i = 0; i < D; i += Tile<T>::kSize)
+      for (int64_t j = 0; j <= i; j += Tile<T>::kSize) {
+        Tile<T> lo, up;
+        f(i * ld + j, j * ld + i, lo, up);
+        up.transpose();
+        if (i == j)
+          lo.take_upper(up);
+        else
+          up.write(out + j * ld + i, ld);
+        lo.write(out + i * ld + j, ld);
+      }
   }
 
+  static constexpr int64_t kParallelDim = 128;
   const Threads& threads_;
 };
 
@@ -105,6 +167,7 @@ struct Scheme {
 };
 constexpr int kMaxPowers = 4;
 constexpr Scheme kSchemes[] = {{2, 1, 3, 9.36e-2, 1.68e-3},
+                               {3, 1, 4, 3.14e-1, 1.78e-2},
                                {2, 2, 5, 6.54e-1, 7.02e-2},
                                {3, 2, 6, 1.576, 3.37e-1},
                                {4, 2, 7, 2.701, 8.25e-1}};

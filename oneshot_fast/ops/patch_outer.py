@@ -35,10 +35,8 @@ def reference(a: Tensor, b: Tensor, p: int, like: Tensor | Sequence[int] = ()) -
     """Plain-torch definition of ``patch_outer``."""
     leading = torch.Size(_leading(like))
     u, v = unfold(a, p, tile_grid(leading)), unfold(b, p, tile_grid(leading))
-    D = u.shape[-1]
-    if not leading:
-        return u.reshape(-1, D).mT @ v.reshape(-1, D)
-    return (u.mT @ v).reshape(*leading, D, D)
+    sums = u @ v.mT
+    return sums.reshape(*leading, *sums.shape[-2:]) if leading else sums.sum((0, 1, 2))
 
 
 def _leading(like: Tensor | Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oneshot_fast import ops
 from oneshot_fast.ops._register import OpSpec, define
 
 
@@ -31,8 +32,8 @@ def reference(x: Tensor, q: Tensor, p: int) -> Tensor:
     """Plain-torch definition of ``patch_rotate``."""
     tiles = tile_grid(q.shape[:-2])
     images = q.shape[0] if q.dim() > 2 else 1
-    matrices = q.mT.reshape(images, *tiles, *q.shape[-2:])
-    return fold(unfold(x, p, tiles) @ matrices, x.shape, p)
+    matrices = q.reshape(images, *tiles, *q.shape[-2:])
+    return fold(matrices @ unfold(x, p, tiles), x.shape, p)
 
 
 def tile_grid(leading: torch.Size) -> tuple[int, int]:
@@ -41,20 +42,20 @@ def tile_grid(leading: torch.Size) -> tuple[int, int]:
 
 
 def unfold(x: Tensor, p: int, tiles: tuple[int, int]) -> Tensor:
-    """Cut [B, C, H, W] into the patches of each tile, [B, Gh, Gw, N / (Gh Gw), D]."""
+    """Cut [B, C, H, W] into the patches of each tile, as columns: [B, Gh, Gw, D, N / (Gh Gw)]."""
     B, C, H, W = x.shape
     Gh, Gw = tiles
     h, w = H // p // Gh, W // p // Gw
-    patches = x.reshape(B, C, Gh, h, p, Gw, w, p).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    return patches.reshape(B, Gh, Gw, h * w, C * p * p)
+    patches = x.reshape(B, C, Gh, h, p, Gw, w, p).permute(0, 2, 5, 1, 4, 7, 3, 6)
+    return patches.reshape(B, Gh, Gw, C * p * p, h * w)
 
 
 def fold(patches: Tensor, shape: torch.Size, p: int) -> Tensor:
-    """Inverse of ``unfold``: [B, Gh, Gw, N / (Gh Gw), D] to [B, C, H, W] = ``shape``."""
+    """Inverse of ``unfold``: [B, Gh, Gw, D, N / (Gh Gw)] to [B, C, H, W] = ``shape``."""
     B, C, H, W = shape
     Gh, Gw = patches.shape[1:3]
-    x = patches.reshape(B, Gh, Gw, H // p // Gh, W // p // Gw, C, p, p)
-    return x.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(shape)
+    x = patches.reshape(B, Gh, Gw, C, p, p, H // p // Gh, W // p // Gw)
+    return x.permute(0, 3, 1, 6, 4, 2, 7, 5).reshape(shape)
 
 
 def _fake(x: Tensor, q: Tensor, p: int) -> Tensor:
@@ -67,11 +68,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    from oneshot_fast.ops.patch_outer import patch_outer  # the two are each other's gradients
-
     x, q = ctx.saved_tensors
     d_x = patch_rotate(grad, q.mT, ctx.p) if ctx.needs_input_grad[0] else None
-    d_q = patch_outer(grad, x, ctx.p, q) if ctx.needs_input_grad[1] else None
+    d_q = ops.patch_outer(grad, x, ctx.p, q) if ctx.needs_input_grad[1] else None
     return d_x, d_q, None
 
 

@@ -31,7 +31,7 @@ def reference(a: Tensor) -> Tensor:
     """Plain-torch definition of ``skew_exp``."""
     half = a.dtype in (torch.float16, torch.bfloat16)  # torch has no matrix_exp for them
     s = a.float() - a.mT.float() if half else a - a.mT
-    return torch.linalg.matrix_exp(s).to(a.dtype)
+    return torch.linalg.matrix_exp(s.contiguous()).to(a.dtype)
 
 
 def _fake(a: Tensor) -> Tensor:

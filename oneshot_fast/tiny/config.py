@@ -27,13 +27,13 @@ class TrainConfig:
     """Optimiser steps of the teacher."""
     prompt_dropout: float = 0.1
     """Share of prompts that the teacher does not see."""
-    guidance: float = 1.0
+    guidance: float = 2.0
     """Classifier-free guidance scale of the teacher's samples; 1 is none."""
-    solver_steps: int = 12
+    solver_steps: int = 10
     """Steps of the teacher's ODE solver."""
-    distill_pairs: int = 20480
+    distill_pairs: int = 12800
     """Noises whose end point the teacher computes."""
-    distill_steps: int = 6000
+    distill_steps: int = 4500
     """Optimiser steps of the student."""
     batch_size: int = 48
     """Images per step of teacher, student and classifier."""

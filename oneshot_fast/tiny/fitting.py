@@ -37,7 +37,7 @@ class Ema:
     """Exponential moving average of parameters with a warm-up (the first steps count less)."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = list(parameters)
         self.average = [p.detach().clone() for p in self.parameters]
         self.decay, self.count = decay, 0
 

@@ -24,8 +24,10 @@ IMAGE_SIZE = 64
 LATENT_SIZE = 8
 TEXT_WIDTH = 32
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-OTHER_WORDS = ("a", "an", "the", "of", "in", "on", "with", "and", "handwritten", "digit", "number")
-OTHER_WORDS += ("photo", "image", "thick", "thin", "black", "white", "blue", "red", "ink", "paper")
+OTHER_WORDS = (
+    *("a", "an", "the", "of", "in", "on", "with", "and", "handwritten", "digit", "number"),
+    *("photo", "image", "thick", "thin", "black", "white", "blue", "red", "ink", "paper"),
+)
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 

@@ -1,0 +1,166 @@
+"""Triton kernels of latent_mse; checks and autograd are in oneshot_fast.ops."""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oneshot_fast.kernels.partial_sums import add_partial_sums
+
+# One program sums CHUNK elements, a whole latent of 4 x 64 x 64. Constants, so that the rounding
+# is the same on every device.
+CHUNK = 16384
+_BLOCK = 2048
+
+
+@triton.jit
+def _error(eps_hat_ptr, x_ptr, target_ptr, sigma, offsets, mask, ACC: tl.constexpr):
+    """X - sigma eps_hat - target."""
+    eps_hat = tl.load(eps_hat_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    target = tl.load(target_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    return x - sigma * eps_hat - target
+
+
+@triton.jit
+def latent_mse_kernel(
+    # loss = mean over the n elements of an image of e^2, e = x - sigma eps_hat - target.
+    # d_eps_hat = -2 sigma e / n; dx = 2 e / n; dtarget = -2 e / n.
+    eps_hat_ptr,  # [B, n]
+    x_ptr,  # [B, n]
+    target_ptr,  # [B, n]
+    sums_ptr,  # [B, chunks], or [B] the loss itself for one chunk
+    d_eps_hat_ptr,  # [B, n] where GRADIENT
+    sigma: tl.float64,
+    n,
+    chunks,
+    divisor,
+    GRADIENT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    ACC: tl.constexpr = sums_ptr.dtype.element_ty
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    i0 = tl.program_id(0) % chunks * CHUNK
+    s = tl.full((BLOCK,), sigma, ACC)
+    factor = -2.0 * s / n
+    total = tl.zeros((BLOCK,), dtype=ACC)
+    for i in range(0, CHUNK, BLOCK):
+        offsets = i0 + i + tl.arange(0, BLOCK)
+        mask = offsets < n
+        offsets = image * n + offsets
+        error = _error(eps_hat_ptr, x_ptr, target_ptr, s, offsets, mask, ACC)
+        total += error * error
+        if GRADIENT:
+            gradient = (factor * error).to(d_eps_hat_ptr.dtype.element_ty)
+            tl.store(d_eps_hat_ptr + offsets, gradient, mask=mask)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total) / divisor)
+
+
+@triton.jit
+def d_latent_mse_kernel(
+    # out = scale grad d loss / dx = grad (2 scale / n) (x - sigma eps_hat - target)
+    grad_ptr,  # [B], accumulation dtype
+    eps_hat_ptr,  # [B, n]
+    x_ptr,  # [B, n]
+    target_ptr,  # [B, n]
+    out_ptr,  # [B, n]
+    sigma: tl.float64,
+    factor: tl.float64,  # 2 scale / n
+    n,
+    blocks,
+    BLOCK: tl.constexpr,
+):
+    ACC: tl.constexpr = grad_ptr.dtype.element_ty
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    offsets = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    offsets = image * n + offsets
+    s = tl.full((BLOCK,), sigma, ACC)
+    error = _error(eps_hat_ptr, x_ptr, target_ptr, s, offsets, mask, ACC)
+    out = tl.full((BLOCK,), factor, ACC) * tl.load(grad_ptr + image) * error
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def latent_mse(
+    eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float, with_gradient: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Mean over C, H, W of (x - sigma eps_hat - target)^2, and its gradient in the same pass.
+
+    Args:
+        eps_hat: Predicted noise, [B, C, H, W].
+        x: Noisy latents, [B, C, H, W].
+        target: Target latents, [B, C, H, W].
+        sigma: Noise level of the step.
+        with_gradient: Also return the gradient of the summed losses.
+
+    Returns:
+        Loss per image, [B], in the accumulation dtype; gradient in ``eps_hat``, [B, C, H, W].
+    """
+    eps_hat, x, target = eps_hat.contiguous(), x.contiguous(), target.contiguous()
+    loss = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    gradient = torch.empty_like(eps_hat) if with_gradient else None
+    if loss.numel() == 0:
+        return loss, gradient
+    n = x[0].numel()
+    chunks = triton.cdiv(n, CHUNK)
+    sums = loss if chunks == 1 else loss.new_empty(*loss.shape, chunks)
+    with torch.cuda.device_of(x):
+        latent_mse_kernel[(sums.numel(),)](
+            eps_hat,
+            x,
+            target,
+            sums,
+            gradient,
+            sigma,
+            n,
+            chunks,
+            n if chunks == 1 else 1,
+            GRADIENT=with_gradient,
+            CHUNK=min(CHUNK, triton.next_power_of_2(n)),
+            BLOCK=min(_BLOCK, triton.next_power_of_2(n)),
+            num_warps=8,
+        )
+    return (loss if chunks == 1 else add_partial_sums(sums, loss, n)), gradient
+
+
+def d_latent_mse(
+    grad: Tensor, eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float, scale: float
+) -> Tensor:
+    """Gradient of <grad, loss> in ``x`` times ``scale``.
+
+    Args:
+        grad: Gradient of the losses, [B], in the accumulation dtype.
+        eps_hat: Predicted noise, [B, C, H, W].
+        x: Noisy latents, [B, C, H, W].
+        target: Target latents, [B, C, H, W].
+        sigma: Noise level of the step.
+        scale: 1 for the gradient in x, -sigma in eps_hat, -1 in target.
+
+    Returns:
+        Gradient, [B, C, H, W].
+    """
+    eps_hat, x, target = eps_hat.contiguous(), x.contiguous(), target.contiguous()
+    out = torch.empty_like(x)
+    if out.numel() == 0:
+        return out
+    n = x[0].numel()
+    block = min(_BLOCK, triton.next_power_of_2(n))
+    blocks = triton.cdiv(n, block)
+    with torch.cuda.device_of(x):
+        d_latent_mse_kernel[(len(x) * blocks,)](
+            grad.contiguous(),
+            eps_hat,
+            x,
+            target,
+            out,
+            sigma,
+            2 * scale / n,
+            n,
+            blocks,
+            BLOCK=block,
+            num_warps=8,
+        )
+    return out

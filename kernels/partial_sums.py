@@ -1,0 +1,69 @@
+"""Second stage of the deterministic reductions: partial sums are added in a fixed order."""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK_S = 64
+_BLOCK_I = 64
+
+
+@triton.jit
+def add_partial_sums_kernel(
+    # out[g, i] = sum over s of partial[g, s, i], divided by n
+    partial_ptr,  # [G, S, I]
+    out_ptr,  # [G, I]
+    S,
+    I,
+    n,
+    BLOCK_S: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    blocks = tl.cdiv(I, BLOCK_I)
+    g = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * BLOCK_I + tl.arange(0, BLOCK_I)
+    s = tl.arange(0, BLOCK_S)
+    partial_ptr += g * S * I
+    total = tl.zeros((BLOCK_S, BLOCK_I), dtype=partial_ptr.dtype.element_ty)
+    for s0 in range(0, S, BLOCK_S):
+        rows = (s0 + s)[:, None]
+        total += tl.load(
+            partial_ptr + rows.to(tl.int64) * I + i[None, :],
+            mask=(rows < S) & (i < I)[None, :],
+            other=0.0,
+        )
+    out = tl.sum(total, axis=0) / n
+    tl.store(out_ptr + g * I + i, out.to(out_ptr.dtype.element_ty), mask=i < I)
+
+
+def add_partial_sums(partial: Tensor, out: Tensor, n: int = 1) -> Tensor:
+    """Write the sum of ``partial`` over its second dimension, divided by ``n``, to ``out``.
+
+    Args:
+        partial: Partial sums, [G, S, ...], in the accumulation dtype.
+        out: Result, [G, ...] or, for G = 1, [...].
+        n: Divisor.
+
+    Returns:
+        ``out``.
+    """
+    G, S = partial.shape[:2]
+    items = out.numel() // G
+    block_i = min(_BLOCK_I, triton.next_power_of_2(items))
+    # few results: more rows at once, for the same latency
+    block_s = _BLOCK_S * _BLOCK_I // block_i
+    with torch.cuda.device_of(partial):
+        add_partial_sums_kernel[(G * triton.cdiv(items, block_i),)](
+            partial,
+            out,
+            S,
+            items,
+            n,
+            BLOCK_S=min(block_s, triton.next_power_of_2(S)),
+            BLOCK_I=block_i,
+            num_warps=4,
+        )
+    return out

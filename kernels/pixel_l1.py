@@ -1,0 +1,162 @@
+"""Triton kernels of pixel_l1; checks and autograd are in oneshot_fast.ops."""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oneshot_fast.kernels.partial_sums import add_partial_sums
+
+# Constants, so that the rounding is the same on every device.
+CHUNK = 16384
+_BLOCK = 2048
+
+
+@triton.jit
+def _error(y, target):
+    """Clamp(y / 2 + 0.5, 0, 1) - target, by comparisons: a NaN stays a NaN."""
+    unit = y * 0.5 + 0.5
+    unit = tl.where(unit < 0, 0.0, unit)
+    unit = tl.where(unit > 1, 1.0, unit)
+    return unit - target
+
+
+@triton.jit
+def _slope(y, error, WRT_TARGET: tl.constexpr):
+    """D |error| in y, 0 at 0 and with the borders of the clamp inside, as in torch; or in target."""
+    sign = tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, 0.0)).to(y.dtype)
+    if WRT_TARGET:
+        return -sign
+    unit = y * 0.5 + 0.5
+    return tl.where((unit >= 0) & (unit <= 1), 0.5 * sign, 0.0)
+
+
+@triton.jit
+def pixel_l1_kernel(
+    # loss = mean over the n elements of an image of |e|, e = clamp(y / 2 + 0.5, 0, 1) - target.
+    # dy = sign(e) / (2 n) inside of the clamp, 0 outside; dtarget = -sign(e) / n.
+    y_ptr,  # [B, n]
+    target_ptr,  # [B, n]
+    sums_ptr,  # [B, chunks], or [B] the loss itself for one chunk
+    dy_ptr,  # [B, n] where GRADIENT
+    n,
+    chunks,
+    divisor,
+    GRADIENT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    ACC: tl.constexpr = sums_ptr.dtype.element_ty
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    i0 = tl.program_id(0) % chunks * CHUNK
+    factor = tl.full((BLOCK,), 1.0, ACC) / n
+    total = tl.zeros((BLOCK,), dtype=ACC)
+    for i in range(0, CHUNK, BLOCK):
+        offsets = i0 + i + tl.arange(0, BLOCK)
+        mask = offsets < n
+        offsets = image * n + offsets
+        y = tl.load(y_ptr + offsets, mask=mask, other=-1.0).to(ACC)
+        target = tl.load(target_ptr + offsets, mask=mask, other=0.0).to(ACC)
+        error = _error(y, target)
+        total += tl.abs(error)
+        if GRADIENT:
+            gradient = _slope(y, error, False) * factor
+            tl.store(dy_ptr + offsets, gradient.to(dy_ptr.dtype.element_ty), mask=mask)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total) / divisor)
+
+
+@triton.jit
+def d_pixel_l1_kernel(
+    # out = grad d loss / dy, or grad d loss / dtarget where WRT_TARGET
+    grad_ptr,  # [B], accumulation dtype
+    y_ptr,  # [B, n]
+    target_ptr,  # [B, n]
+    out_ptr,  # [B, n]
+    n,
+    blocks,
+    WRT_TARGET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    ACC: tl.constexpr = grad_ptr.dtype.element_ty
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    offsets = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    offsets = image * n + offsets
+    y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    target = tl.load(target_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    out = _slope(y, _error(y, target), WRT_TARGET) * (tl.load(grad_ptr + image) / n)
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def pixel_l1(
+    y: Tensor, target: Tensor, with_gradient: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Mean over C, H, W of |clamp(y / 2 + 0.5, 0, 1) - target|, and its gradient in the same pass.
+
+    Args:
+        y: Decoder output, [B, C, H, W], in [-1, 1] before clamping.
+        target: Images, [B, C, H, W], [0, 1] RGB.
+        with_gradient: Also return the gradient of the summed losses.
+
+    Returns:
+        Loss per image, [B], in the accumulation dtype; gradient in ``y``, [B, C, H, W].
+    """
+    y, target = y.contiguous(), target.contiguous()
+    loss = y.new_empty(y.shape[0], dtype=torch.promote_types(y.dtype, torch.float32))
+    gradient = torch.empty_like(y) if with_gradient else None
+    if loss.numel() == 0:
+        return loss, gradient
+    n = y[0].numel()
+    chunks = triton.cdiv(n, CHUNK)
+    sums = loss if chunks == 1 else loss.new_empty(*loss.shape, chunks)
+    with torch.cuda.device_of(y):
+        pixel_l1_kernel[(sums.numel(),)](
+            y,
+            target,
+            sums,
+            gradient,
+            n,
+            chunks,
+            n if chunks == 1 else 1,
+            GRADIENT=with_gradient,
+            CHUNK=min(CHUNK, triton.next_power_of_2(n)),
+            BLOCK=min(_BLOCK, triton.next_power_of_2(n)),
+            num_warps=8,
+        )
+    return (loss if chunks == 1 else add_partial_sums(sums, loss, n)), gradient
+
+
+def d_pixel_l1(grad: Tensor, y: Tensor, target: Tensor, wrt_target: bool) -> Tensor:
+    """Gradient of <grad, loss> in ``y``, or in ``target``.
+
+    Args:
+        grad: Gradient of the losses, [B], in the accumulation dtype.
+        y: Decoder output, [B, C, H, W].
+        target: Images, [B, C, H, W], [0, 1] RGB.
+        wrt_target: In ``target`` instead of ``y``.
+
+    Returns:
+        Gradient, [B, C, H, W].
+    """
+    y, target = y.contiguous(), target.contiguous()
+    out = torch.empty_like(y)
+    if out.numel() == 0:
+        return out
+    n = y[0].numel()
+    block = min(_BLOCK, triton.next_power_of_2(n))
+    blocks = triton.cdiv(n, block)
+    with torch.cuda.device_of(y):
+        d_pixel_l1_kernel[(len(y) * blocks,)](
+            grad.contiguous(),
+            y,
+            target,
+            out,
+            n,
+            blocks,
+            WRT_TARGET=wrt_target,
+            BLOCK=block,
+            num_warps=8,
+        )
+    return out

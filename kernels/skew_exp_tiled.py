@@ -1,0 +1,352 @@
+"""Triton kernels of skew_exp for D > 64: batched tiled products, a fixed number of launches.
+
+Each matrix takes part in as many of the squarings as it needs, a number that only the device knows.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oneshot_fast.kernels.patch_tiles import dot
+from oneshot_fast.kernels.skew_series import (
+    MAX_SQUARINGS,
+    THETA32,
+    THETA64,
+    half_power,
+    identity,
+    norm_bound,
+    quadratic,
+    squarings_for,
+    top_terms,
+)
+
+_BLOCK = 64
+# Launched, not necessarily done. ||S|| above theta 2^16, a rotation by 16,000 turns, gives NaN.
+_SQUARINGS = 16
+# Terms of phi that reach the roundoff while ||ad|| <= 2 ||S|| <= theta.
+_TERMS = {torch.float32: 12, torch.float64: 13}
+
+
+@triton.jit
+def _tile(D, BLOCK: tl.constexpr):
+    """Matrix, block row and block column of this program."""
+    blocks = tl.cdiv(D, BLOCK)
+    pid = tl.program_id(0)
+    return (pid // (blocks * blocks)).to(tl.int64), pid // blocks % blocks, pid % blocks
+
+
+@triton.jit
+def _window(row, column, D, end, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets of the entries from (row, column) on, [ROWS, COLUMNS], and mask of those below end."""
+    i = row + tl.arange(0, ROWS)
+    j = column + tl.arange(0, COLUMNS)
+    return i[:, None] * D + j[None, :], (i < end)[:, None] & (j < end)[None, :]
+
+
+@triton.jit
+def _load(ptr, row, column, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    offsets, mask = _window(row, column, D, D, ROWS, COLUMNS)
+    return tl.load(ptr + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def skew_kernel(
+    # out = m - m^T
+    m_ptr,  # [B, D, D]
+    out_ptr,  # [B, D, D], accumulation dtype
+    D,
+    BLOCK: tl.constexpr,
+):
+    b, i, j = _tile(D, BLOCK)
+    m = _load(m_ptr + b * D * D, i * BLOCK, j * BLOCK, D, BLOCK, BLOCK)
+    t = _load(m_ptr + b * D * D, j * BLOCK, i * BLOCK, D, BLOCK, BLOCK)
+    offsets, mask = _window(i * BLOCK, j * BLOCK, D, D, BLOCK, BLOCK)
+    ACC: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(out_ptr + b * D * D + offsets, m.to(ACC) - tl.trans(t.to(ACC)), mask=mask)
+
+
+@triton.jit(do_not_specialize=["level"])
+def product_kernel(
+    # out = A B, plus the terms I, S, S^2 of the series from degree FIRST on, or averaged with out.
+    # dA = dout B^T, dB = A^T dout; the callers have gradients of their own.
+    a_ptr,  # [B, D, D], memory of A^T where TRANSPOSED_A
+    b_ptr,  # [B, D, D], memory of B^T where TRANSPOSED_B
+    out_ptr,  # [B, D, D], accumulation dtype
+    s_ptr,  # [B, D, D] where FIRST >= 0
+    s2_ptr,  # [B, D, D] where FIRST >= 0
+    squarings_ptr,  # [B] where PREDICATED: skips the matrices with squarings <= level
+    level,
+    D,
+    FIRST: tl.constexpr,
+    MEAN: tl.constexpr,
+    PREDICATED: tl.constexpr,
+    TRANSPOSED_A: tl.constexpr,
+    TRANSPOSED_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    ACC: tl.constexpr = out_ptr.dtype.element_ty
+    matrix, i, j = _tile(D, BLOCK)
+    base = matrix * D * D
+    end = D
+    if PREDICATED:
+        end = tl.where(level < tl.load(squarings_ptr + matrix), D, 0)
+    acc = tl.zeros((BLOCK, BLOCK), dtype=ACC)
+    for k in range(0, end, BLOCK_K):
+        if TRANSPOSED_A:
+            a = tl.trans(_load(a_ptr + base, k, i * BLOCK, D, BLOCK_K, BLOCK))
+        else:
+            a = _load(a_ptr + base, i * BLOCK, k, D, BLOCK, BLOCK_K)
+        if TRANSPOSED_B:
+            b = tl.trans(_load(b_ptr + base, j * BLOCK, k, D, BLOCK, BLOCK_K))
+        else:
+            b = _load(b_ptr + base, k, j * BLOCK, D, BLOCK_K, BLOCK)
+        acc = dot(a.to(ACC), b.to(ACC), acc, PRECISION)
+    offsets, mask = _window(i * BLOCK, j * BLOCK, D, end, BLOCK, BLOCK)
+    if FIRST >= 0:
+        s = tl.load(s_ptr + base + offsets, mask=mask, other=0.0)
+        s2 = tl.load(s2_ptr + base + offsets, mask=mask, other=0.0)
+        block = tl.arange(0, BLOCK)
+        acc += quadratic(identity(i * BLOCK + block, j * BLOCK + block, D, ACC), s, s2, FIRST)
+    if MEAN:
+        acc = 0.5 * (acc + tl.load(out_ptr + base + offsets, mask=mask, other=0.0))
+    tl.store(out_ptr + base + offsets, acc, mask=mask)
+
+
+@triton.jit
+def column_sums_kernel(
+    # norms[b, m, c] = largest column sum of |M| in block c of columns of M = S, S^2, S^3
+    s_ptr,  # [B, D, D]
+    s2_ptr,  # [B, D, D]
+    s3_ptr,  # [B, D, D]
+    norms_ptr,  # [B, 3, blocks], float32
+    D,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(D, BLOCK)
+    c = tl.program_id(0) % blocks
+    m = tl.program_id(0) // blocks % 3
+    base = (tl.program_id(0) // (blocks * 3)).to(tl.int64) * D * D
+    ptr = s_ptr
+    if m == 1:
+        ptr = s2_ptr
+    if m == 2:
+        ptr = s3_ptr
+    sums = tl.zeros((BLOCK,), dtype=s_ptr.dtype.element_ty)
+    for row in range(0, D, BLOCK):
+        sums += tl.sum(tl.abs(_load(ptr + base, row, c * BLOCK, D, BLOCK, BLOCK)), axis=0)
+    tl.store(norms_ptr + tl.program_id(0), tl.max(sums).to(tl.float32))
+
+
+@triton.jit
+def scale_kernel(
+    # S, S^2, S^3 of S / 2^squarings in place, and the top terms of its series
+    s_ptr,  # [B, D, D]
+    s2_ptr,  # [B, D, D]
+    s3_ptr,  # [B, D, D]
+    top_ptr,  # [B, D, D]
+    norms_ptr,  # [B, 3, blocks], float32
+    squarings_ptr,  # [B], int32
+    D,
+    THETA: tl.constexpr,
+    SQUARINGS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # blocks rounded up to a power of two
+):
+    ACC: tl.constexpr = s_ptr.dtype.element_ty
+    matrix, i, j = _tile(D, BLOCK)
+    blocks = tl.cdiv(D, BLOCK)
+    c = tl.arange(0, BLOCKS)
+    norms_ptr += matrix * 3 * blocks
+    norm1 = tl.max(tl.load(norms_ptr + c, mask=c < blocks, other=0.0))
+    norm2 = tl.max(tl.load(norms_ptr + blocks + c, mask=c < blocks, other=0.0))
+    norm3 = tl.max(tl.load(norms_ptr + 2 * blocks + c, mask=c < blocks, other=0.0))
+    squarings = squarings_for(norm_bound(norm1, norm2, norm3), THETA, MAX_SQUARINGS)
+    unit = tl.where(squarings <= SQUARINGS, half_power(squarings), float("nan")).to(ACC)
+    offsets, mask = _window(i * BLOCK, j * BLOCK, D, D, BLOCK, BLOCK)
+    offsets += matrix * D * D
+    s = tl.load(s_ptr + offsets, mask=mask, other=0.0) * unit
+    s2 = tl.load(s2_ptr + offsets, mask=mask, other=0.0) * unit * unit
+    s3 = tl.load(s3_ptr + offsets, mask=mask, other=0.0) * unit * unit * unit
+    block = tl.arange(0, BLOCK)
+    one = identity(i * BLOCK + block, j * BLOCK + block, D, ACC)
+    tl.store(s_ptr + offsets, s, mask=mask)
+    tl.store(s2_ptr + offsets, s2, mask=mask)
+    tl.store(s3_ptr + offsets, s3, mask=mask)
+    tl.store(top_ptr + offsets, top_terms(one, s, s2, s3), mask=mask)
+    tl.store(squarings_ptr + matrix, squarings, mask=(i == 0) & (j == 0))
+
+
+@triton.jit(do_not_specialize=["divisor"])
+def commutator_kernel(
+    # out = E + (S W - W S) / divisor; S and W are skew, so S W - W S = S W - (S W)^T.
+    # A program makes the block (i, j) and its mirror image, i >= j.
+    s_ptr,  # [B, D, D]
+    w_ptr,  # [B, D, D]
+    e_ptr,  # [B, D, D]
+    out_ptr,  # [B, D, D]
+    divisor,
+    D,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    ACC: tl.constexpr = s_ptr.dtype.element_ty
+    matrix, i, j = _tile(D, BLOCK)
+    base = matrix * D * D
+    end = tl.where(i >= j, D, 0)
+    lower = tl.zeros((BLOCK, BLOCK), dtype=ACC)
+    upper = tl.zeros((BLOCK, BLOCK), dtype=ACC)
+    for k in range(0, end, BLOCK_K):
+        s = _load(s_ptr + base, i * BLOCK, k, D, BLOCK, BLOCK_K)
+        w = _load(w_ptr + base, k, j * BLOCK, D, BLOCK_K, BLOCK)
+        lower = dot(s, w, lower, PRECISION)
+        s = _load(s_ptr + base, j * BLOCK, k, D, BLOCK, BLOCK_K)
+        w = _load(w_ptr + base, k, i * BLOCK, D, BLOCK_K, BLOCK)
+        upper = dot(s, w, upper, PRECISION)
+    step = (lower - tl.trans(upper)) / divisor
+    offsets, mask = _window(i * BLOCK, j * BLOCK, D, end, BLOCK, BLOCK)
+    e = tl.load(e_ptr + base + offsets, mask=mask, other=0.0)
+    tl.store(out_ptr + base + offsets, e + step, mask=mask)
+    end = tl.where(i > j, D, 0)
+    offsets, mask = _window(j * BLOCK, i * BLOCK, D, end, BLOCK, BLOCK)
+    e = tl.load(e_ptr + base + offsets, mask=mask, other=0.0)
+    tl.store(out_ptr + base + offsets, e - tl.trans(step), mask=mask)
+
+
+@triton.jit
+def select_kernel(
+    # out = odd where squarings is odd, else even
+    even_ptr,  # [B, D, D]
+    odd_ptr,  # [B, D, D]
+    squarings_ptr,  # [B], int32
+    out_ptr,  # [B, D, D]
+    D,
+    BLOCK: tl.constexpr,
+):
+    matrix, i, j = _tile(D, BLOCK)
+    offsets, mask = _window(i * BLOCK, j * BLOCK, D, D, BLOCK, BLOCK)
+    offsets += matrix * D * D
+    ptr = even_ptr
+    if tl.load(squarings_ptr + matrix) % 2 == 1:
+        ptr = odd_ptr
+    out = tl.load(ptr + offsets, mask=mask, other=0.0)
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+class _Launcher:
+    """Launches over the tiles of a batch of matrices like ``a``, and its scratch."""
+
+    def __init__(self, a: Tensor, precision: str) -> None:
+        self.D = a.shape[-1]
+        self.batch = a.numel() // self.D**2
+        self.blocks = triton.cdiv(self.D, _BLOCK)
+        self.grid = (self.batch * self.blocks**2,)
+        self.acc = torch.promote_types(a.dtype, torch.float32)
+        self.theta = (THETA64 if self.acc == torch.float64 else THETA32).value
+        self.dot = {"PRECISION": precision, "BLOCK": _BLOCK, "BLOCK_K": 32, "num_warps": 8}
+        self.like = a
+
+    def scratch(self) -> Tensor:
+        return torch.empty_like(self.like, dtype=self.acc)
+
+    def skew(self, m: Tensor, out: Tensor) -> Tensor:
+        """Out = m - m^T."""
+        skew_kernel[self.grid](m, out, self.D, BLOCK=_BLOCK, num_warps=8)
+        return out
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor, **options: Any) -> Tensor:
+        """Out = a b; the options are those of ``product_kernel``."""
+        constants = {
+            "s_ptr": None,
+            "s2_ptr": None,
+            "squarings_ptr": None,
+            "level": 0,
+            "FIRST": -1,
+            "MEAN": False,
+            "TRANSPOSED_A": False,
+            "TRANSPOSED_B": False,
+            **options,
+        }
+        predicated = constants["squarings_ptr"] is not None
+        product_kernel[self.grid](
+            a, b, out, D=self.D, PREDICATED=predicated, **constants, **self.dot
+        )
+        return out
+
+    def scaled_exp(self, a: Tensor, theta: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """S = (a - a^T) / 2^squarings below theta, squarings [B], exp(S) and two spare buffers."""
+        s = self.skew(a, self.scratch())
+        s2 = self.product(s, s, self.scratch())
+        s3 = self.product(s2, s, self.scratch())
+        norms = s.new_empty(self.batch, 3, self.blocks, dtype=torch.float32)
+        column_sums_kernel[(norms.numel(),)](s, s2, s3, norms, self.D, BLOCK=_BLOCK, num_warps=8)
+        squarings = s.new_empty(self.batch, dtype=torch.int32)
+        even, odd = self.scratch(), self.scratch()
+        scale_kernel[self.grid](
+            s,
+            s2,
+            s3,
+            even,
+            norms,
+            squarings,
+            self.D,
+            THETA=theta,
+            SQUARINGS=_SQUARINGS,
+            BLOCK=_BLOCK,
+            BLOCKS=triton.next_power_of_2(self.blocks),
+            num_warps=8,
+        )
+        self.product(s3, even, odd, s_ptr=s, s2_ptr=s2, FIRST=6)
+        self.product(s3, odd, even, s_ptr=s, s2_ptr=s2, FIRST=3)
+        self.product(s3, even, odd, s_ptr=s, s2_ptr=s2, FIRST=0)
+        return s, squarings, [odd, even, s2, s3]
+
+
+def skew_exp_tiled(a: Tensor, precision: str) -> Tensor:
+    """``skew_exp`` for any D; ``a`` is contiguous, [..., D, D]."""
+    q = torch.empty_like(a)
+    if a.numel() == 0:
+        return q
+    with torch.cuda.device_of(a):
+        launch = _Launcher(a, precision)
+        _, squarings, (r, spare, *_) = launch.scaled_exp(a, launch.theta)
+        buffers = (r, spare)
+        for level in range(_SQUARINGS):
+            r, out = buffers[level % 2], buffers[(level + 1) % 2]
+            launch.product(r, r, out, squarings_ptr=squarings, level=level)
+        select_kernel[launch.grid](*buffers, squarings, q, launch.D, BLOCK=_BLOCK, num_warps=8)
+    return q
+
+
+def d_skew_exp_tiled(grad: Tensor, a: Tensor, q: Tensor, precision: str) -> Tensor:
+    """``d_skew_exp`` for any D; all are contiguous, [..., D, D]."""
+    if a.numel() == 0:
+        return torch.empty_like(a)
+    with torch.cuda.device_of(a):
+        launch = _Launcher(a, precision)
+        s, squarings, (r, spare, t, w) = launch.scaled_exp(a, launch.theta / 2)
+        launch.product(q, grad, t, TRANSPOSED_A=True)
+        e = launch.skew(t, launch.scratch())
+        terms = _TERMS[launch.acc]
+        source, buffers = e, (w, launch.scratch())
+        for k in range(terms, 0, -1):
+            target = buffers[k % 2]
+            commutator_kernel[launch.grid](
+                s, source, e, target, k + 1, launch.D, **launch.dot
+            )
+            source = target
+        w = source
+        for level in range(_SQUARINGS):
+            here = {"squarings_ptr": squarings, "level": level}
+            if level > 0:
+                r, spare = launch.product(r, r, spare, **here), r
+            launch.product(w, r, t, TRANSPOSED_B=True, **here)
+            launch.product(r, t, w, MEAN=True, **here)
+    return w.to(a.dtype)

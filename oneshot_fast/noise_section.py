@@ -1,0 +1,109 @@
+"""The report's section on the noises: is z still Gaussian?"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oneshot_fast import plots
+from oneshot_fast.diagnostics import LEVEL, diagnose
+from oneshot_fast.page import Cell, Plot, Row, Section, Table, number
+
+_STORED = ("stored noise", "stored rotations")
+
+
+def noise_section(folder: Path, of: str = "") -> Section | None:
+    """Diagnostics of the assign run in ``folder``, measured anew; None if its noises are gone."""
+    if not (folder / "manifest.jsonl").is_file() or not (folder / "noises").is_dir():
+        return None
+    found = diagnose(folder)
+    rows = [
+        Row(
+            check["name"],
+            [
+                Cell(_fixed(check["value"])),
+                Cell(f"{_fixed(check['low'])} to {_fixed(check['high'])}"),
+                Cell("within", "good") if check["ok"] else Cell("outside", "bad"),
+            ],
+            words=check["meaning"],
+        )
+        for check in found["checks"]
+    ]
+    table = Table(("", "assigned noise", "allowed", "verdict"), rows, dense=True)
+    return Section(
+        f"Is the assigned noise{of} still Gaussian?", _verdict(found), table, plots=_plots(found)
+    )
+
+
+def _verdict(found: dict[str, Any]) -> list[str]:
+    failed = [check["name"] for check in found["checks"] if not check["ok"]]
+    damaged = [name for name in failed if name in _STORED]
+    outside = [name for name in failed if name not in _STORED]
+    count = len(found["checks"]) - len(_STORED)
+    law = (
+        f"{found['targets']} noises of {found['elements']} elements. Independent Gaussian noise of "
+        f"this amount stays in each allowed range in {100 * (1 - LEVEL):g} % of cases."
+    )
+    lines = [law]
+    if damaged:
+        lines.append(
+            f"Damaged: {', '.join(damaged)}. These noises are not rotations of their base noises; "
+            "do not train on them."
+        )
+    if not outside:
+        lines.append(
+            f"All {count} checks of the distribution are within what sampling noise allows."
+        )
+        return lines
+    lines.append(
+        f"Outside what sampling noise allows: {', '.join(outside)} ({len(outside)} of {count} "
+        "checks). Each noise was chosen with its target in view, so together they need not pass as "
+        "independent samples. What they have in common, a generator can learn to expect; whether "
+        "that matters shows on random noise."
+    )
+    return lines
+
+
+def _plots(found: dict[str, Any]) -> list[Plot]:
+    checks = {check["name"]: check for check in found["checks"]}
+    spectrum, base = found["eigenvalues"]["z"], found["moments"]["base"]
+    angle = statistics.fmean(found["angles"])
+    return [
+        Plot(
+            plots.eigenvalues(found["eigenvalues"]),
+            "Variance of the patches along their principal directions, all targets together. Bad: "
+            "the blue line leaves the band, so the noises share a preferred direction. Here "
+            f"{number(spectrum[-1])} to {number(spectrum[0])}: "
+            f"{_word(checks['patch covariance'])}.",
+        ),
+        Plot(
+            plots.mean_shift(torch.tensor(found["mean_shift"])),
+            "Mean of all noises at each latent pixel. Bad: a visible shape, which all noises "
+            f"share; Gaussian noise shows only speckle. Here RMS "
+            f"{checks['mean noise']['value']:.2f} standard errors (about 1 expected): "
+            f"{_word(checks['mean noise'])}.",
+        ),
+        Plot(
+            plots.norms(found["norms"], found["elements"]),
+            "Energy of each noise. Rotations keep it, so it must follow the base noise's law; bad: "
+            f"a shift or a wider spread. Here: {_word(checks['norms'])}. Variance "
+            f"{found['moments']['z']['variance']:.4f}, base noise {base['variance']:.4f}.",
+        ),
+        Plot(
+            plots.angles(found["angles"]),
+            f"How far the noises were turned, {angle:.0f} degrees on average. Bad: all near 0 (the "
+            "search hardly moved: raise its learning rate) or all at the dashed line (no longer "
+            "near the base noise).",
+        ),
+    ]
+
+
+def _fixed(value: float) -> str:
+    return f"{value:.1e}" if 0 < abs(value) < 1e-4 else f"{value:.4f}"
+
+
+def _word(check: dict[str, Any]) -> str:
+    return "within what sampling noise allows" if check["ok"] else "outside the allowed range"

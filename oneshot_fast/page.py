@@ -1,0 +1,178 @@
+"""The parts of a report page, and how they become one self-contained HTML file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from oneshot_fast.runs import write_text
+
+# Images up to this side are few pixels shown large; larger ones are shown smooth.
+_PIXEL_ART = 128
+_KEPT_BYTES = 300_000
+_PACKAGES = (
+    "oneshot-fast", "torch", "diffusers", "transformers", "accelerate", "safetensors", "triton",
+)  # fmt: skip
+
+
+Mood = Literal["", "good", "bad"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text of a table cell, coloured by ``mood``."""
+
+    text: str
+    mood: Mood = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A table row: its name, one cell per column, a hint beside the name and words about it."""
+
+    name: str
+    cells: Sequence[Cell]
+    hint: str = ""
+    words: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; ``head`` names all columns, that of the rows' names included."""
+
+    head: Sequence[str]
+    rows: Sequence[Row]
+    dense: bool = False
+    """Words beside the names instead of below."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as a data URI under a caption."""
+
+    uri: str
+    caption: str = ""
+    pixelated: bool = False
+
+
+@dataclass(frozen=True)
+class Example:
+    """One column of a strip: the images of one target, one under the other."""
+
+    caption: str
+    pictures: Sequence[Picture]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Targets side by side; ``rows`` names the images of each."""
+
+    rows: Sequence[str]
+    examples: Sequence[Example]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Inline SVG, made by us, with one sentence on what it shows and what would be bad."""
+
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled part of the page; whatever is empty is left out."""
+
+    title: str
+    text: Sequence[str] = ()
+    table: Table | None = None
+    grids: Sequence[Picture] = ()
+    more_grids: Sequence[Picture] = ()
+    strip: Strip | None = None
+    plots: Sequence[Plot] = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole report."""
+
+    title: str
+    facts: Sequence[str]
+    sections: Sequence[Section]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    failures: Sequence[Mapping[str, Any]] = ()
+
+
+def write_page(page: Page, path: Path) -> None:
+    """Write ``page`` as one HTML file that needs no other file, no network and no scripts."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("report.html.jinja")
+    write_text(path, template.render(page=page, versions=versions()))
+
+
+def versions() -> dict[str, str]:
+    """What this process runs on; packages that are not installed are left out."""
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def picture(path: Path, limit: int, caption: str = "") -> Picture:
+    """Embed an image, made smaller if it is larger than ``limit`` pixels a side or 300 kB."""
+    with Image.open(path) as image:
+        pixelated = max(image.size) <= _PIXEL_ART
+        if max(image.size) <= limit and path.stat().st_size <= _KEPT_BYTES:
+            data, kind = path.read_bytes(), "png"
+        else:
+            small = image.convert("RGB")
+            small.thumbnail((limit, limit), Image.Resampling.LANCZOS)
+            buffer = io.BytesIO()
+            small.save(buffer, "JPEG", quality=85, optimize=True)
+            data, kind = buffer.getvalue(), "jpeg"
+    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return Picture(uri, caption, pixelated)
+
+
+def number(value: float) -> str:
+    """Four significant digits without an exponent, where that is readable."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    if abs(value) < 1e-4:
+        return f"{value:.1e}"
+    digits = max(0, 3 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}"
+
+
+def percent(after: float, before: float) -> str:
+    """Relative change, signed."""
+    return f"{100 * (after / before - 1):+.1f} %" if before else ""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

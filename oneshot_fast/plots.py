@@ -1,0 +1,235 @@
+"""Plots of the reports as inline SVG whose text takes the page's colour, light or dark."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+import numpy
+import scipy.stats
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Readable on white and on near-black.
+BLUE, ORANGE, GREEN, GREY = "#3b82f6", "#e8730c", "#14a375", "#8b909a"
+PALETTE = (BLUE, ORANGE, GREEN, "#c2528b", "#8b6fd6", "#b59a1b")
+# Stands for the page's text colour until the SVG is written.
+_INK = "#010203"
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "oneshot_fast",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.8,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "legend.frameon": False,
+    "axes.formatter.useoffset": False,
+    "savefig.transparent": True,
+}
+
+
+P = ParamSpec("P")
+
+
+def _inline_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
+    """Make a function that draws a figure return it as an <svg> element.
+
+    The style has to hold while drawing too: matplotlib makes ticks late. The same data give the
+    same text.
+    """
+
+    @functools.wraps(draw)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> str:
+        import matplotlib
+
+        buffer = io.StringIO()
+        with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+            draw(*args, **kwargs).savefig(buffer, format="svg", metadata={"Date": None})
+        text = buffer.getvalue()
+        return text[text.index("<svg") :].replace(_INK, "currentColor")
+
+    return wrapped
+
+
+def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 2.9), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    return figure, axes
+
+
+def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+    """Logarithmic y axis for positive values that span more than a factor of 30."""
+    if min(values) > 0 and max(values) > 30 * min(values):
+        axes.set_yscale("log")
+
+
+@_inline_svg
+def curves(
+    lines: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, first: int = 0
+) -> Figure:
+    """One line per name over the steps ``first``, ``first`` + 1, ...."""
+    figure, axes = _axes(xlabel, ylabel)
+    for color, (name, values) in zip(_colors(len(lines)), lines.items(), strict=True):
+        steps = range(first, first + len(values))
+        marker = "o" if len(values) < 30 else None
+        axes.plot(steps, values, color=color, label=name, marker=marker, markersize=3)
+    _log_if_wide(axes, [v for values in lines.values() for v in values])
+    _whole_numbers(axes)
+    axes.legend()
+    return figure
+
+
+@_inline_svg
+def loss_band(losses: Sequence[Sequence[float]]) -> Figure:
+    """Median and 10 to 90 % band of the loss curves of all targets."""
+    table = torch.tensor(losses, dtype=torch.float64)
+    levels = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    low, middle, high = table.quantile(levels, 0).tolist()
+    figure, axes = _axes("step", "loss")
+    axes.fill_between(
+        range(len(low)), low, high, color=BLUE, alpha=0.2, linewidth=0, label="10 to 90 %"
+    )
+    axes.plot(middle, color=BLUE, label="median target")
+    _log_if_wide(axes, [*low, *high])
+    _whole_numbers(axes)
+    axes.legend()
+    return figure
+
+
+@_inline_svg
+def before_after(before: Sequence[float], after: Sequence[float]) -> Figure:
+    """A dot per target: its loss before and after; the diagonal is no change."""
+    figure, axes = _axes("loss on the base noise", "loss on the assigned noise")
+    ends = [min(*before, *after), max(*before, *after)]
+    axes.plot(ends, ends, color=GREY, linewidth=1, linestyle="--", label="no change")
+    axes.scatter(before, after, s=14, color=BLUE, alpha=0.6, linewidths=0, label="target")
+    if ends[0] > 0 and ends[1] > 30 * ends[0]:
+        axes.loglog()
+    axes.legend()
+    return figure
+
+
+@_inline_svg
+def stages(values: Sequence[Sequence[float]]) -> Figure:
+    """Loss on random noise, after the E-step and after the M-step, cycle by cycle."""
+    figure, axes = _axes("", "mean loss")
+    names = ("random noise", "E-step", "M-step")
+    for cycle, (losses, color) in enumerate(zip(values, _colors(len(values)), strict=True)):
+        places = [4 * cycle + k for k in range(3)]
+        axes.plot(places, losses, color=color, marker="o", label=f"cycle {cycle + 1}")
+        for place, loss in zip(places, losses, strict=True):
+            axes.annotate(
+                f"{loss:.3g}", (place, loss), (5, 5), textcoords="offset points",
+                fontsize=9, color=_INK,
+            )  # fmt: skip
+    _log_if_wide(axes, [loss for losses in values for loss in losses])
+    axes.margins(0.08, 0.18)
+    ticks = [4 * cycle + k for cycle in range(len(values)) for k in range(3)]
+    axes.set_xticks(ticks, [*names] * len(values), fontsize=9)
+    if len(values) > 2:
+        axes.tick_params("x", rotation=90)
+    axes.legend()
+    return figure
+
+
+@_inline_svg
+def norms(values: Sequence[float], elements: int) -> Figure:
+    """Histogram of ||z||^2 / d beside the density of chi-square(d) / d."""
+    spread = math.sqrt(2 / elements)
+    edges = _edges(values, 1 - 4 * spread, 1 + 4 * spread)
+    figure, axes = _axes("energy of the noise, ||z||² / d", "density")
+    axes.hist(list(values), edges, density=True, color=BLUE, alpha=0.5, label="targets")
+    law = scipy.stats.chi2(elements, scale=1 / elements)
+    x = numpy.linspace(edges[0], edges[-1], 300)
+    axes.plot(x, law.pdf(x), color=ORANGE, label="chi-square law (Gaussian noise)")
+    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
+    axes.legend()
+    return figure
+
+
+@_inline_svg
+def eigenvalues(values: Mapping[str, Sequence[float]]) -> Figure:
+    """Sorted patch covariance eigenvalues of z and base noise within the band of sampling noise."""
+    figure, axes = _axes("eigenvalue, largest first", "variance along it")
+    index = range(1, len(values["z"]) + 1)
+    axes.fill_between(
+        index, values["low"], values["high"], color=GREY, alpha=0.25, linewidth=0,
+        label="allowed by sampling noise",
+    )  # fmt: skip
+    few = len(index) <= 64
+    for name, label, color in (("base", "base noise", GREY), ("z", "assigned noise", BLUE)):
+        axes.plot(
+            index, values[name], color=color, label=label, marker="o" if few else None, markersize=3
+        )
+    _whole_numbers(axes)
+    axes.legend()
+    return figure
+
+
+@_inline_svg
+def angles(values: Sequence[float]) -> Figure:
+    """Histogram of the RMS rotation angles, in degrees."""
+    figure, axes = _axes("RMS rotation angle per target, degrees", "targets")
+    limit = math.degrees(math.pi / math.sqrt(3))
+    axes.hist(list(values), _edges(values, 0, 115), color=BLUE, alpha=0.6)
+    axes.axvline(limit, color=ORANGE, linestyle="--", label="random rotations")
+    axes.legend()
+    return figure
+
+
+@_inline_svg
+def mean_shift(errors: Tensor) -> Figure:
+    """Maps of the mean noise [C, H, W] in standard errors, one per latent channel."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 2.2), layout="constrained")
+    axes: Any = figure.subplots(1, errors.shape[0], squeeze=False)[0]
+    for channel, axis in enumerate(axes):
+        image = axis.imshow(errors[channel].numpy(), cmap="RdBu_r", vmin=-4, vmax=4)
+        axis.set_title(f"channel {channel + 1}", fontsize=10)
+        axis.set(xticks=[], yticks=[])
+    bar = figure.colorbar(image, ax=list(axes), orientation="horizontal", aspect=40)
+    bar.set_label("standard errors")
+    return figure
+
+
+def _edges(values: Sequence[float], low: float, high: float) -> list[float]:
+    """Histogram edges that hold ``values``, and [low, high] with 24 bins at least."""
+    width = (high - low) / 24
+    first = math.floor((min(*values, low) - low) / width)
+    last = math.ceil((max(*values, high) - low) / width)
+    stride = max(1, (last - first) // 60)
+    return [low + width * k for k in range(first, last + stride, stride)]
+
+
+def _colors(count: int) -> list[str]:
+    return [PALETTE[k % len(PALETTE)] for k in range(count)]
+
+
+def _whole_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

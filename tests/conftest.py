@@ -1,0 +1,191 @@
+"""Fixtures of all tests: the embedded model, small data, runs of the commands, faults on order."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads leave the cores to the others
+for library in ("DIFFUSERS", "TRANSFORMERS"):  # as the commands do, but before any import
+    os.environ.setdefault(f"{library}_VERBOSITY", "error")
+
+import pytest
+import torch
+
+SMALL = 6  # pairs of the small data set
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended; a negative code is the signal that killed it."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line on stderr that a user error is."""
+        lines = self.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        return lines[0]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Any:
+    """The embedded generator; its weights must be left as they are."""
+    from oneshot_fast.loading import load_generator
+
+    return load_generator("tiny")
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first pairs of the default data set; for a test to change there is ``data``."""
+    from oneshot_fast.tiny.dataset import write_default_dataset
+
+    root = tmp_path_factory.mktemp("default")
+    write_default_dataset(root)
+    source, small = root / "train", root / "small"
+    (small / "images").mkdir(parents=True)
+    lines = (source / "pairs.jsonl").read_text(encoding="utf-8").splitlines()[:SMALL]
+    for line in lines:
+        shutil.copy(source / json.loads(line)["image"], small / "images")
+    (small / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return small
+
+
+@pytest.fixture
+def data(tmp_path: Path, small_data: Path) -> Path:
+    """A copy of the small data set."""
+    return shutil.copytree(small_data, tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def assigned(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
+    """A finished assignment of the small data set, in batches of 4."""
+    from oneshot_fast.assign import main
+
+    folder = tmp_path_factory.mktemp("assigned") / "run"
+    flags = "--model_id tiny --steps 3 --batch_size 4 --num_images 2".split()
+    assert main(["--data_root", str(small_data), "--output_root", str(folder), *flags]) == 0
+    return folder
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Run a command in this process: ``call("assign", "--steps", 3, ...)``."""
+
+    def run(command: str, *argv: object) -> Ended:
+        main = importlib.import_module(f"oneshot_fast.{command}").main
+        capfd.readouterr()
+        code = main([str(value) for value in argv])
+        return Ended(code, *capfd.readouterr())
+
+    return run
+
+
+class Forks:
+    """Commands in children that die, are interrupted or find the disk full when told to."""
+
+    def __init__(self, logs: Path) -> None:
+        """Start the server; ``logs`` takes the children's output."""
+        self._server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self._logs, self._count = logs, 0
+
+    def start(
+        self,
+        command: str,
+        argv: Sequence[object],
+        watch: Path,
+        *,
+        at: int | None = None,
+        signal_number: int = signal.SIGKILL,
+        limit: int | None = None,
+    ) -> tuple[int, Path]:
+        """Start a command and return its pid, which is its process group, and its output's folder.
+
+        Args:
+            command: assign, sft or em.
+            argv: Its flags.
+            watch: Folder in which changes to the file system are counted.
+            at: Just before this change (from 1), the child gets ``signal_number``.
+            signal_number: The signal.
+            limit: Bytes beyond which the child can write no file, as on a full disk.
+        """
+        self._count += 1
+        log = self._logs / str(self._count)
+        log.mkdir()
+        request = {
+            "command": command,
+            "argv": [str(value) for value in argv],
+            "watch": str(watch),
+            "log": str(log),
+            "at": at,
+            "signal": int(signal_number),
+            "limit": limit,
+        }
+        return self._ask(request), log
+
+    def wait(self, started: tuple[int, Path]) -> Ended:
+        """Wait for the end of a command."""
+        code = self._ask({"wait": started[0]})
+        return Ended(code, *((started[1] / name).read_text() for name in ("out", "err")))
+
+    def run(self, command: str, argv: Sequence[object], watch: Path, **fault: Any) -> Ended:
+        """Start a command and wait for its end; arguments as in ``start``."""
+        return self.wait(self.start(command, argv, watch, **fault))
+
+    def changes(self, command: str, argv: Sequence[object], watch: Path) -> int:
+        """Run a command to its end without fault and return how many changes it made."""
+        started = self.start(command, argv, watch)
+        ended = self.wait(started)
+        assert ended.code == 0, ended.err
+        return int((started[1] / "changes").read_text())
+
+    def close(self) -> None:
+        """End the server."""
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait()
+
+    def _ask(self, request: dict[str, Any]) -> int:
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline())
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """The server of commands in children."""
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
