@@ -77,8 +77,8 @@ PatchGrid patch_grid(const char* op, const Shape& x, int64_t p, const Shape& lea
                   ", Gh, Gw), got ", text(leading));
   const PatchGrid grid{x[0], x[1], x[2], x[3], p, n == 3 ? leading[1] : 1, n == 3 ? leading[2] : 1};
   STD_TORCH_CHECK(grid.Gh > 0 && grid.Gw > 0 && x[2] / p % grid.Gh == 0 && x[3] / p % grid.Gw == 0,
-                  op, ": the grid of ", x[2] / p, " x ", x[3] / p, " patches is not divisible into ",
-                  grid.Gh, " x ", grid.Gw, " tiles");
+                  op, ": the grid of ", x[2] / p, " x ", x[3] / p,
+                  " patches is not divisible into ", grid.Gh, " x ", grid.Gw, " tiles");
   return grid;
 }
 

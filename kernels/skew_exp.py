@@ -15,6 +15,7 @@ from oneshot_fast.kernels.skew_series import (
     MAX_SQUARINGS,
     THETA32,
     THETA64,
+    UNPOLISHED,
     half_power,
     identity,
     largest_column,
@@ -72,7 +73,8 @@ def _scaled_exp(a, D, THETA: tl.constexpr, PRECISION: tl.constexpr, D2: tl.const
 
 @triton.jit
 def skew_exp_kernel(
-    # q = exp(S), S = a - a^T: Taylor series of S / 2^s, squared s times, s chosen per matrix.
+    # q = exp(S), S = a - a^T: Taylor series of S / 2^s, squared s times, s chosen per matrix; after
+    # many squarings a step of Newton-Schulz, q - q (q^T q - I) / 2, makes it orthogonal again.
     # da = phi(W - W^T), W = q^T dq, phi(Y) the mean of exp(u S) Y exp(-u S) over u in [0, 1].
     a_ptr,  # [B, D, D]
     q_ptr,  # [B, D, D]
@@ -86,6 +88,10 @@ def skew_exp_kernel(
     S, R, s, bound = _scaled_exp(a, D, THETA, PRECISION, D2)
     for _ in range(s):
         R = _product(R, R, PRECISION)
+    if s > UNPOLISHED:
+        i = tl.arange(0, D2)
+        defect = dot(tl.trans(R), R, -identity(i, i, D, ACC), PRECISION)
+        R -= 0.5 * _product(R, defect, PRECISION)
     _write(q_ptr, R, D, D2)
 
 

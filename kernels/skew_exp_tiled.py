@@ -17,6 +17,7 @@ from oneshot_fast.kernels.skew_series import (
     MAX_SQUARINGS,
     THETA32,
     THETA64,
+    UNPOLISHED,
     half_power,
     identity,
     norm_bound,
@@ -72,18 +73,19 @@ def skew_kernel(
 
 @triton.jit(do_not_specialize=["level"])
 def product_kernel(
-    # out = A B, plus the terms I, S, S^2 of the series from degree FIRST on, or averaged with out.
+    # out = A B, then by EPILOGUE: nothing; plus the terms I, S, S^2 of the series from degree FIRST
+    # on; the mean with C; or, with B = A^T A and C = A, the step of Newton-Schulz (3 A - A B) / 2.
     # dA = dout B^T, dB = A^T dout; the callers have gradients of their own.
     a_ptr,  # [B, D, D], memory of A^T where TRANSPOSED_A
     b_ptr,  # [B, D, D], memory of B^T where TRANSPOSED_B
-    out_ptr,  # [B, D, D], accumulation dtype
-    s_ptr,  # [B, D, D] where FIRST >= 0
-    s2_ptr,  # [B, D, D] where FIRST >= 0
-    squarings_ptr,  # [B] where PREDICATED: skips the matrices with squarings <= level
+    out_ptr,  # [B, D, D]
+    c_ptr,  # [B, D, D], S for "series"
+    s2_ptr,  # [B, D, D] for "series"
+    squarings_ptr,  # [B] where PREDICATED: no product for the matrices with squarings <= level
     level,
     D,
+    EPILOGUE: tl.constexpr,  # "", "series", "mean", "polish"
     FIRST: tl.constexpr,
-    MEAN: tl.constexpr,
     PREDICATED: tl.constexpr,
     TRANSPOSED_A: tl.constexpr,
     TRANSPOSED_B: tl.constexpr,
@@ -91,7 +93,7 @@ def product_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    ACC: tl.constexpr = out_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if b_ptr.dtype.element_ty == tl.float64 else tl.float32
     matrix, i, j = _tile(D, BLOCK)
     base = matrix * D * D
     end = D
@@ -108,15 +110,20 @@ def product_kernel(
         else:
             b = _load(b_ptr + base, k, j * BLOCK, D, BLOCK_K, BLOCK)
         acc = dot(a.to(ACC), b.to(ACC), acc, PRECISION)
-    offsets, mask = _window(i * BLOCK, j * BLOCK, D, end, BLOCK, BLOCK)
-    if FIRST >= 0:
-        s = tl.load(s_ptr + base + offsets, mask=mask, other=0.0)
-        s2 = tl.load(s2_ptr + base + offsets, mask=mask, other=0.0)
+    written = D if EPILOGUE == "polish" else end
+    offsets, mask = _window(i * BLOCK, j * BLOCK, D, written, BLOCK, BLOCK)
+    offsets += base
+    if EPILOGUE != "":
+        c = tl.load(c_ptr + offsets, mask=mask, other=0.0)
+    if EPILOGUE == "series":
+        s2 = tl.load(s2_ptr + offsets, mask=mask, other=0.0)
         block = tl.arange(0, BLOCK)
-        acc += quadratic(identity(i * BLOCK + block, j * BLOCK + block, D, ACC), s, s2, FIRST)
-    if MEAN:
-        acc = 0.5 * (acc + tl.load(out_ptr + base + offsets, mask=mask, other=0.0))
-    tl.store(out_ptr + base + offsets, acc, mask=mask)
+        acc += quadratic(identity(i * BLOCK + block, j * BLOCK + block, D, ACC), c, s2, FIRST)
+    elif EPILOGUE == "mean":
+        acc = 0.5 * (acc + c)
+    elif EPILOGUE == "polish":
+        acc = tl.where(end > 0, c + 0.5 * (c - acc), c)
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -236,8 +243,7 @@ def select_kernel(
     ptr = even_ptr
     if tl.load(squarings_ptr + matrix) % 2 == 1:
         ptr = odd_ptr
-    out = tl.load(ptr + offsets, mask=mask, other=0.0)
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offsets, tl.load(ptr + offsets, mask=mask, other=0.0), mask=mask)
 
 
 class _Launcher:
@@ -264,12 +270,12 @@ class _Launcher:
     def product(self, a: Tensor, b: Tensor, out: Tensor, **options: Any) -> Tensor:
         """Out = a b; the options are those of ``product_kernel``."""
         constants = {
-            "s_ptr": None,
+            "c_ptr": None,
             "s2_ptr": None,
             "squarings_ptr": None,
             "level": 0,
-            "FIRST": -1,
-            "MEAN": False,
+            "EPILOGUE": "",
+            "FIRST": 0,
             "TRANSPOSED_A": False,
             "TRANSPOSED_B": False,
             **options,
@@ -303,9 +309,10 @@ class _Launcher:
             BLOCKS=triton.next_power_of_2(self.blocks),
             num_warps=8,
         )
-        self.product(s3, even, odd, s_ptr=s, s2_ptr=s2, FIRST=6)
-        self.product(s3, odd, even, s_ptr=s, s2_ptr=s2, FIRST=3)
-        self.product(s3, even, odd, s_ptr=s, s2_ptr=s2, FIRST=0)
+        series = {"EPILOGUE": "series", "c_ptr": s, "s2_ptr": s2}
+        self.product(s3, even, odd, FIRST=6, **series)
+        self.product(s3, odd, even, FIRST=3, **series)
+        self.product(s3, even, odd, FIRST=0, **series)
         return s, squarings, [odd, even, s2, s3]
 
 
@@ -316,12 +323,15 @@ def skew_exp_tiled(a: Tensor, precision: str) -> Tensor:
         return q
     with torch.cuda.device_of(a):
         launch = _Launcher(a, precision)
-        _, squarings, (r, spare, *_) = launch.scaled_exp(a, launch.theta)
-        buffers = (r, spare)
+        r, squarings, (first, second, t, _) = launch.scaled_exp(a, launch.theta)
+        buffers = (first, second)
         for level in range(_SQUARINGS):
-            r, out = buffers[level % 2], buffers[(level + 1) % 2]
-            launch.product(r, r, out, squarings_ptr=squarings, level=level)
-        select_kernel[launch.grid](*buffers, squarings, q, launch.D, BLOCK=_BLOCK, num_warps=8)
+            source, target = buffers[level % 2], buffers[(level + 1) % 2]
+            launch.product(source, source, target, squarings_ptr=squarings, level=level)
+        select_kernel[launch.grid](*buffers, squarings, r, launch.D, BLOCK=_BLOCK, num_warps=8)
+        polished = {"squarings_ptr": squarings, "level": UNPOLISHED.value}
+        launch.product(r, r, t, TRANSPOSED_A=True, **polished)
+        launch.product(r, t, q, EPILOGUE="polish", c_ptr=r, **polished)
     return q
 
 
@@ -348,5 +358,5 @@ def d_skew_exp_tiled(grad: Tensor, a: Tensor, q: Tensor, precision: str) -> Tens
             if level > 0:
                 r, spare = launch.product(r, r, spare, **here), r
             launch.product(w, r, t, TRANSPOSED_B=True, **here)
-            launch.product(r, t, w, MEAN=True, **here)
+            launch.product(r, t, w, EPILOGUE="mean", c_ptr=w, **here)
     return w.to(a.dtype)

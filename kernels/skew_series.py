@@ -9,6 +9,8 @@ import triton.language as tl
 # roundoff u: there the first term left out is below u. Larger S are halved `squarings` times.
 THETA32 = tl.constexpr(1.576)
 THETA64 = tl.constexpr(0.3367)
+# Every squaring doubles the distance to orthogonality; after so many it is still a few ulp.
+UNPOLISHED = tl.constexpr(2)
 # More halvings than any generator with a meaningful phase needs.
 MAX_SQUARINGS = tl.constexpr(100)
 

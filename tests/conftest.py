@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads leave the cores to the others
-for library in ("DIFFUSERS", "TRANSFORMERS"):  # as the commands do, but before any import
-    os.environ.setdefault(f"{library}_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # as the commands do, but before imports
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
@@ -88,8 +88,8 @@ def assigned(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path
     from oneshot_fast.assign import main
 
     folder = tmp_path_factory.mktemp("assigned") / "run"
-    flags = "--model_id tiny --steps 3 --batch_size 4 --num_images 2".split()
-    assert main(["--data_root", str(small_data), "--output_root", str(folder), *flags]) == 0
+    flags = f"--data_root {small_data} --output_root {folder} --model_id tiny --num_images 2"
+    assert main([*flags.split(), "--steps", "3", "--batch_size", "4"]) == 0
     return folder
 
 

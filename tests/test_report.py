@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from oneshot_fast.page import duration, number, percent, picture
 from oneshot_fast.report import write_assign_report, write_em_report, write_sft_report
+from oneshot_fast.report.page import duration, number, percent, picture
 from oneshot_fast.runs import read_json, write_json, write_jsonl
 
 EVIL = "<script>alert('x')</script> & \"photo\""

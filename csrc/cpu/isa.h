@@ -131,8 +131,7 @@ class Buffer {
 
 template <class F>
 void parallel_for(const Threads& threads, int64_t n, int64_t grain, F f) {
-  threads.run(
-      n, grain, [](int64_t i0, int64_t i1, void* g) { (*static_cast<F*>(g))(i0, i1); }, &f);
+  threads.run(n, grain, [](int64_t i0, int64_t i1, void* g) { (*static_cast<F*>(g))(i0, i1); }, &f);
 }
 
 // Calls f with a value of the storage type.

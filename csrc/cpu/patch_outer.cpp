@@ -53,8 +53,7 @@ void run(const Threads& threads, const PatchGrid& grid, const S* a, const S* b, 
                           sum, ld, t > first);
       if (sum == block)
         for (int64_t r = r0; r < r1; ++r)
-          for (int64_t d = 0; d < D; ++d)
-            narrow(sum[(r - r0) * ld + d], out[(s * D + r) * D + d]);
+          for (int64_t d = 0; d < D; ++d) narrow(sum[(r - r0) * ld + d], out[(s * D + r) * D + d]);
     }
   });
   if (!shared) return;

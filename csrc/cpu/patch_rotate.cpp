@@ -6,8 +6,7 @@ namespace {
 
 // op(q) x for the patches [n0, n1) of one tile, or accumulated over k in blocks.
 template <class T>
-void rotate(bool transposed, int64_t D, int64_t columns, const T* q, const T* x, T* y,
-            int64_t ld) {
+void rotate(bool transposed, int64_t D, int64_t columns, const T* q, const T* x, T* y, int64_t ld) {
   for (int64_t k = 0; k < D; k += kBlockK) {
     const int64_t K = min(kBlockK, D - k);
     if (transposed)

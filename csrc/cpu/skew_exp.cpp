@@ -11,8 +11,8 @@ class Exponential {
  public:
   Exponential(const Threads& threads, int64_t D, bool adjoint)
       : m_(threads, D), memory_((adjoint ? kAdjointMatrices : kMatrices) * m_.size) {
-    T** const all[] = {&S_,      &X_[1],  &X_[2],  &X_[3], &X_[4], &Q_,  &K_,  &C_, &W_, &R_,
-                       &dX_[1], &dX_[2], &dX_[3], &dX_[4], &E_,   &dQ_, &dK_, &q_};
+    T** const all[] = {&S_, &X_[1],  &X_[2],  &X_[3],  &X_[4],  &Q_, &K_,  &C_,  &W_,
+                       &R_, &dX_[1], &dX_[2], &dX_[3], &dX_[4], &E_, &dQ_, &dK_, &q_};
     for (int i = 0; i < (adjoint ? kAdjointMatrices : kMatrices); ++i)
       *all[i] = memory_ + i * m_.size;
   }
@@ -89,7 +89,8 @@ class Exponential {
   // The cheapest series and scaling. S is normal: ||S||_2 is the fourth root of ||S^4||_2, and
   // ||S^4||_F is at most sqrt(D) times that. Not finite: the result will not be either.
   void choose_scheme(int e) {
-    const double bound = __builtin_ldexp(__builtin_sqrt(__builtin_sqrt(m_.frobenius_norm(X_[2]))), e);
+    const double bound =
+        __builtin_ldexp(__builtin_sqrt(__builtin_sqrt(m_.frobenius_norm(X_[2]))), e);
     int best = 1 << 30;
     for (const Scheme& scheme : kSchemes) {
       double theta = sizeof(T) == 8 ? scheme.theta64 : scheme.theta32;
@@ -106,7 +107,8 @@ class Exponential {
 
   // out = or += [first = 0] I + sum over i in 1 .. powers of coefficient(first + i) M_i
   template <int powers>
-  void combine(Series parity, int first, bool identity, T* const* M, T* out, bool accumulate) const {
+  void combine(Series parity, int first, bool identity, T* const* M, T* out,
+               bool accumulate) const {
     const double* c = kInverseFactorials + 2 * first + parity;
     for (int64_t i = 0; i < m_.D * m_.ld; ++i) {
       T sum = T(c[2]) * M[1][i];
@@ -115,7 +117,8 @@ class Exponential {
     }
     for (int64_t i = 0; identity && i < m_.D; ++i) out[i * (m_.ld + 1)] += 1;
   }
-  void combine(Series parity, int first, bool identity, T* const* M, T* out, bool accumulate) const {
+  void combine(Series parity, int first, bool identity, T* const* M, T* out,
+               bool accumulate) const {
     switch (scheme_->powers) {
       case 2: return combine<2>(parity, first, identity, M, out, accumulate);
       case 3: return combine<3>(parity, first, identity, M, out, accumulate);
@@ -166,8 +169,8 @@ class Exponential {
     __builtin_memcpy(R, C_, m_.size * sizeof(T));
   }
 
-  // E = phi(E) at S, expressed by phi at the scaled S: phi(S) = (1 + exp(S/2) . exp(-S/2)) / 2 after
-  // phi(S/2). q becomes exp of the scaled S.
+  // E = phi(E) at S, expressed by phi at the scaled S: phi(S) = (1 + exp(S/2) . exp(-S/2)) / 2
+  // after phi(S/2). q becomes exp of the scaled S.
   void undo_squarings() {
     Buffer<T> chain(squarings_ * m_.size);  // exp(-S) of the scaled S, squared again and again
     exponential(-1, chain);
@@ -229,8 +232,7 @@ void skew_exp(const Threads& threads, DType dtype, int64_t B, int64_t D, const v
     for_each_matrix(threads, B, D, [&](int64_t b0, int64_t b1) {
       Exponential<Accumulator<S>> exponential(threads, D, false);
       for (int64_t b = b0; b < b1; ++b)
-        exponential.forward(static_cast<const S*>(a) + b * D * D,
-                            static_cast<S*>(out) + b * D * D);
+        exponential.forward(static_cast<const S*>(a) + b * D * D, static_cast<S*>(out) + b * D * D);
     });
   });
 }
@@ -243,8 +245,7 @@ void d_skew_exp(const Threads& threads, DType dtype, int64_t B, int64_t D, const
       for (int64_t b = b0; b < b1; ++b)
         exponential.adjoint(static_cast<const S*>(grad) + b * D * D,
                             static_cast<const S*>(a) + b * D * D,
-                            static_cast<const S*>(q) + b * D * D,
-                            static_cast<S*>(out) + b * D * D);
+                            static_cast<const S*>(q) + b * D * D, static_cast<S*>(out) + b * D * D);
     });
   });
 }

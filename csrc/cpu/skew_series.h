@@ -20,8 +20,7 @@ struct Tile {
   // Replaces what lies above the diagonal.
   OSF_INLINE void take_upper(const Tile& other) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kSize; ++r)
-      rows[r] = lane_numbers<T>() > T(r) ? other.rows[r] : rows[r];
+    for (int r = 0; r < kSize; ++r) rows[r] = lane_numbers<T>() > T(r) ? other.rows[r] : rows[r];
   }
   OSF_INLINE void transpose() { swap_blocks<kSize / 2>(); }
 

@@ -19,8 +19,7 @@ class Divider {
 #ifdef __CUDA_ARCH__
     const uint64_t high = __umul64hi(multiplier_, u);
 #else
-    const auto high =
-        static_cast<uint64_t>(static_cast<unsigned __int128>(multiplier_) * u >> 64);
+    const auto high = static_cast<uint64_t>(static_cast<unsigned __int128>(multiplier_) * u >> 64);
 #endif
     return static_cast<int64_t>((high + u) >> shift_);
   }

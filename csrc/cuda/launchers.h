@@ -4,9 +4,9 @@
 // The CUDA kernels' launchers, for hosts that know no CUDA: device pointers in and out, a
 // cudaStream_t as void*, a cudaError_t as int. They launch on the current device, allocate nothing,
 // never synchronise and can be captured in a CUDA graph. Dtypes, sums and sizes are as in
-// kernels.h; every sum has a fixed order. A workspace is uninitialised device memory, aligned to 256
-// bytes, of *_workspace_bytes(...) bytes (0: it may be null), free again when the stream has passed
-// the launch.
+// kernels.h; every sum has a fixed order. A workspace is uninitialised device memory, aligned to
+// 256 bytes, of *_workspace_bytes(...) bytes (0: it may be null), free again when the stream has
+// passed the launch.
 namespace osf::cuda {
 
 // out[n] = q x[n] for every patch vector n

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oneshot_fast.noise_section import noise_section
-from oneshot_fast.page import Page, Section, duration, write_page
-from oneshot_fast.runs import read_json
-from oneshot_fast.sections import (
+from oneshot_fast.report.noise import noise_section
+from oneshot_fast.report.page import Page, Section, duration, write_page
+from oneshot_fast.report.sections import (
     Json,
     cycles_section,
     examples_section,
@@ -20,6 +19,7 @@ from oneshot_fast.sections import (
     targets_section,
     training_section,
 )
+from oneshot_fast.runs import read_json
 
 
 def write_assign_report(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -117,7 +117,7 @@ class Page:
 def write_page(page: Page, path: Path) -> None:
     """Write ``page`` as one HTML file that needs no other file, no network and no scripts."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

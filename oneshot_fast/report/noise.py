@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from oneshot_fast import plots
 from oneshot_fast.diagnostics import LEVEL, diagnose
-from oneshot_fast.page import Cell, Plot, Row, Section, Table, number
+from oneshot_fast.report import plots
+from oneshot_fast.report.page import Cell, Plot, Row, Section, Table, number
 
 _STORED = ("stored noise", "stored rotations")
 

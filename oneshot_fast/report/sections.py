@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oneshot_fast import plots
-from oneshot_fast.page import (
+from oneshot_fast.report import plots
+from oneshot_fast.report.page import (
     Cell,
     Example,
     Mood,

@@ -1,0 +1,186 @@
+"""Compile every Triton kernel ahead of time, without a GPU; fail on spills or too much memory.
+
+``python tools/check_triton.py [--arch 80 90 100] [--json FILE]`` runs every launcher on tensors
+without storage, records each kernel, configuration and specialisation that it would launch, and
+compiles those. Prints registers per thread, shared memory and spills per kernel and architecture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction, mangle_type
+
+from oneshot_fast.kernels import latent_mse, patch_outer, patch_rotate, pixel_l1, skew_exp
+
+# Bytes of shared memory that one program can have.
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+Launch = tuple[JITFunction, dict[str, Any]]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Tensor without storage."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def calls() -> Iterator[Callable[[], object]]:
+    """Calls of the launchers that together reach every kernel, branch and configuration."""
+    for dtype in DTYPES:
+        for shape, p in (((16, 4, 64, 64), 1), ((16, 4, 64, 64), 2), ((16, 4, 64, 64), 4),
+                         ((16, 4, 64, 64), 8), ((2, 4, 64, 64), 16), ((2, 3, 63, 63), 3)):
+            D = shape[1] * p * p
+            x, q = empty(*shape, dtype=dtype), empty(shape[0], D, D, dtype=dtype)
+            yield lambda x=x, q=q, p=p: patch_rotate.patch_rotate(x, q, p)
+            yield lambda x=x, q=q, p=p: patch_rotate.patch_rotate(x, q, p, transpose=True)
+            yield lambda x=x, q=q, p=p: patch_rotate.patch_rotate(x, q[0], p)
+            yield lambda x=x, p=p: patch_outer.patch_outer(x, x, p, x.shape[:1])
+            yield lambda x=x, p=p: patch_outer.patch_outer(x, x, p)
+        for D in (4, 16, 32, 48, 64, 128, 256, 1024):
+            a = empty(2, D, D, dtype=dtype)
+            yield lambda a=a: skew_exp.skew_exp(a)
+            yield lambda a=a: skew_exp.d_skew_exp(a, a, a)
+        for shape in ((16, 4, 64, 64), (4, 3, 512, 512), (2, 3, 5, 7)):
+            x = empty(*shape, dtype=dtype)
+            grad = empty(shape[0], dtype=torch.promote_types(dtype, torch.float32))
+            for gradient in (False, True):
+                yield lambda x=x, g=gradient: latent_mse.latent_mse(x, x, x, 14.6, g)
+                yield lambda x=x, g=gradient: pixel_l1.pixel_l1(x, x, g)
+                yield lambda x=x, g=gradient, grad=grad: pixel_l1.d_pixel_l1(grad, x, x, g)
+            yield lambda x=x, grad=grad: latent_mse.d_latent_mse(grad, x, x, x, 14.6, 1.0)
+
+
+def recorded() -> list[Launch]:
+    """Every launch of ``calls``, all configurations of tuned kernels among them."""
+    launches: list[Launch] = []
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        values = {**dict(zip(self.arg_names, args)), **options}
+        blocks = grid(values) if callable(grid) else grid
+        assert len(blocks) == 1 and 0 < blocks[0] < 2**31, f"{self.__name__}: grid {blocks}"
+        launches.append((self, values))
+
+    def tune(self: Autotuner) -> Callable[..., tuple[float, ...]]:
+        def once(kernel_call: Callable[[], None], quantiles: Any = None) -> tuple[float, ...]:
+            kernel_call()
+            return (1.0, 1.0, 1.0)
+
+        return once
+
+    with mock.patch.object(JITFunction, "run", record):
+        with mock.patch.object(Autotuner, "do_bench", property(tune)):
+            for call in calls():
+                call()
+    return launches
+
+
+def specialise(kernel: JITFunction, values: dict[str, Any]) -> tuple[Any, ...]:
+    """Signature, constants, attributes and options of a launch, as Triton's launcher makes them."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        annotated = parameter.annotation_type
+        # plain integers: 1 is a constant, multiples of 16 are known as such
+        special = isinstance(value, int) and not parameter.do_not_specialize and not annotated
+        if parameter.is_constexpr or value is None or (special and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = value
+            continue
+        signature[parameter.name] = annotated or mangle_type(value)
+        if isinstance(value, Tensor) or (special and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {name: value for name, value in values.items() if name not in kernel.arg_names}
+    return signature, constants, attributes, options
+
+
+def compile_for(arch: int, kernel: JITFunction, specialised: tuple[Any, ...]) -> dict[str, int]:
+    """Registers, shared memory and spills of one kernel."""
+    signature, constants, attributes, options = specialised
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _output("cuobjdump", "-res-usage", file.name)
+        code = _output("nvdisasm", "-c", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers, usage
+    return {
+        "registers": int(registers[1]),
+        "shared": compiled.metadata.shared,
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+    }
+
+
+def _output(tool: str, *arguments: str) -> str:
+    command = [str(TOOLS / tool), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _label(values: dict[str, Any], specialised: tuple[Any, ...]) -> str:
+    """What distinguishes a launch: dtype, compile-time constants, warps."""
+    signature, constants, _, options = specialised
+    dtype = next(t for t in signature.values() if t.startswith("*"))[1:]
+    names = list(signature)
+    shown = {
+        names[i]: value
+        for (i,), value in constants.items()
+        if value is not None and names[i].isupper() and names[i] not in ("THETA", "ROUNDOFF", "ACC")
+    }
+    text = " ".join(f"{name}={value}" for name, value in shown.items() if value != "ieee")
+    return f"{dtype} {text} warps={options.get('num_warps', 4)}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; 1 where a kernel spills, needs too much memory or does not compile."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    options = parser.parse_args(argv)
+    rows: dict[str, dict[str, Any]] = {}
+    bad = 0
+    for kernel, values in recorded():
+        specialised = specialise(kernel, values)
+        if options.kernel not in kernel.__name__:
+            continue
+        for arch in options.arch:
+            key = f"{arch} {kernel.__name__} {specialised}"
+            if key in rows:
+                continue
+            result = compile_for(arch, kernel, specialised)
+            failed = result["spills"] > 0 or result["shared"] > SHARED_LIMIT[arch]
+            bad += failed
+            label = _label(values, specialised)
+            rows[key] = {"arch": arch, "kernel": kernel.__name__, "case": label, **result}
+            print(
+                f"sm_{arch:<4} {kernel.__name__:24} {result['registers']:>4} registers "
+                f"{result['shared']:>7} bytes shared {result['spills']:>5} spills "
+                f"{'FAILED ' if failed else ''} {label}",
+                flush=True,
+            )
+    print(f"Triton {triton.__version__}: {len(rows)} kernels compiled, {bad} failed")
+    if options.json:
+        options.json.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
