@@ -24,6 +24,7 @@ from oneshot_fast.ops import OPS
 from oneshot_fast.ops._register import OpSpec
 
 RESULTS = Path(__file__).parent / "results"
+OTHERS = ("eager", "compile", "clone")
 
 
 @dataclass
@@ -48,9 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks."""
     config = tyro.cli(Config, args=argv, description=__doc__)
     records = []
-    print(
-        f"{'case':<58}{'threads':>8} {'pass':<8}{'ours us':>10}{'eager':>8}{'compile':>8}{'clone':>8}"
-    )
+    ratios = "".join(f"{name:>8}" for name in OTHERS)
+    print(f"{'case':<58}{'threads':>8} {'pass':<8}{'ours us':>10}{ratios}")
     for spec in OPS:
         for case in spec.large if spec.name in config.ops else ():
             torch.compiler.reset()
@@ -117,7 +117,7 @@ def print_row(record: dict[str, Any]) -> None:
     median = {name: quantiles[1] for name, quantiles in record["microseconds"].items()}
     ratios = [
         f"{median[name] / median['ours']:>8.2f}" if name in median else f"{'-':>8}"
-        for name in ("eager", "compile", "clone")
+        for name in OTHERS
     ]
     case = f"{record['op']} {record['case']}"
     print(

@@ -176,7 +176,7 @@ def patch_rotate(
             ROWS=rows,
             COLUMNS=triton.next_power_of_2(tile_w),
             PRECISION=precision,
-            # one chain of sums over D, whatever the configuration; tl.dot needs 16
-            BLOCK_K=max(16, p2, min(32, rows * p2)),
+            # tl.dot needs 16; without tensor cores its operands are in registers and 32 spill
+            BLOCK_K=max(16, p2, min(32 if x.element_size() == 2 else 16, rows * p2)),
         )
     return z

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oneshot_fast.kernels.patch_tiles import dot
+from oneshot_fast.kernels.patch_tiles import INTERPRETED, dot
 from oneshot_fast.kernels.skew_exp_tiled import d_skew_exp_tiled, skew_exp_tiled
 from oneshot_fast.kernels.skew_series import (
     MAX_SQUARINGS,
@@ -25,12 +25,37 @@ from oneshot_fast.kernels.skew_series import (
     top_terms,
 )
 
-_MAX_ON_CHIP = 64
+
+def _on_chip(a: Tensor) -> bool:
+    """Whether registers hold four matrices."""
+    return a.shape[-1] <= (32 if a.dtype == torch.float64 else 64)
 
 
 @triton.jit
-def _product(a, b, PRECISION: tl.constexpr):
-    return dot(a, b, tl.zeros(a.shape, dtype=a.dtype), PRECISION)
+def _fresh(m):
+    """M, through a move that the compiler does not look into."""
+    if INTERPRETED:
+        return m
+    if m.dtype == tl.float64:
+        return tl.inline_asm_elementwise("mov.b64 $0, $1;", "=d,d", [m], m.dtype, False, 1)
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [m], m.dtype, False, 1)
+
+
+@triton.jit
+def _multiply(a, b, acc, D, PRECISION: tl.constexpr):
+    """Acc + a b, in a loop of one step whose number the compiler does not know.
+
+    Otherwise it reads the operands of neighbouring products early, or keeps those used twice, D
+    entries per row and thread, and spills.
+    """
+    for _ in range(tl.cdiv(D, a.shape[0])):
+        acc = dot(_fresh(a), _fresh(b), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _product(a, b, D, PRECISION: tl.constexpr):
+    return _multiply(a, b, tl.zeros(a.shape, dtype=a.dtype), D, PRECISION)
 
 
 @triton.jit
@@ -54,8 +79,8 @@ def _write(ptr, m, D, D2: tl.constexpr):
 def _scaled_exp(a, D, THETA: tl.constexpr, PRECISION: tl.constexpr, D2: tl.constexpr):
     """S = (a - a^T) / 2^s, exp(S), s, and a bound of ||S||_2."""
     S = a - tl.trans(a)
-    S2 = _product(S, S, PRECISION)
-    S3 = _product(S2, S, PRECISION)
+    S2 = _product(S, S, D, PRECISION)
+    S3 = _product(S2, S, D, PRECISION)
     bound = norm_bound(largest_column(S), largest_column(S2), largest_column(S3))
     s = squarings_for(bound, THETA, MAX_SQUARINGS)
     unit = half_power(s).to(a.dtype)
@@ -65,9 +90,9 @@ def _scaled_exp(a, D, THETA: tl.constexpr, PRECISION: tl.constexpr, D2: tl.const
     i = tl.arange(0, D2)
     one = identity(i, i, D, a.dtype)
     R = top_terms(one, S, S2, S3)
-    R = dot(S3, R, quadratic(one, S, S2, 6), PRECISION)
-    R = dot(S3, R, quadratic(one, S, S2, 3), PRECISION)
-    R = dot(S3, R, quadratic(one, S, S2, 0), PRECISION)
+    R = _multiply(S3, R, quadratic(one, S, S2, 6), D, PRECISION)
+    R = _multiply(S3, R, quadratic(one, S, S2, 3), D, PRECISION)
+    R = _multiply(S3, R, quadratic(one, S, S2, 0), D, PRECISION)
     return S, R, s, bound * half_power(s)
 
 
@@ -87,11 +112,11 @@ def skew_exp_kernel(
     a = _read(a_ptr, D, ACC, D2)
     S, R, s, bound = _scaled_exp(a, D, THETA, PRECISION, D2)
     for _ in range(s):
-        R = _product(R, R, PRECISION)
+        R = _product(R, R, D, PRECISION)
     if s > UNPOLISHED:
         i = tl.arange(0, D2)
-        defect = dot(tl.trans(R), R, -identity(i, i, D, ACC), PRECISION)
-        R -= 0.5 * _product(R, defect, PRECISION)
+        defect = _multiply(tl.trans(R), R, -identity(i, i, D, ACC), D, PRECISION)
+        R -= 0.5 * _product(R, defect, D, PRECISION)
     _write(q_ptr, R, D, D2)
 
 
@@ -110,7 +135,7 @@ def d_skew_exp_kernel(
     ACC: tl.constexpr,
     D2: tl.constexpr,
 ):
-    W = _product(tl.trans(_read(q_ptr, D, ACC, D2)), _read(grad_ptr, D, ACC, D2), PRECISION)
+    W = _product(tl.trans(_read(q_ptr, D, ACC, D2)), _read(grad_ptr, D, ACC, D2), D, PRECISION)
     E = W - tl.trans(W)
     S, R, s, bound = _scaled_exp(_read(a_ptr, D, ACC, D2), D, THETA, PRECISION, D2)
     # ||ad|| <= 2 ||S||: terms until they fall below the roundoff
@@ -122,13 +147,13 @@ def d_skew_exp_kernel(
     W = E
     for k in range(terms):
         # S W - W S, as S W minus its transpose: both are skew
-        T = _product(S, W, PRECISION)
+        T = _product(S, W, D, PRECISION)
         W = E + (T - tl.trans(T)) / (terms - k + 1)
     for k in range(s):
         if k > 0:
-            R = _product(R, R, PRECISION)
-        T = _product(R, W, PRECISION)
-        W = 0.5 * (W + _product(T, tl.trans(R), PRECISION))
+            R = _product(R, R, D, PRECISION)
+        T = _product(R, W, D, PRECISION)
+        W = 0.5 * (W + _product(T, tl.trans(R), D, PRECISION))
     _write(da_ptr, W, D, D2)
 
 
@@ -141,8 +166,8 @@ def _constants(a: Tensor, precision: str) -> dict[str, object]:
         "PRECISION": precision,
         "ACC": tl.float64 if double else tl.float32,
         "D2": D2,
-        # 8 sums per thread, 16 for D = 64
-        "num_warps": {16: 1, 32: 4, 64: 8}[D2],
+        # more sums per thread than 4, or 8 for D = 16 and 64, spill
+        "num_warps": {16: 1, 32: 8, 64: 16}[D2],
     }
 
 
@@ -157,7 +182,7 @@ def skew_exp(a: Tensor, precision: str = "ieee") -> Tensor:
         Orthogonal matrices, [..., D, D].
     """
     a = a.contiguous()
-    if a.shape[-1] > _MAX_ON_CHIP:
+    if not _on_chip(a):
         return skew_exp_tiled(a, precision)
     q = torch.empty_like(a)
     D = a.shape[-1]
@@ -180,7 +205,7 @@ def d_skew_exp(grad: Tensor, a: Tensor, q: Tensor, precision: str = "ieee") -> T
         Gradient, [..., D, D].
     """
     grad, a, q = grad.contiguous(), a.contiguous(), q.contiguous()
-    if a.shape[-1] > _MAX_ON_CHIP:
+    if not _on_chip(a):
         return d_skew_exp_tiled(grad, a, q, precision)
     da = torch.empty_like(a)
     D = a.shape[-1]

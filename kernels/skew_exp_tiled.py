@@ -256,7 +256,7 @@ class _Launcher:
         self.grid = (self.batch * self.blocks**2,)
         self.acc = torch.promote_types(a.dtype, torch.float32)
         self.theta = (THETA64 if self.acc == torch.float64 else THETA32).value
-        self.dot = {"PRECISION": precision, "BLOCK": _BLOCK, "BLOCK_K": 32, "num_warps": 8}
+        self.dot = {"PRECISION": precision, "BLOCK": _BLOCK, "BLOCK_K": 16, "num_warps": 8}
         self.like = a
 
     def scratch(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,10 +43,10 @@ class EmOptions:
     """E-step: weight of the mean squared distance between the noise and its base noise."""
     train_epochs: int = 10
     """M-step: passes over the matched pairs per cycle."""
-    train_batch_size: int = 4
+    train_batch_size: int = 8
     """M-step: matched pairs per step."""
-    train_lr: float = 1e-5
-    """M-step: AdamW's learning rate."""
+    train_lr: float | None = None
+    """M-step: AdamW's learning rate; by default 1e-5, for the embedded data 1e-4."""
     train_weight_decay: float = 0.01
     """M-step: AdamW's decoupled weight decay."""
     train_max_grad_norm: float = 1.0
@@ -54,14 +55,25 @@ class EmOptions:
     """Both steps: weight of the mean squared error between the latents."""
     pixel_l1_weight: float = 0.0
     """Both steps: weight of the mean absolute error between the images; 0 never decodes."""
-    preserve_latent_weight: float = 0.5
-    """M-step: weight of the latent distance to the initial generator on random noise."""
-    preserve_pixel_weight: float = 0.05
-    """M-step: the same in pixels; 0 never decodes."""
+    preserve_latent_weight: float | None = None
+    """M-step: weight of the latent distance to the initial generator on random noise; by default
+    0.5, for the embedded data 0, since all of its targets are in the new style."""
+    preserve_pixel_weight: float | None = None
+    """M-step: the same in pixels, by default 0.05 and 0; 0 never decodes."""
     preserve_batch_size: int | None = None
     """M-step: random noises per step for the preserve losses; by default train_batch_size."""
     preserve_pool_size: int = 512
     """M-step: random noises whose initial outputs are computed once."""
+
+    def resolve(self, embedded: bool) -> EmOptions:
+        """Fill in the defaults that differ between the embedded data and a user's own."""
+        defaults = {
+            "train_lr": 1e-4 if embedded else 1e-5,
+            "preserve_latent_weight": 0.0 if embedded else 0.5,
+            "preserve_pixel_weight": 0.0 if embedded else 0.05,
+        }
+        missing: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        return dataclasses.replace(self, **missing)
 
     def assign(self) -> AssignOptions:
         """Options of the E-step."""
@@ -76,7 +88,10 @@ class EmOptions:
         )
 
     def sft(self, noise: Literal["matched", "random"] = "matched", cycles: int = 1) -> SftOptions:
-        """Options of the M-step, or of ``cycles`` M-steps' worth of direct SFT."""
+        """Options of the M-step, or of ``cycles`` M-steps' worth of direct SFT; resolved."""
+        assert self.train_lr is not None
+        assert self.preserve_latent_weight is not None
+        assert self.preserve_pixel_weight is not None
         return SftOptions(
             epochs=self.train_epochs * cycles,
             batch_size=self.train_batch_size,
@@ -125,6 +140,8 @@ class EmCommand:
 
 def execute(command: EmCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
+    own_data = command.data.data_root is not None
+    command = dataclasses.replace(command, em=command.em.resolve(embedded=not own_data))
     summary = EmRun(command).run()
 
     from oneshot_fast.report import write_em_report

@@ -266,6 +266,8 @@ class OneStepGenerator:
 
     def save(self, folder: Path) -> None:
         """Write a complete diffusers pipeline (safetensors) to ``folder``, atomically."""
+        # Tokenizers save how they were called last: a call makes equal files of equal models.
+        self._encode_prompt("")
         with write_folder(folder) as temporary:
             self.pipe.save_pretrained(temporary, safe_serialization=True)
 

@@ -129,11 +129,11 @@ class SftRun:
                 (self.folder / "state.safetensors").unlink(missing_ok=True)
                 self.generator.load_unet(final)
                 return read_json(self.folder / "summary.json")
+            tracker = start_tracking(report_to, self.folder, settings)
             failures = list(failures)
             usable = self._encode(pairs, failures)
             if self.options.preserves and pool is None:
                 pool = self._build_pool(usable)
-            tracker = start_tracking(report_to, self.folder, settings)
             summary = self._train(usable, pool, tracker)
             tracker.end_training()
             summary |= {"failed": len(failures), "settings": settings}

@@ -28,12 +28,13 @@ def start_tracking(name: str, folder: Path, settings: dict[str, Any]) -> Acceler
         UserError: If the tracker's package is not installed.
     """
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
 
-    accelerator = Accelerator(log_with=None if name == "none" else name, project_dir=folder)
     require(
-        name == "none" or len(accelerator.log_with) == 1,
+        name in ("none", *map(str, get_available_trackers())),
         f"--report_to {name} needs a package that is not installed: pip install {name}",
     )
+    accelerator = Accelerator(log_with=None if name == "none" else name, project_dir=folder)
     numbers = {k: v for k, v in settings.items() if isinstance(v, int | float)}
     config = {key: str(value) for key, value in settings.items()} | numbers
     accelerator.init_trackers("logs", config=config)

@@ -17,6 +17,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads leave the cores to the others
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # as the commands do, but before imports
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ class Forks:
         argv: Sequence[object],
         watch: Path,
         *,
-        at: int | None = None,
+        at: int | str | None = None,
         signal_number: int = signal.SIGKILL,
         limit: int | None = None,
     ) -> tuple[int, Path]:
@@ -136,7 +137,8 @@ class Forks:
             command: assign, sft or em.
             argv: Its flags.
             watch: Folder in which changes to the file system are counted.
-            at: Just before this change (from 1), the child gets ``signal_number``.
+            at: Just before this change (from 1, or the first to a path with this part), the child
+                gets ``signal_number``.
             signal_number: The signal.
             limit: Bytes beyond which the child can write no file, as on a full disk.
         """

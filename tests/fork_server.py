@@ -16,26 +16,37 @@ import traceback
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline  # noqa: F401, lazy until named
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401
 
-COMMANDS = {name: importlib.import_module(f"oneshot_fast.{name}") for name in ("assign", "em")}
-COMMANDS["sft"] = importlib.import_module("oneshot_fast.sft")
-for name in ("evaluate", "loading", "report", "targets", "tiny.classifier"):
-    importlib.import_module(f"oneshot_fast.{name}")
+COMMANDS = {
+    name: importlib.import_module(f"oneshot_fast.{name}") for name in ("assign", "sft", "em")
+}
+for name in (
+    "accelerate",
+    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+    "matplotlib.pyplot",
+    "oneshot_fast.evaluate",
+    "oneshot_fast.loading",
+    "oneshot_fast.report",
+    "oneshot_fast.targets",
+    "oneshot_fast.tiny.classifier",
+):  # what the commands import only once they run
+    importlib.import_module(name)
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.truncate"}
 
 
-def watch(folder: str, at: int | None, signal_number: int) -> list[int]:
-    """Count the changes to files under ``folder``; just before number ``at``, send the signal."""
+def watch(folder: str, at: int | str | None, signal_number: int) -> list[int]:
+    """Count the changes to files under ``folder``; just before number ``at``, send the signal.
+
+    ``at`` may also be a part of a path: the first change to such a file.
+    """
     seen = [0]
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         writes = event == "open" and isinstance(args[2], int) and args[2] & os.O_ACCMODE
         if (writes or event in CHANGES) and folder in str(args[0]):
             seen[0] += 1
-            if seen[0] == at:
+            if seen[0] == at or (isinstance(at, str) and at in str(args[0])):
                 os.kill(os.getpid(), signal_number)
 
     sys.addaudithook(hook)

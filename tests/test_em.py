@@ -21,7 +21,7 @@ NUMBER = r"[+-]?\d+\.\d+"
 
 def flags(folder: Path, *more: object) -> list[object]:
     fixed = (
-        "--max_samples 6 --assign_steps 2 --train_epochs 1 --train_lr 1e-4 --eval_samples 20 "
+        "--max_samples 6 --assign_steps 2 --train_epochs 4 --train_lr 2e-5 --eval_samples 20 "
         "--preserve_pool_size 8 --num_images 2 --compare_direct"
     )
     return ["--work_dir", folder, *fixed.split(), *more]
@@ -161,4 +161,4 @@ def test_direct_training_starts_from_the_base_and_sees_other_noises(aligned: Pat
     direct, final = weights.values()
     assert not any(torch.equal(direct[key], final[key]) for key in direct if "conv_in" in key)
     settings = json.loads((aligned / "direct" / "run.json").read_text())
-    assert (settings["noise"], settings["epochs"]) == ("random", 2)
+    assert (settings["noise"], settings["epochs"]) == ("random", 8)

@@ -1,4 +1,4 @@
-"""Kills, interrupts, full disks and rivals: the same command then ends as if nothing had happened."""
+"""Kills, interrupts, full disks, rivals: the same command then ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def flags(small_data: Path, assigned: Path) -> Flags:
     """The flags of a small run of each command."""
     steps = "--assign_steps 2 --assign_batch_size 2 --num_cycles 2 --train_epochs 1 --num_images 1"
     fixed = {
-        "assign": f"--data_root {small_data} --steps 8 --batch_size 1 --num_images 1 --output_root",
+        "assign": f"--data_root {small_data} --steps 8 --batch_size 1 --num_images 0 --output_root",
         "sft": f"--manifest_path {assigned}/manifest.jsonl --epochs 2 --batch_size 2 --lr 1e-4 "
         "--preserve_pool_size 4 --save_minutes 0 --output_dir",
         "em": f"--heldout_root {small_data} --max_samples 4 --eval_samples 10 {steps} "
@@ -115,7 +115,7 @@ def test_kills_at_random_moments(
     forks: Any, flags: Flags, references: Any, folder: Path, command: str
 ) -> None:
     expected, changes, seconds = references(command)
-    draw, kills = random.Random(command), 0
+    draw, kills, kept = random.Random(command), 0, {}
     for k in range(9):
         if k % 3 == 2:  # at any time, not only where files change
             started = forks.start(command, flags(command, folder), folder)
@@ -128,19 +128,18 @@ def test_kills_at_random_moments(
         assert ended.code in (0, -signal.SIGKILL), ended.err
         kills += ended.code != 0
         check_valid(folder)
-    assert kills >= 5
+        for path in folder.glob("**/noises/0*"):  # what was finished is not done again
+            assert kept.setdefault(path, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
+    assert kills >= 5 and (kept or command == "sft")
     finish(forks, flags, command, folder, expected)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("moment", [0.4, 0.8])
-def test_interrupts(
-    forks: Any, flags: Flags, references: Any, folder: Path, command: str, moment: float
-) -> None:
+def test_interrupts(forks: Any, flags: Flags, references: Any, folder: Path, command: str) -> None:
     expected, changes, _ = references(command)
     ended = forks.run(
         command, flags(command, folder), folder,
-        at=int(moment * changes), signal_number=signal.SIGINT,
+        at=int(0.6 * changes), signal_number=signal.SIGINT,
     )  # fmt: skip
     assert ended.code == 130 and "Traceback" not in ended.err
     assert ended.err.splitlines()[-1].startswith("interrupted: everything finished is kept")
@@ -169,7 +168,7 @@ def test_a_full_disk(
     last = ended.err.splitlines()[-1]
     assert last.startswith("error: no space left to write") and "repeat the command" in last
     assert (folder / reached).exists() and not (folder / "summary.json").exists()
-    assert not [path for path in folder.rglob(".tmp-*")]
+    assert not list(folder.rglob(".tmp-*"))
     check_valid(folder)
     for path in folder.rglob("manifest.jsonl"):
         assert path.read_bytes()[-1:] in (b"\n", b"")
@@ -183,13 +182,12 @@ def test_a_second_process_is_refused(
     long = {"assign": "--steps", "sft": "--epochs", "em": "--assign_steps"}[command]
     argv = [*flags(command, folder), long, 100_000]
     first = forks.start(command, argv, folder)
-    while not (folder / "run.json").exists():
-        time.sleep(0.02)
+    for _ in range(3000):
+        time.sleep(0.02 if not (folder / "run.json").exists() else 0)
     second = call(command, *argv)
     os.killpg(first[0], signal.SIGKILL)
     assert forks.wait(first).code == -signal.SIGKILL
     assert second.code == 2 and "is in use by another process" in second.error
-    (folder / "noises").exists()
 
 
 def test_an_interrupted_overwrite_never_mixes_runs(

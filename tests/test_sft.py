@@ -32,7 +32,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def flags(manifest: Path, folder: Path, *more: object) -> list[object]:
-    fixed = "--model_id tiny --epochs 2 --batch_size 4 --lr 1e-4 --preserve_pool_size 8"
+    fixed = "--model_id tiny --epochs 2 --batch_size 4 --lr 2e-5 --preserve_pool_size 8"
     return ["--manifest_path", manifest, "--output_dir", folder, *fixed.split(), *more]
 
 

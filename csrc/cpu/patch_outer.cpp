@@ -39,11 +39,12 @@ void run(const Threads& threads, const PatchGrid& grid, const S* a, const S* b, 
   const int64_t grain = ceil_div(1 << 18, rows * ld * grid.tile_patches() * images * tiles + 1);
   Buffer<T> partial(shared ? sums * D * ld : 0);
   parallel_for(threads, sums * parts, grain, [&](int64_t i0, int64_t i1) {
-    Buffer<T> rows_a(kBlockPatches * ld), rows_b(kBlockPatches * ld), block(rows * ld);
+    Buffer<T> memory((2 * kBlockPatches + rows) * ld);
+    T *rows_a = memory, *rows_b = rows_a + kBlockPatches * ld, *block = rows_b + kBlockPatches * ld;
     __builtin_memset(rows_b, 0, kBlockPatches * ld * sizeof(T));
     for (int64_t i = i0; i < i1; ++i) {
       const int64_t s = i / parts, r0 = min(D, i % parts * rows), r1 = min(D, r0 + rows);
-      T* sum = shared ? partial + (s * D + r0) * ld : static_cast<T*>(block);
+      T* sum = shared ? partial + (s * D + r0) * ld : block;
       if constexpr (!narrower)
         if (!shared && ld == D) sum = out + (s * D + r0) * D;
       const int64_t first = shared ? s * images * tiles : s;

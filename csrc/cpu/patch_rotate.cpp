@@ -23,7 +23,8 @@ void run(const Threads& threads, const PatchGrid& grid, const S* x, const Matric
   const int64_t D = grid.dim(), N = grid.tile_patches(), blocks = ceil_div(N, ld);
   const int64_t grain = ceil_div(1 << 18, D * D * ld);
   parallel_for(threads, grid.B * grid.tiles() * blocks, grain, [&](int64_t i0, int64_t i1) {
-    Buffer<T> columns(D * ld), rotated(D * ld), wide(sizeof(S) < sizeof(T) ? D * D : 0);
+    Buffer<T> memory(2 * D * ld + (sizeof(S) < sizeof(T) ? D * D : 0));
+    T *columns = memory, *rotated = columns + D * ld, *wide = rotated + D * ld;
     __builtin_memset(columns, 0, D * ld * sizeof(T));
     int64_t widened = -1;
     for (int64_t i = i0; i < i1; ++i) {
@@ -40,9 +41,9 @@ void run(const Threads& threads, const PatchGrid& grid, const S* x, const Matric
       } else {
         m = matrix;
       }
-      gather_columns<P>(grid, b, g, n0, n1, x, static_cast<T*>(columns), ld);
+      gather_columns<P>(grid, b, g, n0, n1, x, columns, ld);
       rotate<T>(q.transposed, D, round_up(n1 - n0, kLanes<T>), m, columns, rotated, ld);
-      scatter_columns<P>(grid, b, g, n0, n1, static_cast<const T*>(rotated), ld, out);
+      scatter_columns<P>(grid, b, g, n0, n1, rotated, ld, out);
     }
   });
 }

@@ -59,9 +59,12 @@ int d_latent_mse(DType dtype, int64_t B, int64_t n, const void* grad, const void
                  void* stream) {
   return with_dtype(dtype, [&]<class S>(S) {
     using T = Accumulator<S>;
-    const SquaredError<S> f{static_cast<const S*>(eps_hat), static_cast<const S*>(x),
-                            static_cast<const S*>(target),  T(sigma),
-                            T(2 * scale / double(n)),       static_cast<const T*>(grad),
+    const SquaredError<S> f{static_cast<const S*>(eps_hat),
+                            static_cast<const S*>(x),
+                            static_cast<const S*>(target),
+                            T(sigma),
+                            T(2 * scale / double(n)),
+                            static_cast<const T*>(grad),
                             static_cast<S*>(out)};
     return map_per_image<S>(B, n, wide_runs<S>(n, eps_hat, x, target, out), f, stream);
   });

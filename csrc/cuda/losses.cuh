@@ -35,7 +35,7 @@ __device__ __forceinline__ double block_sum(double sum) {
 // returns the sum of V terms from element i of all on, and may write their gradients. A thread sums
 // every 256th run of V elements in the accumulation dtype, the block in double.
 template <class T, int V, class F>
-__global__ void __launch_bounds__(kLossThreads)
+__global__ void __launch_bounds__(kLossThreads, 1)
     sum_chunks(Chunks chunks, F f,
                double* __restrict__ partial,  // [B, chunks of an image]
                T* __restrict__ loss) {        // [B], accumulation dtype
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kLossThreads)
 
 // loss[b] = mean from the sums of the chunks; a warp per image.
 template <class T>
-__global__ void __launch_bounds__(kLossThreads)
+__global__ void __launch_bounds__(kLossThreads, 1)
     add_chunks(Chunks chunks,
                const double* __restrict__ partial,  // [B, chunks of an image]
                T* __restrict__ loss) {              // [B], accumulation dtype
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kLossThreads)
 
 // f(b, i) for every V elements i of every image b.
 template <int V, class F>
-__global__ void __launch_bounds__(kLossThreads) map_chunks(Chunks chunks, F f) {
+__global__ void __launch_bounds__(kLossThreads, 1) map_chunks(Chunks chunks, F f) {
   for (int64_t work = blockIdx.x; work < chunks.count(); work += gridDim.x) {
     const int64_t b = chunks.per_image.quotient(work);
     const int64_t i0 = b * chunks.n + chunks.per_image.remainder(work) * kChunk;

@@ -56,8 +56,8 @@ cudaError_t outer(const Outer& o) {
   if (error != cudaSuccess || splits == 1) return error;
   const Divider blocks(ceil_div(n, kWarp));
   return launch(add_partial_sums<S>, plan.outputs * blocks.divisor(), 256, 0, o.stream,
-                plan.outputs, splits, n, blocks,
-                static_cast<const Accumulator<S>*>(o.workspace), static_cast<S*>(o.out));
+                plan.outputs, splits, n, blocks, static_cast<const Accumulator<S>*>(o.workspace),
+                static_cast<S*>(o.out));
 }
 
 }  // namespace
@@ -74,9 +74,8 @@ int patch_outer(DType dtype, const PatchGrid& grid, const void* a, const void* b
                 void* workspace, void* out, void* stream) {
   const Tiles tiles(grid);
   if (tiles.D == 0) return cudaSuccess;
-  return with_dtype(dtype, [&]<class S>(S) {
-    return outer<S>({tiles, shared, a, b, workspace, out, stream});
-  });
+  return with_dtype(
+      dtype, [&]<class S>(S) { return outer<S>({tiles, shared, a, b, workspace, out, stream}); });
 }
 
 }  // namespace osf::cuda

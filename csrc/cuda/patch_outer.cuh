@@ -66,8 +66,8 @@ __device__ __forceinline__ void for_each_panel(const Tiles& tiles, const OuterPl
 // The block's TD x TD sums, rows of LD, to the partial sums or, if there is one split, to out.
 template <int TD, int LD, class S, class T>
 __device__ __forceinline__ void write_sums(const Tiles& tiles, const OuterPlan& plan,
-                                           const OuterPlan::Block& block, const T* sums,
-                                           T* partial, S* out) {
+                                           const OuterPlan::Block& block, const T* sums, T* partial,
+                                           S* out) {
   for (int u = threadIdx.x; u < TD * TD; u += kPatchThreads) {
     const int64_t m = block.m0 + u / TD, n = block.n0 + u % TD;
     if (m >= tiles.D || n >= tiles.D) continue;
@@ -81,16 +81,16 @@ __device__ __forceinline__ void write_sums(const Tiles& tiles, const OuterPlan& 
 }
 
 // Any D: TD x TD of A B^T per block, TN patches at a time.
-// Shared memory: a panel [d][n] of a and one of b, then the sums. The threads form groups that share
-// the patches of a panel; a thread sums RM x RN products, of rows far apart so that neighbours read
-// neighbouring rows, which lie in different banks.
+// Shared memory: a panel [d][n] of a and one of b, then the sums. The threads form groups that
+// share the patches of a panel; a thread sums RM x RN products, of rows far apart so that
+// neighbours read neighbouring rows, which lie in different banks.
 template <class S, int P, int V, int TD, int RM, int RN, int TN>
-__global__ void __launch_bounds__(kPatchThreads)
+__global__ void __launch_bounds__(kPatchThreads, 1)
     outer_tiled(Tiles tiles, OuterPlan plan,
-                const S* __restrict__ a,                  // [B, C, H, W]
-                const S* __restrict__ b,                  // [B, C, H, W]
-                Accumulator<S>* __restrict__ partial,     // [outputs, splits, D, D]
-                S* __restrict__ out) {                    // [outputs, D, D]
+                const S* __restrict__ a,               // [B, C, H, W]
+                const S* __restrict__ b,               // [B, C, H, W]
+                Accumulator<S>* __restrict__ partial,  // [outputs, splits, D, D]
+                S* __restrict__ out) {                 // [outputs, D, D]
   using T = Accumulator<S>;
   constexpr int LN = TN + kWide<T>, kRows = TD / RM, kColumns = TD / RN;
   constexpr int kGroups = kPatchThreads / (kRows * kColumns);
@@ -145,12 +145,12 @@ __global__ void __launch_bounds__(kPatchThreads)
 // Shared memory: a panel [d][n] of a and one of b, then the sums in float32. A warp sums 32 x 32
 // products in 2 x 2 fragments; the panel of b is B^T by columns.
 template <class S, int P, int V>
-__global__ void __launch_bounds__(kPatchThreads)
+__global__ void __launch_bounds__(kPatchThreads, 1)
     outer_wmma(Tiles tiles, OuterPlan plan,
-               const S* __restrict__ a,          // [B, C, H, W]
-               const S* __restrict__ b,          // [B, C, H, W]
-               float* __restrict__ partial,      // [outputs, splits, D, D]
-               S* __restrict__ out) {            // [outputs, D, D]
+               const S* __restrict__ a,      // [B, C, H, W]
+               const S* __restrict__ b,      // [B, C, H, W]
+               float* __restrict__ partial,  // [outputs, splits, D, D]
+               S* __restrict__ out) {        // [outputs, D, D]
   namespace wmma = nvcuda::wmma;
   constexpr int TD = 64, TN = 64, LN = TN + 8, LD = TD + 4;
   constexpr int kPanels = 2 * TD * LN * 2, kSums = TD * LD * 4;
@@ -201,10 +201,10 @@ __global__ void __launch_bounds__(kPatchThreads)
 // Shared memory: 8 sums per element, added in order. Thread (g, i) sums the splits g, g + 8, ... of
 // element i of 32.
 template <class S>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     add_partial_sums(int64_t outputs, int64_t splits, int64_t n, Divider blocks,  // per output
-                     const Accumulator<S>* __restrict__ partial,                  // [outputs, splits, n]
-                     S* __restrict__ out) {                                       // [outputs, n]
+                     const Accumulator<S>* __restrict__ partial,  // [outputs, splits, n]
+                     S* __restrict__ out) {                       // [outputs, n]
   using T = Accumulator<S>;
   __shared__ T sums[8][kWarp];
   const int g = threadIdx.x / kWarp, i = threadIdx.x % kWarp;

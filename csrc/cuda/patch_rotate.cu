@@ -5,9 +5,9 @@ namespace {
 
 struct Rotation {
   Tiles tiles;
-  const void* x;       // [B, C, H, W]
-  const Matrices& q;   // [D, D], [B, D, D] or [B, Gh, Gw, D, D]
-  void* out;           // [B, C, H, W]
+  const void* x;      // [B, C, H, W]
+  const Matrices& q;  // [D, D], [B, D, D] or [B, Gh, Gw, D, D]
+  void* out;          // [B, C, H, W]
   void* stream;
 };
 
@@ -21,8 +21,8 @@ cudaError_t in_registers(const Rotation& r) {
   constexpr int A = R * P < kWide<S> ? R * P : kWide<S>;
   const auto run = [&](auto kernel, int patches) {
     const Divider blocks(ceil_div(r.tiles.patches, patches * kPatchThreads));
-    return launch(kernel, r.tiles.count * blocks.divisor(), kPatchThreads, 0, r.stream, r.tiles, blocks,
-                  static_cast<const S*>(r.x), static_cast<const S*>(r.q.data), r.q.stride,
+    return launch(kernel, r.tiles.count * blocks.divisor(), kPatchThreads, 0, r.stream, r.tiles,
+                  blocks, static_cast<const S*>(r.x), static_cast<const S*>(r.q.data), r.q.stride,
                   r.q.transposed, static_cast<S*>(r.out));
   };
   if (r.tiles.columns.divisor() % R == 0 && aligned(A * sizeof(S), r.x, r.out))
@@ -36,9 +36,8 @@ cudaError_t tiled(const Rotation& r) {
   return with_patch_side<S>(r.tiles.grid.p, width, [&]<int P, int V>() {
     const RotateBlocks<TM, TN> blocks(r.tiles);
     return launch(rotate_tiled<S, P, V, TM, TN, RM, RN>, blocks.count, kPatchThreads, 0, r.stream,
-                  r.tiles, blocks, static_cast<const S*>(r.x),
-                  static_cast<const S*>(r.q.data), r.q.stride, r.q.transposed,
-                  static_cast<S*>(r.out));
+                  r.tiles, blocks, static_cast<const S*>(r.x), static_cast<const S*>(r.q.data),
+                  r.q.stride, r.q.transposed, static_cast<S*>(r.out));
   });
 }
 
@@ -81,8 +80,7 @@ int patch_rotate(DType dtype, const PatchGrid& grid, const void* x, const Matric
                  void* stream) {
   const Tiles tiles(grid);
   if (tiles.count == 0 || tiles.D == 0 || tiles.patches == 0) return cudaSuccess;
-  return with_dtype(dtype,
-                    [&]<class S>(S) { return rotate<S>({tiles, x, q, out, stream}); });
+  return with_dtype(dtype, [&]<class S>(S) { return rotate<S>({tiles, x, q, out, stream}); });
 }
 
 }  // namespace osf::cuda

@@ -12,17 +12,16 @@ namespace osf::cuda {
 // side in registers, reads and writes every image row of them in accesses of A elements, and reads
 // each element of q, the same for the whole warp, once for the R patches.
 template <class S, int P, int C, int R, int A>
-__global__ void __launch_bounds__(kPatchThreads)
+__global__ void __launch_bounds__(kPatchThreads, 1)
     rotate_registers(Tiles tiles, Divider blocks,  // per tile
-                     const S* __restrict__ x,  // [B, C, H, W]
-                     const S* __restrict__ q,  // [tiles, D, D], `stride` elements apart
+                     const S* __restrict__ x,      // [B, C, H, W]
+                     const S* __restrict__ q,      // [tiles, D, D], `stride` elements apart
                      int64_t stride, bool transposed,
                      S* __restrict__ out) {  // [B, C, H, W]
   using T = Accumulator<S>;
   constexpr int D = C * P * P, LD = D + kWide<T>, kRow = R * P;
   __shared__ __align__(16) T matrix[D * LD];
-  for (int64_t work = blockIdx.x; work < tiles.count * blocks.divisor();
-       work += gridDim.x) {
+  for (int64_t work = blockIdx.x; work < tiles.count * blocks.divisor(); work += gridDim.x) {
     const int64_t tile = blocks.quotient(work);
     const int64_t n = (blocks.remainder(work) * kPatchThreads + threadIdx.x) * R;
     __syncthreads();
@@ -40,8 +39,7 @@ __global__ void __launch_bounds__(kPatchThreads)
       for (int e = 0; e < kRow; e += A) {
         const auto run = Pack<S, A>::load(x + first + tiles.grid.row(row / P, row % P) + e);
 #pragma unroll
-        for (int i = 0; i < A; ++i)
-          patch[(e + i) / P][row * P + (e + i) % P] = widen(run.value[i]);
+        for (int i = 0; i < A; ++i) patch[(e + i) / P][row * P + (e + i) % P] = widen(run.value[i]);
       }
 #pragma unroll 1
     for (int row = 0; row < C * P; ++row) {
@@ -90,7 +88,7 @@ struct RotateBlocks {
 // Shared memory: Q transposed to [k][m] and X as a panel [k][n], then Z as a panel [m][n]. A thread
 // computes RM x RN of Z from RM + RN elements per k.
 template <class S, int P, int V, int TM, int TN, int RM, int RN>
-__global__ void __launch_bounds__(kPatchThreads)
+__global__ void __launch_bounds__(kPatchThreads, 1)
     rotate_tiled(Tiles tiles, RotateBlocks<TM, TN> blocks,
                  const S* __restrict__ x,  // [B, C, H, W]
                  const S* __restrict__ q,  // [tiles, D, D], `stride` elements apart
@@ -141,11 +139,11 @@ __global__ void __launch_bounds__(kPatchThreads)
   }
 }
 
-// float16 and bfloat16, D >= 64: Z = Q X on tensor cores, 64 x 64 of it per block, k in steps of 32.
-// Shared memory: Q as [m][k] and X as a panel [k][n], then Z in float32 as a panel [m][n]. A warp
-// computes 32 x 32 of Z in 2 x 2 fragments.
+// float16 and bfloat16, D >= 64: Z = Q X on tensor cores, 64 x 64 of it per block, k in steps
+// of 32. Shared memory: Q as [m][k] and X as a panel [k][n], then Z in float32 as a panel [m][n]. A
+// warp computes 32 x 32 of Z in 2 x 2 fragments.
 template <class S, int P, int V>
-__global__ void __launch_bounds__(kPatchThreads)
+__global__ void __launch_bounds__(kPatchThreads, 1)
     rotate_wmma(Tiles tiles, RotateBlocks<64, 64> blocks,
                 const S* __restrict__ x,  // [B, C, H, W]
                 const S* __restrict__ q,  // [tiles, D, D], `stride` elements apart

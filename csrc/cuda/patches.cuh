@@ -11,7 +11,7 @@ constexpr int kPatchThreads = 128;
 // PatchGrid made fast to index; tiles of all images are numbered as one.
 struct Tiles {
   PatchGrid grid;
-  int64_t D, count, rows, patches;  // rows, patches: of one tile
+  int64_t D, count, rows, patches;       // rows, patches: of one tile
   Divider side, tiles, across, columns;  // p, Gh Gw, Gw, patches of a tile along W
 
   explicit Tiles(const PatchGrid& grid)

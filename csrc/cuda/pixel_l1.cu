@@ -40,8 +40,12 @@ int pixel_l1(DType dtype, int64_t B, int64_t n, const void* y, const void* targe
              void* workspace, void* loss, void* gradient, void* stream) {
   return with_dtype(dtype, [&]<class S>(S) {
     using T = Accumulator<S>;
-    const AbsoluteError<S> f{static_cast<const S*>(y), static_cast<const S*>(target), false,
-                             T(scale / double(n)),     nullptr, static_cast<S*>(gradient)};
+    const AbsoluteError<S> f{static_cast<const S*>(y),
+                             static_cast<const S*>(target),
+                             false,
+                             T(scale / double(n)),
+                             nullptr,
+                             static_cast<S*>(gradient)};
     const bool wide = wide_runs<S>(n, y, target, gradient);
     return mean_per_image<S>(B, n, wide, f, workspace, static_cast<T*>(loss), stream);
   });
@@ -51,9 +55,9 @@ int d_pixel_l1(DType dtype, int64_t B, int64_t n, const void* grad, const void* 
                const void* target, bool wrt_target, void* out, void* stream) {
   return with_dtype(dtype, [&]<class S>(S) {
     using T = Accumulator<S>;
-    const AbsoluteError<S> f{static_cast<const S*>(y),      static_cast<const S*>(target),
-                             wrt_target,                    T(1 / double(n)),
-                             static_cast<const T*>(grad), static_cast<S*>(out)};
+    const AbsoluteError<S> f{
+        static_cast<const S*>(y), static_cast<const S*>(target), wrt_target,
+        T(1 / double(n)),         static_cast<const T*>(grad),   static_cast<S*>(out)};
     return map_per_image<S>(B, n, wide_runs<S>(n, y, target, out), f, stream);
   });
 }

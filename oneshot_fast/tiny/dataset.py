@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -191,6 +192,8 @@ def write_default_dataset(root: Path) -> None:
     for split, (digits, labels) in choose_pairs().items():
         if (root / split / "pairs.jsonl").is_file():
             continue
+        for left_by_a_kill in root.glob(f".{split}-*"):
+            shutil.rmtree(left_by_a_kill)
         with tempfile.TemporaryDirectory(dir=root, prefix=f".{split}-") as temporary:
             folder = Path(temporary) / split
             (folder / "images").mkdir(parents=True)

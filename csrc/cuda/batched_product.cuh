@@ -1,0 +1,185 @@
+#pragma once
+#include "common.cuh"
+#include "divider.h"
+
+// Batched products of D x D matrices in device memory, exact multiply-adds in T.
+namespace osf::cuda {
+
+constexpr int kProductThreads = 128, kProductTile = 64;
+constexpr int kTerms = 4;
+
+// out = weight (left_0 right_0 + left_1 right_1) + sum of coefficient_i added_i [+ I], for every
+// matrix of a batch. A symmetric or skew product (mirror = 1, -1) is computed in the lower triangle
+// only and mirrored; what is added need not have the same symmetry. `added` may be `out`.
+template <class T>
+struct Product {
+  int terms = 1;
+  bool transposed = false;  // left_i is stored transposed
+  const T* left[2] = {};    // [B, D, D]
+  const T* right[2] = {};   // [B, D, D]
+  T sign = 1;               // of the second term
+  int mirror = 0;
+  T weight = 1;
+  int count = 0;                // of added matrices
+  const T* added[kTerms] = {};  // [B, D, D]
+  T coefficient[kTerms] = {};
+  bool identity = false;
+  T* out = nullptr;  // [B, D, D]
+};
+
+// One or two independent products in one launch, for the matrices with more than `step` squarings.
+template <class T>
+struct Products {
+  int count = 1, step = -1;
+  Product<T> product[2];
+};
+
+// Shared memory of a tile: panels [k][m] and [k][n] of the operands, then the product [m][n].
+template <class T>
+struct ProductMemory {
+  static constexpr int TK = 16, LD = kProductTile + kWide<T>, LR = kProductTile + 1;
+  static constexpr int kPanels = 2 * TK * LD, kResult = kProductTile * LR;
+  T value[kPanels > kResult ? kPanels : kResult];
+};
+
+// result += sign op(A) B in the tile at (m0, n0): a thread computes 8 x 4 of its elements. The next
+// panels are on their way from device memory while the present ones are multiplied.
+template <class T>
+__device__ __forceinline__ void add_product(const T* A,  // [D, D]
+                                            const T* B,  // [D, D]
+                                            bool transposed, T sign, int D, int m0, int n0,
+                                            T* memory, T (&result)[8][4]) {
+  using Memory = ProductMemory<T>;
+  constexpr int TK = Memory::TK, LD = Memory::LD, kLoads = TK * kProductTile / kProductThreads;
+  T* const left = memory;
+  T* const right = memory + TK * LD;
+  const int m = threadIdx.x / 16 * 8, n = threadIdx.x % 16 * 4;
+  T next_left[kLoads], next_right[kLoads];
+  // element u of a panel: k, and m or n; the memory's rows run fastest
+  const auto k_left = [&](int u) { return transposed ? u / kProductTile : u % TK; };
+  const auto m_left = [&](int u) { return transposed ? u % kProductTile : u / TK; };
+  const auto fetch = [&](int k0) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int u = threadIdx.x + i * kProductThreads;
+      const int64_t row = k0 + k_left(u), at = m0 + m_left(u);
+      const bool inside = row < D && at < D;
+      next_left[i] = inside ? sign * A[transposed ? row * D + at : at * D + row] : T(0);
+      const int64_t k = k0 + u / kProductTile, column = n0 + u % kProductTile;
+      next_right[i] = k < D && column < D ? B[k * D + column] : T(0);
+    }
+  };
+  fetch(0);
+  for (int k0 = 0; k0 < D; k0 += TK) {
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int u = threadIdx.x + i * kProductThreads;
+      left[k_left(u) * LD + m_left(u)] = next_left[i];
+      right[u / kProductTile * LD + u % kProductTile] = next_right[i];
+    }
+    __syncthreads();
+    if (k0 + TK < D) fetch(k0 + TK);
+#pragma unroll
+    for (int k = 0; k < TK; ++k) {
+      T a[8], b[4];
+      read_run(left + k * LD + m, a);
+      read_run(right + k * LD + n, b);
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) result[i][j] += a[i] * b[j];
+    }
+  }
+}
+
+// out at (row, column) from the product there
+template <class T>
+__device__ __forceinline__ void write_element(const Product<T>& p, int64_t matrix, int D, int row,
+                                              int column, T value) {
+  const int64_t at = matrix + int64_t{row} * D + column;
+  T sum = p.weight * value;
+#pragma unroll
+  for (int i = 0; i < kTerms; ++i)
+    if (i < p.count) sum += p.coefficient[i] * p.added[i][at];
+  if (p.identity && row == column) sum += T(1);
+  p.out[at] = sum;
+}
+
+// The tile at (m0, n0) of matrix b, and the mirrored one. Every element of out is written by one
+// thread, after it has read what is added there.
+template <class T>
+__device__ __forceinline__ void run_tile(const Product<T>& p, int64_t b, int D, int m0, int n0,
+                                         ProductMemory<T>& memory) {
+  constexpr int LR = ProductMemory<T>::LR;
+  const int64_t matrix = b * D * D;
+  T result[8][4] = {};
+  for (int t = 0; t < p.terms; ++t)
+    add_product(p.left[t] + matrix, p.right[t] + matrix, p.transposed, t == 0 ? T(1) : p.sign, D,
+                m0, n0, memory.value, result);
+  const int m = threadIdx.x / 16 * 8, n = threadIdx.x % 16 * 4;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) memory.value[(m + i) * LR + n + j] = result[i][j];
+  __syncthreads();
+  for (int u = threadIdx.x; u < kProductTile * kProductTile; u += kProductThreads) {
+    const int i = u / kProductTile, j = u % kProductTile;
+    if (m0 + i < D && n0 + j < D && (p.mirror == 0 || m0 + i >= n0 + j)) {
+      const T value = p.mirror < 0 && m0 + i == n0 + j ? T(0) : memory.value[i * LR + j];
+      write_element(p, matrix, D, m0 + i, n0 + j, value);
+    }
+    if (p.mirror != 0 && m0 + j < D && n0 + i < D && m0 + j > n0 + i)
+      write_element(p, matrix, D, n0 + i, m0 + j, T(p.mirror) * memory.value[j * LR + i]);
+  }
+  __syncthreads();
+}
+
+// All tiles of all matrices and products, a tile per block.
+template <class T>
+__global__ void __launch_bounds__(kProductThreads, 1)
+    multiply(int64_t B, int D, Divider per_matrix,  // tiles of all products
+             const __grid_constant__ Products<T> products,
+             const int* __restrict__ squarings) {  // [B]
+  __shared__ __align__(16) ProductMemory<T> memory;
+  const int across = (D + kProductTile - 1) / kProductTile, tiles = across * across;
+  for (int64_t work = blockIdx.x; work < B * per_matrix.divisor(); work += gridDim.x) {
+    const int64_t b = per_matrix.quotient(work);
+    const int rest = static_cast<int>(work - b * per_matrix.divisor());
+    const int tile = rest % tiles, m0 = tile / across * kProductTile;
+    const int n0 = tile % across * kProductTile;
+    const Product<T>& p = products.product[rest / tiles];
+    if (p.mirror != 0 && n0 > m0) continue;
+    if (products.step >= 0 && squarings[b] <= products.step) continue;
+    run_tile(p, b, D, m0, n0, memory);
+  }
+}
+
+// One squaring: launches that follow one another.
+template <class T>
+struct Squaring {
+  int launches = 0;
+  Products<T> launch[2];
+};
+
+// The squarings from `step` on of the matrices that need so many, a block per matrix: even and odd
+// ones swap their matrices.
+template <class T>
+__global__ void __launch_bounds__(kProductThreads, 1)
+    square_on(int64_t B, int D, const __grid_constant__ Squaring<T> even,
+              const __grid_constant__ Squaring<T> odd, int step,
+              const int* __restrict__ squarings) {  // [B]
+  __shared__ __align__(16) ProductMemory<T> memory;
+  for (int64_t b = blockIdx.x; b < B; b += gridDim.x)
+    for (int s = step; s < squarings[b]; ++s)
+      for (int i = 0; i < even.launches; ++i)
+        for (int j = 0; j < even.launch[i].count; ++j) {
+          const Product<T>& p = (s % 2 == 0 ? even : odd).launch[i].product[j];
+          for (int m0 = 0; m0 < D; m0 += kProductTile)
+            for (int n0 = 0; n0 < (p.mirror == 0 ? D : m0 + 1); n0 += kProductTile)
+              run_tile(p, b, D, m0, n0, memory);
+        }
+}
+
+}  // namespace osf::cuda
