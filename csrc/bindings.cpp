@@ -105,6 +105,7 @@ Tensor patch_rotate(Tensor x, Tensor q, int64_t p) {
   x = dense(x);
   q = transposed ? q : dense(q);
   Tensor out = torch::stable::empty_like(x);
+  if (out.numel() == 0) return out;
   cpu_kernels().patch_rotate(threads(), dtype_of(op, x), grid, x.const_data_ptr(),
                              {q.const_data_ptr(), stride, transposed}, out.mutable_data_ptr());
   return out;
@@ -119,6 +120,7 @@ Tensor patch_outer(Tensor a, Tensor b, int64_t p, Shape leading) {
   a = dense(a);
   b = dense(b);
   Tensor out = torch::stable::new_empty(a, leading);
+  if (out.numel() == 0) return out;
   cpu_kernels().patch_outer(threads(), dtype_of(op, a), grid, a.const_data_ptr(),
                             b.const_data_ptr(), shared, out.mutable_data_ptr());
   return out;
@@ -139,6 +141,7 @@ Tensor skew_exp(Tensor a) {
   const int64_t B = check_square("skew_exp", a), D = a.size(-1);
   a = dense(a);
   Tensor out = torch::stable::empty_like(a);
+  if (out.numel() == 0) return out;
   cpu_kernels().skew_exp(threads(), dtype_of("skew_exp", a), B, D, a.const_data_ptr(),
                          out.mutable_data_ptr());
   return out;
@@ -153,6 +156,7 @@ Tensor d_skew_exp(Tensor grad, Tensor a, Tensor q) {
   a = dense(a);
   q = dense(q);
   Tensor out = torch::stable::empty_like(a);
+  if (out.numel() == 0) return out;
   cpu_kernels().d_skew_exp(threads(), dtype_of(op, a), B, D, grad.const_data_ptr(),
                            a.const_data_ptr(), q.const_data_ptr(), out.mutable_data_ptr());
   return out;

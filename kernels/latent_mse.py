@@ -36,7 +36,7 @@ def latent_mse_kernel(
     sigma: tl.float64,
     n,
     chunks,
-    divisor,
+    mean: tl.float64,  # factor of the sums: 1 / n for one chunk, else 1
     GRADIENT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -56,7 +56,7 @@ def latent_mse_kernel(
         if GRADIENT:
             gradient = (factor * error).to(d_eps_hat_ptr.dtype.element_ty)
             tl.store(d_eps_hat_ptr + offsets, gradient, mask=mask)
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(total) / divisor)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total) * mean)
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def latent_mse(
             sigma,
             n,
             chunks,
-            n if chunks == 1 else 1,
+            1 / n if chunks == 1 else 1.0,
             GRADIENT=with_gradient,
             CHUNK=min(CHUNK, triton.next_power_of_2(n)),
             BLOCK=min(_BLOCK, triton.next_power_of_2(n)),

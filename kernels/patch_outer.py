@@ -152,7 +152,7 @@ def patch_outer(
             ROWS=rows,
             BLOCK_H=block_h,
             BLOCK_W=block_w,
-            # 16 x 16 sums: one warp has 8 per thread, and there are many programs
-            num_warps={16: 1, 32: 2}.get(rows * p2, 4),
+            # 8 or 16 sums per thread; few warps per program leave room for many programs
+            num_warps={16: 1, 32: 2}.get(rows * p2, 8),
         )
     return add_partial_sums(sums, out) if splits > 1 else out

@@ -20,13 +20,13 @@ from oneshot_fast.kernels.patch_tiles import (
     to_segments,
 )
 
-# The order of every sum depends on none of the choices, so a tuned result is still reproducible.
+# Tiles of D (M) and of patches (N): they split the results, never a sum.
 CONFIGS = [
-    # many small programs: a few images or a small tile
-    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4),
+    # many small programs: a few images or small tiles
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8),
     # more patches per read of q: large batches
     triton.Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=8),
-    # small D: q is nothing, long segments are all
+    # small D: q is next to nothing, long segments are all
     triton.Config({"BLOCK_M": 32, "BLOCK_N": 256}, num_warps=4),
     # large D: fewer reads of the latent, products dominate
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8),
@@ -34,18 +34,18 @@ CONFIGS = [
 
 
 def _useful(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
-    """Configurations that fit the patches of a tile and D."""
-    D = constants["ROWS"] * constants["P2"]
+    """Configurations that fit the patches of a tile and D, and that do not spill."""
+    x, D = arguments["x_ptr"], constants["ROWS"] * constants["P2"]
+    if x.dtype == torch.float64 or constants["P"] != constants["P2"]:
+        return configs[:1]
     patches = triton.next_power_of_2(arguments["tile_h"]) * constants["COLUMNS"]
-    return [
+    largest = {32: 32, 64: 1 << 30, 128: 1 << 30}  # D for which BLOCK_M is not too small
+    smallest = {32: 1, 64: 1, 128: 128}  # D for which it is not too large
+    return configs[:1] + [
         config
-        for i, config in enumerate(configs)
-        if i == 0
-        or (
-            config.kwargs["BLOCK_N"] <= patches
-            and (D > 64 if config.kwargs["BLOCK_M"] > 64 else True)
-            and (D <= 32 if config.kwargs["BLOCK_M"] < 64 else True)
-        )
+        for config in configs[1:]
+        if config.kwargs["BLOCK_N"] <= patches
+        and smallest[config.kwargs["BLOCK_M"]] <= D <= largest[config.kwargs["BLOCK_M"]]
     ]
 
 
@@ -105,7 +105,9 @@ def patch_rotate_kernel(
     m, inside_m = elements(r0, C, P, P2, rows_m)
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((rows_m * P2, BLOCK_N), dtype=ACC)
-    for k0 in range(0, C * P, rows_k):
+    # a constant end makes one step no loop
+    end = ROWS if ROWS <= rows_k else C * P
+    for k0 in range(0, end, rows_k):
         k, inside_k = elements(k0, C, P, P2, rows_k)
         if TRANSPOSED:
             offsets_q = k[None, :] * D + m[:, None]

@@ -43,7 +43,7 @@ def pixel_l1_kernel(
     dy_ptr,  # [B, n] where GRADIENT
     n,
     chunks,
-    divisor,
+    mean: tl.float64,  # factor of the sums: 1 / n for one chunk, else 1
     GRADIENT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -64,7 +64,7 @@ def pixel_l1_kernel(
         if GRADIENT:
             gradient = _slope(y, error, False) * factor
             tl.store(dy_ptr + offsets, gradient.to(dy_ptr.dtype.element_ty), mask=mask)
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(total) / divisor)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total) * mean)
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def pixel_l1(
             gradient,
             n,
             chunks,
-            n if chunks == 1 else 1,
+            1 / n if chunks == 1 else 1.0,
             GRADIENT=with_gradient,
             CHUNK=min(CHUNK, triton.next_power_of_2(n)),
             BLOCK=min(_BLOCK, triton.next_power_of_2(n)),

@@ -166,8 +166,8 @@ def _constants(a: Tensor, precision: str) -> dict[str, object]:
         "PRECISION": precision,
         "ACC": tl.float64 if double else tl.float32,
         "D2": D2,
-        # more sums per thread than 4, or 8 for D = 16 and 64, spill
-        "num_warps": {16: 1, 32: 8, 64: 16}[D2],
+        # the fewest that do not spill
+        "num_warps": {16: 2 if double else 1, 32: 4 if double else 8, 64: 16}[D2],
     }
 
 

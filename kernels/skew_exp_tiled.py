@@ -26,7 +26,6 @@ from oneshot_fast.kernels.skew_series import (
     top_terms,
 )
 
-_BLOCK = 64
 # Launched, not necessarily done. ||S|| above theta 2^16, a rotation by 16,000 turns, gives NaN.
 _SQUARINGS = 16
 # Terms of phi that reach the roundoff while ||ad|| <= 2 ||S|| <= theta.
@@ -252,11 +251,12 @@ class _Launcher:
     def __init__(self, a: Tensor, precision: str) -> None:
         self.D = a.shape[-1]
         self.batch = a.numel() // self.D**2
-        self.blocks = triton.cdiv(self.D, _BLOCK)
-        self.grid = (self.batch * self.blocks**2,)
         self.acc = torch.promote_types(a.dtype, torch.float32)
+        self.block = 32 if self.acc == torch.float64 else 64
+        self.blocks = triton.cdiv(self.D, self.block)
+        self.grid = (self.batch * self.blocks**2,)
         self.theta = (THETA64 if self.acc == torch.float64 else THETA32).value
-        self.dot = {"PRECISION": precision, "BLOCK": _BLOCK, "BLOCK_K": 16, "num_warps": 8}
+        self.dot = {"PRECISION": precision, "BLOCK": self.block, "BLOCK_K": 16, "num_warps": 8}
         self.like = a
 
     def scratch(self) -> Tensor:
@@ -264,7 +264,7 @@ class _Launcher:
 
     def skew(self, m: Tensor, out: Tensor) -> Tensor:
         """Out = m - m^T."""
-        skew_kernel[self.grid](m, out, self.D, BLOCK=_BLOCK, num_warps=8)
+        skew_kernel[self.grid](m, out, self.D, BLOCK=self.block, num_warps=8)
         return out
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, **options: Any) -> Tensor:
@@ -292,7 +292,7 @@ class _Launcher:
         s2 = self.product(s, s, self.scratch())
         s3 = self.product(s2, s, self.scratch())
         norms = s.new_empty(self.batch, 3, self.blocks, dtype=torch.float32)
-        column_sums_kernel[(norms.numel(),)](s, s2, s3, norms, self.D, BLOCK=_BLOCK, num_warps=8)
+        column_sums_kernel[(norms.numel(),)](s, s2, s3, norms, self.D, BLOCK=self.block, num_warps=8)
         squarings = s.new_empty(self.batch, dtype=torch.int32)
         even, odd = self.scratch(), self.scratch()
         scale_kernel[self.grid](
@@ -305,7 +305,7 @@ class _Launcher:
             self.D,
             THETA=theta,
             SQUARINGS=_SQUARINGS,
-            BLOCK=_BLOCK,
+            BLOCK=self.block,
             BLOCKS=triton.next_power_of_2(self.blocks),
             num_warps=8,
         )
@@ -328,7 +328,7 @@ def skew_exp_tiled(a: Tensor, precision: str) -> Tensor:
         for level in range(_SQUARINGS):
             source, target = buffers[level % 2], buffers[(level + 1) % 2]
             launch.product(source, source, target, squarings_ptr=squarings, level=level)
-        select_kernel[launch.grid](*buffers, squarings, r, launch.D, BLOCK=_BLOCK, num_warps=8)
+        select_kernel[launch.grid](*buffers, squarings, r, launch.D, BLOCK=launch.block, num_warps=8)
         polished = {"squarings_ptr": squarings, "level": UNPOLISHED.value}
         launch.product(r, r, t, TRANSPOSED_A=True, **polished)
         launch.product(r, t, q, EPILOGUE="polish", c_ptr=r, **polished)

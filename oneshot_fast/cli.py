@@ -132,10 +132,7 @@ def run_command(
         0; 1 if some samples failed; 2 on bad input (one line on stderr); 3 on a full disk; 130
         after Ctrl-C.
     """
-    # Read when diffusers and transformers are imported: without it, each command starts with
-    # warnings, such as that torchvision, which we do not use, is missing.
-    for library in ("DIFFUSERS", "TRANSFORMERS"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    silence_imports()
     again = "everything finished is kept; repeat the command to go on"
     try:
         return command(_parse(name, options, argv))
@@ -151,6 +148,15 @@ def run_command(
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return _fail(NO_SPACE, f"no space left to write{place}: free some; {again}")
         return _fail(BAD_INPUT, f"{os.strerror(number)}{place}; check the path and its permissions")
+
+
+def silence_imports() -> None:
+    """Keep diffusers and transformers from warning when they are imported.
+
+    Without it each command starts with, say, that torchvision, which we do not use, is missing.
+    """
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def _fail(code: int, message: str) -> int:

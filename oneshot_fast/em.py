@@ -141,7 +141,9 @@ class EmCommand:
 def execute(command: EmCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
     own_data = command.data.data_root is not None
-    command = dataclasses.replace(command, em=command.em.resolve(embedded=not own_data))
+    model_id = command.initial_model_id or ("stabilityai/sdxl-turbo" if own_data else "tiny")
+    options = command.em.resolve(embedded=not own_data)
+    command = dataclasses.replace(command, initial_model_id=model_id, em=options)
     summary = EmRun(command).run()
 
     from oneshot_fast.report import write_em_report

@@ -62,9 +62,9 @@ class EmRun:
 
         from oneshot_fast.targets import Targets
 
-        own_data = command.data.data_root is not None
-        model_id = command.initial_model_id or ("stabilityai/sdxl-turbo" if own_data else "tiny")
-        self.generator: OneStepGenerator = command.model.load(model_id, master_weights=True)
+        self.generator: OneStepGenerator = command.model.load(
+            command.initial_model_id or "tiny", master_weights=True
+        )
         self.targets: Targets = Targets(self.generator, command.data.resolution)
         self.summary: dict[str, Any] = {"random_noise": {}, "cycles": []}
         self._assigner(self.folder, 0)  # checks its options before any long work

@@ -202,6 +202,16 @@ def test_skew_exp_is_orthogonal(dtype, D, norm):
     assert torch.linalg.det(q).allclose(torch.ones(2, dtype=torch.float64), atol=1e-3)
 
 
+def test_tensors_without_elements():
+    assert ops.patch_rotate(torch.zeros(2, 0, 4, 4), torch.zeros(0, 0), 2).shape == (2, 0, 4, 4)
+    assert ops.patch_outer(torch.zeros(2, 0, 4, 4), torch.zeros(2, 0, 4, 4), 2).shape == (0, 0)
+    no_patches = torch.zeros(2, 1, 0, 4)
+    assert torch.equal(ops.patch_outer(no_patches, no_patches, 2, (2,)), torch.zeros(2, 4, 4))
+    assert ops.skew_exp(torch.zeros(3, 0, 0)).shape == (3, 0, 0)
+    assert ops.latent_mse(*[no_patches] * 3, 1.0).isnan().all()
+    assert ops.pixel_l1(no_patches, no_patches).isnan().all()
+
+
 X = torch.zeros(2, 4, 8, 8)
 Q = torch.zeros(2, 16, 16)
 

@@ -44,27 +44,39 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def calls() -> Iterator[Callable[[], object]]:
     """Calls of the launchers that together reach every kernel, branch and configuration."""
     for dtype in DTYPES:
-        for shape, p in (((16, 4, 64, 64), 1), ((16, 4, 64, 64), 2), ((16, 4, 64, 64), 4),
-                         ((16, 4, 64, 64), 8), ((2, 4, 64, 64), 16), ((2, 3, 63, 63), 3)):
-            D = shape[1] * p * p
-            x, q = empty(*shape, dtype=dtype), empty(shape[0], D, D, dtype=dtype)
-            yield lambda x=x, q=q, p=p: patch_rotate.patch_rotate(x, q, p)
-            yield lambda x=x, q=q, p=p: patch_rotate.patch_rotate(x, q, p, transpose=True)
-            yield lambda x=x, q=q, p=p: patch_rotate.patch_rotate(x, q[0], p)
-            yield lambda x=x, p=p: patch_outer.patch_outer(x, x, p, x.shape[:1])
-            yield lambda x=x, p=p: patch_outer.patch_outer(x, x, p)
-        for D in (4, 16, 32, 48, 64, 128, 256, 1024):
+        for p in (1, 2, 4, 8):
+            yield from patch_calls(empty(16, 4, 64, 64, dtype=dtype), p)
+        for D in (4, 16, 32, 64, 256):
             a = empty(2, D, D, dtype=dtype)
             yield lambda a=a: skew_exp.skew_exp(a)
             yield lambda a=a: skew_exp.d_skew_exp(a, a, a)
-        for shape in ((16, 4, 64, 64), (4, 3, 512, 512), (2, 3, 5, 7)):
-            x = empty(*shape, dtype=dtype)
-            grad = empty(shape[0], dtype=torch.promote_types(dtype, torch.float32))
-            for gradient in (False, True):
-                yield lambda x=x, g=gradient: latent_mse.latent_mse(x, x, x, 14.6, g)
-                yield lambda x=x, g=gradient: pixel_l1.pixel_l1(x, x, g)
-                yield lambda x=x, g=gradient, grad=grad: pixel_l1.d_pixel_l1(grad, x, x, g)
-            yield lambda x=x, grad=grad: latent_mse.d_latent_mse(grad, x, x, x, 14.6, 1.0)
+        for shape in ((16, 4, 64, 64), (4, 3, 512, 512)):
+            yield from loss_calls(empty(*shape, dtype=dtype))
+    # D = 1024, and sizes that divide nothing
+    yield from patch_calls(empty(2, 4, 64, 64), 16)
+    yield from patch_calls(empty(2, 3, 63, 63), 3)
+    yield from loss_calls(empty(2, 3, 5, 7))
+
+
+def patch_calls(x: Tensor, p: int) -> Iterator[Callable[[], object]]:
+    """patch_rotate and patch_outer of ``x`` [B, C, H, W], with q per image and shared."""
+    D = x.shape[1] * p * p
+    q = torch.empty(len(x), D, D, dtype=x.dtype, device="meta")
+    yield lambda: patch_rotate.patch_rotate(x, q, p)
+    yield lambda: patch_rotate.patch_rotate(x, q, p, transpose=True)
+    yield lambda: patch_rotate.patch_rotate(x, q[0], p)
+    yield lambda: patch_outer.patch_outer(x, x, p, x.shape[:1])
+    yield lambda: patch_outer.patch_outer(x, x, p)
+
+
+def loss_calls(x: Tensor) -> Iterator[Callable[[], object]]:
+    """The losses of ``x`` [B, C, H, W], with and without the gradient in the same pass."""
+    grad = empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    for flag in (False, True):
+        yield lambda flag=flag: latent_mse.latent_mse(x, x, x, 14.6, flag)
+        yield lambda flag=flag: pixel_l1.pixel_l1(x, x, flag)
+        yield lambda flag=flag: pixel_l1.d_pixel_l1(grad, x, x, flag)
+    yield lambda: latent_mse.d_latent_mse(grad, x, x, x, 14.6, 1.0)
 
 
 def recorded() -> list[Launch]:

@@ -37,7 +37,7 @@ struct Products {
 // Shared memory of a tile: panels [k][m] and [k][n] of the operands, then the product [m][n].
 template <class T>
 struct ProductMemory {
-  static constexpr int TK = 16, LD = kProductTile + kWide<T>, LR = kProductTile + 1;
+  static constexpr int TK = 64 / sizeof(T), LD = kProductTile + kWide<T>, LR = kProductTile + 1;
   static constexpr int kPanels = 2 * TK * LD, kResult = kProductTile * LR;
   T value[kPanels > kResult ? kPanels : kResult];
 };
@@ -80,7 +80,7 @@ __device__ __forceinline__ void add_product(const T* A,  // [D, D]
     }
     __syncthreads();
     if (k0 + TK < D) fetch(k0 + TK);
-#pragma unroll
+#pragma unroll 4
     for (int k = 0; k < TK; ++k) {
       T a[8], b[4];
       read_run(left + k * LD + m, a);

@@ -11,14 +11,11 @@ from typing import Annotated
 
 import torch
 import tyro
-from diffusers import StableDiffusionXLPipeline
 
+from oneshot_fast.cli import silence_imports
 from oneshot_fast.tiny.classifier import load_classifier
 from oneshot_fast.tiny.config import TrainConfig
 from oneshot_fast.tiny.dataset import to_pil, write_default_dataset
-from oneshot_fast.tiny.evaluate import measure, sample_grid
-from oneshot_fast.tiny.model import model_path
-from oneshot_fast.tiny.train import train
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,11 @@ class DatasetConfig:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Measure a generator and write what was asked for."""
+    from diffusers import StableDiffusionXLPipeline
+
+    from oneshot_fast.tiny.evaluate import measure, sample_grid
+    from oneshot_fast.tiny.model import model_path
+
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         config.model_id or model_path(), dtype=torch.float32
     )
@@ -72,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args=argv,
         use_underscores=True,
     )
+    silence_imports()
     if isinstance(config, TrainConfig):
+        from oneshot_fast.tiny.train import train
+
         train(config)
     elif isinstance(config, EvaluateConfig):
         evaluate(config)

@@ -1,0 +1,61 @@
+"""The single step that a one-step pipeline takes, read from its scheduler."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from torch import Tensor
+
+from oneshot_fast.errors import ModelError
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """The scheduler's single step: x0 = ``skip`` * eps - ``sigma`` * unet(``scale`` * eps).
+
+    Attributes:
+        timestep: Training timestep the UNet is evaluated at.
+        scale: Factor from N(0, 1) noise to the UNet's input.
+        skip: Factor from N(0, 1) noise to the step's first term.
+        sigma: Factor of the UNet's output.
+    """
+
+    timestep: Tensor
+    scale: float
+    skip: float
+    sigma: float
+
+    @classmethod
+    def from_scheduler(cls, scheduler: object) -> OneStep:
+        """Read the step that ``pipe(num_inference_steps=1)`` takes.
+
+        Source: Karras et al. 2022 (arXiv 2206.00364), with the last sigma 0, where the ancestral
+        and the plain Euler step are the same.
+
+        Raises:
+            ModelError: For a scheduler or prediction type whose single step is not of this form.
+        """
+        if not isinstance(scheduler, EulerAncestralDiscreteScheduler | EulerDiscreteScheduler):
+            raise ModelError(
+                f"the scheduler is {type(scheduler).__name__}; a one-step model needs Euler or "
+                "EulerAncestral (set it in scheduler/scheduler_config.json)"
+            )
+        scheduler.set_timesteps(1)
+        timestep = scheduler.timesteps[0]
+        if timestep < 0.9 * (scheduler.config.num_train_timesteps - 1):
+            raise ModelError(
+                f"its single step starts at timestep {int(timestep)}, not at the noisiest one; "
+                'set "timestep_spacing": "trailing" in scheduler/scheduler_config.json'
+            )
+        init, sigma = float(scheduler.init_noise_sigma), float(scheduler.sigmas[0])
+        norm = math.sqrt(sigma**2 + 1)
+        if scheduler.config.prediction_type == "epsilon":
+            return cls(timestep, init / norm, init, sigma)
+        if scheduler.config.prediction_type == "v_prediction":
+            return cls(timestep, init / norm, init / norm**2, sigma / norm)
+        raise ModelError(
+            f"prediction type {scheduler.config.prediction_type!r} is not supported; "
+            "use epsilon or v_prediction"
+        )
