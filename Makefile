@@ -3,7 +3,7 @@
 # make bench   the ops beside torch      make build   environment and extension only
 # Needs python3 (>= 3.10, with venv), a C++20 compiler and make; everything else goes to .venv.
 PYTHON ?= python3
-TORCH  ?= 2.13.0
+TORCH  ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # idle OpenMP threads sleep, so that two jobs on few cores do not slow each other down

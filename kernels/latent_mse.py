@@ -7,12 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oneshot_fast.kernels.partial_sums import add_partial_sums
+from oneshot_fast.kernels.partial_sums import add_partial_sums, block_of
 
 # One program sums CHUNK elements, a whole latent of 4 x 64 x 64. Constants, so that the rounding
 # is the same on every device.
 CHUNK = 16384
-_BLOCK = 2048
 
 
 @triton.jit
@@ -102,8 +101,8 @@ def latent_mse(
     eps_hat, x, target = eps_hat.contiguous(), x.contiguous(), target.contiguous()
     loss = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
     gradient = torch.empty_like(eps_hat) if with_gradient else None
-    if loss.numel() == 0:
-        return loss, gradient
+    if x.numel() == 0:
+        return loss.fill_(torch.nan), gradient  # the mean of nothing
     n = x[0].numel()
     chunks = triton.cdiv(n, CHUNK)
     sums = loss if chunks == 1 else loss.new_empty(*loss.shape, chunks)
@@ -120,10 +119,10 @@ def latent_mse(
             1 / n if chunks == 1 else 1.0,
             GRADIENT=with_gradient,
             CHUNK=min(CHUNK, triton.next_power_of_2(n)),
-            BLOCK=min(_BLOCK, triton.next_power_of_2(n)),
+            BLOCK=block_of(x, n),
             num_warps=8,
         )
-    return (loss if chunks == 1 else add_partial_sums(sums, loss, n)), gradient
+    return (loss if chunks == 1 else add_partial_sums(sums, loss, 1 / n)), gradient
 
 
 def d_latent_mse(
@@ -147,7 +146,7 @@ def d_latent_mse(
     if out.numel() == 0:
         return out
     n = x[0].numel()
-    block = min(_BLOCK, triton.next_power_of_2(n))
+    block = block_of(x, n)
     blocks = triton.cdiv(n, block)
     with torch.cuda.device_of(x):
         d_latent_mse_kernel[(len(x) * blocks,)](

@@ -13,39 +13,47 @@ _BLOCK_I = 64
 
 @triton.jit
 def add_partial_sums_kernel(
-    # out[g, i] = sum over s of partial[g, s, i], divided by n
-    partial_ptr,  # [G, S, I]
-    out_ptr,  # [G, I]
+    # out[g, i] = sum over s of partial[g, s, i], times mean
+    partial_ptr,  # [G, S, n]
+    out_ptr,  # [G, n]
     S,
-    I,
     n,
+    mean: tl.float64,  # factor of the sums
     BLOCK_S: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    blocks = tl.cdiv(I, BLOCK_I)
+    blocks = tl.cdiv(n, BLOCK_I)
     g = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BLOCK_I + tl.arange(0, BLOCK_I)
     s = tl.arange(0, BLOCK_S)
-    partial_ptr += g * S * I
+    partial_ptr += g * S * n
     total = tl.zeros((BLOCK_S, BLOCK_I), dtype=partial_ptr.dtype.element_ty)
     for s0 in range(0, S, BLOCK_S):
         rows = (s0 + s)[:, None]
         total += tl.load(
-            partial_ptr + rows.to(tl.int64) * I + i[None, :],
-            mask=(rows < S) & (i < I)[None, :],
+            partial_ptr + rows.to(tl.int64) * n + i[None, :],
+            mask=(rows < S) & (i < n)[None, :],
             other=0.0,
         )
-    out = tl.sum(total, axis=0) / n
-    tl.store(out_ptr + g * I + i, out.to(out_ptr.dtype.element_ty), mask=i < I)
+    out = tl.sum(total, axis=0) * mean
+    tl.store(out_ptr + g * n + i, out.to(out_ptr.dtype.element_ty), mask=i < n)
 
 
-def add_partial_sums(partial: Tensor, out: Tensor, n: int = 1) -> Tensor:
-    """Write the sum of ``partial`` over its second dimension, divided by ``n``, to ``out``.
+def block_of(images: Tensor, n: int) -> int:
+    """Elements per step of a program of 256 threads over images of ``n`` elements.
+
+    8 per thread, 4 in float64, which needs two registers for each.
+    """
+    return min(1024 if images.dtype == torch.float64 else 2048, triton.next_power_of_2(n))
+
+
+def add_partial_sums(partial: Tensor, out: Tensor, mean: float = 1.0) -> Tensor:
+    """Write the sum of ``partial`` over its second dimension, times ``mean``, to ``out``.
 
     Args:
         partial: Partial sums, [G, S, ...], in the accumulation dtype.
         out: Result, [G, ...] or, for G = 1, [...].
-        n: Divisor.
+        mean: Factor of the sums.
 
     Returns:
         ``out``.
@@ -61,9 +69,10 @@ def add_partial_sums(partial: Tensor, out: Tensor, n: int = 1) -> Tensor:
             out,
             S,
             items,
-            n,
+            mean,
             BLOCK_S=min(block_s, triton.next_power_of_2(S)),
             BLOCK_I=block_i,
             num_warps=4,
+            num_stages=1,
         )
     return out

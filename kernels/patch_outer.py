@@ -19,9 +19,11 @@ from oneshot_fast.kernels.patch_tiles import (
     to_patches,
 )
 
-# Programs that fill a large GPU several times over. A constant, so that the partial sums, and with
-# them the rounding, are the same on every device.
-_PROGRAMS = 1024
+# Patches per step of a program.
+_PATCHES = 32
+# Steps per partial sum at least, and partial sums of one matrix at most. They depend neither on the
+# device nor, for one matrix per image or tile, on the rest of the batch: nor does the rounding.
+_STEPS = 8
 _MAX_SPLITS = 256
 
 
@@ -65,7 +67,7 @@ def patch_outer_kernel(
     first = split * per_split
     last = tl.minimum(first + per_split, images * per_image)
     ACC: tl.constexpr = sums_ptr.dtype.element_ty
-    DOT: tl.constexpr = tl.float64 if ACC == tl.float64 else tl.float32
+    DOT: tl.constexpr = tl.float64 if tl.float64 == ACC else tl.float32
     acc = tl.zeros((ROWS * P2, ROWS * P2), dtype=DOT)
     for block in range(first, last):
         tiles = tiles_h * tiles_w
@@ -117,17 +119,14 @@ def patch_outer(
     groups = B * tiles_h * tiles_w // images
 
     p2 = triton.next_power_of_2(p)
-    # 64 x 64 sums fill the registers of a program
-    rows = min(triton.next_power_of_2(C * p), max(1, 64 // p2))
-    rows = max(rows, 16 // p2)  # for tl.dot
-    patches = 32
-    block_w = min(triton.next_power_of_2(tile_w), patches)
-    block_h = patches // block_w
+    # 64 x 64 sums fill the registers of a program; tl.dot needs 16
+    rows = max(16 // p2, min(triton.next_power_of_2(C * p), max(1, 64 // p2)))
     blocks_d = triton.cdiv(C * p, rows)
-    blocks = images * triton.cdiv(tile_h, block_h) * triton.cdiv(tile_w, block_w)
-    splits = max(1, min(_PROGRAMS // (groups * blocks_d**2), blocks, _MAX_SPLITS))
-    # the scratch stays smaller than the input
-    splits = max(1, min(splits, a.numel() // (groups * D * D)))
+    block_w = min(triton.next_power_of_2(tile_w), _PATCHES)
+    block_h = _PATCHES // block_w
+    steps = images * triton.cdiv(tile_h, block_h) * triton.cdiv(tile_w, block_w)
+    # at least D patches per partial sum keep the scratch below the input
+    splits = max(1, min(steps // max(_STEPS, D // _PATCHES), _MAX_SPLITS))
     sums = out
     if splits > 1:
         acc = torch.promote_types(a.dtype, torch.float32)

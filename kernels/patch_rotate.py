@@ -23,18 +23,18 @@ from oneshot_fast.kernels.patch_tiles import (
 # Tiles of D (M) and of patches (N): they split the results, never a sum.
 CONFIGS = [
     # many small programs: a few images or small tiles
-    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=8, num_stages=2),
     # more patches per read of q: large batches
-    triton.Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=8),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=8, num_stages=2),
     # small D: q is next to nothing, long segments are all
-    triton.Config({"BLOCK_M": 32, "BLOCK_N": 256}, num_warps=4),
+    triton.Config({"BLOCK_M": 32, "BLOCK_N": 256}, num_warps=4, num_stages=2),
     # large D: fewer reads of the latent, products dominate
-    triton.Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8),
+    triton.Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
 ]
 
 
 def _useful(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
-    """Configurations that fit the patches of a tile and D, and that do not spill."""
+    """Configurations that fit D and the patches of a tile, and do not spill."""
     x, D = arguments["x_ptr"], constants["ROWS"] * constants["P2"]
     if x.dtype == torch.float64 or constants["P"] != constants["P2"]:
         return configs[:1]
@@ -106,14 +106,12 @@ def patch_rotate_kernel(
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((rows_m * P2, BLOCK_N), dtype=ACC)
     # a constant end makes one step no loop
-    end = ROWS if ROWS <= rows_k else C * P
+    end = ROWS if rows_k >= ROWS else C * P
     for k0 in range(0, end, rows_k):
         k, inside_k = elements(k0, C, P, P2, rows_k)
-        if TRANSPOSED:
-            offsets_q = k[None, :] * D + m[:, None]
-        else:
-            offsets_q = m[:, None] * D + k[None, :]
-        q = tl.load(q_ptr + offsets_q, mask=inside_m[:, None] & inside_k[None, :], other=0.0)
+        row, column = (k[None, :], m[:, None]) if TRANSPOSED else (m[:, None], k[None, :])
+        inside = inside_m[:, None] & inside_k[None, :]
+        q = tl.load(q_ptr + row * D + column, mask=inside, other=0.0)
         offsets, mask = segment_offsets(
             k0, h0, w0, C, H, W, tile_h, tile_w, P, P2, rows_k, BLOCK_H, BLOCK_W
         )

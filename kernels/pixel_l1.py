@@ -7,11 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oneshot_fast.kernels.partial_sums import add_partial_sums
+from oneshot_fast.kernels.partial_sums import add_partial_sums, block_of
 
 # Constants, so that the rounding is the same on every device.
 CHUNK = 16384
-_BLOCK = 2048
 
 
 @triton.jit
@@ -25,7 +24,7 @@ def _error(y, target):
 
 @triton.jit
 def _slope(y, error, WRT_TARGET: tl.constexpr):
-    """D |error| in y, 0 at 0 and with the borders of the clamp inside, as in torch; or in target."""
+    """D |error| in y, or in target: 0 at 0; the clamp's borders count as inside, as in torch."""
     sign = tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, 0.0)).to(y.dtype)
     if WRT_TARGET:
         return -sign
@@ -106,8 +105,8 @@ def pixel_l1(
     y, target = y.contiguous(), target.contiguous()
     loss = y.new_empty(y.shape[0], dtype=torch.promote_types(y.dtype, torch.float32))
     gradient = torch.empty_like(y) if with_gradient else None
-    if loss.numel() == 0:
-        return loss, gradient
+    if y.numel() == 0:
+        return loss.fill_(torch.nan), gradient  # the mean of nothing
     n = y[0].numel()
     chunks = triton.cdiv(n, CHUNK)
     sums = loss if chunks == 1 else loss.new_empty(*loss.shape, chunks)
@@ -122,10 +121,10 @@ def pixel_l1(
             1 / n if chunks == 1 else 1.0,
             GRADIENT=with_gradient,
             CHUNK=min(CHUNK, triton.next_power_of_2(n)),
-            BLOCK=min(_BLOCK, triton.next_power_of_2(n)),
+            BLOCK=block_of(y, n),
             num_warps=8,
         )
-    return (loss if chunks == 1 else add_partial_sums(sums, loss, n)), gradient
+    return (loss if chunks == 1 else add_partial_sums(sums, loss, 1 / n)), gradient
 
 
 def d_pixel_l1(grad: Tensor, y: Tensor, target: Tensor, wrt_target: bool) -> Tensor:
@@ -145,7 +144,7 @@ def d_pixel_l1(grad: Tensor, y: Tensor, target: Tensor, wrt_target: bool) -> Ten
     if out.numel() == 0:
         return out
     n = y[0].numel()
-    block = min(_BLOCK, triton.next_power_of_2(n))
+    block = block_of(y, n)
     blocks = triton.cdiv(n, block)
     with torch.cuda.device_of(y):
         d_pixel_l1_kernel[(len(y) * blocks,)](

@@ -1,5 +1,6 @@
-"""Triton kernels of skew_exp for D <= 64: one program holds one matrix; checks and autograd are in
-oneshot_fast.ops. Larger matrices go to skew_exp_tiled.
+"""Triton kernels of skew_exp for D <= 64, where one program holds one matrix.
+
+Larger matrices go to skew_exp_tiled; checks and autograd are in oneshot_fast.ops.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -110,7 +111,7 @@ def skew_exp_kernel(
     D2: tl.constexpr,  # D rounded up to a power of two
 ):
     a = _read(a_ptr, D, ACC, D2)
-    S, R, s, bound = _scaled_exp(a, D, THETA, PRECISION, D2)
+    _, R, s, _ = _scaled_exp(a, D, THETA, PRECISION, D2)
     for _ in range(s):
         R = _product(R, R, D, PRECISION)
     if s > UNPOLISHED:

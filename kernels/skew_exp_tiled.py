@@ -42,7 +42,7 @@ def _tile(D, BLOCK: tl.constexpr):
 
 @triton.jit
 def _window(row, column, D, end, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Offsets of the entries from (row, column) on, [ROWS, COLUMNS], and mask of those below end."""
+    """Offsets of the entries from (row, column) on, [ROWS, COLUMNS]; mask of those below end."""
     i = row + tl.arange(0, ROWS)
     j = column + tl.arange(0, COLUMNS)
     return i[:, None] * D + j[None, :], (i < end)[:, None] & (j < end)[None, :]
@@ -292,7 +292,9 @@ class _Launcher:
         s2 = self.product(s, s, self.scratch())
         s3 = self.product(s2, s, self.scratch())
         norms = s.new_empty(self.batch, 3, self.blocks, dtype=torch.float32)
-        column_sums_kernel[(norms.numel(),)](s, s2, s3, norms, self.D, BLOCK=self.block, num_warps=8)
+        column_sums_kernel[(norms.numel(),)](
+            s, s2, s3, norms, self.D, BLOCK=self.block, num_warps=8
+        )
         squarings = s.new_empty(self.batch, dtype=torch.int32)
         even, odd = self.scratch(), self.scratch()
         scale_kernel[self.grid](
@@ -328,7 +330,9 @@ def skew_exp_tiled(a: Tensor, precision: str) -> Tensor:
         for level in range(_SQUARINGS):
             source, target = buffers[level % 2], buffers[(level + 1) % 2]
             launch.product(source, source, target, squarings_ptr=squarings, level=level)
-        select_kernel[launch.grid](*buffers, squarings, r, launch.D, BLOCK=launch.block, num_warps=8)
+        select_kernel[launch.grid](
+            *buffers, squarings, r, launch.D, BLOCK=launch.block, num_warps=8
+        )
         polished = {"squarings_ptr": squarings, "level": UNPOLISHED.value}
         launch.product(r, r, t, TRANSPOSED_A=True, **polished)
         launch.product(r, t, q, EPILOGUE="polish", c_ptr=r, **polished)
@@ -348,9 +352,7 @@ def d_skew_exp_tiled(grad: Tensor, a: Tensor, q: Tensor, precision: str) -> Tens
         source, buffers = e, (w, launch.scratch())
         for k in range(terms, 0, -1):
             target = buffers[k % 2]
-            commutator_kernel[launch.grid](
-                s, source, e, target, k + 1, launch.D, **launch.dot
-            )
+            commutator_kernel[launch.grid](s, source, e, target, k + 1, launch.D, **launch.dot)
             source = target
         w = source
         for level in range(_SQUARINGS):

@@ -22,7 +22,8 @@ NUMBER = r"[+-]?\d+\.\d+"
 def flags(folder: Path, *more: object) -> list[object]:
     fixed = (
         "--max_samples 6 --assign_steps 2 --train_epochs 4 --train_lr 2e-5 --eval_samples 20 "
-        "--preserve_pool_size 8 --num_images 2 --compare_direct"
+        "--preserve_latent_weight 0.5 --preserve_pixel_weight 0.05 --preserve_pool_size 8 "
+        "--num_images 2 --compare_direct"
     )
     return ["--work_dir", folder, *fixed.split(), *more]
 

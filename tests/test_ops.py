@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from oneshot_fast import _C, ops
 from oneshot_fast.ops import OPS
+from oneshot_fast.ops._register import OpSpec
 
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 SPECS = [pytest.param(spec, id=spec.name) for spec in OPS]
@@ -238,3 +239,14 @@ Q = torch.zeros(2, 16, 16)
 def test_wrong_arguments_are_named(fn, args, message):
     with pytest.raises(RuntimeError, match=message):
         fn(*args)
+
+
+@pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
+def test_other_devices_are_served_by_the_reference(spec: OpSpec) -> None:
+    args = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in spec.inputs(*spec.small[0])]
+    args[0].requires_grad_()
+    output = spec.fn(*args)
+    assert output.device.type == "meta"
+    assert output.shape == spec.fn(*spec.inputs(*spec.small[0])).shape
+    (gradient,) = torch.autograd.grad(output.sum(), args[:1])
+    assert gradient.shape == args[0].shape

@@ -1,8 +1,8 @@
 """Compile every Triton kernel ahead of time, without a GPU; fail on spills or too much memory.
 
-``python tools/check_triton.py [--arch 80 90 100] [--json FILE]`` runs every launcher on tensors
-without storage, records each kernel, configuration and specialisation that it would launch, and
-compiles those. Prints registers per thread, shared memory and spills per kernel and architecture.
+``python tools/check_triton.py [--arch 80 90 100] [--dtype float32 ...]`` runs every launcher on
+tensors without storage, records each kernel, configuration and specialisation that it would launch,
+and compiles those. Prints registers per thread, shared memory and spills for each.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,7 +31,7 @@ from oneshot_fast.kernels import latent_mse, patch_outer, patch_rotate, pixel_l1
 # Bytes of shared memory that one program can have.
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 Launch = tuple[JITFunction, dict[str, Any]]
 
@@ -41,9 +41,9 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def calls() -> Iterator[Callable[[], object]]:
+def calls(dtypes: Sequence[torch.dtype]) -> Iterator[Callable[[], object]]:
     """Calls of the launchers that together reach every kernel, branch and configuration."""
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for p in (1, 2, 4, 8):
             yield from patch_calls(empty(16, 4, 64, 64, dtype=dtype), p)
         for D in (4, 16, 32, 64, 256):
@@ -52,6 +52,8 @@ def calls() -> Iterator[Callable[[], object]]:
             yield lambda a=a: skew_exp.d_skew_exp(a, a, a)
         for shape in ((16, 4, 64, 64), (4, 3, 512, 512)):
             yield from loss_calls(empty(*shape, dtype=dtype))
+    if torch.float32 not in dtypes:
+        return
     # D = 1024, and sizes that divide nothing
     yield from patch_calls(empty(2, 4, 64, 64), 16)
     yield from patch_calls(empty(2, 3, 63, 63), 3)
@@ -79,12 +81,12 @@ def loss_calls(x: Tensor) -> Iterator[Callable[[], object]]:
     yield lambda: latent_mse.d_latent_mse(grad, x, x, x, 14.6, 1.0)
 
 
-def recorded() -> list[Launch]:
+def recorded(dtypes: Sequence[torch.dtype]) -> list[Launch]:
     """Every launch of ``calls``, all configurations of tuned kernels among them."""
     launches: list[Launch] = []
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        values = {**dict(zip(self.arg_names, args)), **options}
+        values = {**dict(zip(self.arg_names, args, strict=False)), **options}
         blocks = grid(values) if callable(grid) else grid
         assert len(blocks) == 1 and 0 < blocks[0] < 2**31, f"{self.__name__}: grid {blocks}"
         launches.append((self, values))
@@ -96,10 +98,12 @@ def recorded() -> list[Launch]:
 
         return once
 
-    with mock.patch.object(JITFunction, "run", record):
-        with mock.patch.object(Autotuner, "do_bench", property(tune)):
-            for call in calls():
-                call()
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(Autotuner, "do_bench", property(tune)),
+    ):
+        for call in calls(dtypes):
+            call()
     return launches
 
 
@@ -165,11 +169,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     options = parser.parse_args(argv)
     rows: dict[str, dict[str, Any]] = {}
     bad = 0
-    for kernel, values in recorded():
+    for kernel, values in recorded([getattr(torch, name) for name in options.dtype]):
         specialised = specialise(kernel, values)
         if options.kernel not in kernel.__name__:
             continue

@@ -44,29 +44,28 @@ struct ProductMemory {
 
 // result += sign op(A) B in the tile at (m0, n0): a thread computes 8 x 4 of its elements. The next
 // panels are on their way from device memory while the present ones are multiplied.
-template <class T>
+template <bool Transposed, class T>
 __device__ __forceinline__ void add_product(const T* A,  // [D, D]
                                             const T* B,  // [D, D]
-                                            bool transposed, T sign, int D, int m0, int n0,
-                                            T* memory, T (&result)[8][4]) {
+                                            T sign, int D, int m0, int n0, T* memory,
+                                            T (&result)[8][4]) {
   using Memory = ProductMemory<T>;
   constexpr int TK = Memory::TK, LD = Memory::LD, kLoads = TK * kProductTile / kProductThreads;
   T* const left = memory;
   T* const right = memory + TK * LD;
   const int m = threadIdx.x / 16 * 8, n = threadIdx.x % 16 * 4;
   T next_left[kLoads], next_right[kLoads];
-  // element u of a panel: k, and m or n; the memory's rows run fastest
-  const auto k_left = [&](int u) { return transposed ? u / kProductTile : u % TK; };
-  const auto m_left = [&](int u) { return transposed ? u % kProductTile : u / TK; };
+  // place of element u in the panels; the index that is contiguous in device memory runs fastest
+  const auto k_left = [](int u) { return Transposed ? u / kProductTile : u % TK; };
+  const auto m_left = [](int u) { return Transposed ? u % kProductTile : u / TK; };
   const auto fetch = [&](int k0) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int u = threadIdx.x + i * kProductThreads;
-      const int64_t row = k0 + k_left(u), at = m0 + m_left(u);
-      const bool inside = row < D && at < D;
-      next_left[i] = inside ? sign * A[transposed ? row * D + at : at * D + row] : T(0);
-      const int64_t k = k0 + u / kProductTile, column = n0 + u % kProductTile;
-      next_right[i] = k < D && column < D ? B[k * D + column] : T(0);
+      const int k = k0 + k_left(u), row = m0 + m_left(u);
+      next_left[i] = k < D && row < D ? A[Transposed ? k * D + row : row * D + k] : T(0);
+      const int l = k0 + u / kProductTile, column = n0 + u % kProductTile;
+      next_right[i] = l < D && column < D ? B[l * D + column] : T(0);
     }
   };
   fetch(0);
@@ -75,12 +74,12 @@ __device__ __forceinline__ void add_product(const T* A,  // [D, D]
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int u = threadIdx.x + i * kProductThreads;
-      left[k_left(u) * LD + m_left(u)] = next_left[i];
+      left[k_left(u) * LD + m_left(u)] = sign * next_left[i];
       right[u / kProductTile * LD + u % kProductTile] = next_right[i];
     }
     __syncthreads();
     if (k0 + TK < D) fetch(k0 + TK);
-#pragma unroll 4
+#pragma unroll
     for (int k = 0; k < TK; ++k) {
       T a[8], b[4];
       read_run(left + k * LD + m, a);
@@ -114,9 +113,14 @@ __device__ __forceinline__ void run_tile(const Product<T>& p, int64_t b, int D, 
   constexpr int LR = ProductMemory<T>::LR;
   const int64_t matrix = b * D * D;
   T result[8][4] = {};
-  for (int t = 0; t < p.terms; ++t)
-    add_product(p.left[t] + matrix, p.right[t] + matrix, p.transposed, t == 0 ? T(1) : p.sign, D,
-                m0, n0, memory.value, result);
+  for (int t = 0; t < p.terms; ++t) {
+    const T *const A = p.left[t] + matrix, *const B = p.right[t] + matrix;
+    const T sign = t == 0 ? T(1) : p.sign;
+    if (p.transposed)
+      add_product<true>(A, B, sign, D, m0, n0, memory.value, result);
+    else
+      add_product<false>(A, B, sign, D, m0, n0, memory.value, result);
+  }
   const int m = threadIdx.x / 16 * 8, n = threadIdx.x % 16 * 4;
   __syncthreads();
 #pragma unroll
@@ -138,7 +142,7 @@ __device__ __forceinline__ void run_tile(const Product<T>& p, int64_t b, int D, 
 
 // All tiles of all matrices and products, a tile per block.
 template <class T>
-__global__ void __launch_bounds__(kProductThreads, 1)
+__global__ void __launch_bounds__(kProductThreads, sizeof(T) == 8 ? 1 : 3)
     multiply(int64_t B, int D, Divider per_matrix,  // tiles of all products
              const __grid_constant__ Products<T> products,
              const int* __restrict__ squarings) {  // [B]
@@ -166,7 +170,7 @@ struct Squaring {
 // The squarings from `step` on of the matrices that need so many, a block per matrix: even and odd
 // ones swap their matrices.
 template <class T>
-__global__ void __launch_bounds__(kProductThreads, 1)
+__global__ void __launch_bounds__(kProductThreads, sizeof(T) == 8 ? 1 : 3)
     square_on(int64_t B, int D, const __grid_constant__ Squaring<T> even,
               const __grid_constant__ Squaring<T> odd, int step,
               const int* __restrict__ squarings) {  // [B]

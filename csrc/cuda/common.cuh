@@ -3,6 +3,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "launchers.h"
 
 // Storage types, wide memory accesses and the launch itself, shared by all kernels.

@@ -1,7 +1,6 @@
 #pragma once
-#include <mma.h>
-
 #include "patches.cuh"
+#include "tensor_tile.cuh"
 
 // The kernels of patch_outer, out = sum over n of a_n b_n^T, in two stages of fixed order: a block
 // sums one part of the patches of one output, then the parts are added.
@@ -44,8 +43,9 @@ struct OuterPlan {
   }
 };
 
-// Walks over the panels of TN patches of the parts [first, last) and calls f when `origins` holds
-// the offsets of the next panel. Every thread of the block takes part, f may synchronise.
+// Walks over the panels of TN patches of the parts [first, last) and calls f, after a barrier, when
+// `origins` holds the offsets of the next panel. Every thread of the block takes part; f has to
+// synchronise after its last use of `origins`.
 template <int TN, class F>
 __device__ __forceinline__ void for_each_panel(const Tiles& tiles, const OuterPlan& plan,
                                                const OuterPlan::Block& block, int64_t* origins,
@@ -55,7 +55,6 @@ __device__ __forceinline__ void for_each_panel(const Tiles& tiles, const OuterPl
     const int64_t n1 = (part - tile * plan.parts.divisor()) * plan.length;
     const int64_t n2 = min(tiles.patches, n1 + plan.length), origin = tiles.origin(tile);
     for (int64_t n0 = n1; n0 < n2; n0 += TN) {
-      __syncthreads();
       locate<TN>(tiles, origin, n0, origins);
       __syncthreads();
       f();
@@ -137,7 +136,6 @@ __global__ void __launch_bounds__(kPatchThreads, 1)
       __syncthreads();
     }
     write_sums<TD, TD>(tiles, plan, block, memory, partial, out);
-    __syncthreads();
   }
 }
 
@@ -151,7 +149,6 @@ __global__ void __launch_bounds__(kPatchThreads, 1)
                const S* __restrict__ b,      // [B, C, H, W]
                float* __restrict__ partial,  // [outputs, splits, D, D]
                S* __restrict__ out) {        // [outputs, D, D]
-  namespace wmma = nvcuda::wmma;
   constexpr int TD = 64, TN = 64, LN = TN + 8, LD = TD + 4;
   constexpr int kPanels = 2 * TD * LN * 2, kSums = TD * LD * 4;
   __shared__ __align__(128) unsigned char memory[kPanels > kSums ? kPanels : kSums];
@@ -159,41 +156,20 @@ __global__ void __launch_bounds__(kPatchThreads, 1)
   S* const A = reinterpret_cast<S*>(memory);
   S* const B = A + TD * LN;
   float* const sums = reinterpret_cast<float*>(memory);
-  const int m = threadIdx.x / kWarp / 2 * 32, n = threadIdx.x / kWarp % 2 * 32;
   for (int64_t work = blockIdx.x; work < plan.blocks(); work += gridDim.x) {
     const OuterPlan::Block block = plan.block<TD>(work);
-    wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum[2][2];
-    for (auto& row : sum)
-      for (auto& part : row) wmma::fill_fragment(part, 0.f);
+    TensorTile<S> sum;
     for_each_panel<TN>(tiles, plan, block, origins, [&] {
       gather<P, V, TD, TN, LN>(tiles, origins, a, block.m0, A);
       gather<P, V, TD, TN, LN>(tiles, origins, b, block.n0, B);
       __syncthreads();
 #pragma unroll
-      for (int k = 0; k < TN; k += 16) {
-        wmma::fragment<wmma::matrix_a, 16, 16, 16, S, wmma::row_major> left[2];
-        wmma::fragment<wmma::matrix_b, 16, 16, 16, S, wmma::col_major> right[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          wmma::load_matrix_sync(left[i], A + (m + 16 * i) * LN + k, LN);
-          wmma::load_matrix_sync(right[i], B + (n + 16 * i) * LN + k, LN);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) wmma::mma_sync(sum[i][j], left[i], right[j], sum[i][j]);
-      }
+      for (int k = 0; k < TN; k += 16) sum.template add<true>(A + k, LN, B + k, LN);
     });
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-        wmma::store_matrix_sync(sums + (m + 16 * i) * LD + n + 16 * j, sum[i][j], LD,
-                                wmma::mem_row_major);
+    sum.store(sums, LD);
     __syncthreads();
     write_sums<TD, LD>(tiles, plan, block, sums, partial, out);
-    __syncthreads();
   }
 }
 

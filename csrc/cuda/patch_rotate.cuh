@@ -1,7 +1,6 @@
 #pragma once
-#include <mma.h>
-
 #include "patches.cuh"
+#include "tensor_tile.cuh"
 
 // The kernels of patch_rotate, z = q x on every patch x of a tile. q[i][k] is q.data[i D + k], or
 // data[k D + i] if the memory holds q^T.
@@ -149,7 +148,6 @@ __global__ void __launch_bounds__(kPatchThreads, 1)
                 const S* __restrict__ q,  // [tiles, D, D], `stride` elements apart
                 int64_t stride, bool transposed,
                 S* __restrict__ out) {  // [B, C, H, W]
-  namespace wmma = nvcuda::wmma;
   constexpr int TM = 64, TN = 64, TK = 32, LK = TK + 8, LN = TN + 8, LZ = TN + 4;
   constexpr int kPanels = (TM * LK + TK * LN) * 2, kResult = TM * LZ * 4;
   __shared__ __align__(128) unsigned char memory[kPanels > kResult ? kPanels : kResult];
@@ -157,14 +155,11 @@ __global__ void __launch_bounds__(kPatchThreads, 1)
   S* const Q = reinterpret_cast<S*>(memory);
   S* const X = Q + TM * LK;
   float* const Z = reinterpret_cast<float*>(memory);
-  const int m = threadIdx.x / kWarp / 2 * 32, n = threadIdx.x / kWarp % 2 * 32;
   for (int64_t work = blockIdx.x; work < blocks.count; work += gridDim.x) {
     const auto [tile, n0, m0] = blocks[work];
     const S* const matrix = q + tile * stride;
     locate<TN>(tiles, tiles.origin(tile), n0, origins);
-    wmma::fragment<wmma::accumulator, 16, 16, 16, float> z[2][2];
-    for (auto& row : z)
-      for (auto& part : row) wmma::fill_fragment(part, 0.f);
+    TensorTile<S> z;
     for (int64_t k0 = 0; k0 < tiles.D; k0 += TK) {
       __syncthreads();
       gather<P, V, TK, TN, LN>(tiles, origins, x, k0, X);
@@ -177,27 +172,10 @@ __global__ void __launch_bounds__(kPatchThreads, 1)
       }
       __syncthreads();
 #pragma unroll
-      for (int k = 0; k < TK; k += 16) {
-        wmma::fragment<wmma::matrix_a, 16, 16, 16, S, wmma::row_major> left[2];
-        wmma::fragment<wmma::matrix_b, 16, 16, 16, S, wmma::row_major> right[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          wmma::load_matrix_sync(left[i], Q + (m + 16 * i) * LK + k, LK);
-          wmma::load_matrix_sync(right[i], X + k * LN + n + 16 * i, LN);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) wmma::mma_sync(z[i][j], left[i], right[j], z[i][j]);
-      }
+      for (int k = 0; k < TK; k += 16) z.template add<false>(Q + k, LK, X + k * LN, LN);
     }
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-        wmma::store_matrix_sync(Z + (m + 16 * i) * LZ + n + 16 * j, z[i][j], LZ,
-                                wmma::mem_row_major);
+    z.store(Z, LZ);
     __syncthreads();
     scatter<P, V, TM, TN, LZ>(tiles, origins, Z, m0, out);
     __syncthreads();

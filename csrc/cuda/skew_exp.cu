@@ -33,7 +33,7 @@ cudaError_t small_adjoint(const Problem& p) {
   using T = Accumulator<S>;
   using Group = Team<T, Side>;
   constexpr int64_t kBytes =
-      Group::kTeams * adjoint_elements<T, Side, Powers>() * int64_t{sizeof(T)};
+      Group::kTeams * AdjointMemory<T, Side, Powers>::kElements * int64_t{sizeof(T)};
   static_assert(kBytes <= 163 << 10);
   return launch(d_skew_exp_small<S, Side, Powers>, ceil_div(p.B, Group::kTeams),
                 Group::kThreads * Group::kTeams, kBytes, p.stream, p.B, static_cast<int>(p.D),

@@ -97,8 +97,8 @@ class Series {
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
 // q = exp(S), S = a - a^T: exp(2^-s S) = C + S K by its series, then s squarings and, if any, a
-// step q (3 I - q^T q) / 2 of Newton and Schulz to the next orthogonal matrix. Shared memory: S, X
-// = S^2 .. X^4 and a sum of them. A thread owns RM x RN elements.
+// step q (3 I - q^T q) / 2 of Newton and Schulz to the next orthogonal matrix.
+// Shared memory: S, X = S^2 to X^4, and a sum of them. A thread owns RM x RN elements.
 template <class S, int Side>
 __global__ void __launch_bounds__(
     Team<Accumulator<S>, Side>::kThreads* Team<Accumulator<S>, Side>::kTeams, 1)
@@ -141,17 +141,58 @@ __global__ void __launch_bounds__(
   }
 }
 
-// Elements of shared memory that a team of the adjoint needs
+// The matrices of the adjoint in shared memory, after those of the series
 template <class T, int Side, int Powers>
-OSF_HD constexpr int adjoint_elements() {
-  return Series<T, Side, Powers>::kElements + (3 + Powers) * Team<T, Side>::kElements;
+struct AdjointMemory {
+  using Series = osf::cuda::Series<T, Side, Powers>;
+  static constexpr int kMatrix = Team<T, Side>::kElements;
+  static constexpr int kElements = Series::kElements + (3 + Powers) * kMatrix;
+
+  __device__ explicit AdjointMemory(T* memory)
+      : E(memory + Series::kElements), inverse(E + kMatrix), K(inverse + kMatrix) {}
+  T *const E, *const inverse, *const K;  // inverse = exp(-S)
+  __device__ __forceinline__ T* dX(int power) const { return K + power * kMatrix; }
+};
+
+// phi(E) at the scaled S; every thread has its part of it, and may still be reading memory.
+template <class T, int Side, int Powers>
+__device__ __forceinline__ typename Team<T, Side>::Part average(
+    const Team<T, Side>& team, const Series<T, Side, Powers>& series,
+    const AdjointMemory<T, Side, Powers>& memory) {
+  using Part = typename Team<T, Side>::Part;
+  T *const E = memory.E, *const inverse = memory.inverse, *const K = memory.K;
+  const auto dX = [&](int power) { return memory.dX(power); };
+  const auto X = [&](int power) { return series.X(power); };
+  team.write(series.value(kOdd), K);
+  const Part even = series.value(kEven);
+  team.sync();
+  const Part odd = team.product(series.S, K), EK = team.product(E, K);
+  team.write(team.make([&](int i, int j) { return even.value[i][j] - odd.value[i][j]; }), inverse);
+
+  team.write_symmetric(team.product(series.S, E), T(1), dX(1), dX(1));
+  team.write_symmetric(team.product(X(1), dX(1)), T(1), dX(2), dX(2));
+  if constexpr (Powers == 4) {
+    if (series.scheme.powers > 2)
+      team.write(team.product(X(1), dX(2), team.product(dX(1), X(2))), dX(3));
+    if (series.scheme.powers > 3)
+      team.write_symmetric(team.product(X(2), dX(2)), T(1), dX(4), dX(4));
+    team.sync();
+  }
+  const Part d_even = series.derivative(kEven, dX(0), K);
+  team.write(series.derivative(kOdd, dX(0), K), series.Q);
+  team.sync();
+  const Part L = team.product(series.S, series.Q, EK);  // its skew half; -L^T = L - d_even
+  team.write(team.make([&](int i, int j) { return L.value[i][j] - d_even.value[i][j]; }), K);
+  team.sync();
+  return team.template product<true>(inverse, K);
 }
 
 // Gradient in a. With E = q^T grad - grad^T q and the average phi(Y) of exp(u S) Y exp(-u S) over u
-// in [0, 1] it is phi(E), which is skew. At the scaled S, phi(E) = L exp(-S) with the derivative L
-// of exp at S in the direction E; phi(2 S) is phi(S) after E -> (E + exp(S) E exp(-S)) / 2. These
-// maps commute, so phi at the scaled S comes first and the squarings of exp(-S) follow.
-// Shared memory: the series' matrices, E, the derivatives of X, exp(-S), and K. A thread owns
+// in [0, 1] it is phi(E), which is skew. At the scaled S, phi(E) = L exp(-S) = -exp(S) L^T with the
+// derivative L of exp at S in the direction E; phi(2 S) is phi(S) after
+// E -> (E + exp(S) E exp(-S)) / 2. These maps commute, so phi at the scaled S comes first and the
+// squarings of exp(-S) follow.
+// Shared memory: the series' matrices, E, exp(-S), K and the derivatives of X. A thread owns
 // RM x RN elements.
 template <class S, int Side, int Powers>
 __global__ void __launch_bounds__(
@@ -164,69 +205,40 @@ __global__ void __launch_bounds__(
   using T = Accumulator<S>;
   using Group = Team<T, Side>;
   using Part = typename Group::Part;
+  using Memory = AdjointMemory<T, Side, Powers>;
   const Group team(D);
-  T* const memory = reinterpret_cast<T*>(dynamic_shared) +
-                    threadIdx.x / Group::kThreads * adjoint_elements<T, Side, Powers>();
-  Series<T, Side, Powers> series(team, memory);
-  T* const extra = memory + Series<T, Side, Powers>::kElements;
-  T *const E = extra, *const inverse = extra + Group::kElements,
-           *const K = inverse + Group::kElements;
-  T* const dX0 = K;
-  const auto dX = [&](int power) { return dX0 + power * Group::kElements; };
-  T *const S_ = series.S, *const Q = series.Q, *const X1 = series.X(1), *const X2 = series.X(2);
+  T* const begin =
+      reinterpret_cast<T*>(dynamic_shared) + threadIdx.x / Group::kThreads * Memory::kElements;
+  Series<T, Side, Powers> series(team, begin);
+  const Memory memory(begin);
+  T *const E = memory.E, *const inverse = memory.inverse, *const turned = series.Q;
   for (int64_t b = blockIdx.x * int64_t{Group::kTeams} + threadIdx.x / Group::kThreads; b < B;
        b += gridDim.x * int64_t{Group::kTeams}) {
-    team.write(team.load(q + b * D * D), X1);
-    team.write(team.load(grad + b * D * D), X2);
+    team.write(team.load(q + b * D * D), series.X(1));
+    team.write(team.load(grad + b * D * D), series.X(2));
     team.sync();
-    team.write_symmetric(team.template product<true>(X1, X2), T(-1), E, E);
+    team.write_symmetric(team.template product<true>(series.X(1), series.X(2)), T(-1), E, E);
     series.set_generator(a + b * D * D);
-
-    team.write(series.value(kOdd), K);
-    const Part even = series.value(kEven);
-    team.sync();
-    const Part odd = team.product(S_, K), EK = team.product(E, K);
-    team.write(team.make([&](int i, int j) { return even.value[i][j] - odd.value[i][j]; }),
-               inverse);
-
-    team.write_symmetric(team.product(S_, E), T(1), dX(1), dX(1));
-    team.write_symmetric(team.product(X1, dX(1)), T(1), dX(2), dX(2));
-    if constexpr (Powers == 4) {
-      if (series.scheme.powers > 2)
-        team.write(team.product(X1, dX(2), team.product(dX(1), X2)), dX(3));
-      if (series.scheme.powers > 3)
-        team.write_symmetric(team.product(X2, dX(2)), T(1), dX(4), dX(4));
-      team.sync();
-    }
-    const Part d_even = series.derivative(kEven, dX0, K);
-    team.write(series.derivative(kOdd, dX0, K), Q);
-    team.sync();
-    const Part L = team.product(S_, Q, EK);  // the skew half of L; -L^T = L - d_even
-    team.write(team.make([&](int i, int j) { return L.value[i][j] - d_even.value[i][j]; }), K);
-    team.sync();
-    Part phi = team.template product<true>(inverse, K);
-
+    Part phi = average(team, series, memory);
     for (int s = 0; s < series.scheme.squarings; ++s) {
       team.sync();
       team.write(phi, E);
       team.sync();
-      team.write(team.product(E, inverse), Q);
+      team.write(team.product(E, inverse), turned);
       const Part squared = team.product(inverse, inverse);
       team.sync();
-      const Part turned = team.template product<true>(inverse, Q);
-      phi =
-          team.make([&](int i, int j) { return T(0.5) * (phi.value[i][j] + turned.value[i][j]); });
+      const Part other = team.template product<true>(inverse, turned);
+      phi = team.make([&](int i, int j) { return T(0.5) * (phi.value[i][j] + other.value[i][j]); });
       team.sync();
       team.write(squared, inverse);
     }
     team.sync();
     team.write(phi, E);
     team.sync();
-    const Part transposed = team.read_transposed(E);
-    team.store(team.make([&](int i, int j) {
-      return T(0.5) * (phi.value[i][j] - transposed.value[i][j]);
-    }),
-               out + b * D * D);
+    const Part mirrored = team.read_transposed(E);
+    phi =
+        team.make([&](int i, int j) { return T(0.5) * (phi.value[i][j] - mirrored.value[i][j]); });
+    team.store(phi, out + b * D * D);
     team.sync();
   }
 }

@@ -38,12 +38,14 @@ def define(
     fake: Callable[..., Tensor],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    reference: Callable[..., Tensor] | None = None,
 ) -> Callable[..., Tensor]:
     """Register fake and autograd of ``oneshot_fast::name``; return the function that calls it.
 
     The arguments are those of ``torch.library.register_fake`` and ``register_autograd``. In eager
     mode the returned function takes the same rules through an ``autograd.Function`` of its own and
     skips the dispatcher's autograd key, which is written in Python and costs more than a small op.
+    On devices other than the CPU, for which there is no kernel yet, ``reference`` serves.
     """
     op: Callable[..., Tensor] = getattr(torch.ops.oneshot_fast, name).default
     torch.library.register_fake(f"oneshot_fast::{name}", fake)
@@ -62,6 +64,8 @@ def define(
     )
 
     def call(*args: Any) -> Tensor:
+        if reference is not None and not args[0].is_cpu:
+            return reference(*args)
         if torch.compiler.is_compiling():
             return op(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):

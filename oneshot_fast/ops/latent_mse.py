@@ -76,7 +76,7 @@ def _gradient_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _call_gradient = define("d_latent_mse", _gradient_fake, _gradient_setup_context, _gradient_backward)
-_call = define("latent_mse", _fake, _setup_context, _backward)
+_call = define("latent_mse", _fake, _setup_context, _backward, reference)
 
 
 def _inputs(shape: tuple[int, ...], sigma: float) -> tuple[Any, ...]:

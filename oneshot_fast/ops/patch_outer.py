@@ -60,7 +60,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     return d_a, d_b, None, None
 
 
-_call = define("patch_outer", _fake, _setup_context, _backward)
+_call = define("patch_outer", _fake, _setup_context, _backward, reference)
 
 
 def _inputs(shape: tuple[int, ...], p: int, leading: tuple[int, ...]) -> tuple[Any, ...]:

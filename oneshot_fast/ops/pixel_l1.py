@@ -62,7 +62,7 @@ def _gradient_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _call_gradient = define("d_pixel_l1", _gradient_fake, _gradient_setup_context, _gradient_backward)
-_call = define("pixel_l1", _fake, _setup_context, _backward)
+_call = define("pixel_l1", _fake, _setup_context, _backward, reference)
 
 
 def _inputs(shape: tuple[int, ...]) -> tuple[Any, ...]:

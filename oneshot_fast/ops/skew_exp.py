@@ -79,7 +79,7 @@ def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
 
 
 _call_adjoint = define("d_skew_exp", _adjoint_fake, _adjoint_setup_context, _adjoint_backward)
-_call = define("skew_exp", _fake, _setup_context, _backward)
+_call = define("skew_exp", _fake, _setup_context, _backward, reference)
 
 
 def _inputs(shape: tuple[int, ...], norm: float) -> tuple[Any, ...]:

@@ -1,0 +1,44 @@
+"""The Triton kernels without a GPU: their values in the interpreter, their machine code by ptxas.
+
+Both run in processes of their own: Triton decides at import whether it interprets.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str, **environment: str) -> None:
+    """Run Python in the checkout; show the end of what it printed if it fails."""
+    ended = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-2000:]
+
+
+def test_kernels_agree_with_the_references_in_the_interpreter():
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted_kernels.py")
+
+
+@pytest.mark.slow
+def test_kernels_compile_without_spills(tmp_path):
+    """The kernels of float32 for one architecture; the tool alone does all."""
+    run(
+        "tools/check_triton.py",
+        *("--arch", "90", "--dtype", "float32"),
+        TRITON_CACHE_DIR=str(tmp_path),
+        TRITON_INTERPRET="0",
+    )
