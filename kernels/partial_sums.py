@@ -1,7 +1,5 @@
 """Second stage of the deterministic reductions: partial sums are added in a fixed order."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls
-
 import torch
 import triton
 import triton.language as tl

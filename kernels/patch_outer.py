@@ -1,7 +1,5 @@
 """Triton kernel of patch_outer; checks and autograd are in oneshot_fast.ops."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls
-
 from collections.abc import Sequence
 
 import torch
@@ -93,6 +91,11 @@ def patch_outer_kernel(
     tl.store(sums_ptr + i[:, None] * D + j[None, :], acc.to(ACC), mask=mask)
 
 
+def _splits(steps: int, D: int) -> int:
+    """Partial sums of one matrix; at least D patches in each keep the scratch below the input."""
+    return max(1, min(steps // max(_STEPS, D // _PATCHES), _MAX_SPLITS))
+
+
 def patch_outer(
     a: Tensor, b: Tensor, p: int, leading: Sequence[int] = (), precision: str = "ieee"
 ) -> Tensor:
@@ -114,37 +117,23 @@ def patch_outer(
     out = a.new_empty(*leading, D, D)
     if a.numel() == 0 or out.numel() == 0:
         return out.zero_()
-    tile_h, tile_w, tiles_h, tiles_w = grid_of(a, p, tuple(leading))
+    tiles = grid_of(a, p, tuple(leading))
     images = 1 if leading else B
-    groups = B * tiles_h * tiles_w // images
-
+    groups = B * tiles[2] * tiles[3] // images
     p2 = triton.next_power_of_2(p)
     # 64 x 64 sums fill the registers of a program; tl.dot needs 16
     rows = max(16 // p2, min(triton.next_power_of_2(C * p), max(1, 64 // p2)))
     blocks_d = triton.cdiv(C * p, rows)
-    block_w = min(triton.next_power_of_2(tile_w), _PATCHES)
+    block_w = min(triton.next_power_of_2(tiles[1]), _PATCHES)
     block_h = _PATCHES // block_w
-    steps = images * triton.cdiv(tile_h, block_h) * triton.cdiv(tile_w, block_w)
-    # at least D patches per partial sum keep the scratch below the input
-    splits = max(1, min(steps // max(_STEPS, D // _PATCHES), _MAX_SPLITS))
+    splits = _splits(images * triton.cdiv(tiles[0], block_h) * triton.cdiv(tiles[1], block_w), D)
     sums = out
     if splits > 1:
         acc = torch.promote_types(a.dtype, torch.float32)
         sums = a.new_empty(groups, splits, D, D, dtype=acc)
     with torch.cuda.device_of(a):
         patch_outer_kernel[(groups * splits * blocks_d**2,)](
-            a,
-            b,
-            sums,
-            images,
-            splits,
-            C,
-            H,
-            W,
-            tile_h,
-            tile_w,
-            tiles_h,
-            tiles_w,
+            *(a, b, sums, images, splits, C, H, W, *tiles),
             P=p,
             P2=p2,
             PRECISION=precision,

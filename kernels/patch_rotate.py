@@ -1,7 +1,5 @@
 """Triton kernel of patch_rotate; checks and autograd are in oneshot_fast.ops."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls
-
 from typing import Any
 
 import torch
@@ -146,35 +144,27 @@ def patch_rotate(
     z = torch.empty_like(x)
     if z.numel() == 0:
         return z
-    images, C, H, W = x.shape
-    tile_h, tile_w, tiles_h, tiles_w = grid_of(x, p, q.shape[:-2])
+    C = x.shape[1]
+    tiles = grid_of(x, p, q.shape[:-2])
+    tile_h, tile_w = tiles[:2]
     p2, rows = triton.next_power_of_2(p), triton.next_power_of_2(C * p)
+    columns = triton.next_power_of_2(tile_w)
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
-        columns = min(meta["COLUMNS"], meta["BLOCK_N"])
-        blocks = triton.cdiv(tile_w, columns) * triton.cdiv(tile_h, meta["BLOCK_N"] // columns)
+        block_w = min(columns, meta["BLOCK_N"])
+        blocks = triton.cdiv(tile_w, block_w) * triton.cdiv(tile_h, meta["BLOCK_N"] // block_w)
         rows_m = min(rows, max(1, meta["BLOCK_M"] // p2))
-        return (images * tiles_h * tiles_w * blocks * triton.cdiv(C * p, rows_m),)
+        return (x.shape[0] * tiles[2] * tiles[3] * blocks * triton.cdiv(C * p, rows_m),)
 
     with torch.cuda.device_of(x):
         patch_rotate_kernel[grid](
-            x,
-            q,
-            z,
-            images,
-            C,
-            H,
-            W,
-            tile_h,
-            tile_w,
-            tiles_h,
-            tiles_w,
+            *(x, q, z, *x.shape, *tiles),
             SHARED=q.dim() == 2,
             TRANSPOSED=transpose,
             P=p,
             P2=p2,
             ROWS=rows,
-            COLUMNS=triton.next_power_of_2(tile_w),
+            COLUMNS=columns,
             PRECISION=precision,
             # tl.dot needs 16; without tensor cores its operands are in registers and 32 spill
             BLOCK_K=max(16, p2, min(32 if x.element_size() == 2 else 16, rows * p2)),

@@ -4,8 +4,6 @@ A tile of patches is loaded as [rows, columns] whose columns run along W, so tha
 threads read neighbouring addresses, and is then relabelled to [elements, patches].
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
-
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Triton kernels of pixel_l1; checks and autograd are in oneshot_fast.ops."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls
-
 import torch
 import triton
 import triton.language as tl

@@ -3,8 +3,6 @@
 Larger matrices go to skew_exp_tiled; checks and autograd are in oneshot_fast.ops.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
-
 import torch
 import triton
 import triton.language as tl

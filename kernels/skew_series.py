@@ -1,7 +1,5 @@
 """The series of skew_exp on chip: degrees, scaling and coefficients, for matrices and for tiles."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls
-
 import triton
 import triton.language as tl
 
