@@ -64,8 +64,12 @@ def main(argv: list[str] | None = None) -> int:
                     print_row(records[-1])
     output = config.output or RESULTS / f"ops-{oneshot_fast.build_info()['cpu_isa']}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(environment(config) | {"records": records}, indent=1) + "\n")
-    print(f"wrote {output}; ratios are other / ours, quantiles 0.2, 0.5, 0.8 are in the file")
+    results = environment(config) | {"records": records}
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    output.with_suffix(".md").write_text(markdown(results))
+    print(
+        f"wrote {output} and .md; ratios are other / ours, quantiles 0.2, 0.5, 0.8 are in the file"
+    )
     return 0
 
 
@@ -126,6 +130,30 @@ def print_row(record: dict[str, Any]) -> None:
         sep="",
         flush=True,
     )
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The whole table, with what it holds for."""
+    build = results["build"]
+    lines = [
+        f"`make bench` on {results['device']}, {build['cpu_isa']}, torch {build['torch_running']}, "
+        f"commit {results['commit']}, float32, seed {results['seed']}. Median time of ours; as "
+        "multiples of it those of the reference in eager mode, of torch.compile of the reference "
+        "and of `torch.clone` of the first input.",
+        "",
+        "| op and case | threads | pass | ours, us | eager | compile | clone |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for record in results["records"]:
+        median = {name: quantiles[1] for name, quantiles in record["microseconds"].items()}
+        cells = [f"{median[n] / median['ours']:.2f}" if n in median else "-" for n in OTHERS]
+        case = f"{record['op']} `{record['case']}`"
+        lines.append(
+            f"| {case} | {record['threads']} | {record['pass']} | {median['ours']:.1f} | "
+            + " | ".join(cells)
+            + " |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def environment(config: Config) -> dict[str, Any]:

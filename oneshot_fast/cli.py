@@ -143,6 +143,10 @@ def run_command(
         return INTERRUPTED
     except (OSError, SafetensorError) as error:
         number, place = _system_error(error)
+        if isinstance(error, SafetensorError) and number is None:
+            return _fail(
+                BAD_INPUT, f"damaged safetensors file: {error}; restore it"
+            )
         if number is None:
             raise
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -195,6 +199,7 @@ def _parse(name: str, options: type[Options], argv: Sequence[str] | None) -> Opt
         rows = [line.strip("│─- ") and line.strip("│ ") for line in drawn.getvalue().splitlines()]
         below_title = itertools.dropwhile(lambda row: not row, rows[1:])
         said = " ".join(itertools.takewhile(bool, below_title)).removeprefix("Error parsing ")
+        said = said or "these arguments make no sense"
         raise UserError(f"{said} (python -m oneshot_fast.{name} --help)") from None
 
 
