@@ -142,5 +142,6 @@ def patch_outer(
             BLOCK_W=block_w,
             # 8 or 16 sums per thread; few warps per program leave room for many programs
             num_warps={16: 1, 32: 2}.get(rows * p2, 8),
+            num_stages=2,
         )
     return add_partial_sums(sums, out) if splits > 1 else out
