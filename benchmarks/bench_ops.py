@@ -35,7 +35,7 @@ class Config:
     """Names of the ops."""
     threads: list[int] = field(default_factory=lambda: [1, 2])
     """Numbers of CPU threads."""
-    seconds: float = 1.0
+    seconds: float = 0.4
     """Time spent on each case and pass, in seconds."""
     compile: bool = True
     """Also time torch.compile of the reference."""

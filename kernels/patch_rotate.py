@@ -28,6 +28,8 @@ CONFIGS = [
     triton.Config({"BLOCK_M": 32, "BLOCK_N": 256}, num_warps=4, num_stages=2),
     # large D: fewer reads of the latent, products dominate
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
+    # float64, or p no power of two, where every element has an address of its own: few registers
+    triton.Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=8, num_stages=2),
 ]
 
 
@@ -35,13 +37,13 @@ def _useful(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> 
     """Configurations that fit D and the patches of a tile, and do not spill."""
     x, D = arguments["x_ptr"], constants["ROWS"] * constants["P2"]
     if x.dtype == torch.float64 or constants["P"] != constants["P2"]:
-        return configs[:1]
+        return configs[-1:]
     patches = triton.next_power_of_2(arguments["tile_h"]) * constants["COLUMNS"]
     largest = {32: 32, 64: 1 << 30, 128: 1 << 30}  # D for which BLOCK_M is not too small
     smallest = {32: 1, 64: 1, 128: 128}  # D for which it is not too large
     return configs[:1] + [
         config
-        for config in configs[1:]
+        for config in configs[1:-1]
         if config.kwargs["BLOCK_N"] <= patches
         and smallest[config.kwargs["BLOCK_M"]] <= D <= largest[config.kwargs["BLOCK_M"]]
     ]

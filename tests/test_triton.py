@@ -15,8 +15,6 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 ROOT = Path(__file__).parents[1]
-
-
 # Triton 3.6's interpreter turns arrays of one element into integers, which NumPy 2.4 refuses
 NUMPY_TOO_NEW = "only 0-dimensional arrays can be converted to Python scalars"
 
