@@ -144,9 +144,7 @@ def run_command(
     except (OSError, SafetensorError) as error:
         number, place = _system_error(error)
         if isinstance(error, SafetensorError) and number is None:
-            return _fail(
-                BAD_INPUT, f"damaged safetensors file: {error}; restore it"
-            )
+            return _fail(BAD_INPUT, f"damaged safetensors file: {error}; restore it")
         if number is None:
             raise
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -154,7 +154,8 @@ struct AdjointMemory {
   __device__ __forceinline__ T* dX(int power) const { return K + power * kMatrix; }
 };
 
-// phi(E) at the scaled S; every thread has its part of it, and may still be reading memory.
+// phi(E) at the scaled S; every thread has its part of it, and may still be reading `inverse` and
+// K.
 template <class T, int Side, int Powers>
 __device__ __forceinline__ typename Team<T, Side>::Part average(
     const Team<T, Side>& team, const Series<T, Side, Powers>& series,
@@ -221,8 +222,7 @@ __global__ void __launch_bounds__(
     series.set_generator(a + b * D * D);
     Part phi = average(team, series, memory);
     for (int s = 0; s < series.scheme.squarings; ++s) {
-      team.sync();
-      team.write(phi, E);
+      team.write(phi, E);  // all readers of E have passed a barrier
       team.sync();
       team.write(team.product(E, inverse), turned);
       const Part squared = team.product(inverse, inverse);
@@ -232,7 +232,6 @@ __global__ void __launch_bounds__(
       team.sync();
       team.write(squared, inverse);
     }
-    team.sync();
     team.write(phi, E);
     team.sync();
     const Part mirrored = team.read_transposed(E);
