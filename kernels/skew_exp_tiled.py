@@ -130,7 +130,13 @@ class _Launcher:
         self.blocks = triton.cdiv(self.D, self.block)
         self.grid = (self.batch * self.blocks**2,)
         self.theta = (THETA64 if self.acc == torch.float64 else THETA32).value
-        self.dot = {"PRECISION": precision, "BLOCK": self.block, "BLOCK_K": 16, "num_warps": 8}
+        self.dot = {
+            "PRECISION": precision,
+            "BLOCK": self.block,
+            "BLOCK_K": 16,
+            "num_warps": 4 if self.acc == torch.float64 else 8,
+            "num_stages": 2,
+        }
         self.like = a
 
     def scratch(self) -> Tensor:

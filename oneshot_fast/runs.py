@@ -85,8 +85,16 @@ def write_safetensors(
     """Write tensors atomically; ``metadata`` values are stored as JSON."""
     header = {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
     data = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    with _replacing(path) as temporary:
-        save_file(data, temporary, metadata=header)
+    # safetensors writes to a temporary file of its own beside the target: in a folder of ours, a
+    # kill leaves nothing that the next run does not know to remove.
+    folder = path.with_name(f"{TEMPORARY}folder-{path.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _replacing(path) as temporary:
+            save_file(data, folder / path.name, metadata=header)
+            (folder / path.name).rename(temporary)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_metadata(path: Path, key: str) -> Any:

@@ -177,8 +177,9 @@ def test_a_full_disk(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_second_process_is_refused(
-    forks: Any, flags: Flags, folder: Path, call: Any, command: str
+    forks: Any, flags: Flags, tmp_path: Path, call: Any, command: str
 ) -> None:
+    folder = tmp_path / "run"  # not the fixture's: the killed process may leave something
     long = {"assign": "--steps", "sft": "--epochs", "em": "--assign_steps"}[command]
     argv = [*flags(command, folder), long, 100_000]
     first = forks.start(command, argv, folder)
