@@ -28,7 +28,7 @@ CONFIGS = [
     triton.Config({"BLOCK_M": 32, "BLOCK_N": 256}, num_warps=4, num_stages=2),
     # large D: fewer reads of the latent, products dominate
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
-    # float64, or p no power of two, where every element has an address of its own: few registers
+    # few registers: float64, and p above 8 or no power of two, which need many for addresses
     triton.Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=8, num_stages=2),
 ]
 
@@ -36,7 +36,7 @@ CONFIGS = [
 def _useful(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
     """Configurations that fit D and the patches of a tile, and do not spill."""
     x, D = arguments["x_ptr"], constants["ROWS"] * constants["P2"]
-    if x.dtype == torch.float64 or constants["P"] != constants["P2"]:
+    if x.dtype == torch.float64 or constants["P"] != constants["P2"] or constants["P"] > 8:
         return configs[-1:]
     patches = triton.next_power_of_2(arguments["tile_h"]) * constants["COLUMNS"]
     largest = {32: 32, 64: 1 << 30, 128: 1 << 30}  # D for which BLOCK_M is not too small

@@ -134,7 +134,7 @@ class _Launcher:
             "PRECISION": precision,
             "BLOCK": self.block,
             "BLOCK_K": 16,
-            "num_warps": 4 if self.acc == torch.float64 else 8,
+            "num_warps": 16 if self.acc == torch.float64 else 8,
             "num_stages": 2,
         }
         self.like = a

@@ -148,6 +148,18 @@ def test_every_way_to_match_lowers_the_loss_that_it_reports(
     torch.testing.assert_close(again, result.best_loss, rtol=ROUNDING, atol=0)
 
 
+def test_the_best_step_is_kept_when_the_search_overshoots(
+    tiny: OneStepGenerator, small_data: Path
+) -> None:
+    eps, prompts, latents, _ = batch_of(tiny, small_data)
+    options = AssignOptions(steps=5, lr=0.5)
+    result = assign_batch(tiny, eps, prompts, latents, None, options)
+    assert (result.best_step < 5).any() and torch.equal(result.best_loss, result.losses.amin(0))
+    with torch.no_grad():
+        again = matching_loss(tiny, result.z, prompts, latents, None, options)
+    torch.testing.assert_close(again, result.best_loss, rtol=ROUNDING, atol=0)
+
+
 def test_drift_regularisation_keeps_the_noise_near_its_base(
     tiny: OneStepGenerator, small_data: Path
 ) -> None:

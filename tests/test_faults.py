@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -126,11 +127,15 @@ def test_kills_at_random_moments(
             at = draw.randint(1, changes // 3)
             ended = forks.run(command, flags(command, folder), folder, at=at)
         assert ended.code in (0, -signal.SIGKILL), ended.err
-        kills += ended.code != 0
+        if ended.code == 0:  # finished already: kills go on in a new run
+            shutil.rmtree(folder)
+            kept.clear()
+            continue
+        kills += 1
         check_valid(folder)
         for path in folder.glob("**/noises/0*"):  # what was finished is not done again
             assert kept.setdefault(path, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
-    assert kills >= 5 and (kept or command == "sft")
+    assert kills >= 5
     finish(forks, flags, command, folder, expected)
 
 
