@@ -33,16 +33,17 @@ def run(*arguments: str, **environment: str) -> None:
     assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_kernels_agree_with_the_references_in_the_interpreter():
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted_kernels.py")
 
 
 @pytest.mark.slow
 def test_kernels_compile_without_spills(tmp_path):
-    """The kernels of float32 for one architecture; the tool alone does all."""
+    """One kernel in all its forms; the tool without arguments does all of them."""
     run(
         "tools/check_triton.py",
-        *("--arch", "90", "--dtype", "float32"),
+        *("--arch", "90", "--dtype", "float32", "bfloat16", "--kernel", "patch_outer"),
         TRITON_CACHE_DIR=str(tmp_path),
         TRITON_INTERPRET="0",
     )
