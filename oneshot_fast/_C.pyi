@@ -1,4 +1,5 @@
 compiler: str
+cuda_kernels: bool
 torch_version: str
 
 def isa() -> str: ...

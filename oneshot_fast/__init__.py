@@ -18,6 +18,7 @@ def build_info() -> dict[str, str | bool | None]:
         "torch_built_against": _C.torch_version,
         "torch_running": torch.__version__,
         "cpu_isa": _C.isa(),
+        "cuda_kernels": _C.cuda_kernels,
         "cuda_available": torch.cuda.is_available(),
         "cuda_version": torch.version.cuda,
         "triton": _installed_version("triton"),

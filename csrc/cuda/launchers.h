@@ -9,6 +9,9 @@
 // passed the launch.
 namespace osf::cuda {
 
+// What CUDA says of an error that a launcher returned
+const char* error_text(int error);
+
 // out[n] = q x[n] for every patch vector n
 int patch_rotate(DType, const PatchGrid&,
                  const void* x,      // [B, C, H, W]

@@ -1,5 +1,6 @@
 """Native ops; each is drop-in for any torch project."""
 
+from oneshot_fast.ops._backends import backends, use_backend
 from oneshot_fast.ops.latent_mse import SPEC as _LATENT_MSE
 from oneshot_fast.ops.latent_mse import latent_mse
 from oneshot_fast.ops.patch_outer import SPEC as _PATCH_OUTER
@@ -14,4 +15,13 @@ from oneshot_fast.ops.skew_exp import skew_exp
 OPS = (_PATCH_ROTATE, _PATCH_OUTER, _SKEW_EXP, _LATENT_MSE, _PIXEL_L1)
 """Descriptions that the generic tests and the benchmarks read."""
 
-__all__ = ["OPS", "latent_mse", "patch_outer", "patch_rotate", "pixel_l1", "skew_exp"]
+__all__ = [
+    "OPS",
+    "backends",
+    "latent_mse",
+    "patch_outer",
+    "patch_rotate",
+    "pixel_l1",
+    "skew_exp",
+    "use_backend",
+]

@@ -1,5 +1,6 @@
-"""Registration of fake and autograd for the C++ ops, and the registry of their descriptions."""
+"""Registration of the ops with torch, and the form of their descriptions."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import oneshot_fast._C  # noqa: F401  (loading it registers torch.ops.oneshot_fast)
+import oneshot_fast._C as _C  # loading it registers torch.ops.oneshot_fast
+from oneshot_fast.ops._backends import backend
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,20 @@ def define(
     backward: Callable[..., Any],
     reference: Callable[..., Tensor] | None = None,
 ) -> Callable[..., Tensor]:
-    """Register fake and autograd of ``oneshot_fast::name``; return the function that calls it.
+    """Register fake, autograd and CUDA of ``oneshot_fast::name``; return the function to call.
 
-    The arguments are those of ``torch.library.register_fake`` and ``register_autograd``. In eager
-    mode the returned function takes the same rules through an ``autograd.Function`` of its own and
-    skips the dispatcher's autograd key, which is written in Python and costs more than a small op.
-    On devices other than the CPU, for which there is no kernel yet, ``reference`` serves.
+    ``fake``, ``setup_context`` and ``backward`` are those of ``torch.library``; ``fake`` also
+    raises for wrong arguments. In eager mode the returned function takes the same rules through an
+    ``autograd.Function`` of its own and skips the dispatcher's autograd key, which is written in
+    Python and costs more than a small op.
+
+    Where no kernel can serve (another device, or CUDA without kernels), ``reference`` does; the
+    gradients' ops have none, since torch differentiates the reference.
     """
     op: Callable[..., Tensor] = getattr(torch.ops.oneshot_fast, name).default
     torch.library.register_fake(f"oneshot_fast::{name}", fake)
     torch.library.register_autograd(f"oneshot_fast::{name}", backward, setup_context=setup_context)
+    torch.library.impl(f"oneshot_fast::{name}", "CUDA")(_cuda_kernel(name, fake))
 
     def forward(ctx: Any, *args: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
@@ -64,7 +70,7 @@ def define(
     )
 
     def call(*args: Any) -> Tensor:
-        if reference is not None and not args[0].is_cpu:
+        if reference is not None and not _has_kernel(name, args[0]):
             return reference(*args)
         if torch.compiler.is_compiling():
             return op(*args)
@@ -74,3 +80,25 @@ def define(
             return op(*args)
 
     return call
+
+
+def _has_kernel(name: str, tensor: Tensor) -> bool:
+    """Whether a kernel, or for a tensor without data the fake, serves the op on this device."""
+    if tensor.is_cuda:
+        return backend(name) != "reference"
+    return tensor.is_cpu or tensor.is_meta
+
+
+def _cuda_kernel(name: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The op on CUDA tensors: the backend is chosen at each call, Triton imported at the first."""
+    compiled: Any = getattr(torch.ops.oneshot_fast_cuda, name).default if _C.cuda_kernels else None
+
+    def run(*args: Any) -> Tensor:
+        if backend(name) == "cuda":
+            return compiled(*args)
+        fake(*args)  # the launchers check nothing
+        module = importlib.import_module(f"oneshot_fast.kernels.{name.removeprefix('d_')}")
+        output: Tensor = getattr(module, name)(*args)
+        return output
+
+    return run

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oneshot_fast.ops._checks import check_images, check_like
 from oneshot_fast.ops._register import OpSpec, define
 
 
@@ -34,7 +35,14 @@ def reference(eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float) -> Tenso
 
 
 def _fake(eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float) -> Tensor:
+    _check("latent_mse", eps_hat, x, target)
     return x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _check(op: str, eps_hat: Tensor, x: Tensor, target: Tensor) -> None:
+    check_images(op, "eps_hat", eps_hat)
+    check_like(op, "x", x, eps_hat.shape, eps_hat)
+    check_like(op, "target", target, eps_hat.shape, eps_hat)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -58,6 +66,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _gradient_fake(
     grad: Tensor, eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float, scale: float
 ) -> Tensor:
+    _check("d_latent_mse", eps_hat, x, target)
+    acc = torch.promote_types(x.dtype, torch.float32)
+    check_like("d_latent_mse", "grad", grad, x.shape[:1], x, acc)
     return x.new_empty(x.shape)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oneshot_fast.ops._checks import check_like, check_patches
 from oneshot_fast.ops._register import OpSpec, define
 from oneshot_fast.ops.patch_rotate import patch_rotate, tile_grid, unfold
 
@@ -44,6 +45,8 @@ def _leading(like: Tensor | Sequence[int]) -> list[int]:
 
 
 def _fake(a: Tensor, b: Tensor, p: int, leading: list[int]) -> Tensor:
+    check_patches("patch_outer", a, p, leading)
+    check_like("patch_outer", "b", b, a.shape, a)
     D = a.shape[1] * p * p
     return a.new_empty(*leading, D, D)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from oneshot_fast import ops
+from oneshot_fast.ops._checks import check_like, check_patches
 from oneshot_fast.ops._register import OpSpec, define
 
 
@@ -59,6 +60,12 @@ def fold(patches: Tensor, shape: torch.Size, p: int) -> Tensor:
 
 
 def _fake(x: Tensor, q: Tensor, p: int) -> Tensor:
+    if q.dim() < 2:
+        raise RuntimeError(f"patch_rotate: q must be [..., D, D], got {list(q.shape)}")
+    leading = q.shape[:-2]
+    check_patches("patch_rotate", x, p, leading)
+    D = x.shape[1] * p * p
+    check_like("patch_rotate", "q", q, (*leading, D, D), x)
     return x.new_empty(x.shape)
 
 

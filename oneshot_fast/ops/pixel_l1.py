@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oneshot_fast.ops._checks import check_images, check_like
 from oneshot_fast.ops._register import OpSpec, define
 
 
@@ -31,6 +32,8 @@ def reference(y: Tensor, target: Tensor) -> Tensor:
 
 
 def _fake(y: Tensor, target: Tensor) -> Tensor:
+    check_images("pixel_l1", "y", y)
+    check_like("pixel_l1", "target", target, y.shape, y)
     return y.new_empty(y.shape[0], dtype=torch.promote_types(y.dtype, torch.float32))
 
 
@@ -46,6 +49,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _gradient_fake(grad: Tensor, y: Tensor, target: Tensor, wrt_target: bool) -> Tensor:
+    check_images("d_pixel_l1", "y", y)
+    acc = torch.promote_types(y.dtype, torch.float32)
+    check_like("d_pixel_l1", "grad", grad, y.shape[:1], y, acc)
+    check_like("d_pixel_l1", "target", target, y.shape, y)
     return y.new_empty(y.shape)
 
 

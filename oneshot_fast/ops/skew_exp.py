@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oneshot_fast.ops._checks import check_like, check_square
 from oneshot_fast.ops._register import OpSpec, define
 
 
@@ -35,6 +36,7 @@ def reference(a: Tensor) -> Tensor:
 
 
 def _fake(a: Tensor) -> Tensor:
+    check_square("skew_exp", a)
     return a.new_empty(a.shape)
 
 
@@ -61,6 +63,9 @@ def _adjoint_reference(grad: Tensor, a: Tensor) -> Tensor:
 
 
 def _adjoint_fake(grad: Tensor, a: Tensor, q: Tensor) -> Tensor:
+    check_square("d_skew_exp", a)
+    check_like("d_skew_exp", "grad", grad, a.shape, a)
+    check_like("d_skew_exp", "q", q, a.shape, a)
     return a.new_empty(a.shape)
 
 

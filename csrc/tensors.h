@@ -1,0 +1,156 @@
+#pragma once
+// What every binding needs of torch: checks with full messages, threads, the stream, a launch.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cuda/launchers.h"
+#include "kernels.h"
+
+namespace osf {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+inline Shape shape(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+inline std::string text(const Shape& sizes) {
+  std::ostringstream out;
+  out << '[';
+  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
+  out << ']';
+  return out.str();
+}
+
+inline std::string text(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    default: return torch::headeronly::toString(dtype);
+  }
+}
+
+inline std::string device(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : "cuda:" + std::to_string(t.get_device_index());
+}
+
+inline DType dtype_of(const char* op, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, op, ": expected float32, float64, float16 or bfloat16, got ",
+                  text(t.scalar_type()));
+}
+
+inline ScalarType accumulation(ScalarType storage) {
+  return storage == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Checks that t has this shape, lies beside `first` and, without another dtype, has its dtype.
+inline void check_like(const char* op, const char* name, const Tensor& t, const Shape& expected,
+                       const Tensor& first, std::optional<ScalarType> other_dtype = {}) {
+  const Shape actual = shape(t);
+  STD_TORCH_CHECK(actual == expected, op, ": ", name, " must be ", text(expected), ", got ",
+                  text(actual));
+  const bool together = t.is_cpu() == first.is_cpu() &&
+                        (t.is_cpu() || t.get_device_index() == first.get_device_index());
+  STD_TORCH_CHECK(together, op, ": ", name, " must be on ", device(first), ", got ", device(t));
+  const ScalarType dtype = other_dtype.value_or(first.scalar_type());
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", text(dtype), ", got ",
+                  text(t.scalar_type()));
+}
+
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline Threads threads() {
+  return {torch::stable::get_num_threads(),
+          [](int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, body, context));
+          }};
+}
+
+// The stream that torch uses on a device, by a function of libtorch_cuda; it is looked up so that
+// a build with CUDA also loads beside a torch without it.
+inline void* current_stream(int32_t device_index) {
+  using Get = AOTITorchError(int32_t, void**);
+  static Get* const get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<Get*>(symbol);
+  }();
+  STD_TORCH_CHECK(get != nullptr, "oneshot_fast: this torch has no CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device_index, &stream));
+  return stream;
+}
+
+// Calls cpu(threads), or cuda(stream), which returns a cudaError_t, where t lives.
+template <class Cpu, class Cuda>
+void launch(const char* op, const Tensor& t, Cpu cpu, [[maybe_unused]] Cuda cuda) {
+  if (t.is_cpu()) return cpu(threads());
+#ifdef OSF_WITH_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
+  const int error = cuda(current_stream(t.get_device_index()));
+  STD_TORCH_CHECK(error == 0, op, ": CUDA error ", error, " (", cuda::error_text(error), ")");
+#else
+  STD_TORCH_CHECK(false, op, ": built without CUDA, got a tensor on ", device(t));
+#endif
+}
+
+// Memory of a launch on the device of t, aligned as the kernels need it by torch's allocator.
+inline Tensor workspace(const Tensor& t, int64_t bytes) {
+  return torch::stable::new_empty(t, {bytes}, ScalarType::Byte);
+}
+
+inline PatchGrid patch_grid(const char* op, const Shape& x, int64_t p, const Shape& leading) {
+  STD_TORCH_CHECK(x.size() == 4, op, ": expected [B, C, H, W], got ", text(x));
+  STD_TORCH_CHECK(p > 0 && x[2] % p == 0 && x[3] % p == 0, op, ": p = ", p,
+                  " must divide H and W of ", text(x));
+  const size_t n = leading.size();
+  STD_TORCH_CHECK(n == 0 || ((n == 1 || n == 3) && leading[0] == x[0]), op,
+                  ": one matrix for all, per image (", x[0], ") or per tile (", x[0],
+                  ", Gh, Gw), got ", text(leading));
+  const PatchGrid grid{x[0], x[1], x[2], x[3], p, n == 3 ? leading[1] : 1, n == 3 ? leading[2] : 1};
+  STD_TORCH_CHECK(grid.Gh > 0 && grid.Gw > 0 && x[2] / p % grid.Gh == 0 && x[3] / p % grid.Gw == 0,
+                  op, ": the grid of ", x[2] / p, " x ", x[3] / p,
+                  " patches is not divisible into ", grid.Gh, " x ", grid.Gw, " tiles");
+  return grid;
+}
+
+// Number of matrices in [..., D, D].
+inline int64_t check_square(const char* op, const Tensor& a) {
+  const Shape sizes = shape(a);
+  const size_t n = sizes.size();
+  STD_TORCH_CHECK(n >= 2 && sizes[n - 1] == sizes[n - 2], op, ": expected [..., D, D], got ",
+                  text(sizes));
+  int64_t count = 1;
+  for (size_t i = 0; i + 2 < n; ++i) count *= sizes[i];
+  return count;
+}
+
+// Checks [B, C, H, W] and returns C H W.
+inline int64_t check_images(const char* op, const char* name, const Tensor& t) {
+  const Shape sizes = shape(t);
+  STD_TORCH_CHECK(sizes.size() == 4, op, ": ", name, " must be [B, C, H, W], got ", text(sizes));
+  return sizes[1] * sizes[2] * sizes[3];
+}
+
+}  // namespace osf
