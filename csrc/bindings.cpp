@@ -8,16 +8,6 @@
 namespace osf {
 namespace {
 
-bool is_transposed(const Tensor& q) {
-  const int64_t n = q.dim();
-  const auto sizes = q.sizes(), strides = q.strides();
-  if (strides[n - 2] != 1 || strides[n - 1] != sizes[n - 1]) return false;
-  int64_t expected = sizes[n - 1] * sizes[n - 1];
-  for (int64_t i = n - 3; i >= 0; expected *= sizes[i--])
-    if (strides[i] != expected) return false;
-  return true;
-}
-
 Tensor patch_rotate(Tensor x, Tensor q, int64_t p) {
   const char* op = "patch_rotate";
   STD_TORCH_CHECK(q.dim() >= 2, op, ": q must be [..., D, D], got ", text(shape(q)));
@@ -116,6 +106,40 @@ Tensor d_skew_exp(Tensor grad, Tensor a, Tensor q) {
                                 stream);
       });
   return out;
+}
+
+void rotation_step(Tensor q, Tensor g, Tensor m, Tensor v, Tensor steps, double lr, double beta1,
+                   double beta2, double eps, double max_angle) {
+  const char* op = "rotation_step";
+  const int64_t B = check_square(op, g), D = g.size(-1);
+  const DType dtype = dtype_of(op, g);
+  const ScalarType state = accumulation(g.scalar_type());
+  Shape leading = shape(g);
+  leading.resize(leading.size() - 2);
+  const bool scalar = shape(v) == leading;
+  check_like(op, "q", q, shape(g), g, state);
+  check_like(op, "m", m, shape(g), g, state);
+  check_like(op, "v", v, scalar ? leading : shape(g), g, state);
+  check_like(op, "steps", steps, leading, g, state);
+  g = dense(g);
+  Tensor inout[] = {q, m, v, steps};
+  const Tensor work[] = {dense(q), dense(m), dense(v), dense(steps)};
+  if (g.numel() == 0) return;
+  const RotationOptions options{lr, beta1, beta2, eps, max_angle, scalar};
+  void* p[4];
+  for (int i = 0; i < 4; ++i) p[i] = work[i].mutable_data_ptr();
+  launch(
+      op, g,
+      [&](const Threads& threads) {
+        cpu_kernels().rotation_step(threads, dtype, B, D, options, g.const_data_ptr(), p[0], p[1],
+                                    p[2], p[3]);
+      },
+      [&](void* stream) {
+        return cuda::rotation_step(dtype, B, D, options, g.const_data_ptr(), p[0], p[1], p[2], p[3],
+                                   stream);
+      });
+  for (int i = 0; i < 4; ++i)
+    if (!inout[i].is_contiguous()) torch::stable::copy_(inout[i], work[i]);
 }
 
 Tensor latent_mse(Tensor eps_hat, Tensor x, Tensor target, double sigma) {
@@ -224,6 +248,9 @@ void define(StableLibrary& m) {
   m.def("patch_outer(Tensor a, Tensor b, int p, int[] leading) -> Tensor");
   m.def("skew_exp(Tensor a) -> Tensor");
   m.def("d_skew_exp(Tensor grad, Tensor a, Tensor q) -> Tensor");
+  m.def(
+      "rotation_step(Tensor(a!) q, Tensor g, Tensor(b!) m, Tensor(c!) v, Tensor(d!) steps, "
+      "float lr, float beta1, float beta2, float eps, float max_angle) -> ()");
   m.def("latent_mse(Tensor eps_hat, Tensor x, Tensor target, float sigma) -> Tensor");
   m.def(
       "d_latent_mse(Tensor grad, Tensor eps_hat, Tensor x, Tensor target, float sigma, "
@@ -237,6 +264,7 @@ void implement(StableLibrary& m) {
   m.impl("patch_outer", TORCH_BOX(&patch_outer));
   m.impl("skew_exp", TORCH_BOX(&skew_exp));
   m.impl("d_skew_exp", TORCH_BOX(&d_skew_exp));
+  m.impl("rotation_step", TORCH_BOX(&rotation_step));
   m.impl("latent_mse", TORCH_BOX(&latent_mse));
   m.impl("d_latent_mse", TORCH_BOX(&d_latent_mse));
   m.impl("pixel_l1", TORCH_BOX(&pixel_l1));

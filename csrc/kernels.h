@@ -46,6 +46,22 @@ using DSkewExp = void(const Threads&, DType, int64_t B, int64_t D,
                       const void* q,     // [B, D, D]
                       void* out);        // [B, D, D]
 
+struct RotationOptions {
+  double lr, beta1, beta2, eps, max_angle;  // lr and max_angle in radians
+  bool scalar;                              // one second moment per matrix, not per element
+};
+
+// One Adam step on rotations, in place. With A = g - g^T: m = beta1 m + (1 - beta1) A,
+// v = beta2 v + (1 - beta2) A^2 (the mean over i != j if scalar), X = lr m^ / (sqrt(v^) + eps) with
+// the moments' biases removed, made shorter if its rotation angles exceed max_angle, q = exp(-X) q
+// and one Newton-Schulz step. A matrix is left as it is if its ||A||_F^2 is not finite.
+using RotationStep = void(const Threads&, DType, int64_t B, int64_t D, const RotationOptions&,
+                          const void* g,  // [B, D, D]; the others in the accumulation dtype
+                          void* q,        // [B, D, D]
+                          void* m,        // [B, D, D]
+                          void* v,        // [B, D, D], or [B] if scalar
+                          void* steps);   // [B]
+
 // loss = mean of (x - sigma eps_hat - target)^2 over the n elements of an image
 using LatentMse = void(const Threads&, DType, int64_t B, int64_t n,
                        const void* eps_hat,  // [B, n]
@@ -83,6 +99,7 @@ struct Kernels {
   PatchOuter* patch_outer;
   SkewExp* skew_exp;
   DSkewExp* d_skew_exp;
+  RotationStep* rotation_step;
   LatentMse* latent_mse;
   DLatentMse* d_latent_mse;
   PixelL1* pixel_l1;

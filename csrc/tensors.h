@@ -87,6 +87,17 @@ inline Threads threads() {
           }};
 }
 
+// Whether the memory holds the transposed matrices one after another.
+inline bool is_transposed(const Tensor& q) {
+  const int64_t n = q.dim();
+  const auto sizes = q.sizes(), strides = q.strides();
+  if (strides[n - 2] != 1 || strides[n - 1] != sizes[n - 1]) return false;
+  int64_t expected = sizes[n - 1] * sizes[n - 1];
+  for (int64_t i = n - 3; i >= 0; expected *= sizes[i--])
+    if (strides[i] != expected) return false;
+  return true;
+}
+
 // The stream that torch uses on a device, by a function of libtorch_cuda; it is looked up so that
 // a build with CUDA also loads beside a torch without it.
 inline void* current_stream(int32_t device_index) {

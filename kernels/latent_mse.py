@@ -24,17 +24,14 @@ def _error(eps_hat_ptr, x_ptr, target_ptr, sigma, offsets, mask, ACC: tl.constex
 @triton.jit
 def latent_mse_kernel(
     # loss = mean over the n elements of an image of e^2, e = x - sigma eps_hat - target.
-    # d_eps_hat = -2 sigma e / n; dx = 2 e / n; dtarget = -2 e / n.
     eps_hat_ptr,  # [B, n]
     x_ptr,  # [B, n]
     target_ptr,  # [B, n]
     sums_ptr,  # [B, chunks], or [B] the loss itself for one chunk
-    d_eps_hat_ptr,  # [B, n] where GRADIENT
     sigma: tl.float64,
     n,
     chunks,
     mean: tl.float64,  # factor of the sums: 1 / n for one chunk, else 1
-    GRADIENT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -42,7 +39,6 @@ def latent_mse_kernel(
     image = (tl.program_id(0) // chunks).to(tl.int64)
     i0 = tl.program_id(0) % chunks * CHUNK
     s = tl.full((BLOCK,), sigma, ACC)
-    factor = -2.0 * s / n
     total = tl.zeros((BLOCK,), dtype=ACC)
     for i in range(0, CHUNK, BLOCK):
         offsets = i0 + i + tl.arange(0, BLOCK)
@@ -50,9 +46,6 @@ def latent_mse_kernel(
         offsets = image * n + offsets
         error = _error(eps_hat_ptr, x_ptr, target_ptr, s, offsets, mask, ACC)
         total += error * error
-        if GRADIENT:
-            gradient = (factor * error).to(d_eps_hat_ptr.dtype.element_ty)
-            tl.store(d_eps_hat_ptr + offsets, gradient, mask=mask)
     tl.store(sums_ptr + tl.program_id(0), tl.sum(total) * mean)
 
 
@@ -81,26 +74,22 @@ def d_latent_mse_kernel(
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def latent_mse(
-    eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float, with_gradient: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Mean over C, H, W of (x - sigma eps_hat - target)^2, and its gradient in the same pass.
+def latent_mse(eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float) -> Tensor:
+    """Mean over C, H, W of (x - sigma eps_hat - target)^2.
 
     Args:
         eps_hat: Predicted noise, [B, C, H, W].
         x: Noisy latents, [B, C, H, W].
         target: Target latents, [B, C, H, W].
         sigma: Noise level of the step.
-        with_gradient: Also return the gradient of the summed losses.
 
     Returns:
-        Loss per image, [B], in the accumulation dtype; gradient in ``eps_hat``, [B, C, H, W].
+        Loss per image, [B], in the accumulation dtype.
     """
     eps_hat, x, target = eps_hat.contiguous(), x.contiguous(), target.contiguous()
     loss = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
-    gradient = torch.empty_like(eps_hat) if with_gradient else None
     if x.numel() == 0:
-        return loss.fill_(torch.nan), gradient  # the mean of nothing
+        return loss.fill_(torch.nan)  # the mean of nothing
     n = x[0].numel()
     chunks = triton.cdiv(n, CHUNK)
     sums = loss if chunks == 1 else loss.new_empty(*loss.shape, chunks)
@@ -110,17 +99,15 @@ def latent_mse(
             x,
             target,
             sums,
-            gradient,
             sigma,
             n,
             chunks,
             1 / n if chunks == 1 else 1.0,
-            GRADIENT=with_gradient,
             CHUNK=min(CHUNK, triton.next_power_of_2(n)),
             BLOCK=block_of(x, n),
             num_warps=8,
         )
-    return (loss if chunks == 1 else add_partial_sums(sums, loss, 1 / n)), gradient
+    return loss if chunks == 1 else add_partial_sums(sums, loss, 1 / n)
 
 
 def d_latent_mse(

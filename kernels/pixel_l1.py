@@ -33,22 +33,18 @@ def _slope(y, error, WRT_TARGET: tl.constexpr):
 @triton.jit
 def pixel_l1_kernel(
     # loss = mean over the n elements of an image of |e|, e = clamp(y / 2 + 0.5, 0, 1) - target.
-    # dy = sign(e) / (2 n) inside of the clamp, 0 outside; dtarget = -sign(e) / n.
     y_ptr,  # [B, n]
     target_ptr,  # [B, n]
     sums_ptr,  # [B, chunks], or [B] the loss itself for one chunk
-    dy_ptr,  # [B, n] where GRADIENT
     n,
     chunks,
     mean: tl.float64,  # factor of the sums: 1 / n for one chunk, else 1
-    GRADIENT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     ACC: tl.constexpr = sums_ptr.dtype.element_ty
     image = (tl.program_id(0) // chunks).to(tl.int64)
     i0 = tl.program_id(0) % chunks * CHUNK
-    factor = tl.full((BLOCK,), 1.0, ACC) / n
     total = tl.zeros((BLOCK,), dtype=ACC)
     for i in range(0, CHUNK, BLOCK):
         offsets = i0 + i + tl.arange(0, BLOCK)
@@ -56,11 +52,7 @@ def pixel_l1_kernel(
         offsets = image * n + offsets
         y = tl.load(y_ptr + offsets, mask=mask, other=-1.0).to(ACC)
         target = tl.load(target_ptr + offsets, mask=mask, other=0.0).to(ACC)
-        error = _error(y, target)
-        total += tl.abs(error)
-        if GRADIENT:
-            gradient = _slope(y, error, False) * factor
-            tl.store(dy_ptr + offsets, gradient.to(dy_ptr.dtype.element_ty), mask=mask)
+        total += tl.abs(_error(y, target))
     tl.store(sums_ptr + tl.program_id(0), tl.sum(total) * mean)
 
 
@@ -87,24 +79,20 @@ def d_pixel_l1_kernel(
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def pixel_l1(
-    y: Tensor, target: Tensor, with_gradient: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Mean over C, H, W of |clamp(y / 2 + 0.5, 0, 1) - target|, and its gradient in the same pass.
+def pixel_l1(y: Tensor, target: Tensor) -> Tensor:
+    """Mean over C, H, W of |clamp(y / 2 + 0.5, 0, 1) - target|.
 
     Args:
         y: Decoder output, [B, C, H, W], in [-1, 1] before clamping.
         target: Images, [B, C, H, W], [0, 1] RGB.
-        with_gradient: Also return the gradient of the summed losses.
 
     Returns:
-        Loss per image, [B], in the accumulation dtype; gradient in ``y``, [B, C, H, W].
+        Loss per image, [B], in the accumulation dtype.
     """
     y, target = y.contiguous(), target.contiguous()
     loss = y.new_empty(y.shape[0], dtype=torch.promote_types(y.dtype, torch.float32))
-    gradient = torch.empty_like(y) if with_gradient else None
     if y.numel() == 0:
-        return loss.fill_(torch.nan), gradient  # the mean of nothing
+        return loss.fill_(torch.nan)  # the mean of nothing
     n = y[0].numel()
     chunks = triton.cdiv(n, CHUNK)
     sums = loss if chunks == 1 else loss.new_empty(*loss.shape, chunks)
@@ -113,16 +101,14 @@ def pixel_l1(
             y,
             target,
             sums,
-            gradient,
             n,
             chunks,
             1 / n if chunks == 1 else 1.0,
-            GRADIENT=with_gradient,
             CHUNK=min(CHUNK, triton.next_power_of_2(n)),
             BLOCK=block_of(y, n),
             num_warps=8,
         )
-    return (loss if chunks == 1 else add_partial_sums(sums, loss, 1 / n)), gradient
+    return loss if chunks == 1 else add_partial_sums(sums, loss, 1 / n)
 
 
 def d_pixel_l1(grad: Tensor, y: Tensor, target: Tensor, wrt_target: bool) -> Tensor:

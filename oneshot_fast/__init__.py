@@ -5,9 +5,10 @@ import importlib.metadata
 import torch
 
 from oneshot_fast import _C, ops
+from oneshot_fast.rotation_adam import RotationAdam
 
 __version__ = importlib.metadata.version("oneshot-fast")
-__all__ = ["__version__", "build_info", "ops"]
+__all__ = ["RotationAdam", "__version__", "build_info", "ops"]
 
 
 def build_info() -> dict[str, str | bool | None]:

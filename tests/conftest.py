@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -9,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,10 @@ import torch
 
 SMALL = 6  # pairs of the small data set
 
+# Triton reads this setting when it is first imported, so its interpreter has a process of its own
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = [pytest.param(backend, marks=pytest.mark.gpu) for backend in ("cuda", "triton")]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
@@ -35,6 +42,58 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["interpreter"] if INTERPRETED else ["cpu", *ON_GPU])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Device of an op's tensors: the CPU, or a GPU with one of the backends that can serve it.
+
+    The interpreter runs the launchers that serve CUDA tensors, Triton's, on CPU tensors.
+    """
+    from oneshot_fast import ops
+
+    if request.param == "cpu":
+        yield "cpu"
+    elif request.param == "interpreter":
+        with interpreted_ops():
+            yield "cpu"
+    elif request.param not in ops.backends():
+        pytest.skip(f"{request.param} is not among the backends here: {ops.backends()}")
+    else:
+        with ops.use_backend(request.param):
+            yield "cuda"
+
+
+@contextmanager
+def interpreted_ops() -> Iterator[None]:
+    """Serve CPU tensors by what serves CUDA tensors, in few squarings: the interpreter is slow."""
+    from oneshot_fast import ops
+    from oneshot_fast.kernels import skew_exp_tiled
+
+    on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    library = torch.library.Library("oneshot_fast", "IMPL")
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("oneshot_fast::")]
+    with (
+        ops.use_backend("triton"),
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # torch's, of kernels that are replaced
+        for name in names:
+            op = getattr(torch.ops.oneshot_fast, name.split("::")[1]).default
+            library.impl(name, functools.partial(op.redispatch, on_cuda), "CPU")
+        patch.setattr(skew_exp_tiled, "_SQUARINGS", 7)
+        yield
+    library._destroy()
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill new tensors with NaN, which shows every output element that a kernel leaves out."""
+    # some torch ops in references and in second derivatives can only warn
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @dataclass(frozen=True)

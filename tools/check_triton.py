@@ -72,13 +72,13 @@ def patch_calls(x: Tensor, p: int) -> Iterator[Callable[[], object]]:
 
 
 def loss_calls(x: Tensor) -> Iterator[Callable[[], object]]:
-    """The losses of ``x`` [B, C, H, W], with and without the gradient in the same pass."""
+    """The losses of ``x`` [B, C, H, W] and their gradients."""
     grad = empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-    for flag in (False, True):
-        yield lambda flag=flag: latent_mse.latent_mse(x, x, x, 14.6, flag)
-        yield lambda flag=flag: pixel_l1.pixel_l1(x, x, flag)
-        yield lambda flag=flag: pixel_l1.d_pixel_l1(grad, x, x, flag)
+    yield lambda: latent_mse.latent_mse(x, x, x, 14.6)
     yield lambda: latent_mse.d_latent_mse(grad, x, x, x, 14.6, 1.0)
+    yield lambda: pixel_l1.pixel_l1(x, x)
+    yield lambda: pixel_l1.d_pixel_l1(grad, x, x, False)
+    yield lambda: pixel_l1.d_pixel_l1(grad, x, x, True)
 
 
 def recorded(dtypes: Sequence[torch.dtype]) -> list[Launch]:

@@ -14,6 +14,7 @@ PatchRotate patch_rotate;
 PatchOuter patch_outer;
 SkewExp skew_exp;
 DSkewExp d_skew_exp;
+RotationStep rotation_step;
 LatentMse latent_mse;
 DLatentMse d_latent_mse;
 PixelL1 pixel_l1;

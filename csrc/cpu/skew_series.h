@@ -53,6 +53,18 @@ class Squares {
 
   const int64_t D, columns, ld, size;
 
+  // Between a dense matrix [D, D] and one of ours
+  template <class In>
+  void read(const In* in, T* M) const {
+    for (int64_t i = 0; i < D; ++i)
+      for (int64_t j = 0; j < D; ++j) M[i * ld + j] = widen(in[i * D + j]);
+  }
+  template <class Out>
+  void write(const T* M, Out* out) const {
+    for (int64_t i = 0; i < D; ++i)
+      for (int64_t j = 0; j < D; ++j) narrow(M[i * ld + j], out[i * D + j]);
+  }
+
   // C = op(A) B, or C += op(A) B
   template <bool TA = false>
   void product(const T* A, const T* B, T* C, bool half = false, bool accumulate = false) const {
@@ -108,11 +120,14 @@ class Squares {
   // Square root of the sum of squares
   double frobenius_norm(const T* M) const {
     Vector<T> sum = {};
-    for (int64_t i = 0; i < D; ++i)
+    for (int64_t i = 0; i < D; ++i) {
+      Vector<T> row = {};  // sums of sums round less
       for (int64_t j = 0; j < D; j += kLanes<T>) {
         const Vector<T> m = lane_numbers<T>() < T(D - j) ? load(M + i * ld + j) : Vector<T>{};
-        sum += m * m;
+        row += m * m;
       }
+      sum += row;
+    }
     double total = 0;
     for (int l = 0; l < kLanes<T>; ++l) total += sum[l];
     return __builtin_sqrt(total);

@@ -47,6 +47,15 @@ int d_skew_exp(DType, int64_t B, int64_t D,
                void* out,  // [B, D, D]
                void* stream);
 
+// One Adam step on rotations, in place, see kernels.h; for D <= 64, or 32 in float64
+int rotation_step(DType, int64_t B, int64_t D, const RotationOptions&,
+                  const void* g,  // [B, D, D]; the others in the accumulation dtype
+                  void* q,        // [B, D, D]
+                  void* m,        // [B, D, D]
+                  void* v,        // [B, D, D], or [B] if scalar
+                  void* steps,    // [B]
+                  void* stream);
+
 // Of either loss below
 int64_t loss_workspace_bytes(int64_t B, int64_t n);
 

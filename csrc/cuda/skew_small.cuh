@@ -18,8 +18,11 @@ class Series {
 
   // Shared memory: S, X .. X^Powers, Q for sums, and the column sums of the norms
   __device__ Series(const Team& team, T* memory)
-      : S(memory), Q(memory + (1 + Powers) * Team::kElements), team_(team) {}
-  T *const S, *const Q;
+      : S(memory),
+        Q(memory + (1 + Powers) * Team::kElements),
+        sums(Q + Team::kElements),
+        team_(team) {}
+  T *const S, *const Q, *const sums;
   Scheme scheme;
 
   __device__ __forceinline__ T* X(int power) const { return S + power * Team::kElements; }
@@ -27,11 +30,17 @@ class Series {
   template <class In>
   __device__ __forceinline__ void set_generator(const In* a) {  // [D, D]
     team_.write_symmetric(team_.load(a), T(-1), Q, S);
+    expand([] { return T(1); });
+  }
+
+  // Multiplies S by factor(), which may read S^2 and S^4 in X(1) and X(2), and prepares its series.
+  template <class Factor>
+  __device__ __forceinline__ void expand(Factor factor) {
     team_.write(team_.product(S, S), X(1));
     team_.sync();
     team_.write(team_.product(X(1), X(1)), X(2));
     team_.sync();
-    scale();
+    scale(factor());
     if (Powers > 2 && scheme.powers > 2) team_.write(team_.product(X(1), X(2)), X(3));
     if (Powers > 3 && scheme.powers > 3) team_.write(team_.product(X(2), X(2)), X(4));
     team_.sync();
@@ -62,6 +71,20 @@ class Series {
     team_.sync();
     return sum;
   }
+  // Part of exp(S). Shared memory: X(1) and Q are lost.
+  __device__ __forceinline__ Part exponential() const {
+    const Part even = value(kEven);
+    team_.write(value(kOdd), Q);
+    team_.sync();
+    Part q = team_.product(S, Q, even);
+    for (int s = 0; s < scheme.squarings; ++s) {
+      team_.sync();
+      team_.write(q, X(1));
+      team_.sync();
+      q = team_.product(X(1), X(1));
+    }
+    return q;
+  }
   // Part of its derivative; the derivatives of X^i follow dX0 in memory, dQ is one more matrix like
   // Q.
   __device__ __forceinline__ Part derivative(Parity parity, const T* dX0, T* dQ) const {
@@ -77,13 +100,11 @@ class Series {
   }
 
  private:
-  __device__ __forceinline__ void scale() {
+  __device__ __forceinline__ void scale(T factor) {
     T norms[3];
-    team_.one_norms(S, Q + Team::kElements, norms);  // of S, X, X^2
-    scheme = choose_scheme(norm_bound(norms[0], norms[1], norms[2]), Powers);
-    T unit = 1;
-    for (int s = 0; s < scheme.squarings; ++s) unit *= T(0.5);
-    T factor = unit;
+    team_.one_norms(S, sums, norms);  // of S, X, X^2
+    scheme = choose_scheme(norm_bound(norms[0], norms[1], norms[2]) * factor, Powers);
+    for (int s = 0; s < scheme.squarings; ++s) factor *= T(0.5);
     for (int power = 0; power <= 2; ++power, factor *= factor) {  // S, then X^1, X^2
       const Part part = team_.read(X(power));
       team_.write(team_.make([&](int i, int j) { return factor * part.value[i][j]; }), X(power));
@@ -116,16 +137,7 @@ __global__ void __launch_bounds__(
   for (int64_t b = blockIdx.x * int64_t{Group::kTeams} + threadIdx.x / Group::kThreads; b < B;
        b += gridDim.x * int64_t{Group::kTeams}) {
     series.set_generator(a + b * D * D);
-    const Part even = series.value(kEven);
-    team.write(series.value(kOdd), series.Q);
-    team.sync();
-    Part q = team.product(series.S, series.Q, even);
-    for (int s = 0; s < series.scheme.squarings; ++s) {
-      team.sync();
-      team.write(q, R);
-      team.sync();
-      q = team.product(R, R);
-    }
+    Part q = series.exponential();
     if (series.scheme.squarings > 0) {  // each doubled the distance to the orthogonal matrices
       team.sync();
       team.write(q, R);

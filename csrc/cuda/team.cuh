@@ -107,6 +107,30 @@ class Team {
     sync();
   }
 
+  // Sum of x over the team, in every thread. Shared memory: a sum per warp, free again afterwards.
+  __device__ __forceinline__ T sum(T x, T* sums) const {
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    if constexpr (kThreads > kWarp) {
+      if (thread % kWarp == 0) sums[thread / kWarp] = x;
+      sync();
+      x = 0;
+#pragma unroll
+      for (int w = 0; w < kThreads / kWarp; ++w) x += sums[w];
+      sync();
+    }
+    return x;
+  }
+  // Sum of the squares of all elements
+  __device__ __forceinline__ T sum_squares(const Part& part, T* sums) const {
+    T x = 0;
+#pragma unroll
+    for (int i = 0; i < RM; ++i)
+#pragma unroll
+      for (int j = 0; j < RN; ++j) x += part.value[i][j] * part.value[i][j];
+    return sum(x, sums);
+  }
+
   // Largest column sum of |M| for three matrices M that lie one after another.
   // Shared memory: the sums [3][Side].
   __device__ __forceinline__ void one_norms(const T* matrices, T* sums, T (&norms)[3]) const {

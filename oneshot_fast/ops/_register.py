@@ -24,6 +24,7 @@ class OpSpec:
         small: Cases for tests, odd shapes among them.
         large: Cases for benchmarks.
         trained: How many of the first arguments need a gradient in benchmarks.
+        native: Whether it has kernels of its own, or is made of torch ops.
     """
 
     name: str
@@ -33,6 +34,7 @@ class OpSpec:
     small: Sequence[tuple[Any, ...]]
     large: Sequence[tuple[Any, ...]]
     trained: int
+    native: bool = True
 
 
 def define(

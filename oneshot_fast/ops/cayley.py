@@ -1,0 +1,75 @@
+"""cayley: the orthogonal matrix (I - S)^-1 (I + S) of a skew S."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oneshot_fast.ops._checks import check_square
+from oneshot_fast.ops._register import OpSpec
+
+
+def cayley(a: Tensor) -> Tensor:
+    """Cayley transform of the skew part of ``a``: (I - S)^-1 (I + S) with S = (a - a^T) / 2.
+
+    It reaches every rotation that turns no plane by pi. Source: Cayley 1846; for orthogonal
+    fine-tuning Liu et al., "Orthogonal over-parameterized training", 2021 (arXiv 2004.04690), and
+    Qiu et al., "Controlling text-to-image diffusion by orthogonal finetuning", 2023 (arXiv
+    2306.07280).
+
+    With M = (I - S)^-1 it is 2 M - I: one exact batched inverse, from which the gradient in S,
+    2 M^T grad M^T, takes two products and no further solve. Saving M instead of the result keeps
+    that gradient exact for large S, where the result is close to -I. The eigenvalues of I - S are
+    1 - i t with real t, so it is never singular and no check of it has to wait for the device.
+
+    Args:
+        a: Generators, [..., D, D]; only a - a^T matters. Float16 and bfloat16 are computed in
+            float32.
+
+    Returns:
+        Orthogonal matrices, [..., D, D], in the dtype of ``a``.
+
+    Raises:
+        RuntimeError: ``a`` is not a batch of square matrices of a floating-point dtype.
+    """
+    check_square("cayley", a)
+    s, identity = _generator(a)
+    resolvent = torch.linalg.inv_ex(identity - s).inverse
+    return (2 * resolvent - identity).to(a.dtype)
+
+
+def reference(a: Tensor) -> Tensor:
+    """Plain-torch definition of ``cayley``."""
+    s, identity = _generator(a)
+    return torch.linalg.solve(identity - s, identity + s).to(a.dtype)
+
+
+def _generator(a: Tensor) -> tuple[Tensor, Tensor]:
+    """S and the identity, in the dtype of the computation."""
+    b = a.to(torch.promote_types(a.dtype, torch.float32))
+    return (b - b.mT) / 2, torch.eye(a.shape[-1], dtype=b.dtype, device=b.device)
+
+
+def _inputs(shape: tuple[int, ...], norm: float) -> tuple[Any, ...]:
+    a = torch.randn(*shape, dtype=torch.float64)
+    return (a * (norm / (a - a.mT).abs().sum(-1).max()) if a.numel() else a,)
+
+
+SPEC = OpSpec(
+    name="cayley",
+    fn=cayley,
+    reference=reference,
+    inputs=_inputs,
+    small=[
+        ((3, 16, 16), 0.05),
+        ((3, 16, 16), 1.0),
+        ((2, 2, 16, 16), 21.0),
+        ((2, 5, 5), 3.0),
+        ((37, 37), 9.0),
+        ((1, 2, 2), 100.0),
+        ((0, 8, 8), 1.0),
+    ],
+    large=[((B, D, D), 1.0) for D in (16, 64, 256) for B in (1, 64)],
+    trained=1,
+    native=False,
+)

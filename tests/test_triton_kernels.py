@@ -1,0 +1,92 @@
+"""What only Triton's launchers have: options and configurations.
+
+That the ops which they serve are right is in test_ops.py. These tests need a GPU or, in a process
+of its own (test_triton.py starts it), the setting TRITON_INTERPRET=1.
+"""
+
+import os
+
+import pytest
+import torch
+from op_checks import assert_as_exact, make, moved
+
+from oneshot_fast.ops import OPS
+
+pytest.importorskip("triton")
+
+from oneshot_fast.kernels import patch_outer, patch_rotate, skew_exp, skew_exp_tiled
+from oneshot_fast.kernels.patch_tiles import INTERPRETED
+
+SPECS = {spec.name: spec for spec in OPS}
+BACKEND = (
+    "interpreter"
+    if os.environ.get("TRITON_INTERPRET") == "1"
+    else pytest.param("triton", marks=pytest.mark.gpu)
+)
+pytestmark = [
+    pytest.mark.parametrize("device", [BACKEND], indirect=True),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+
+
+def assert_value(ours, name, args, dtype, **options):
+    """Compare with the reference and the float64 truth, both on the CPU."""
+    here, reference = moved(args), SPECS[name].reference
+    truth = reference(*moved(here, dtype=torch.float64), **options)
+    assert_as_exact(ours, reference(*here, **options), truth, dtype)
+
+
+def test_kernels_run_as_they_should(device):
+    assert INTERPRETED.value == (device == "cpu"), "Triton was imported before its setting"
+
+
+@pytest.mark.parametrize("config", patch_rotate.CONFIGS, ids=str)
+@pytest.mark.parametrize("case", [((1, 4, 16, 8), 8, ()), ((1, 4, 36, 34), 2, (1,))], ids=str)
+def test_patch_rotate_in_every_configuration(config, case, device, monkeypatch):
+    monkeypatch.setattr(patch_rotate.patch_rotate_kernel, "configs", [config])
+    args = make(SPECS["patch_rotate"], case, torch.float32, device=device)
+    assert_value(patch_rotate.patch_rotate(*args), "patch_rotate", args, torch.float32)
+
+
+@pytest.mark.parametrize("leading", [(), (2,), (2, 2, 3)], ids=str)
+def test_patch_rotate_by_the_transpose(leading, device):
+    """As an argument, as a view, and both, which cancel."""
+    case = ((2, 4, 8, 12), 2, leading)
+    x, q, p = make(SPECS["patch_rotate"], case, torch.float64, device=device)
+    rotate = patch_rotate.patch_rotate
+    for ours, matrix in (
+        (rotate(x, q, p, transpose=True), q.mT),
+        (rotate(x, q.mT, p), q.mT),
+        (rotate(x, q.mT, p, transpose=True), q),
+    ):
+        assert_value(ours, "patch_rotate", [x, matrix, p], torch.float64)
+
+
+def test_patch_rotate_and_patch_outer_of_512_elements(device):
+    case = ((1, 8, 8, 16), 8, ())
+    x, q, p = make(SPECS["patch_rotate"], case, torch.float32, device=device)
+    z = patch_rotate.patch_rotate(x, q, p)
+    assert_value(z, "patch_rotate", [x, q, p], torch.float32)
+    assert_value(patch_outer.patch_outer(z, x, p), "patch_outer", [z, x, p], torch.float32)
+
+
+def test_matrices_of_many_norms_in_one_batch(device):
+    a = torch.randn(3, 16, 16, device=device)
+    norms = torch.tensor([0.1, 3.0, 40.0], device=device)
+    a = a * (norms / (a - a.mT).abs().sum(-1).amax(-1))[:, None, None]
+    together = skew_exp.skew_exp(a)
+    for b in range(3):
+        assert torch.equal(together[b], skew_exp.skew_exp(a[b]))
+
+
+def test_more_squarings_than_are_launched_give_nan(device, monkeypatch):
+    """And its batch mates are not touched."""
+    monkeypatch.setattr(skew_exp_tiled, "_SQUARINGS", 7)
+    a = torch.randn(2, 65, 65, device=device) / 65
+    a[0, 1, 0] = 1e4
+    q = skew_exp.skew_exp(a)
+    assert q[0].isnan().any()
+    assert torch.equal(q[1], skew_exp.skew_exp(a[1]))
+    da = skew_exp.d_skew_exp(torch.ones_like(a), a, q)
+    assert da[0].isnan().any()
+    assert not da[1].isnan().any()
