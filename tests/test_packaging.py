@@ -20,9 +20,28 @@ def run(*command, **env) -> subprocess.CompletedProcess:
 
 
 def test_importing_the_ops_imports_no_heavy_library():
-    heavy = "{'diffusers', 'transformers', 'accelerate', 'matplotlib', 'PIL', 'tyro'}"
+    heavy = "{'diffusers', 'transformers', 'accelerate', 'matplotlib', 'PIL', 'tyro', 'triton'}"
     check = run("-c", f"import sys, oneshot_fast.ops; print({heavy} & set(sys.modules))")
     assert check.stdout.strip() == "set()", check.stdout + check.stderr
+
+
+def test_importing_the_ops_takes_less_than_300_ms():
+    code = (
+        "import time, torch; start = time.perf_counter(); import oneshot_fast.ops;"
+        "print(time.perf_counter() - start)"
+    )
+    assert min(float(run("-c", code).stdout) for _ in range(3)) < 0.3
+
+
+def test_ops_work_without_triton():
+    code = (
+        "import importlib.util as util; find = util.find_spec;"
+        "util.find_spec = lambda name, *more: None if name == 'triton' else find(name, *more);"
+        "import sys; sys.modules['triton'] = None; import torch; from oneshot_fast import ops;"
+        "print(ops.skew_exp(torch.zeros(2, 2)).trace().item(), 'triton' in ops.backends())"
+    )
+    ended = run("-c", code)
+    assert ended.stdout.split() == ["2.0", "False"], ended.stderr
 
 
 @pytest.fixture
@@ -52,6 +71,7 @@ def test_build_names_a_missing_or_old_torch_in_one_line(bare_python, tmp_path, v
 def test_sdist_installs_and_computes(tmp_path):
     """From the sdist alone, through a wheel, against the torch that is installed."""
     files = [f for f in (ROOT / "oneshot_fast").rglob("*") if f.suffix not in (".pyc", ".so")]
+    files += (ROOT / "oneshot_fast" / "kernels").glob("*.py")  # rglob may skip symbolic links
     built = run("setup.py", "-q", "sdist", "-d", tmp_path)
     assert built.returncode == 0, built.stderr
     (sdist,) = tmp_path.glob("*.tar.gz")

@@ -1,0 +1,54 @@
+"""The examples and the code in the documentation do what they say."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_noise_rotation():
+    losses, error = example("noise_rotation").main(steps=20)
+    assert losses[-1] < 0.3 * losses[0]
+    assert error < losses[-2]  # the pipeline makes of the noise what the loop saw
+
+
+def test_parametrize():
+    errors, defect = example("parametrize").main(steps=150)
+    assert errors[-1] < 0.02 * errors[0]
+    assert defect < 1e-5
+
+
+def test_peft_oft():
+    pytest.importorskip("peft")
+    losses, medians = example("peft_oft").main(width=64, block_size=16, rounds=2)
+    assert losses["cayley"] == pytest.approx(losses["peft"], rel=1e-5)
+    assert losses["skew_exp"] == pytest.approx(losses["peft"], rel=0.05)
+    assert set(medians) == {"peft", "cayley", "skew_exp"}
+
+
+def test_fused_losses():
+    losses = example("fused_losses").main(steps=60)
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_every_example_is_tested():
+    names = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert names == {n.removeprefix("test_") for n in globals() if n[5:] in names}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/ops.md"])
+def test_code_in_the_documentation_runs(page):
+    """The blocks of a page are one program, in order."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    assert blocks
+    exec(compile("\n".join(blocks), page, "exec"), {})
