@@ -1,15 +1,20 @@
 # make em      from nothing to the main job's output: EM on the embedded generator
 # make test    the tests                 make check   format, lint, types and tests, as CI runs them
 # make bench   the ops beside torch      make build   environment and extension only
+# make gpu     on an NVIDIA GPU: builds with CUDA, runs the GPU tests, the benchmarks, draws them
+# make sanitize  the CUDA kernels under compute-sanitizer
 # Needs python3 (>= 3.10, with venv), a C++20 compiler and make; everything else goes to .venv.
+# Flags of gpu and sanitize: SYSTEM=1 uses the torch and the packages that $(PYTHON) has, and adds
+# to them in build/system only; WHEELS=folder takes what is missing from there, without a network.
 PYTHON ?= python3
 TORCH  ?= $(shell sed -n 's/^torch==//p' constraints.txt)
-BIN    := .venv/bin
+VENV   := $(if $(SYSTEM),build/system,.venv)
+BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # idle OpenMP threads sleep, so that two jobs on few cores do not slow each other down
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: em test check bench build clean
+.PHONY: em test check bench build gpu sanitize clean
 em: build
 	$(BIN)/python -m oneshot_fast.em
 
@@ -27,6 +32,46 @@ bench: build
 	$(BIN)/python benchmarks/bench_ops.py
 
 build: .venv/.built
+
+GPU_NEEDS := setuptools cmake ninja pybind11 numpy tyro matplotlib pytest pytest-timeout pytest-xdist
+GPU_TESTS := $(addprefix tests/test_,ops.py gpu.py rotation_step.py triton_kernels.py triton.py)
+GPU_JOBS  ?= 8
+GPU_BENCH ?= --seconds 0.15 --budget 150
+gpu sanitize: export OSF_WITH_CUDA := on
+gpu: $(VENV)/.built-cuda
+	status=0; tests="$(BIN)/python -m pytest -m gpu --timeout 300 -p no:cacheprovider"; \
+	$$tests -n $(GPU_JOBS) -k 'not 2_31' $(GPU_TESTS) || status=1; \
+	$$tests -k 2_31 tests/test_gpu.py || status=1; \
+	$(BIN)/python benchmarks/bench_ops.py $(GPU_BENCH) || status=1; \
+	$(BIN)/python benchmarks/plot_ops.py || status=1; \
+	exit $$status
+
+SANITIZE = compute-sanitizer --error-exitcode 1 --report-api-errors no --tool $(1) \
+           $(BIN)/python -m pytest -m gpu -p no:cacheprovider
+sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+sanitize: $(VENV)/.built-cuda
+	$(call SANITIZE,memcheck) tests/test_ops.py \
+	    -k 'value_and_gradients and cuda and float32 and (contiguous or misaligned)'
+	$(call SANITIZE,racecheck --kernel-name kns=osf) tests/test_ops.py \
+	    -k 'value_and_gradients and cuda and float32 and contiguous'
+	$(call SANITIZE,initcheck --kernel-name kns=osf) tests/test_gpu.py \
+	    -k 'nothing_waits and cuda'
+
+# CUDA kernels for the GPU at hand, unless OSF_CUDA_ARCHITECTURES says which
+ARCHITECTURE := import torch; print("%d%d-real" % torch.cuda.get_device_capability())
+$(VENV)/.built-cuda: setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(VENV)/.ready
+	$(PIP) install $(if $(WHEELS),--no-index --find-links $(WHEELS)) $(GPU_NEEDS)
+	export OSF_CUDA_ARCHITECTURES="$${OSF_CUDA_ARCHITECTURES:-$$($(BIN)/python -c '$(ARCHITECTURE)')}" \
+	    PATH="$(abspath $(BIN)):$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH"; \
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# PYTHON may itself be a virtual environment, which the one here would not see without a path file
+SHARE := import sys; print(*("import site; site.addsitedir(%r)" % p for p in sys.path if "-packages" in p), sep="\n")
+build/system/.ready:
+	$(PYTHON) -m venv --without-pip build/system
+	$(PYTHON) -c '$(SHARE)' > "$$(echo build/system/lib/python*/site-packages)/shared.pth"
+	@touch $@
 
 .venv/.built: setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) .venv/.ready
 	$(PIP) install --no-build-isolation --constraint constraints.txt --editable '.[dev]'

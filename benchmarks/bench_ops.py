@@ -1,30 +1,57 @@
-"""Time every op of ``OPS`` beside plain torch and torch.compile; prints ratios and writes JSON.
+"""Time every op of ``OPS`` beside plain torch and torch.compile; prints a table and writes JSON.
 
 All variants of a case run in turn, round after round, so that other load on the machine hits each
-of them alike; the ratios of their medians are the result.
+of them alike; the ratios of their medians are the result. On a GPU the inputs are cold and the time
+is the GPU's own, see timing.py. An op whose tests fail is not reported. With ``--base REV`` the
+package at another commit is measured as well, see compare.py.
 """
 
+import gc
 import json
-import platform
-import subprocess
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
+import torch._functorch.config
 import tyro
+from compare import compare, failing_ops
+from results import RESULTS, environment, header, markdown, row
+from timing import (
+    Job,
+    Times,
+    copy_bandwidth,
+    cpu_times,
+    cuda_times,
+    input_sets,
+    launch_microseconds,
+)
 from torch import Tensor
 
-import oneshot_fast
+from oneshot_fast import ops
 from oneshot_fast.ops import OPS
 from oneshot_fast.ops._register import OpSpec
 
-RESULTS = Path(__file__).parent / "results"
-OTHERS = ("eager", "compile", "clone")
+# Measured first on a GPU; the other sizes are those of the SPECs. torch.compile is timed here only,
+# unless told otherwise, since it takes seconds to compile each.
+TARGETS: dict[str, list[tuple[Any, ...]]] = {
+    "patch_rotate": [((64, 4, 64, 64), 2, (64,)), ((256, 4, 128, 128), 2, (256,))],
+    "patch_outer": [((64, 4, 64, 64), 2, (64,)), ((256, 4, 128, 128), 2, (256,))],
+    "skew_exp": [((64, D, D), 1.0) for D in (16, 64, 256)],
+    "cayley": [((64, D, D), 1.0) for D in (16, 64, 256)],
+    "latent_mse": [((64, 4, 64, 64), 14.6), ((256, 4, 128, 128), 14.6)],
+    "pixel_l1": [((16, 3, 512, 512),)],
+}
+Variant = tuple[Callable[..., Any], Any]
+"""A function, and what makes the context in which it is called."""
+
+PASSES = {"cpu": ("forward", "both"), "cuda": ("forward", "backward", "both")}
+DTYPES = {"cpu": ["float32"], "cuda": ["float32", "bfloat16"]}
 
 
 @dataclass
@@ -33,151 +60,180 @@ class Config:
 
     ops: list[str] = field(default_factory=lambda: [spec.name for spec in OPS])
     """Names of the ops."""
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to run."""
+    dtypes: list[Literal["float32", "bfloat16", "float16", "float64"]] = field(default_factory=list)
+    """Of the inputs; by default float32, and on a GPU bfloat16 too."""
     threads: list[int] = field(default_factory=lambda: [1, 2])
-    """Numbers of CPU threads."""
+    """Numbers of threads, on a CPU."""
+    cases: Literal["all", "targets"] = "all"
+    """Which sizes to measure."""
     seconds: float = 0.4
     """Time spent on each case and pass, in seconds."""
-    compile: bool = True
-    """Also time torch.compile of the reference."""
+    budget: float = math.inf
+    """No case is begun after so many seconds, and no compilation after three quarters of them."""
+    compile: Literal["all", "targets", "none"] = "targets" if torch.cuda.is_available() else "all"
+    """Cases in which torch.compile of the reference is timed as well."""
+    tests: bool = True
+    """First run the ops' tests of values and gradients, and leave out ops that fail."""
+    base: str | None = None
+    """Commit of this repository to compare with."""
+    rounds: int = 3
+    """Runs of each commit, in turn, when comparing."""
     seed: int = 0
     """Seed of the inputs."""
     output: Path | None = None
-    """JSON file; by default benchmarks/results/ops-<cpu>.json."""
+    """JSON file; by default benchmarks/results/ops-<instructions>.json or <GPU>.json."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmarks."""
+    """Run the benchmarks; 1 where an op's tests fail."""
     config = tyro.cli(Config, args=argv, description=__doc__)
-    records = []
-    ratios = "".join(f"{name:>8}" for name in OTHERS)
-    print(f"{'case':<58}{'threads':>8} {'pass':<8}{'ours us':>10}{ratios}")
-    for spec in OPS:
-        for case in spec.large if spec.name in config.ops else ():
-            torch.compiler.reset()
-            for threads in config.threads:
-                torch.set_num_threads(threads)
-                for name, quantiles in bench_case(spec, case, config).items():
-                    records.append(
-                        {"op": spec.name, "case": repr(case), "threads": threads}
-                        | {"pass": name, "microseconds": quantiles}
-                    )
-                    print_row(records[-1])
-    output = config.output or RESULTS / f"ops-{oneshot_fast.build_info()['cpu_isa']}.json"
+    failing = failing_ops(config.ops, config.device) if config.tests else {}
+    for name, why in failing.items():
+        print(f"{name}: not measured, since {why}")
+    config.ops = [name for name in config.ops if name not in failing]
+    if config.base:
+        compare(config, config.base)
+        return 1 if failing else 0
+    results = environment(config.device, config.seed)
+    if config.device == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream()):  # the default stream cannot be captured
+            results |= {"copy_bandwidth": copy_bandwidth(), "launch": launch_microseconds()}
+            print(f"copy: {results['copy_bandwidth'] / 1e12:.3f} TB/s read plus written")
+            print(f"launch in a graph: {results['launch']:.2f} us")
+            results["records"] = run(config, results)
+    else:
+        results["records"] = run(config, results)
+    output = config.output or RESULTS / f"{results['name']}.json"
+    write(results, output)
+    print(f"wrote {output} and .md; ratios are other / ours; the file has the quantiles")
+    return 1 if failing else 0
+
+
+def write(results: dict[str, Any], output: Path) -> None:
+    """The results as JSON, and as a table beside it."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    results = environment(config) | {"records": records}
     output.write_text(json.dumps(results, indent=1) + "\n")
     output.with_suffix(".md").write_text(markdown(results))
-    print(
-        f"wrote {output} and .md; ratios are other / ours, quantiles 0.2, 0.5, 0.8 are in the file"
-    )
-    return 0
 
 
-def bench_case(spec: OpSpec, case: tuple[Any, ...], config: Config) -> dict[str, Any]:
-    """Quantiles in microseconds by pass ("forward", "both") and variant."""
+def run(config: Config, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measure everything that the time allows."""
+    start, records, left_out = time.monotonic(), [], 0
+    print(header(results))
+    for spec, case, target in cases(config):
+        for dtype in config.dtypes or DTYPES[config.device]:
+            spent = (time.monotonic() - start) / config.budget
+            if spent > 1:
+                left_out += 1
+                continue
+            compiled = config.compile == "all" or (config.compile == "targets" and target)
+            torch.compiler.reset()
+            for threads in config.threads if config.device == "cpu" else [None]:
+                about = {"op": spec.name, "case": repr(case), "dtype": dtype}
+                if threads:
+                    torch.set_num_threads(threads)
+                    about["threads"] = threads
+                try:
+                    for record in bench_case(spec, case, dtype, config, compiled and spent < 0.75):
+                        records.append(about | record)
+                        print(row(records[-1], results), flush=True)
+                except RuntimeError as error:  # of one case, some of them torch's own
+                    print(f"{' '.join(map(str, about.values()))} fails: {error}", flush=True)
+    if left_out:
+        print(f"out of time: {left_out} cases are not measured")
+    return records
+
+
+def cases(config: Config) -> Iterator[tuple[OpSpec, tuple[Any, ...], bool]]:
+    """Op, case and whether it is a target; on a GPU the targets first."""
+    chosen = [spec for spec in OPS if spec.name in config.ops]
+    if config.device == "cuda" or config.cases == "targets":
+        yield from ((spec, case, True) for spec in chosen for case in TARGETS.get(spec.name, []))
+    if config.cases == "all":
+        for spec in chosen:
+            first = TARGETS.get(spec.name, []) if config.device == "cuda" else []
+            yield from ((spec, case, False) for case in spec.large if case not in first)
+
+
+def bench_case(
+    spec: OpSpec, case: tuple[Any, ...], dtype: str, config: Config, compiled: bool
+) -> Iterator[dict[str, Any]]:
+    """A record for each pass."""
     torch.manual_seed(config.seed)
-    args = [a.float() if isinstance(a, Tensor) else a for a in spec.inputs(*case)]
-    variants = {"ours": spec.fn, "eager": spec.reference}
-    if config.compile:
-        variants["compile"] = torch.compile(spec.reference, dynamic=False)
-    for a in args[: spec.trained]:
-        a.requires_grad_()
-    cotangent = torch.randn_like(spec.fn(*args))
-    forward = {name: lambda f=f: no_grad(f, args) for name, f in variants.items()}
-    both = {
-        name: lambda f=f: torch.autograd.grad(f(*args), args[: spec.trained], cotangent)
-        for name, f in variants.items()
-    }
-    clone = {"clone": lambda: args[0].detach().clone()}  # the memory bound: one read, one write
-    return {
-        "forward": interleave(forward | clone, config.seconds),
-        "both": interleave(both | clone, config.seconds),
-    }
-
-
-def no_grad(fn: Callable[..., Tensor], args: list[Any]) -> Tensor:
-    """Call without autograd."""
+    args = [
+        a.to(config.device, getattr(torch, dtype)) if isinstance(a, Tensor) else a
+        for a in spec.inputs(*case)
+    ]
     with torch.no_grad():
-        return fn(*args)
-
-
-def interleave(variants: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Time the variants in turn for ``seconds``; 0.2, 0.5 and 0.8 quantiles in microseconds."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for run in variants.values():
-        run()
-        run()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["ours"]) < 5:
-        for name, run in variants.items():
-            start = time.perf_counter_ns()
-            run()
-            times[name].append((time.perf_counter_ns() - start) / 1e3)
-    return {name: np.quantile(t, [0.2, 0.5, 0.8]).round(2).tolist() for name, t in times.items()}
-
-
-def print_row(record: dict[str, Any]) -> None:
-    """One line of the table: our median, and the others' as multiples of it."""
-    median = {name: quantiles[1] for name, quantiles in record["microseconds"].items()}
-    ratios = [
-        f"{median[name] / median['ours']:>8.2f}" if name in median else f"{'-':>8}"
-        for name in OTHERS
-    ]
-    case = f"{record['op']} {record['case']}"
-    print(
-        f"{case:<58}{record['threads']:>8} {record['pass']:<8}{median['ours']:>10.1f}",
-        *ratios,
-        sep="",
-        flush=True,
-    )
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The whole table, with what it holds for."""
-    build = results["build"]
-    lines = [
-        f"`make bench` on {results['device']}, {build['cpu_isa']}, torch {build['torch_running']}, "
-        f"commit {results['commit']}, float32, seed {results['seed']}. Median time of ours; as "
-        "multiples of it those of the reference in eager mode, of torch.compile of the reference "
-        "and of `torch.clone` of the first input.",
-        "",
-        "| op and case | threads | pass | ours, us | eager | compile | clone |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for record in results["records"]:
-        median = {name: quantiles[1] for name, quantiles in record["microseconds"].items()}
-        cells = [f"{median[n] / median['ours']:.2f}" if n in median else "-" for n in OTHERS]
-        case = f"{record['op']} `{record['case']}`"
-        lines.append(
-            f"| {case} | {record['threads']} | {record['pass']} | {median['ours']:.1f} | "
-            + " | ".join(cells)
-            + " |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def environment(config: Config) -> dict[str, Any]:
-    """What the numbers hold for."""
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    cpuinfo = Path("/proc/cpuinfo")
-    models = (
-        [
-            line.split(":")[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if cpuinfo.exists()
-        else []
-    )
-    return {
-        "device": models[0] if models else platform.processor(),
-        "commit": commit or None,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seed": config.seed,
-        "dtype": "float32",
-        "build": oneshot_fast.build_info(),
+        cotangent = torch.randn_like(spec.reference(*args))
+    read = sum(a.nbytes for a in args if isinstance(a, Tensor))
+    gradients = sum(a.nbytes for a in args[: spec.trained])
+    moved = {
+        "forward": read + cotangent.nbytes,
+        "backward": read + cotangent.nbytes + gradients,
+        "both": read + 2 * cotangent.nbytes + gradients,
     }
+    sets = [
+        ([_leaf(a, i < spec.trained) for i, a in enumerate(args)], cotangent.clone())
+        for _ in range(input_sets(config.device, read))
+    ]
+    measure = cpu_times if config.device == "cpu" else cuda_times
+    for name in PASSES[config.device]:
+        jobs = jobs_of(name, variants(spec, config.device, compiled), sets, spec.trained)
+        gc.freeze()  # every capture collects garbage, and torch has many objects to look at
+        times: Times = measure(jobs, len(sets), config.seconds)
+        yield {"pass": name, "bytes": moved[name], "sets": len(sets), **times}
+
+
+def _leaf(a: Any, trained: bool) -> Any:
+    return a.clone().requires_grad_(trained) if isinstance(a, Tensor) else a
+
+
+def variants(
+    spec: OpSpec, device: str, compiled: bool
+) -> dict[str, tuple[Callable[..., Any], Any]]:
+    """What is timed: functions and the contexts they need; ours first."""
+    names = getattr(ops, "backends", tuple)() if getattr(spec, "native", True) else ()
+    backends = [name for name in names if name != "reference"] if device == "cuda" else []
+    ours = {name: (spec.fn, partial(ops.use_backend, name)) for name in backends}
+    found = ours or {"ours": (spec.fn, nullcontext)}
+    found["eager"] = (spec.reference, nullcontext)
+    if compiled:
+        torch._functorch.config.donated_buffer = False  # a repeated backward pass needs them
+        found["compile"] = (torch.compile(spec.reference, dynamic=False), nullcontext)
+    return found
+
+
+def jobs_of(
+    name: str,
+    functions: dict[str, Variant],
+    sets: list[tuple[list[Any], Tensor]],
+    trained: int,
+) -> dict[str, Job]:
+    """Calls of a pass by variant; ``clone`` is the memory bound: one read, one write."""
+
+    def forward(fn: Callable[..., Tensor], i: int) -> Tensor:
+        with torch.no_grad():
+            return fn(*sets[i][0])
+
+    def both(fn: Callable[..., Tensor], i: int) -> Any:
+        args, cotangent = sets[i]
+        return torch.autograd.grad(fn(*args), args[:trained], cotangent)
+
+    def backward(values: list[Tensor], i: int) -> Any:
+        args, cotangent = sets[i]
+        return torch.autograd.grad(values[i], args[:trained], cotangent, retain_graph=True)
+
+    jobs = {}
+    for variant, (fn, context) in functions.items():
+        if name == "backward":
+            with context():
+                jobs[variant] = Job(partial(backward, [fn(*args) for args, _ in sets]), context)
+        else:
+            jobs[variant] = Job(partial(forward if name == "forward" else both, fn), context)
+    return jobs | {"clone": Job(lambda i: sets[i][0][0].detach().clone())}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from op_checks import (
     BATCHES,
     CASES,
     DTYPES,
+    FLOOR,
     LAYOUTS,
     MORE_CASES,
     NATIVE_CASES,
@@ -25,6 +26,7 @@ from op_checks import (
     make,
     moved,
     one_image,
+    permuted,
     value_and_gradients,
 )
 from torch import Tensor
@@ -36,13 +38,14 @@ from oneshot_fast.ops._register import OpSpec
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED_FORMS = [(contiguous, dtype) for dtype in FLOOR] + [(permuted, torch.float32)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_value_and_gradients(spec, case, layout, dtype, device):
-    if INTERPRETED and layout is not contiguous and dtype is not torch.float32:
+    if INTERPRETED and (layout, dtype) not in INTERPRETED_FORMS:
         pytest.skip("the interpreter is slow")
     assert_value_and_gradients(spec, make(spec, case, dtype, layout, device=device), dtype)
 
@@ -122,7 +125,7 @@ def test_threads_do_not_change_a_bit(spec, case):
 @pytest.mark.parametrize("poison", [None, torch.nan, torch.inf])
 @pytest.mark.parametrize(("spec", "case"), BATCHES)
 def test_batch_mates_do_not_change_a_bit(spec, case, poison, device):
-    if INTERPRETED and poison == torch.inf:
+    if INTERPRETED and poison is not torch.nan:
         pytest.skip("the interpreter is slow")
     if device == "cuda" and not spec.native:
         pytest.skip("torch chooses its algorithm by the size of the batch")
@@ -154,7 +157,7 @@ def test_every_instruction_set(isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_skew_exp_is_orthogonal(dtype, D, norm, device):
     tiled = D > 64 or (D > 32 and dtype is torch.float64)
-    if INTERPRETED and tiled and (D > 72 or norm > 30):
+    if INTERPRETED and tiled and (D > 72 or norm != 30):
         pytest.skip("the interpreter is slow")
     a = torch.randn(2, D, D, dtype=dtype)
     a *= norm / (a - a.mT).abs().sum(-1).max()
@@ -174,7 +177,7 @@ def test_skew_exp_of_a_symmetric_matrix_is_exactly_the_identity(D, device):
 @pytest.mark.parametrize("D", [5, 65])
 def test_skew_exp_without_a_result_is_not_finite(D, bad, device):
     """And ends; its batch mates are not touched."""
-    if INTERPRETED and D > 64 and bad == torch.inf:
+    if INTERPRETED and D > 64 and bad is not torch.nan:
         pytest.skip("the interpreter is slow")
     a = torch.randn(2, D, D, device=device) / D
     good = a[1].clone()
