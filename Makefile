@@ -24,9 +24,17 @@ test: build
 check: build
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
+	    xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+	$(MAKE) .venv/.kernels
+
+# the GPU kernels for all architectures, compiled without a GPU; repeated only when they change
+.venv/.kernels: .venv/.built $(shell find csrc kernels -type f) tools/check_cuda.py tools/check_triton.py
+	$(BIN)/python tools/check_triton.py --arch 80 90 --dtype float32 bfloat16
+	$(BIN)/python tools/check_cuda.py
+	@touch $@
 
 bench: build
 	$(BIN)/python benchmarks/bench_ops.py

@@ -1,7 +1,8 @@
-"""Compile every CUDA kernel for every architecture and report its registers, memory and spills.
+"""Build with CUDA for every architecture, without a GPU: resources of the kernels, and CPU tests.
 
-Needs nvcc but no GPU and no CUDA torch. A warning is an error, and so are spills, a stack frame and
-more static shared memory than a block has: arrays meant for registers would be slow memory.
+Needs nvcc but neither a GPU nor a CUDA torch. A warning is an error, and so are spills, a stack
+frame and more static shared memory than a block has: arrays meant for registers would be slow
+memory. What was built must import beside the installed torch and pass the ops' tests on the CPU.
 """
 
 import argparse
@@ -11,14 +12,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90", "100")
-FLAGS = ("-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra")
 STATIC_SHARED_BYTES = 48 << 10
+IGNORED = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.so", "__pycache__", "*.egg-info")
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)'.*?"
@@ -66,21 +66,56 @@ def parse(source: str, log: str) -> list[Kernel]:
     return kernels
 
 
-def compile_source(nvcc: str, source: Path, arch: str) -> list[Kernel]:
-    """Compile one file for one architecture; raise with the compiler's words if that fails."""
+def build(architectures: list[str], site: Path) -> list[Kernel]:
+    """Install with CUDA into ``site``; raise with the compiler's words if that fails."""
     with tempfile.TemporaryDirectory() as folder:
-        target = f"arch=compute_{arch},code=[sm_{arch},compute_{arch}]"
-        command = [nvcc, *FLAGS, "-gencode", target, "-Xptxas", "-v", "-c", str(source)]
-        command += ["-o", str(Path(folder) / "object.o")]
-        run = subprocess.run(command, capture_output=True, text=True)
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=IGNORED)
+        run = subprocess.run(
+            [
+                *(sys.executable, "-m", "pip", "install", "-v", "--disable-pip-version-check"),
+                *("--no-deps", "--no-build-isolation", "--target", str(site), str(tree)),
+            ],
+            env=os.environ
+            | {"OSF_WITH_CUDA": "on", "CUDAFLAGS": "-Xptxas=-v"}
+            | {"OSF_CUDA_ARCHITECTURES": ";".join(f"{arch}-real" for arch in architectures)},
+            capture_output=True,
+            text=True,
+        )
     log = run.stdout + run.stderr
     if run.returncode != 0:
-        raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{log}")
-    kernels = parse(source.name, log)
-    reports = log.count("Compiling entry function")
-    if len(kernels) != reports or not kernels:
-        raise RuntimeError(f"{source.name}: read {len(kernels)} of {reports} reports of ptxas")
+        raise RuntimeError(f"the build with CUDA failed:\n{log[-20000:]}")
+    kernels: list[Kernel] = []
+    for step in re.split(r"^\s*\[\d+/\d+\] Building CUDA object .*/", log, flags=re.MULTILINE)[1:]:
+        found = parse(step.split(".o\n")[0], step)
+        if len(found) != step.count("Compiling entry function"):
+            raise RuntimeError(f"did not understand the report of ptxas:\n{step[:5000]}")
+        kernels += found
     return kernels
+
+
+def test(site: Path) -> bool:
+    """Whether the ops' tests pass with the package in ``site``."""
+    pytest = [shutil.which("pytest", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")]
+    select = [
+        "-k",
+        "value_and_gradients or opcheck or wrong_arguments or backends",
+        "-m",
+        "not slow",
+    ]
+    run = subprocess.run(
+        [*pytest, "-q", "-p", "no:cacheprovider", *select, "tests/test_ops.py"],
+        env=os.environ | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    print("\n".join(run.stdout.splitlines()[-1 if run.returncode == 0 else -40 :]))
+    where = [sys.executable, "-c", "import oneshot_fast as o; print(o.__file__, o._C.cuda_kernels)"]
+    used = subprocess.run(
+        where, env=os.environ | {"PYTHONPATH": str(site)}, cwd=site, capture_output=True, text=True
+    )
+    return run.returncode == 0 and used.stdout == f"{site}/oneshot_fast/__init__.py True\n"
 
 
 def family(name: str) -> str:
@@ -114,30 +149,27 @@ def report(kernels: list[Kernel], every: bool) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check all sources; 0 if every kernel fits."""
+    """Build, check and test; 0 if all is well."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="one line per instance")
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, metavar="NUMBER")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(argv)
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+    if shutil.which("nvcc") is None:
         print("skipped: nvcc is not on PATH, the CUDA kernels are not checked")
         return 0
-    sources = sorted(SOURCES.glob("*.cu"))
-    tasks = [(nvcc, source, arch) for source in sources for arch in options.arch]
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            kernels = [k for part in pool.map(lambda t: compile_source(*t), tasks) for k in part]
+            kernels = build(options.arch, Path(folder))
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 1
+        passed = test(Path(folder))
     print("\n".join(report(kernels, options.all)))
     bad = [kernel for kernel in kernels if not kernel.fits]
     for kernel in bad:
         print(f"does not fit: {kernel}", file=sys.stderr)
-    print(f"{len(kernels)} kernels of {len(sources)} files, {len(bad)} do not fit")
-    return 1 if bad or not kernels else 0
+    print(f"{len(kernels)} kernels, {len(bad)} do not fit; CPU tests with the CUDA build: {passed}")
+    return 0 if kernels and passed and not bad else 1
 
 
 if __name__ == "__main__":
