@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from oneshot_fast.assign_run import AssignRun
 from oneshot_fast.cli import (
@@ -18,9 +18,14 @@ from oneshot_fast.cli import (
     public,
     run_command,
 )
-from oneshot_fast.data import Failure, Record, pair_id
+from oneshot_fast.data import Record, pair_id
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.matching import AssignOptions
+
+if TYPE_CHECKING:
+    from oneshot_fast.generator import OneStepGenerator
+    from oneshot_fast.sources import Source
+    from oneshot_fast.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -41,58 +46,93 @@ class AssignCommand:
     """Folder of the results."""
     output_root: Path | None = None
     """The same as output_dir."""
-    batch_size: int = 16
-    """Targets solved at once; a result does not depend on it beyond rounding."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Targets solved at once; a result does not depend on it beyond rounding. auto is the largest
+    power of two that fits on a GPU, and 16 on the CPU, which has no device memory to fill."""
     num_images: int = 16
     """Targets whose images before and after are saved and shown in the report; -1 for all."""
+    dry_run: bool = False
+    """Print parameters, memory by part, disk and time needed, from a few timed steps on random
+    targets; nothing is written."""
     search: AssignOptions = AssignOptions()
     data: DataOptions = DataOptions()
     model: ModelOptions = ModelOptions()
     run: RunOptions = RunOptions()
 
 
-def read_records(command: AssignCommand) -> tuple[list[Record], list[Failure]]:
-    """Records of the data set, or the single target, that the command line names."""
+def open_data(command: AssignCommand) -> Source:
+    """The data set, or the single target, that the command line names."""
+    from oneshot_fast.sources import FolderSource
+
     single = command.prompt is not None or command.target_image_path is not None
     if command.data.data_root is not None:
         require(not single, "give either --data_root or a single target, not both")
-        return command.data.read(command.data.data_root)
+        return command.data.open(command.data.data_root)
     path, prompt = command.target_image_path, command.prompt
     if path is None or prompt is None:
         raise UserError("give --data_root DIR, or both --prompt TEXT and --target_image_path FILE")
     require(bool(prompt.strip()), "the prompt is empty")
     require(path.is_file(), f"no such image: {path}")
-    return [Record(pair_id(path.name, prompt), 1, prompt, path.name, path.resolve())], []
+    record = Record(pair_id(path.name, prompt), 1, prompt, path.name, path.resolve())
+    return FolderSource([record], [])
 
 
 def execute(command: AssignCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
     folder = command.output_root or command.output_dir
-    if folder is None:
+    if folder is None and not command.dry_run:
         raise UserError("give --output_root DIR (or --output_dir DIR)")
     command.search.check()
-    records, failures = read_records(command)
+    source = open_data(command)
 
+    from oneshot_fast.batch_size import automatic_batch_size
     from oneshot_fast.report import write_assign_report
     from oneshot_fast.targets import Targets
 
     generator = command.model.load(command.model_id)
+    targets = Targets(generator, command.data.resolution)
+    batch_size = command.batch_size
+    if batch_size == "auto":
+        batch_size = automatic_batch_size(generator, command.search, targets.resolution)
+    if folder is None or command.dry_run:
+        print_plan(command, generator, targets, batch_size, source.total)
+        return OK
     run = AssignRun(
         generator,
-        Targets(generator, command.data.resolution),
+        targets,
         folder,
         command.search,
         seed=command.run.seed,
         resize_mode=command.data.resize_mode,
-        batch_size=command.batch_size,
+        batch_size=batch_size,
         num_images=command.num_images,
     )
-    summary = run.run(
-        records, failures, overwrite=command.run.overwrite, report_to=command.run.report_to
-    )
+    summary = run.run(source, overwrite=command.run.overwrite, report_to=command.run.report_to)
     write_assign_report(folder, public(command))
     print_summary(summary, folder)
     return SOME_FAILED if summary["failed"] else OK
+
+
+def print_plan(
+    command: AssignCommand,
+    generator: OneStepGenerator,
+    targets: Targets,
+    batch_size: int,
+    samples: int | None,
+) -> None:
+    """Say what the command would need."""
+    from oneshot_fast.dry_run import assign_plan
+
+    print(
+        assign_plan(
+            generator,
+            command.search,
+            resolution=targets.resolution,
+            batch_size=batch_size,
+            samples=samples,
+            num_images=command.num_images,
+        )
+    )
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:

@@ -7,32 +7,30 @@ appear together or not at all; manifest.jsonl is made of the shards' rows.
 from __future__ import annotations
 
 import dataclasses
-import os
+import functools
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from oneshot_fast.data import DataError, Failure, Record, file_sha256
+from oneshot_fast.assign_shards import ShardWriter
+from oneshot_fast.background import Background, ahead
+from oneshot_fast.data import Failure, Record, file_sha256
 from oneshot_fast.errors import RunError, require
-from oneshot_fast.images import save_png
-from oneshot_fast.matching import Assignment, AssignOptions, assign_batch
+from oneshot_fast.matching import AssignOptions
+from oneshot_fast.preparing import Preparer, Target
 from oneshot_fast.rotation import check_patching
 from oneshot_fast.runs import (
     RunFolder,
-    append_jsonl,
     mend_jsonl,
     read_json,
     read_metadata,
     write_json,
     write_jsonl,
-    write_safetensors,
 )
-from oneshot_fast.seeds import derived_seed, gaussian
+from oneshot_fast.solving import Solved, Solver
+from oneshot_fast.sources import FolderSource, Source
 from oneshot_fast.tracking import progress, start_tracking
 
 if TYPE_CHECKING:
@@ -61,6 +59,7 @@ class AssignRun:
         resize_mode: str = "crop",
         batch_size: int = 16,
         num_images: int = 16,
+        read_ahead: bool | None = None,
     ) -> None:
         """Describe the run.
 
@@ -73,6 +72,8 @@ class AssignRun:
             resize_mode: "crop" or "squash".
             batch_size: Targets solved at once.
             num_images: Targets whose pictures are saved; -1 for all.
+            read_ahead: Read and encode the next batch in a thread while this one is solved; by
+                default not on the CPU, where that takes the cores that solve.
 
         Raises:
             UserError: If an option makes no sense or does not fit the latent.
@@ -85,8 +86,10 @@ class AssignRun:
         self.generator, self.targets, self.folder = generator, targets, Path(folder)
         self.options, self.seed, self.resize_mode = options, seed, resize_mode
         self.batch_size, self.num_images = batch_size, num_images
+        on_cpu = generator.device.type == "cpu"
+        self.read_ahead = not on_cpu if read_ahead is None else read_ahead
 
-    def settings(self, records: Sequence[Record]) -> dict[str, Any]:
+    def settings(self, data: Source) -> dict[str, Any]:
         """Everything a result depends on."""
         return {
             "command": "assign",
@@ -96,13 +99,13 @@ class AssignRun:
             "resize_mode": self.resize_mode,
             "model": self.generator.fingerprint(),
             "device": self.generator.device.type,
-            "samples": len(records),
-            "data": f"{derived_seed(0, *(record.id for record in records)):016x}",
+            "samples": data.total,
+            "data": data.identity,
         }
 
     def run(
         self,
-        records: Sequence[Record],
+        data: Sequence[Record] | Source,
         failures: Sequence[Failure] = (),
         *,
         overwrite: bool = False,
@@ -111,7 +114,7 @@ class AssignRun:
         """Assign every record that has no result yet, then write manifest, summary and report.
 
         Args:
-            records: The data set.
+            data: The data set; a stream is read once, as the work goes on.
             failures: Records already given up; they are listed beside the run's own.
             overwrite: Start anew.
             report_to: Tracker.
@@ -119,20 +122,33 @@ class AssignRun:
         Returns:
             The summary, as in summary.json.
         """
-        settings = self.settings(records)
+        source = FolderSource([*data], [*failures]) if isinstance(data, Sequence) else data
+        settings = self.settings(source)
         with RunFolder(self.folder, settings, OUTPUTS, overwrite):
             shards = sorted((self.folder / "noises").glob("*.safetensors"))
             done = {row["id"]: row for shard in shards for row in read_metadata(shard, "rows")}
-            self._check_unchanged(records, done)
-            pending = len(records) - len(done)
-            summary_path = self.folder / "summary.json"
-            if not pending and summary_path.exists():
-                return read_json(summary_path)
-            failures = list(failures)
+            if isinstance(source, FolderSource):
+                self._check_unchanged(source.records, done)
+            if self._is_complete(source, done):
+                return self._summary()
+            failed: list[Failure] = []
             tracker = start_tracking(report_to, self.folder, settings)
-            self._solve(records, done, failures, tracker)
+            mend_jsonl(self.folder / "history.jsonl")
+            self._solve(source, done, failed, tracker)
             tracker.end_training()
-            return self._finish(records, done, failures)
+            return self._finish(done, failed)
+
+    def _summary(self) -> dict[str, Any]:
+        return dict(read_json(self.folder / "summary.json"))
+
+    def _is_complete(self, source: Source, done: Mapping[str, Any]) -> bool:
+        """Whether nothing is left to do; a failed record is tried again."""
+        if not (self.folder / "summary.json").exists():
+            return False
+        if source.total is not None:
+            return len(done) == source.total
+        summary = self._summary()
+        return summary["samples"] == len(done) and not summary["failed"]
 
     def _check_unchanged(self, records: Sequence[Record], done: dict[str, Any]) -> None:
         for record in records:
@@ -146,129 +162,91 @@ class AssignRun:
 
     def _solve(
         self,
-        records: Sequence[Record],
+        source: Source,
         done: dict[str, dict[str, Any]],
         failures: list[Failure],
         tracker: Accelerator,
     ) -> None:
+        """Solve what is not done, while the next batch is read and the last one is written."""
         write_jsonl(self.folder / "manifest.jsonl", done.values())
-        mend_jsonl(self.folder / "history.jsonl")
-        pending = len(records) - len(done)
-        with progress(pending * (self.options.steps + 1), "assign", "eval") as bar:
-            for start in range(0, len(records), self.batch_size):
-                chunk = range(start, min(start + self.batch_size, len(records)))
-                batch = [(i, records[i]) for i in chunk if records[i].id not in done]
-                if not batch:
-                    continue
-                started = time.perf_counter()
-                rows = self._solve_batch(batch, failures, bar)
-                if not rows:
-                    continue
-                done.update((row["id"], row) for row in rows)
-                append_jsonl(self.folder / "manifest.jsonl", rows)
-                event = {
-                    "samples": len(done),
-                    "initial_loss": statistics.fmean(row["initial_loss"] for row in rows),
-                    "best_loss": statistics.fmean(row["best_loss"] for row in rows),
-                    "seconds": round(time.perf_counter() - started, 3),
-                }
-                append_jsonl(self.folder / "history.jsonl", [event])
-                tracker.log(event, step=len(done))
-
-    def _solve_batch(
-        self, batch: Sequence[tuple[int, Record]], failures: list[Failure], bar: Any
-    ) -> list[dict[str, Any]]:
-        """Solve, save the shard and return its manifest rows; failed targets are left out."""
-        batch = self._readable(batch, failures)
-        if not batch:
-            return []
-        prompts = self.generator.encode_prompts([record.prompt for _, record in batch])
-        seeds = [derived_seed(self.seed, record.id) for _, record in batch]
-        eps = gaussian(seeds, self.latent_shape).to(self.generator.device)
-        paths = [(record.image_path, self.resize_mode) for _, record in batch]
-        images = self.targets.images(paths) if self.options.pixel_l1_weight else None
-
-        def on_step(loss: Tensor) -> None:
-            bar.update(len(batch))
-            if bar.n // len(batch) % 10 == 0:  # each postfix waits for the device
-                bar.set_postfix(loss=f"{loss.mean().item():.4f}", refresh=False)
-
-        result = assign_batch(
-            self.generator, eps, prompts, self.targets.latents(paths), images, self.options, on_step
+        writer = ShardWriter(
+            self.generator,
+            self.targets,
+            self.folder,
+            tracker,
+            resize_mode=self.resize_mode,
+            num_images=self.num_images,
         )
-        finite = result.losses.isfinite().all(0).tolist()
-        for (_, record), good in zip(batch, finite, strict=True):
-            if not good:
-                failures.append(_failure(record, "its loss became NaN or infinite"))
-        keep = [k for k, good in enumerate(finite) if good]
-        return self._save(batch, seeds, result, keep) if keep else []
+        steps = self.options.steps + 1
+        total = None if source.total is None else (source.total - len(done)) * steps
+        with (
+            progress(total, "assign", "eval") as bar,
+            Background(functools.partial(writer.write, done=done)) as writing,
+        ):
 
-    def _readable(
-        self, batch: Sequence[tuple[int, Record]], failures: list[Failure]
-    ) -> list[tuple[int, Record]]:
-        readable = []
-        for index, record in batch:
+            def keep(found: Sequence[Solved]) -> None:
+                shard, failed = writer.shard(found)
+                failures.extend(failed)
+                if shard is not None:
+                    writing.submit(shard)
+
+            solver = Solver(self.generator, self.options, self.batch_size, bar.update)
+            ready: list[Solved] = []
             try:
-                self.targets.latent(record.image_path, self.resize_mode)
-                readable.append((index, record))
-            except DataError as error:
-                failures.append(_failure(record, str(error)))
-        return readable
+                for found in solver.solve(self._prepared(source, done, failures)):
+                    ready += found
+                    if len(ready) >= self.batch_size or not self.options.stops_early:
+                        full, ready = ready, []
+                        keep(full)
+            finally:  # after Ctrl-C, too, what has finished is kept
+                keep(ready)
 
-    def _save(
-        self,
-        batch: Sequence[tuple[int, Record]],
-        seeds: Sequence[int],
-        result: Assignment,
-        keep: Sequence[int],
-    ) -> list[dict[str, Any]]:
-        # Named by the first sample it holds: a later batch never holds that sample again.
-        noise_path = Path("noises") / f"{batch[keep[0]][0]:08d}.safetensors"
-        curves = result.losses.T.tolist()
-        rows = []
-        for position, k in enumerate(keep):
-            index, record = batch[k]
-            rows.append(
-                {
-                    "id": record.id,
-                    "index": index,
-                    "prompt": record.prompt,
-                    "prompt_truncated": self.generator.is_truncated(record.prompt),
-                    "target_image_path": os.path.relpath(record.image_path, self.folder.resolve()),
-                    "image_sha256": file_sha256(record.image_path),
-                    "resize_mode": self.resize_mode,
-                    "noise_path": noise_path.as_posix(),
-                    "noise_index": position,
-                    "seed": seeds[k],
-                    "initial_loss": curves[k][0],
-                    "best_loss": min(curves[k]),
-                    "best_step": int(result.best_step[k]),
-                    "losses": curves[k],
-                }
-            )
-            if self.num_images < 0 or index < self.num_images:
-                self._save_images(record, seeds[k], result.z[k])
-        tensors = {"z": result.z[list(keep)], "q": result.q[list(keep)]}
-        write_safetensors(self.folder / noise_path, tensors, {"rows": rows})
-        return rows
+    def _prepared(
+        self, source: Source, done: Mapping[str, Any], failures: list[Failure]
+    ) -> Iterator[list[Target]]:
+        """What is not done of each batch, ready for the device; failures join ``failures``."""
+        preparer = Preparer(
+            self.generator,
+            self.targets,
+            seed=self.seed,
+            resize_mode=self.resize_mode,
+            needs_images=self.options.pixel_l1_weight > 0,
+        )
+        batches = self._pending(source, done)
+        with ThreadPoolExecutor(1) as reading:
+            inline = map(preparer.prepare, batches)
+            for targets, failed in (
+                ahead(reading, preparer.prepare, batches) if self.read_ahead else inline
+            ):
+                failures += failed
+                if targets:
+                    yield targets
 
-    def _save_images(self, record: Record, seed: int, z: Tensor) -> None:
-        prompts = self.generator.encode_prompts([record.prompt])
-        eps = gaussian([seed], self.latent_shape).to(z.device)
-        images = {"target": self.targets.image(record.image_path, self.resize_mode)}
-        for name, noise in (("base", eps), ("assigned", z[None])):
-            with torch.no_grad():
-                images[name] = self.generator.decode(self.generator.latents(noise, prompts))[0]
-        for name, image in images.items():
-            save_png(self.folder / "images" / f"{record.id}-{name}.png", image)
+    def _pending(
+        self, source: Source, done: Mapping[str, Any]
+    ) -> Iterator[list[tuple[int, Record] | Failure]]:
+        """What is not done of each batch of the data set, failures included.
+
+        Batches are cut before, so that a resumed run solves the same targets together.
+        """
+        batch: list[tuple[int, Record] | Failure] = []
+        index = 0
+        for item in source:
+            if isinstance(item, Failure):
+                batch.append(item)
+                continue
+            if item.id not in done:
+                batch.append((index, item))
+            index += 1
+            if index % self.batch_size == 0:
+                yield batch
+                batch = []
+        yield batch
 
     def _finish(
-        self,
-        records: Sequence[Record],
-        done: dict[str, dict[str, Any]],
-        failures: Sequence[Failure],
+        self, done: Mapping[str, dict[str, Any]], failures: Sequence[Failure]
     ) -> dict[str, Any]:
-        rows = [done[record.id] for record in records if record.id in done]
+        rows = sorted(done.values(), key=lambda row: int(row["index"]))
         write_jsonl(self.folder / "manifest.jsonl", rows)
         write_jsonl(
             self.folder / "failures.jsonl",
@@ -282,7 +260,8 @@ class AssignRun:
             "truncated_prompts": sum(row["prompt_truncated"] for row in rows),
             "initial_loss": statistics.fmean(row["initial_loss"] for row in rows),
             "best_loss": statistics.fmean(row["best_loss"] for row in rows),
-            "losses": [statistics.fmean(s) for s in zip(*(r["losses"] for r in rows), strict=True)],
+            "nfe": statistics.fmean(row["nfe"] for row in rows),
+            "losses": _mean_curve([row["losses"] for row in rows]),
             "seconds": round(seconds, 3),
             "images_per_second": round(len(rows) / max(seconds, 1e-9), 3),
             "settings": read_json(self.folder / "run.json"),
@@ -291,5 +270,7 @@ class AssignRun:
         return summary
 
 
-def _failure(record: Record, reason: str) -> Failure:
-    return Failure(reason, record.line, record.id, record.prompt, record.image)
+def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
+    """Mean loss per step; targets that ended early stay at their last loss."""
+    steps = range(max(map(len, curves)))
+    return [statistics.fmean(curve[min(k, len(curve) - 1)] for curve in curves) for k in steps]

@@ -24,6 +24,7 @@ from oneshot_fast.errors import UserError
 if TYPE_CHECKING:
     from oneshot_fast.data import Failure, Record
     from oneshot_fast.generator import OneStepGenerator
+    from oneshot_fast.sources import Source
 
 OK, SOME_FAILED, BAD_INPUT, NO_SPACE, INTERRUPTED = 0, 1, 2, 3, 130
 Options = TypeVar("Options")
@@ -42,7 +43,24 @@ class ModelOptions:
     device: str | None = None
     """cuda, cuda:1, cpu, ...; by default cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type the UNet computes in; auto is float32 on the CPU, bfloat16 on a GPU."""
+    """Type the UNet computes in; auto is float32 on the CPU, bfloat16 on a GPU. Noise, rotation
+    and losses are float32."""
+    channels_last: bool = False
+    """Keep weights in channels_last order, which suits convolutions in half precision on a GPU."""
+    compile: bool = False
+    """Compile the UNet (torch.compile), once per batch size; the first start takes minutes, later
+    ones read torch's cache on disk."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """For --compile; reduce-overhead replays CUDA graphs, which helps small batches."""
+    decoder_id: str | None = None
+    """Tiny decoder (AutoencoderTiny: folder or hub id) that takes the VAE's place wherever latents
+    are decoded: the pixel loss, and images shown."""
+    decoder_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type the decoder computes in; auto is the UNet's, but float32 for a VAE that overflows."""
+    decoder_checkpointing: bool = False
+    """Pixel loss: recompute the decoder's activations in the backward pass, for less memory."""
+    decoder_tiling: int = 0
+    """Pixel loss: decode in overlapping tiles of so many latent pixels (32, say); 0: as a whole."""
 
     def load(self, model_id: str, master_weights: bool = False) -> OneStepGenerator:
         """Load a generator.
@@ -57,9 +75,11 @@ class ModelOptions:
 
         from oneshot_fast.loading import load_generator
 
+        if self.compile_mode != "default" and not self.compile:
+            raise UserError("--compile_mode is for --compile; give both")
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-        return load_generator(
+        generator = load_generator(
             model_id,
             device=self.device,
             dtype=None if self.dtype == "auto" else getattr(torch, self.dtype),
@@ -68,18 +88,48 @@ class ModelOptions:
             revision=self.revision,
             model_config=self.model_config,
         )
+        self._tune(generator)
+        return generator
+
+    def _tune(self, generator: OneStepGenerator) -> None:
+        """Set decoder, memory order and compilation."""
+        import torch
+
+        from oneshot_fast.loading import load_tiny_decoder
+
+        auto = self.decoder_dtype == "auto"
+        dtype = generator.decoder.dtype if auto else getattr(torch, self.decoder_dtype)
+        if self.decoder_id is not None:
+            channels = generator.pipe.vae.config.latent_channels
+            generator.decoder = load_tiny_decoder(
+                self.decoder_id, generator.device, dtype, channels
+            )
+        elif not auto:
+            generator.decoder.set_dtype(dtype)
+        if self.decoder_checkpointing:
+            generator.decoder.checkpoint()
+        if self.decoder_tiling:
+            generator.decoder.tile(self.decoder_tiling)
+        if self.channels_last:
+            generator.use_channels_last()
+        if self.compile:
+            generator.compile(self.compile_mode)
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """Which pairs, and how their images are read."""
 
-    data_root: Path | None = None
-    """Folder with pairs.jsonl ({"prompt", "image"}), or with metadata.jsonl (file_name, text)."""
+    data_root: str | None = None
+    """Folder with pairs.jsonl ({"prompt", "image"}), metadata.jsonl (file_name, text), WebDataset
+    *.tar or *.parquet; or one such file, or a pattern of shards with * or {000..123}, also a URL
+    such as hf://datasets/user/name/*.parquet or s3://bucket/{000..123}.tar."""
     prompt_field: str | None = None
-    """Field of the prompt in each line; by default prompt (text in metadata.jsonl)."""
+    """Field or column of the prompt; by default prompt (text in metadata.jsonl), in shards the
+    first of prompt, text and caption, and in tar shards before these the .txt member."""
     image_field: str | None = None
-    """Field of the image path in each line; by default image (file_name in metadata.jsonl)."""
+    """Field or column of the image; by default image (file_name in metadata.jsonl; in tar shards
+    the extension jpg, jpeg, png or webp)."""
     start_index: int = 0
     """Records to skip at the start."""
     max_samples: int | None = None
@@ -91,11 +141,11 @@ class DataOptions:
     resize_mode: Literal["crop", "squash"] = "crop"
     """Other aspect ratios: cut the centre square, or squash to a square."""
 
-    def read(self, data_root: Path) -> tuple[list[Record], list[Failure]]:
-        """Records and failures of the data set in ``data_root``, read as these options say."""
-        from oneshot_fast.data import read_pairs
+    def open(self, data_root: str | Path) -> Source:
+        """The data set in ``data_root`` as a stream, read as these options say."""
+        from oneshot_fast.sources import open_source
 
-        return read_pairs(
+        return open_source(
             data_root,
             prompt_field=self.prompt_field,
             image_field=self.image_field,
@@ -103,6 +153,14 @@ class DataOptions:
             max_samples=self.max_samples,
             allow_outside_root=self.allow_outside_root,
         )
+
+    def read(self, data_root: str | Path) -> tuple[list[Record], list[Failure]]:
+        """All records and failures of the data set in ``data_root``."""
+        from oneshot_fast.data import Failure, Record
+
+        items = list(self.open(data_root))
+        records = [item for item in items if isinstance(item, Record)]
+        return records, [item for item in items if isinstance(item, Failure)]
 
 
 @dataclass(frozen=True)

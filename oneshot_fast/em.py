@@ -51,6 +51,16 @@ class EmOptions:
     """M-step: AdamW's decoupled weight decay."""
     train_max_grad_norm: float = 1.0
     """M-step: gradients are scaled down to this norm."""
+    train_gradient_accumulation_steps: int = 1
+    """M-step: parts that every batch is computed in; less memory, the same result to rounding."""
+    train_gradient_checkpointing: bool = False
+    """M-step: recompute the UNet's activations in the backward pass; less memory, same result."""
+    train_optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """M-step: adamw8bit keeps the moments in 8 bits (torchao: pip install torchao)."""
+    train_weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """M-step: type of the trained weights; bfloat16 rounds stochastically, needs adamw8bit."""
+    train_use_ema: bool = False
+    """M-step: end with an exponential moving average of the weights."""
     latent_loss_weight: float = 1.0
     """Both steps: weight of the mean squared error between the latents."""
     pixel_l1_weight: float = 0.0
@@ -104,6 +114,11 @@ class EmOptions:
             preserve_pixel_weight=self.preserve_pixel_weight,
             preserve_batch_size=self.preserve_batch_size,
             preserve_pool_size=self.preserve_pool_size,
+            gradient_accumulation_steps=self.train_gradient_accumulation_steps,
+            gradient_checkpointing=self.train_gradient_checkpointing,
+            optimizer=self.train_optimizer,
+            weights_dtype=self.train_weights_dtype,
+            use_ema=self.train_use_ema,
             noise=noise,
         )
 

@@ -69,7 +69,7 @@ class EmRun:
         self.summary: dict[str, Any] = {"random_noise": {}, "cycles": []}
         self._assigner(self.folder, 0)  # checks its options before any long work
 
-    def _data_roots(self) -> tuple[Path, Path | None]:
+    def _data_roots(self) -> tuple[str | Path, Path | None]:
         if self.command.data.data_root is not None:
             return self.command.data.data_root, self.command.heldout_root
 

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
+from oneshot_fast.decoder import Decoder, computing, latent_affine, update_digest
 from oneshot_fast.errors import ModelError
 from oneshot_fast.one_step import OneStep
+from oneshot_fast.precision import gradient_scale, scale_gradient
 from oneshot_fast.runs import write_folder
 
 
@@ -32,6 +35,17 @@ class PromptEncoding:
 
     embeds: Tensor
     pooled: Tensor
+
+    def row(self, k: int) -> PromptEncoding:
+        """The encoding of prompt ``k``, as a batch of one."""
+        return PromptEncoding(self.embeds[k : k + 1], self.pooled[k : k + 1])
+
+    @staticmethod
+    def cat(parts: Sequence[PromptEncoding]) -> PromptEncoding:
+        """One batch of the prompts of all ``parts``."""
+        return PromptEncoding(
+            torch.cat([part.embeds for part in parts]), torch.cat([part.pooled for part in parts])
+        )
 
 
 class OneStepGenerator:
@@ -55,18 +69,21 @@ class OneStepGenerator:
         """
         _check_shape(pipe)
         self.pipe = pipe
-        self.autocast = autocast
-        self._vae_autocast = autocast
+        self.autocast = vae_autocast = autocast
         if pipe.vae.config.force_upcast:  # as diffusers does: SDXL's VAE overflows in float16
             if pipe.vae.dtype == torch.float16:
                 pipe.vae.to(torch.float32)
             if autocast == torch.float16:
-                self._vae_autocast = None
+                vae_autocast = None
         self.step = OneStep.from_scheduler(pipe.scheduler)
         for module in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
             module.requires_grad_(False).eval()
         pipe.set_progress_bar_config(disable=True)
+        self._vae_autocast = vae_autocast
+        self.decoder = Decoder(pipe.vae, vae_autocast)
         self._prompts: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._conditions: dict[object, tuple[Tensor, Tensor]] = {}
+        self._compiled_unet: Callable[..., Any] | None = None
 
     @property
     def unet(self) -> nn.Module:
@@ -82,6 +99,28 @@ class OneStepGenerator:
     def image_size(self) -> int:
         """Native image side in pixels."""
         return self.pipe.default_sample_size * self.pipe.vae_scale_factor
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether each batch size costs a compilation."""
+        return self._compiled_unet is not None
+
+    def compile(self, mode: str = "default") -> None:
+        """Compile the UNet where it is differentiated; see torch.compile.
+
+        Code is compiled at the first use with a batch size, and kept on disk by torch. Under
+        no_grad nothing is compiled: that is one evaluation in many, of other batch sizes. The
+        decoder stays as it is: compiled by torch 2.13 for the CPU, its gradient came out as 0.
+
+        Args:
+            mode: "default", "max-autotune", or "reduce-overhead" for CUDA graphs.
+        """
+        self._compiled_unet = torch.compile(self.pipe.unet, mode=mode, dynamic=False)
+
+    def use_channels_last(self) -> None:
+        """Keep weights, and with them activations, in channels_last order."""
+        self.pipe.unet.to(memory_format=torch.channels_last)
+        self.pipe.vae.to(memory_format=torch.channels_last)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape [C, h, w] of the latent of a ``height`` x ``width`` pixel image."""
@@ -138,10 +177,10 @@ class OneStepGenerator:
             [C, H/8, W/8] float32 on the generator's device.
         """
         vae = self.pipe.vae
-        x = (image[None] * 2 - 1).to(vae.device, vae.dtype)
-        with self._computing(self._vae_autocast):
+        x = (image[None] * 2 - 1).to(vae.device, next(vae.encoder.parameters()).dtype)
+        with computing(vae.device, self._vae_autocast):
             latent = vae.encode(x).latent_dist.mode().float()[0]
-        shift, scale = self._latent_affine(latent)
+        shift, scale = latent_affine(vae, latent)
         return (latent - shift) / scale
 
     def decode_raw(self, latents: Tensor) -> Tensor:
@@ -153,29 +192,12 @@ class OneStepGenerator:
         Returns:
             [B, 3, H, W] float32, RGB in about [-1, 1].
         """
-        shift, scale = self._latent_affine(latents)
-        raw = (latents * scale + shift).to(self.pipe.vae.dtype)
-        with self._computing(self._vae_autocast):
-            return self.pipe.vae.decode(raw, return_dict=False)[0].float()
+        return self.decoder.raw(latents)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents [B, C, h, w], one by one: [B, 3, H, W] float32, [0, 1] RGB."""
         return torch.cat([(self.decode_raw(row) / 2 + 0.5).clamp(0, 1) for row in latents.split(1)])
-
-    def _computing(self, dtype: torch.dtype | None) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
-
-    def _latent_affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """Shift and scale from the UNet's latents to the VAE's own."""
-        config = self.pipe.vae.config
-        if config.latents_mean is None or config.latents_std is None:
-            return 0.0, 1.0 / config.scaling_factor
-        mean, std = (
-            torch.tensor(v, device=like.device, dtype=like.dtype).view(-1, 1, 1)
-            for v in (config.latents_mean, config.latents_std)
-        )
-        return mean, std / config.scaling_factor
 
     def predict(self, eps: Tensor, prompts: PromptEncoding) -> tuple[Tensor, Tensor]:
         """The one UNet evaluation; the latent is x0 = x - ``step.sigma`` * eps_hat.
@@ -187,22 +209,40 @@ class OneStepGenerator:
         Returns:
             (eps_hat, x), both [B, C, h, w] float32, differentiable with respect to ``eps``.
         """
-        B, _, h, w = eps.shape
-        unet, factor = self.pipe.unet, self.pipe.vae_scale_factor
-        size = (h * factor, w * factor)
-        time_ids = torch.tensor([[*size, 0, 0, *size]], device=eps.device, dtype=unet.dtype)
-        with self._computing(self.autocast):
-            eps_hat = unet(
-                (eps * self.step.scale).to(unet.dtype),
-                self.step.timestep.to(eps.device),
+        unet = self.pipe.unet
+        run = unet
+        if self._compiled_unet is not None and torch.is_grad_enabled():
+            torch.compiler.cudagraph_mark_step_begin()
+            run = self._compiled_unet
+        timestep, time_ids = self._fixed_conditions(eps)
+        s = self._gradient_scale(eps[0].numel())
+        with computing(eps.device, self.autocast):
+            eps_hat = run(
+                scale_gradient(eps * self.step.scale, 1 / s).to(unet.dtype),
+                timestep,
                 encoder_hidden_states=prompts.embeds.to(unet.dtype),
                 added_cond_kwargs={
                     "text_embeds": prompts.pooled.to(unet.dtype),
-                    "time_ids": time_ids.expand(B, -1),
+                    "time_ids": time_ids.expand(len(eps), -1),
                 },
                 return_dict=False,
             )[0]
-        return eps_hat.float(), eps * self.step.skip
+        return scale_gradient(eps_hat.float(), s), eps * self.step.skip
+
+    def _fixed_conditions(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Timestep and size conditions [1, 6], made once: each copy makes a GPU wait."""
+        h, w = (side * self.pipe.vae_scale_factor for side in eps.shape[-2:])
+        key = h, w, eps.device, self.pipe.unet.dtype
+        if key not in self._conditions:
+            time_ids = torch.tensor([[h, w, 0, 0, h, w]], device=eps.device, dtype=key[-1])
+            self._conditions[key] = self.step.timestep.to(eps.device), time_ids
+        return self._conditions[key]
+
+    def _gradient_scale(self, elements: int) -> float:
+        """Scale of the gradients inside the UNet; 1 where it is trained, which has its own."""
+        if any(parameter.requires_grad for parameter in self.pipe.unet.parameters()):
+            return 1.0
+        return gradient_scale(self.autocast or self.pipe.unet.dtype, elements)
 
     def latents(self, eps: Tensor, prompts: PromptEncoding) -> Tensor:
         """Latents x0 [B, C, h, w] float32 of noise ``eps`` [B, C, h, w]."""
@@ -222,17 +262,17 @@ class OneStepGenerator:
         self.pipe.unet.load_state_dict(trained.state_dict())
 
     def fingerprint(self) -> str:
-        """16 hex digits that change when any module is trained or replaced.
+        """16 hex digits that change when any module or its precision changes.
 
         Hashes name, shape and up to 1024 evenly spaced values of every tensor in float32.
         """
         digest = hashlib.sha256(repr(self.step).encode())
         for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-            for name, value in sorted(getattr(self.pipe, part).state_dict().items()):
-                flat = value.detach().flatten()
-                sample = flat[:: max(1, flat.numel() // 1024)].float().cpu()
-                digest.update(f"{part}.{name}{tuple(value.shape)}".encode())
-                digest.update(sample.numpy().tobytes())
+            update_digest(digest, part, getattr(self.pipe, part))
+        digest.update(self.decoder.fingerprint().encode())
+        precision = self.autocast or self.pipe.unet.dtype, self.decoder.computes_in
+        if set(precision) != {torch.float32}:
+            digest.update(repr(precision).encode())
         return digest.hexdigest()[:16]
 
 

@@ -1,6 +1,7 @@
 """Decode one image file of any common kind to a [3, H, W] tensor in [0, 1] RGB."""
 
 import contextlib
+import io
 import os
 from pathlib import Path
 
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from oneshot_fast.errors import DataError
 from oneshot_fast.inputs import one_line
+from oneshot_fast.members import ImageRef
 
 # A fixed list, since Pillow would hand some other formats (EPS) to external programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 
-def load_image(path: Path, height: int, width: int, resize_mode: str = "crop") -> Tensor:
+def load_image(path: ImageRef, height: int, width: int, resize_mode: str = "crop") -> Tensor:
     """Decode an image file and resize it with Pillow's antialiased Lanczos filter.
 
     EXIF rotation is applied, transparency is composited over white, of an animation the first frame
@@ -26,7 +28,8 @@ def load_image(path: Path, height: int, width: int, resize_mode: str = "crop") -
     must hold values in [0, 1]. Colour profiles are ignored; CMYK is converted by Pillow's formula.
 
     Args:
-        path: PNG, JPEG, WebP, TIFF, BMP, GIF, PPM, JPEG 2000 or AVIF file, whatever its suffix.
+        path: PNG, JPEG, WebP, TIFF, BMP, GIF, PPM, JPEG 2000 or AVIF file, whatever its suffix; or
+            such a file inside a shard.
         height: H of the result, pixels.
         width: W of the result, pixels.
         resize_mode: "crop" scales to cover H x W and cuts the centre; "squash" changes the aspect.
@@ -39,7 +42,7 @@ def load_image(path: Path, height: int, width: int, resize_mode: str = "crop") -
     """
     if resize_mode not in ("crop", "squash"):
         raise DataError(f"resize_mode is '{resize_mode}': use crop or squash")
-    if not os.path.isfile(path):
+    if isinstance(path, Path) and not os.path.isfile(path):
         raise DataError(f"{path}: no such image file")
     try:
         image = _decode(path)
@@ -59,9 +62,10 @@ def load_image(path: Path, height: int, width: int, resize_mode: str = "crop") -
     return pixels.permute(2, 0, 1).div(255).contiguous()
 
 
-def _decode(path: Path) -> Image.Image:
+def _decode(path: ImageRef) -> Image.Image:
     """First frame, upright and opaque: mode "RGB", or "F" in [0, 1] for grey deeper than 8 bits."""
-    with Image.open(path, formats=_FORMATS) as image:
+    source = path if isinstance(path, Path) else io.BytesIO(path.read())
+    with Image.open(source, formats=_FORMATS) as image:
         image.load()  # damaged pixels raise here; below, only the EXIF block can be at fault
         with contextlib.suppress(Exception):  # a broken EXIF block does not spoil the picture
             ImageOps.exif_transpose(image, in_place=True)
@@ -74,7 +78,7 @@ def _decode(path: Path) -> Image.Image:
         return opaque.convert("RGB")
 
 
-def _deep_grey(path: Path, image: Image.Image) -> npt.NDArray[np.float32]:
+def _deep_grey(path: ImageRef, image: Image.Image) -> npt.NDArray[np.float32]:
     """[H, W] float32 in [0, 1] of a grey image with 12, 16 or 32 bits per pixel."""
     # Pillow unpacks the bits of a TIFF but neither scales nor inverts deep grey.
     tags = getattr(image, "tag_v2", {})

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,9 +72,9 @@ def text_field(record: dict[str, object], name: str) -> str:
     return value
 
 
-def pair_id(image: str, prompt: str) -> str:
-    """Id of a (prompt, image as written) pair: 12 hex digits of sha256(image + NUL + prompt)."""
-    return hashlib.sha256(f"{image}\0{prompt}".encode()).hexdigest()[:12]
+def pair_id(image: str, prompt: str, digits: int = 12) -> str:
+    """Id of a (prompt, image as written) pair: hex digits of sha256(image + NUL + prompt)."""
+    return hashlib.sha256(f"{image}\0{prompt}".encode()).hexdigest()[:digits]
 
 
 def claim_id(base: str, used: dict[str, int]) -> str:
@@ -90,6 +91,28 @@ def claim_id(base: str, used: dict[str, int]) -> str:
     used[name] = 0
     used[base] = suffix
     return name
+
+
+def find_file(name: str, folders: Sequence[Path]) -> Path:
+    """Absolute path of a file, absolute or in the first of the folders that has it.
+
+    Raises:
+        DataError: there is none.
+    """
+    for folder in folders:
+        path = folder.absolute() / name
+        if os.path.isfile(path):
+            return path
+    raise DataError(f"no such file: {name} (looked from {' and '.join(map(str, folders))})")
+
+
+def nothing_usable(path: Path, failures: Sequence[Failure], example: str) -> DataError:
+    """Error of a JSON lines file without one usable line."""
+    if not failures:
+        return DataError(f"{path}: is empty; write one JSON object per line: {example}")
+    first = failures[0]
+    count = f"no usable line, {len(failures)} failed"
+    return DataError(f"{path}: {count}; the first, line {first.line}: {first.reason}")
 
 
 def _parse_object(text: str) -> dict[str, object] | str:

@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderTiny,
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionXLPipeline,
+)
 
+from oneshot_fast.decoder import Decoder
 from oneshot_fast.errors import ModelError
 from oneshot_fast.generator import OneStepGenerator
 from oneshot_fast.tiny.model import model_path
@@ -56,6 +61,26 @@ def load_generator(
         return generator
     except ModelError as error:
         raise ModelError(f"cannot use model {model_id}: {error}") from None
+
+
+def load_tiny_decoder(
+    decoder_id: str, device: torch.device, dtype: torch.dtype, latent_channels: int
+) -> Decoder:
+    """Load a tiny autoencoder (diffusers' AutoencoderTiny, such as madebyollin/taesdxl).
+
+    Raises:
+        ModelError: If it cannot be loaded or is for other latents.
+    """
+    try:
+        vae = AutoencoderTiny.from_pretrained(decoder_id, torch_dtype=dtype)
+    except Exception as error:  # diffusers raises many types for a broken or absent model
+        raise ModelError(f"cannot use decoder {decoder_id}: {_first_line(error)}") from None
+    if vae.config.latent_channels != latent_channels:
+        raise ModelError(
+            f"cannot use decoder {decoder_id}: it is for {vae.config.latent_channels} latent "
+            f"channels, the model has {latent_channels}"
+        )
+    return Decoder(vae.to(device).requires_grad_(False).eval())
 
 
 def _usable_device(name: str | torch.device) -> torch.device:

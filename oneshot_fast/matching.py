@@ -6,20 +6,22 @@ matrix's skew logarithm. Many targets are solved at once, each with its own rota
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from oneshot_fast import ops
+from oneshot_fast import noise_prior, ops
 from oneshot_fast.errors import require
-from oneshot_fast.rotation import PatchRotation
+from oneshot_fast.search import Assignment, Problem, Search
 
 if TYPE_CHECKING:
     from oneshot_fast.generator import OneStepGenerator, PromptEncoding
+
+__all__ = ["AssignOptions", "Assignment", "assign_batch", "matching_loss", "objective"]
 
 
 @dataclass(frozen=True)
@@ -41,38 +43,53 @@ class AssignOptions:
     drift_reg_weight: float = 0.0
     """Weight of the mean squared distance between the noise and its base noise."""
 
+    prior_weight: float = 0.0
+    """Weight of the negative log density of the noise's norm, see noise_prior.py. A rotation keeps
+    the norm: this shows in the loss, but does not change the search."""
+    moment_weight: float = 0.0
+    """Weight of the distance of the noise's first four moments from the Gaussian's."""
+    covariance_weight: float = 0.0
+    """Weight of the distance of its covariance, over elements drawn at random, from identity."""
+    stop_loss: float | None = None
+    """End the search of a target once its loss is this low; its place goes to the next target."""
+    stop_patience: int = 0
+    """End it once its loss has not fallen by stop_improvement for so many steps; 0: never."""
+    stop_improvement: float = 0.01
+    """Fall of the loss that counts for stop_patience, relative to the loss."""
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether a target can end before the last step.
+
+        Then a result depends, to rounding, on the targets that were searched beside it; without it
+        an interrupted run that was resumed equals an uninterrupted one bit by bit.
+        """
+        return self.stop_loss is not None or self.stop_patience > 0
+
     def check(self) -> None:
         """Raise UserError for values that make no sense."""
         require(self.steps >= 1, f"steps is {self.steps}; give at least 1")
         require(0 < self.lr < math.inf, f"lr is {self.lr}; give a positive number")
-        weights = (self.latent_loss_weight, self.pixel_l1_weight, self.drift_reg_weight)
+        names = ("latent_loss", "pixel_l1", "drift_reg", "prior", "moment", "covariance")
         require(
-            all(0 <= weight < math.inf for weight in weights),
+            all(0 <= getattr(self, f"{name}_weight") < math.inf for name in names),
             "loss weights must be finite and not negative",
         )
         require(
             self.latent_loss_weight + self.pixel_l1_weight > 0,
             "both latent_loss_weight and pixel_l1_weight are 0; there is nothing to match",
         )
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """Result for a batch of targets.
-
-    Attributes:
-        z: Best rotated noise, [B, C, h, w] float32.
-        q: Its rotation, [B, D, D] or [B, G, G, D, D] float32.
-        losses: Loss of every target at every step, the last one included, [steps + 1, B].
-        best_loss: Smallest of them, [B].
-        best_step: Where it was, [B] int64.
-    """
-
-    z: Tensor
-    q: Tensor
-    losses: Tensor
-    best_loss: Tensor
-    best_step: Tensor
+        require(
+            self.stop_loss is None or 0 <= self.stop_loss < math.inf,
+            f"stop_loss is {self.stop_loss}; give a loss, 0 or more",
+        )
+        require(
+            self.stop_patience >= 0, f"stop_patience is {self.stop_patience}; give 0 or more steps"
+        )
+        require(
+            0 <= self.stop_improvement < 1,
+            f"stop_improvement is {self.stop_improvement}; give a number from 0 to below 1",
+        )
 
 
 def matching_loss(
@@ -106,6 +123,23 @@ def matching_loss(
     return loss
 
 
+def objective(
+    generator: OneStepGenerator, options: AssignOptions, z: Tensor, problem: Problem
+) -> Tensor:
+    """What the search lowers: the distance to the target and the weighted penalties, [B]."""
+    loss = matching_loss(generator, z, problem.prompts, problem.latents, problem.images, options)
+    if options.drift_reg_weight:
+        loss = loss + options.drift_reg_weight * (z - problem.eps).square().mean((1, 2, 3))
+    for weight, penalty in (
+        (options.prior_weight, noise_prior.norm_penalty),
+        (options.moment_weight, noise_prior.moment_penalty),
+        (options.covariance_weight, noise_prior.covariance_penalty),
+    ):
+        if weight:
+            loss = loss + weight * penalty(z)
+    return loss
+
+
 def assign_batch(
     generator: OneStepGenerator,
     eps: Tensor,
@@ -116,6 +150,9 @@ def assign_batch(
     on_step: Callable[[Tensor], None] = lambda loss: None,
 ) -> Assignment:
     """Rotate base noises towards their targets; nothing here waits for the device.
+
+    All targets take as many steps as the slowest; solving.py gives the places of those that end
+    early to others.
 
     Args:
         generator: Its weights stay fixed.
@@ -129,30 +166,8 @@ def assign_batch(
     Returns:
         The best rotation found for every target.
     """
-    B = eps.shape[0]
-    rotation = PatchRotation(eps.shape, options.patch_size, options.rotation_groups, eps.device)
-    optimizer = torch.optim.Adam([rotation.skew], lr=options.lr)
-    best_loss = torch.full((B,), float("inf"), device=eps.device)
-    best_step = torch.zeros(B, dtype=torch.int64, device=eps.device)
-    best_q = torch.zeros_like(rotation.skew)
-    losses = []
+    problem = Problem(eps, prompts, target_latents, target_images)
+    search = Search(problem, options, functools.partial(objective, generator, options))
     for step in range(options.steps + 1):
-        is_last = step == options.steps
-        with torch.set_grad_enabled(not is_last):
-            q = rotation.q()
-            z = ops.patch_rotate(eps, q, options.patch_size)
-            loss = matching_loss(generator, z, prompts, target_latents, target_images, options)
-            if options.drift_reg_weight:
-                loss = loss + options.drift_reg_weight * (z - eps).square().mean((1, 2, 3))
-        losses.append(loss.detach())
-        on_step(losses[-1])
-        better = losses[-1] < best_loss
-        best_loss = torch.where(better, losses[-1], best_loss)
-        best_step = torch.where(better, step, best_step)
-        best_q = torch.where(better.view(B, *[1] * (q.ndim - 1)), q.detach(), best_q)
-        if not is_last:
-            optimizer.zero_grad()
-            loss.sum().backward()
-            optimizer.step()
-    z = ops.patch_rotate(eps, best_q, options.patch_size)
-    return Assignment(z, best_q, torch.stack(losses), best_loss, best_step)
+        on_step(search.advance(is_last=step == options.steps))
+    return search.result()

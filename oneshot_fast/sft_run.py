@@ -15,11 +15,14 @@ from torch import Tensor
 
 from oneshot_fast import ops
 from oneshot_fast.data import DataError, Failure, MatchedPair, file_sha256, load_noise
-from oneshot_fast.errors import UserError
+from oneshot_fast.errors import UserError, require
+from oneshot_fast.interrupts import Interrupts
 from oneshot_fast.runs import RunFolder, read_json, write_json, write_jsonl
 from oneshot_fast.seeds import derived_seed, gaussian
 from oneshot_fast.tracking import progress, start_tracking
-from oneshot_fast.training import Batch, PreservePool, SftOptions, Trainer, batches, sft_losses
+from oneshot_fast.trainer import BadStepsError, Trainer
+from oneshot_fast.training import Batch, PreservePool, SftOptions, batches
+from oneshot_fast.training_step import TrainingStep
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -75,6 +78,10 @@ class SftRun:
             UserError: If an option makes no sense.
         """
         options.check()
+        require(
+            generator.autocast != torch.float16,
+            "float16 loses small gradients; train with --dtype bfloat16 or float32",
+        )
         self.generator, self.targets, self.folder = generator, targets, Path(folder)
         self.options, self.seed, self.save_minutes = options, seed, save_minutes
 
@@ -183,24 +190,31 @@ class SftRun:
         self, examples: Examples, pool: PreservePool | None, tracker: Accelerator
     ) -> dict[str, Any]:
         before = self._matched_loss(examples)
-        trainer = Trainer(self.generator.unet, self.options)
+        unet = self.generator.pipe.unet
+        dtype, trainer = unet.dtype, Trainer(unet, self.options, self.seed)
+        if self.options.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
         state = self.folder / "state.safetensors"
         if state.exists():
             trainer.load(state)
         started, resumed_at = time.perf_counter(), trainer.step
         self._steps(trainer, examples, pool, tracker)
         seconds = time.perf_counter() - started
+        unet.disable_gradient_checkpointing()
+        require(bool(trainer.best), "no step had a finite loss and gradient; lower the lr")
         write_jsonl(self.folder / "history.jsonl", trainer.history)
+        final = {name: p.clone() for name, p in trainer.final().items()}
+        trainer.load_weights(final)
         after = self._matched_loss(examples)
-        final = {name: p.detach().clone() for name, p in trainer.parameters.items()}
         trainer.load_weights(trainer.best)
         self.generator.save(self.folder / "checkpoint-best")
         trainer.load_weights(final)
         self.generator.save(self.folder / "checkpoint-final")
-        self.generator.unet.requires_grad_(False)
+        unet.requires_grad_(False).to(dtype)
         return {
             "samples": len(examples.pairs),
             "steps": trainer.step,
+            "skipped_steps": trainer.skipped,
             "matched_loss_before": before,
             "matched_loss_after": after,
             "best_epoch": min(trainer.history, key=lambda row: row["loss"])["epoch"],
@@ -215,24 +229,33 @@ class SftRun:
         pool: PreservePool | None,
         tracker: Accelerator,
     ) -> None:
+        take_step = TrainingStep(self.generator, trainer)
         count = len(examples.pairs)
         per_epoch = math.ceil(count / self.options.batch_size)
         total = self.options.epochs * per_epoch
         saved = time.monotonic()
-        with progress(total, "sft", "step") as bar:
+        with progress(total, "sft", "step") as bar, Interrupts() as interrupts:
             bar.update(trainer.step)
             for rows in batches(count, self.options.batch_size, self.seed, trainer.step, total):
-                batch = self._batch(examples, rows, pool, trainer.step)
-                trainer.update(*sft_losses(self.generator, batch, self.options))
+                try:
+                    take_step(self._batch(examples, rows, pool, trainer.step))
+                except BadStepsError:
+                    self._save(trainer)
+                    raise
                 if trainer.step % per_epoch == 0:
-                    row = trainer.end_epoch(trainer.step // per_epoch, per_epoch)
-                    bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-                    tracker.log(row, step=trainer.step)
-                if time.monotonic() - saved >= 60 * self.save_minutes:
-                    trainer.save(self.folder / "state.safetensors")
-                    write_jsonl(self.folder / "history.jsonl", trainer.history)
+                    row = trainer.end_epoch(trainer.step // per_epoch)
+                    if row is not None:
+                        bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+                        tracker.log(row, step=trainer.step)
+                if interrupts.pending or time.monotonic() - saved >= 60 * self.save_minutes:
+                    self._save(trainer)
                     saved = time.monotonic()
+                interrupts.check()
                 bar.update()
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save(self.folder / "state.safetensors")
+        write_jsonl(self.folder / "history.jsonl", trainer.history)
 
     def _batch(
         self, examples: Examples, rows: list[int], pool: PreservePool | None, step: int

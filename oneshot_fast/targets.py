@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from oneshot_fast.data import load_image
+from oneshot_fast.data import ImageRef, load_image
 from oneshot_fast.errors import require
 from oneshot_fast.generator import OneStepGenerator
 
+_KEPT_BYTES = 4 << 30  # 65,536 latents of 512 x 512 pixels: a data set may be a long stream
+
 
 class Targets:
-    """Images of one size and their latents, by path; latents are kept in host memory.
+    """Images of one size and their latents, by path; the last 4 GB of latents are kept in memory.
 
     Images are encoded one by one, so a latent never depends on its neighbours' rounding.
     """
@@ -35,9 +35,9 @@ class Targets:
             f"resolution {self.resolution} is not a positive multiple of {factor}",
         )
         self._generator = generator
-        self._latents: dict[tuple[Path, str], Tensor] = {}
+        self._latents: dict[tuple[ImageRef, str], Tensor] = {}
 
-    def latent(self, path: Path, resize_mode: str) -> Tensor:
+    def latent(self, path: ImageRef, resize_mode: str) -> Tensor:
         """Scaled latent [C, h, w] float32 of the image at ``path``, on the CPU.
 
         Raises:
@@ -46,10 +46,12 @@ class Targets:
         key = (path, resize_mode)
         if key not in self._latents:
             image = self.image(path, resize_mode)
-            self._latents[key] = self._generator.encode_image(image).cpu()
+            latent = self._latents[key] = self._generator.encode_image(image).cpu()
+            if len(self._latents) * latent.nbytes > _KEPT_BYTES:
+                del self._latents[next(iter(self._latents))]  # the oldest
         return self._latents[key]
 
-    def image(self, path: Path, resize_mode: str) -> Tensor:
+    def image(self, path: ImageRef, resize_mode: str) -> Tensor:
         """Image [3, H, W] float32 in [0, 1] at the working resolution, on the CPU.
 
         Raises:
@@ -57,10 +59,10 @@ class Targets:
         """
         return load_image(path, self.resolution, self.resolution, resize_mode)
 
-    def latents(self, paths: list[tuple[Path, str]]) -> Tensor:
+    def latents(self, paths: list[tuple[ImageRef, str]]) -> Tensor:
         """Latents [B, C, h, w] of (path, resize mode) pairs, on the generator's device."""
         return torch.stack([self.latent(*pair) for pair in paths]).to(self._generator.device)
 
-    def images(self, paths: list[tuple[Path, str]]) -> Tensor:
+    def images(self, paths: list[tuple[ImageRef, str]]) -> Tensor:
         """Images [B, 3, H, W] of (path, resize mode) pairs, on the generator's device."""
         return torch.stack([self.image(*pair) for pair in paths]).to(self._generator.device)

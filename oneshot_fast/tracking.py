@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
-def progress(total: int, description: str, unit: str) -> tqdm[Any]:
+def progress(total: int | None, description: str, unit: str) -> tqdm[Any]:
     """Progress bar with ETA on stderr; in a log file it prints a line now and then."""
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""What the M-step computes: its losses, the preserve pool, a training state to resume from.
+"""What the M-step computes: its losses, the preserve pool, the order of the pairs.
 
 All randomness is a function of the seed and the step, so that a state needs no generator state.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from oneshot_fast import ops
 from oneshot_fast.errors import require
@@ -52,17 +52,37 @@ class SftOptions:
     """Random noises per step for the preserve losses; by default batch_size."""
     preserve_pool_size: int = 512
     """Random noises whose base outputs are computed once, before training; steps draw from them."""
+    gradient_accumulation_steps: int = 1
+    """Parts that every batch is computed in, one after the other: less memory, and the same result
+    to rounding."""
+    gradient_checkpointing: bool = False
+    """Recompute the UNet's activations in the backward pass: less memory, the same result."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps the moments in 8 bits (torchao: pip install torchao)."""
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the trained weights; bfloat16 rounds updates stochastically, and needs adamw8bit."""
+    use_ema: bool = False
+    """End with an exponential moving average of the weights."""
+    ema_decay: float = 0.9999
+    """For --use_ema; it rises to this value over the first steps."""
     noise: Literal["matched", "random"] = "matched"
     """Train on the matched noises, or (baseline: direct SFT) on new random noise at every step."""
 
     def check(self) -> None:
         """Raise UserError for values that make no sense."""
-        for name in ("epochs", "batch_size", "preserve_pool_size"):
+        for name in (
+            "epochs", "batch_size", "preserve_pool_size", "gradient_accumulation_steps"
+        ):  # fmt: skip
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}; give at least 1")
         require(0 < self.lr < math.inf, f"lr is {self.lr}; give a positive number")
         require(self.max_grad_norm > 0, "max_grad_norm must be positive")
         require(self.lr_warmup_steps >= 0, "lr_warmup_steps must not be negative")
+        require(0 < self.ema_decay < 1, "ema_decay must be between 0 and 1")
+        require(
+            self.weights_dtype == "float32" or self.optimizer == "adamw8bit",
+            "weights_dtype bfloat16 needs stochastic rounding; add --optimizer adamw8bit",
+        )
         preserved = self.preserve_batch_size
         require(preserved is None or preserved >= 1, "preserve_batch_size must be at least 1")
         weights = (
@@ -160,6 +180,24 @@ class Batch:
     images: Tensor | None
     matched: int
 
+    def split(self, parts: int) -> Iterator[tuple[Batch, float, float]]:
+        """At most ``parts`` batches, with their shares of the pairs and of the other rows."""
+        n, m = self.matched, len(self.noise) - self.matched
+        rows = torch.arange(len(self.noise), device=self.noise.device)
+        for pairs, others in zip(
+            rows[:n].tensor_split(parts), rows[n:].tensor_split(parts), strict=True
+        ):
+            chosen = torch.cat((pairs, others))
+            if len(chosen):
+                prompts = replace(
+                    self.prompts,
+                    embeds=self.prompts.embeds[chosen],
+                    pooled=self.prompts.pooled[chosen],
+                )
+                images = None if self.images is None else self.images[pairs]
+                part = Batch(self.noise[chosen], prompts, self.latents[chosen], images, len(pairs))
+                yield part, len(pairs) / max(1, n), len(others) / max(1, m)
+
 
 def sft_losses(
     generator: OneStepGenerator, batch: Batch, options: SftOptions
@@ -172,9 +210,9 @@ def sft_losses(
     eps_hat, x = generator.predict(batch.noise, batch.prompts)
     sigma, n = generator.step.sigma, batch.matched
     latent = ops.latent_mse(eps_hat, x, batch.latents, sigma)
-    match = options.latent_loss_weight * latent[:n].mean()
+    match = options.latent_loss_weight * latent[:n].sum() / max(1, n)
     keep = options.preserve_latent_weight * latent[n:].sum() / max(1, len(latent) - n)
-    if options.pixel_l1_weight:
+    if options.pixel_l1_weight and n:
         assert batch.images is not None
         raw = generator.decode_raw((x - sigma * eps_hat)[:n])
         match = match + options.pixel_l1_weight * ops.pixel_l1(raw, batch.images).mean()
@@ -183,90 +221,6 @@ def sft_losses(
         base = generator.decode(batch.latents[n:])
         keep = keep + options.preserve_pixel_weight * ops.pixel_l1(raw, base).mean()
     return match, keep
-
-
-class Trainer:
-    """AdamW on the UNet with warm-up, clipping, the best weights and a file to resume from."""
-
-    def __init__(self, unet: nn.Module, options: SftOptions) -> None:
-        """Unfreeze ``unet`` and make the optimiser."""
-        unet.requires_grad_(True)
-        self.options = options
-        self.parameters = dict(unet.named_parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=options.lr, weight_decay=options.weight_decay
-        )
-        self.step = 0
-        self.sums = torch.zeros(3, device=next(unet.parameters()).device)
-        self.history: list[dict[str, Any]] = []
-        self.best_loss = math.inf
-        self.best: dict[str, Tensor] = {}
-
-    def update(self, match: Tensor, keep: Tensor) -> None:
-        """One optimiser step on the sum of both losses."""
-        warmup = min(1.0, (self.step + 1) / max(1, self.options.lr_warmup_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.lr * warmup
-        self.optimizer.zero_grad(set_to_none=True)
-        (match + keep).backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
-        self.optimizer.step()
-        self.step += 1
-        self.sums += torch.stack((match.detach(), keep.detach(), norm))
-
-    def end_epoch(self, epoch: int, steps: int) -> dict[str, Any]:
-        """Close an epoch of ``steps`` steps: add its row to the history, keep the best weights."""
-        match, keep, norm = (self.sums / steps).tolist()
-        self.sums.zero_()
-        row = {"epoch": epoch, "step": self.step, "loss": match + keep}
-        row |= {"matching": match, "preserve": keep, "gradient_norm": norm}
-        require(
-            math.isfinite(row["loss"]),
-            f"the loss is {row['loss']} in epoch {epoch}; start anew with a lower lr: --overwrite",
-        )
-        self.history.append(row)
-        if row["loss"] < self.best_loss:
-            self.best_loss = row["loss"]
-            self.best = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
-        return row
-
-    @torch.no_grad()
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Copy ``weights`` into the UNet."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
-
-    def save(self, path: Path) -> None:
-        """Write weights, moments, best weights, step and history as one safetensors file."""
-        tensors = {f"best/{name}": value for name, value in self.best.items()}
-        tensors["sums"] = self.sums
-        for name, parameter in self.parameters.items():
-            tensors[f"weight/{name}"] = parameter
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}/{name}"] = self.optimizer.state[parameter][moment]
-        best_loss = self.best_loss if self.best else None
-        position = {"step": self.step, "history": self.history, "best_loss": best_loss}
-        write_safetensors(path, tensors, {"position": position})
-
-    def load(self, path: Path) -> None:
-        """Continue from a file of ``save``."""
-        position = read_metadata(path, "position")
-        self.step, self.history = position["step"], position["history"]
-        self.best_loss = position["best_loss"] or math.inf
-        tensors = load_file(path)
-        self.load_weights(_named(tensors, "weight/"))
-        self.sums.copy_(tensors["sums"])
-        self.best = _named(tensors, "best/")
-        for name, parameter in self.parameters.items():
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.step)),
-                "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device),
-            }
-
-
-def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def batches(count: int, batch_size: int, seed: int, start: int, end: int) -> Iterator[list[int]]:

@@ -104,8 +104,10 @@ def curves(
 
 @_inline_svg
 def loss_band(losses: Sequence[Sequence[float]]) -> Figure:
-    """Median and 10 to 90 % band of the loss curves of all targets."""
-    table = torch.tensor(losses, dtype=torch.float64)
+    """Median and 10 to 90 % band of the loss curves of all targets; ended ones stay as they are."""
+    steps = range(max(map(len, losses)))
+    padded = [[curve[min(k, len(curve) - 1)] for k in steps] for curve in losses]
+    table = torch.tensor(padded, dtype=torch.float64)
     levels = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     low, middle, high = table.quantile(levels, 0).tolist()
     figure, axes = _axes("step", "loss")

@@ -187,7 +187,7 @@ def cycles_section(summary: Json) -> Section | None:
 
 def targets_section(summary: Json, rows: Sequence[Json]) -> Section:
     """Loss of the targets of an assign run before and after."""
-    late = sum(row["best_step"] == len(row["losses"]) - 1 for row in rows)
+    late = sum(row["best_step"] == summary["settings"]["steps"] for row in rows)
     worse = sum(row["best_loss"] >= row["initial_loss"] for row in rows)
     text = [
         f"{late} of {len(rows)} targets reached their lowest loss at the last step"

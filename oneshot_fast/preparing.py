@@ -1,0 +1,127 @@
+"""Targets made ready for the search: read, encoded and on the device, ahead of their turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from oneshot_fast.data import DataError, Failure, Record, file_sha256
+from oneshot_fast.search import Problem
+from oneshot_fast.seeds import derived_seed, gaussian
+
+if TYPE_CHECKING:
+    from oneshot_fast.generator import OneStepGenerator, PromptEncoding
+    from oneshot_fast.targets import Targets
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target with all that its search needs, on the generator's device.
+
+    Attributes:
+        index: Place in the data set.
+        record: Prompt and image.
+        seed: Seed of the base noise.
+        image_sha256: Of the image file.
+        is_truncated: Whether the prompt is too long for the text encoders.
+        eps: Base noise, [C, h, w] float32.
+        prompt: Encoding of the one prompt.
+        latent: [C, h, w] float32.
+        image: [3, H, W] float32 in [0, 1]; None without a pixel loss.
+    """
+
+    index: int
+    record: Record
+    seed: int
+    image_sha256: str
+    is_truncated: bool
+    eps: Tensor
+    prompt: PromptEncoding
+    latent: Tensor
+    image: Tensor | None
+
+
+class Preparer:
+    """Makes targets ready, a batch at a time."""
+
+    def __init__(
+        self,
+        generator: OneStepGenerator,
+        targets: Targets,
+        *,
+        seed: int,
+        resize_mode: str,
+        needs_images: bool,
+    ) -> None:
+        """Bind what all targets share.
+
+        Args:
+            generator: Encodes the prompts.
+            targets: Reads and encodes the images.
+            seed: Seed of the run.
+            resize_mode: "crop" or "squash".
+            needs_images: Keep the images, for a pixel loss.
+        """
+        self._generator, self._targets, self._seed = generator, targets, seed
+        self._resize_mode, self._needs_images = resize_mode, needs_images
+
+    def prepare(
+        self, batch: Sequence[tuple[int, Record] | Failure]
+    ) -> tuple[list[Target], list[Failure]]:
+        """Targets of (index, record) pairs; failures are passed on, with those of reading."""
+        readable, failures = [], []
+        for item in batch:
+            if isinstance(item, Failure):
+                failures.append(item)
+                continue
+            index, record = item
+            try:
+                latent = self._targets.latent(record.image_path, self._resize_mode)
+                readable.append((index, record, latent, file_sha256(record.image_path)))
+            except DataError as error:
+                failures.append(failure(record, str(error)))
+        if not readable:
+            return [], failures
+        generator, device = self._generator, self._generator.device
+        prompts = generator.encode_prompts([record.prompt for _, record, *_ in readable])
+        seeds = [derived_seed(self._seed, record.id) for _, record, *_ in readable]
+        latents = torch.stack([latent for _, _, latent, _ in readable]).to(device)
+        eps = gaussian(seeds, latents.shape[1:]).to(device)
+        paths = [(record.image_path, self._resize_mode) for _, record, *_ in readable]
+        images = self._targets.images(paths) if self._needs_images else None
+        ready = [
+            Target(
+                index,
+                record,
+                seeds[k],
+                sha256,
+                generator.is_truncated(record.prompt),
+                eps[k],
+                prompts.row(k),
+                latents[k],
+                None if images is None else images[k],
+            )
+            for k, (index, record, _, sha256) in enumerate(readable)
+        ]
+        return ready, failures
+
+
+def problem_of(targets: Sequence[Target]) -> Problem:
+    """The batch of ``targets``."""
+    prompts = targets[0].prompt.cat([target.prompt for target in targets])
+    images = [target.image for target in targets if target.image is not None]
+    return Problem(
+        torch.stack([target.eps for target in targets]),
+        prompts,
+        torch.stack([target.latent for target in targets]),
+        torch.stack(images) if images else None,
+    )
+
+
+def failure(record: Record, reason: str) -> Failure:
+    """The failure of ``record`` for ``reason``."""
+    return Failure(reason, record.line, record.id, record.prompt, record.image)

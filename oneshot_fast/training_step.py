@@ -1,0 +1,64 @@
+"""One step of the M-step on one batch, in as many parts as memory asks for."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from oneshot_fast.errors import UserError
+from oneshot_fast.training import Batch, sft_losses
+
+if TYPE_CHECKING:
+    from oneshot_fast.generator import OneStepGenerator
+    from oneshot_fast.trainer import Trainer
+
+
+class TrainingStep:
+    """Gradients and update of a batch; where memory runs out, once, the parts are halved."""
+
+    def __init__(self, generator: OneStepGenerator, trainer: Trainer) -> None:
+        """Start with the parts of ``trainer.options``."""
+        self._generator, self._trainer = generator, trainer
+        self._parts = trainer.options.gradient_accumulation_steps
+        self._halved = False
+
+    def __call__(self, batch: Batch) -> None:
+        """Update the weights with the gradient of the whole batch.
+
+        Raises:
+            UserError: If memory runs out although the parts were halved.
+            BadStepsError: See ``Trainer.update``.
+        """
+        while not self._backward(batch):
+            self._trainer.forget()
+            if self._halved or self._parts >= len(batch.noise):
+                raise UserError(
+                    "out of memory; try --gradient_checkpointing, a smaller --batch_size or "
+                    "--optimizer adamw8bit"
+                )
+            self._halved, self._parts = True, 2 * self._parts
+            print(
+                f"out of memory: from now on a batch is computed in {self._parts} parts, as with "
+                f"--gradient_accumulation_steps {self._parts}",
+                file=sys.stderr,
+            )
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        self._trainer.update()
+
+    def _backward(self, batch: Batch) -> bool:
+        """Add the gradients of all parts; False if memory ran out.
+
+        The tensors of a failed attempt live as long as its exception, so that ends here.
+        """
+        options = self._trainer.options
+        parts = [(batch, 1.0, 1.0)] if self._parts == 1 else batch.split(self._parts)
+        try:
+            for part, pairs, others in parts:
+                match, keep = sft_losses(self._generator, part, options)
+                self._trainer.add(match * pairs, keep * others)
+        except torch.OutOfMemoryError:
+            return False
+        return True
