@@ -86,14 +86,17 @@ def execute(command: AssignCommand) -> int:
     source = open_data(command)
 
     from oneshot_fast.batch_size import automatic_batch_size
+    from oneshot_fast.processes import gathered, is_main
     from oneshot_fast.report import write_assign_report
     from oneshot_fast.targets import Targets
 
     generator = command.model.load(command.model_id)
     targets = Targets(generator, command.data.resolution)
-    batch_size = command.batch_size
-    if batch_size == "auto":
-        batch_size = automatic_batch_size(generator, command.search, targets.resolution)
+    if command.batch_size == "auto":
+        fits = automatic_batch_size(generator, command.search, targets.resolution)
+        batch_size = min(gathered([fits]))  # batches are the same for all processes
+    else:
+        batch_size = command.batch_size
     if folder is None or command.dry_run:
         print_plan(command, generator, targets, batch_size, source.total)
         return OK
@@ -108,8 +111,9 @@ def execute(command: AssignCommand) -> int:
         num_images=command.num_images,
     )
     summary = run.run(source, overwrite=command.run.overwrite, report_to=command.run.report_to)
-    write_assign_report(folder, public(command))
-    print_summary(summary, folder)
+    if is_main():
+        write_assign_report(folder, public(command))
+        print_summary(summary, folder)
     return SOME_FAILED if summary["failed"] else OK
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from oneshot_fast.assign_shards import ShardWriter
 from oneshot_fast.background import Background, ahead
@@ -20,6 +20,7 @@ from oneshot_fast.data import Failure, Record, file_sha256
 from oneshot_fast.errors import RunError, require
 from oneshot_fast.matching import AssignOptions
 from oneshot_fast.preparing import Preparer, Target
+from oneshot_fast.processes import claims, gathered, is_main, kept_by_main, processes, wait
 from oneshot_fast.rotation import check_patching
 from oneshot_fast.runs import (
     RunFolder,
@@ -31,7 +32,7 @@ from oneshot_fast.runs import (
 )
 from oneshot_fast.solving import Solved, Solver
 from oneshot_fast.sources import FolderSource, Source
-from oneshot_fast.tracking import progress, start_tracking
+from oneshot_fast.tracking import end_tracking, progress, start_tracking
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from oneshot_fast.generator import OneStepGenerator
     from oneshot_fast.targets import Targets
 
+T = TypeVar("T")
 OUTPUTS = (
     "noises", "images", "logs", "manifest.jsonl", "failures.jsonl", "history.jsonl",
     "summary.json", "diagnostics.json", "report.html",
@@ -124,19 +126,29 @@ class AssignRun:
         """
         source = FolderSource([*data], [*failures]) if isinstance(data, Sequence) else data
         settings = self.settings(source)
-        with RunFolder(self.folder, settings, OUTPUTS, overwrite):
-            shards = sorted((self.folder / "noises").glob("*.safetensors"))
-            done = {row["id"]: row for shard in shards for row in read_metadata(shard, "rows")}
+        with kept_by_main(RunFolder(self.folder, settings, OUTPUTS, overwrite)):
+            done = self._done()
+            wait()  # until all have seen the same
             if isinstance(source, FolderSource):
                 self._check_unchanged(source.records, done)
             if self._is_complete(source, done):
                 return self._summary()
             failed: list[Failure] = []
             tracker = start_tracking(report_to, self.folder, settings)
-            mend_jsonl(self.folder / "history.jsonl")
+            if is_main():
+                mend_jsonl(self.folder / "history.jsonl")
             self._solve(source, done, failed, tracker)
-            tracker.end_training()
-            return self._finish(done, failed)
+            end_tracking(tracker)
+            failed = gathered(failed)
+            if is_main():
+                self._finish(self._done(), failed)
+            wait()
+            return self._summary()
+
+    def _done(self) -> dict[str, dict[str, Any]]:
+        """Rows of all shards by id."""
+        shards = sorted((self.folder / "noises").glob("*.safetensors"))
+        return {row["id"]: row for shard in shards for row in read_metadata(shard, "rows")}
 
     def _summary(self) -> dict[str, Any]:
         return dict(read_json(self.folder / "summary.json"))
@@ -168,7 +180,8 @@ class AssignRun:
         tracker: Accelerator,
     ) -> None:
         """Solve what is not done, while the next batch is read and the last one is written."""
-        write_jsonl(self.folder / "manifest.jsonl", done.values())
+        if is_main():
+            write_jsonl(self.folder / "manifest.jsonl", done.values())
         writer = ShardWriter(
             self.generator,
             self.targets,
@@ -177,8 +190,10 @@ class AssignRun:
             resize_mode=self.resize_mode,
             num_images=self.num_images,
         )
-        steps = self.options.steps + 1
-        total = None if source.total is None else (source.total - len(done)) * steps
+        total = None
+        if source.total is not None:
+            mine = -(-(source.total - len(done)) // processes().num_processes)
+            total = mine * (self.options.steps + 1)
         with (
             progress(total, "assign", "eval") as bar,
             Background(functools.partial(writer.write, done=done)) as writing,
@@ -212,7 +227,7 @@ class AssignRun:
             resize_mode=self.resize_mode,
             needs_images=self.options.pixel_l1_weight > 0,
         )
-        batches = self._pending(source, done)
+        batches = self._claimed(self._pending(source, done))
         with ThreadPoolExecutor(1) as reading:
             inline = map(preparer.prepare, batches)
             for targets, failed in (
@@ -221,6 +236,15 @@ class AssignRun:
                 failures += failed
                 if targets:
                     yield targets
+
+    def _claimed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches that this process is to solve."""
+        mine = claims(str(self.folder))
+        number = next(mine)
+        for k, batch in enumerate(batches):
+            if k == number:
+                yield batch
+                number = next(mine)
 
     def _pending(
         self, source: Source, done: Mapping[str, Any]
@@ -243,9 +267,8 @@ class AssignRun:
                 batch = []
         yield batch
 
-    def _finish(
-        self, done: Mapping[str, dict[str, Any]], failures: Sequence[Failure]
-    ) -> dict[str, Any]:
+    def _finish(self, done: Mapping[str, dict[str, Any]], failures: Sequence[Failure]) -> None:
+        """Write the manifest, the failures and the summary."""
         rows = sorted(done.values(), key=lambda row: int(row["index"]))
         write_jsonl(self.folder / "manifest.jsonl", rows)
         write_jsonl(
@@ -267,7 +290,6 @@ class AssignRun:
             "settings": read_json(self.folder / "run.json"),
         }
         write_json(self.folder / "summary.json", summary)
-        return summary
 
 
 def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:

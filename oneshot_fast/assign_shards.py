@@ -17,6 +17,7 @@ from torch import Tensor
 from oneshot_fast.data import Failure, image_text
 from oneshot_fast.images import save_png
 from oneshot_fast.preparing import failure
+from oneshot_fast.processes import is_main
 from oneshot_fast.runs import append_jsonl, write_safetensors
 from oneshot_fast.solving import Solved
 
@@ -108,6 +109,8 @@ class ShardWriter:
             save_png(self._folder / "images" / name, image)
         write_safetensors(self._folder / noise_path, {"z": shard.z, "q": shard.q}, {"rows": rows})
         done.update((row["id"], row) for row in rows)
+        if not is_main():  # the lists are made of all shards in the end
+            return
         append_jsonl(self._folder / "manifest.jsonl", rows)
         now = time.perf_counter()
         event = {

@@ -193,7 +193,10 @@ def run_command(
     silence_imports()
     again = "everything finished is kept; repeat the command to go on"
     try:
-        return command(_parse(name, options, argv))
+        code = command(_parse(name, options, argv))
+        if "oneshot_fast.processes" in sys.modules:
+            sys.modules["oneshot_fast.processes"].leave()
+        return code
     except UserError as error:
         return _fail(BAD_INPUT, str(error))
     except KeyboardInterrupt:

@@ -147,6 +147,9 @@ class EmCommand:
     """Targets per E-step whose images are saved and shown; -1 for all."""
     save_minutes: float = 5.0
     """Minutes between saved training states; 0 saves after every step."""
+    dry_run: bool = False
+    """Print parameters, memory by part, disk and time needed of both steps, from a few timed ones
+    on random data; nothing is written."""
     em: EmOptions = EmOptions()
     data: DataOptions = DataOptions()
     model: ModelOptions = ModelOptions()
@@ -159,13 +162,49 @@ def execute(command: EmCommand) -> int:
     model_id = command.initial_model_id or ("stabilityai/sdxl-turbo" if own_data else "tiny")
     options = command.em.resolve(embedded=not own_data)
     command = dataclasses.replace(command, initial_model_id=model_id, em=options)
+    if command.dry_run:
+        print_plan(command)
+        return OK
     summary = EmRun(command).run()
 
+    from oneshot_fast.processes import is_main
     from oneshot_fast.report import write_em_report
 
-    write_em_report(command.work_dir, public(command))
-    print_summary(summary, command.work_dir)
+    if is_main():
+        write_em_report(command.work_dir, public(command))
+        print_summary(summary, command.work_dir)
     return SOME_FAILED if summary["failed"] else OK
+
+
+def print_plan(command: EmCommand) -> None:
+    """Say what the command would need; ``command.em`` is resolved."""
+    em, data = command.em, command.data
+    em.assign().check()
+    em.sft().check()
+
+    from oneshot_fast.dry_run import assign_plan, sft_plan
+    from oneshot_fast.tiny.dataset import TRAIN_PAIRS
+
+    if data.data_root is None:
+        samples = len(range(TRAIN_PAIRS)[data.start_index :][: data.max_samples])
+    else:
+        samples = len(data.read(data.data_root)[0])
+    generator = command.model.load(command.initial_model_id or "tiny", master_weights=True)
+    side = data.resolution or generator.image_size
+    e_step = assign_plan(
+        generator,
+        em.assign(),
+        resolution=side,
+        batch_size=em.assign_batch_size,
+        samples=samples,
+        num_images=command.num_images,
+    )
+    m_step = sft_plan(generator, em.sft(), resolution=side, samples=samples)
+    assert e_step.seconds is not None
+    assert m_step.seconds is not None
+    hours = em.num_cycles * (e_step.seconds + m_step.seconds) / 3600
+    print(f"E-step\n{e_step}\n\nM-step\n{m_step}\n")
+    print(f"in all, {em.num_cycles} cycles: {hours:.2f} h, without the evaluations")
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:

@@ -18,10 +18,18 @@ from torch import Tensor
 from oneshot_fast.assign_run import AssignRun
 from oneshot_fast.data import Record, read_manifest
 from oneshot_fast.errors import require
-from oneshot_fast.runs import RunFolder, append_jsonl, mend_jsonl, write_json, write_jsonl
+from oneshot_fast.processes import is_main, kept_by_main, main_first
+from oneshot_fast.runs import (
+    RunFolder,
+    append_jsonl,
+    mend_jsonl,
+    read_json,
+    write_json,
+    write_jsonl,
+)
 from oneshot_fast.seeds import derived_seed
 from oneshot_fast.sft_run import SftRun
-from oneshot_fast.tracking import start_tracking
+from oneshot_fast.tracking import end_tracking, start_tracking
 from oneshot_fast.training import PreservePool, SftOptions
 
 if TYPE_CHECKING:
@@ -76,7 +84,7 @@ class EmRun:
         from oneshot_fast.tiny.dataset import write_default_dataset
 
         data = self.folder / "data"
-        write_default_dataset(data)
+        main_first(lambda: write_default_dataset(data))
         return data / "train", self.command.heldout_root or data / "heldout"
 
     def settings(self) -> dict[str, Any]:
@@ -106,8 +114,9 @@ class EmRun:
         old = (path.name for path in self.folder.glob("cycle-*"))  # may be more than the new ones
         outputs = (*OUTPUTS, *sorted({*old, *map(_name, cycles)}))
         settings = self.settings()
-        with RunFolder(self.folder, settings, outputs, run.overwrite):
-            mend_jsonl(self.folder / "history.jsonl")
+        with kept_by_main(RunFolder(self.folder, settings, outputs, run.overwrite)):
+            if is_main():
+                mend_jsonl(self.folder / "history.jsonl")
             tracker = start_tracking(run.report_to, self.folder, settings)
             measure = self._measure()
             self._evaluate(measure, "base")
@@ -121,16 +130,20 @@ class EmRun:
             if self.command.compare_direct:
                 self.generator.unet.load_state_dict(initial)
                 self._train_directly(measure, pool)
-            tracker.end_training()
-            self._finish(settings)
-        return self.summary
+            end_tracking(tracker)
+            if is_main():
+                self._finish(settings)
+        return dict(read_json(self.folder / "summary.json"))
 
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[Path]:
         """Yield the folder of a stage and note in history.jsonl how long it took."""
         started = time.perf_counter()
-        print(f"[{name}]", file=sys.stderr)
+        if is_main():
+            print(f"[{name}]", file=sys.stderr)
         yield self.folder / name
+        if not is_main():
+            return
         path = self.folder / "history.jsonl"
         if name not in (row["stage"] for row in mend_jsonl(path)):
             seconds = round(time.perf_counter() - started, 3)
@@ -164,7 +177,7 @@ class EmRun:
 
     def _evaluate(self, measure: RandomNoiseMeasure, name: str) -> dict[str, float]:
         with self._stage(f"eval/{name}") as path:
-            result = measure.measure(self.generator, path)
+            result = main_first(lambda: measure.measure(self.generator, path))
         self.summary["random_noise"][name] = result
         return result
 
@@ -172,13 +185,16 @@ class EmRun:
         options = self.command.em.sft()
         if not options.preserves:
             return None
-        return PreservePool.build(
-            self.generator,
-            [record.prompt for record in self.records],
-            self.generator.latent_shape(self.targets.resolution, self.targets.resolution),
-            options.preserve_pool_size,
-            self.command.run.seed,
-            self.folder / "preserve.safetensors",
+        shape = self.generator.latent_shape(self.targets.resolution, self.targets.resolution)
+        return main_first(
+            lambda: PreservePool.build(
+                self.generator,
+                [record.prompt for record in self.records],
+                shape,
+                options.preserve_pool_size,
+                self.command.run.seed,
+                self.folder / "preserve.safetensors",
+            )
         )
 
     def _assigner(self, folder: Path, seed: int) -> AssignRun:

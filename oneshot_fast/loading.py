@@ -15,6 +15,7 @@ from diffusers import (
 from oneshot_fast.decoder import Decoder
 from oneshot_fast.errors import ModelError
 from oneshot_fast.generator import OneStepGenerator
+from oneshot_fast.processes import processes
 from oneshot_fast.tiny.model import model_path
 
 
@@ -45,7 +46,7 @@ def load_generator(
     Raises:
         ModelError: If it cannot be loaded or is not a one-step model of SDXL's shape.
     """
-    device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _usable_device(device or _default_device())
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     weights = torch.float32 if master_weights else dtype
     options = {"dtype": weights, "local_files_only": local_files_only}
@@ -81,6 +82,13 @@ def load_tiny_decoder(
             f"channels, the model has {latent_channels}"
         )
     return Decoder(vae.to(device).requires_grad_(False).eval())
+
+
+def _default_device() -> str | torch.device:
+    """The GPU of this process, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return processes().device if processes().num_processes > 1 else "cuda"
 
 
 def _usable_device(name: str | torch.device) -> torch.device:

@@ -31,6 +31,9 @@ class SftCommand:
     """Folder of the results."""
     save_minutes: float = 5.0
     """Minutes between saved training states; 0 saves after every step."""
+    dry_run: bool = False
+    """Print parameters, memory by part, disk and time needed, from a few timed passes on random
+    data; nothing is written."""
     training: SftOptions = SftOptions()
     model: ModelOptions = ModelOptions()
     run: RunOptions = RunOptions()
@@ -38,20 +41,27 @@ class SftCommand:
 
 def execute(command: SftCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
-    if command.manifest_path is None or command.output_dir is None:
+    folder = command.output_dir
+    if command.manifest_path is None or (folder is None and not command.dry_run):
         raise UserError("give --manifest_path FILE and --output_dir DIR")
     command.training.check()
     pairs, failures = read_manifest(command.manifest_path)
 
+    from oneshot_fast.processes import is_main
     from oneshot_fast.report import write_sft_report
     from oneshot_fast.targets import Targets
 
     generator = command.model.load(command.model_id, master_weights=True)
     side = _latent_side(pairs) * generator.pipe.vae_scale_factor
+    if folder is None or command.dry_run:
+        from oneshot_fast.dry_run import sft_plan
+
+        print(sft_plan(generator, command.training, resolution=side, samples=len(pairs)))
+        return OK
     run = SftRun(
         generator,
         Targets(generator, side),
-        command.output_dir,
+        folder,
         command.training,
         seed=command.run.seed,
         save_minutes=command.save_minutes,
@@ -59,8 +69,9 @@ def execute(command: SftCommand) -> int:
     summary = run.run(
         pairs, failures, overwrite=command.run.overwrite, report_to=command.run.report_to
     )
-    write_sft_report(command.output_dir, public(command))
-    print_summary(summary, command.output_dir)
+    if is_main():
+        write_sft_report(folder, public(command))
+        print_summary(summary, folder)
     return SOME_FAILED if summary["failed"] else OK
 
 

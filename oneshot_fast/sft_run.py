@@ -6,20 +6,20 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from oneshot_fast import ops
-from oneshot_fast.data import DataError, Failure, MatchedPair, file_sha256, load_noise
-from oneshot_fast.errors import UserError, require
+from oneshot_fast.data import Failure, MatchedPair, file_sha256
+from oneshot_fast.errors import require
+from oneshot_fast.examples import Examples
 from oneshot_fast.interrupts import Interrupts
+from oneshot_fast.processes import is_main, kept_by_main, main_first
 from oneshot_fast.runs import RunFolder, read_json, write_json, write_jsonl
 from oneshot_fast.seeds import derived_seed, gaussian
-from oneshot_fast.tracking import progress, start_tracking
+from oneshot_fast.tracking import end_tracking, progress, start_tracking
 from oneshot_fast.trainer import BadStepsError, Trainer
 from oneshot_fast.training import Batch, PreservePool, SftOptions, batches
 from oneshot_fast.training_step import TrainingStep
@@ -34,21 +34,6 @@ OUTPUTS = (
     "checkpoint-best", "checkpoint-final", "logs", "failures.jsonl", "history.jsonl",
     "preserve.safetensors", "state.safetensors", "summary.json", "report.html",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Everything the training reads, on the CPU.
-
-    Attributes:
-        pairs: n matched pairs.
-        noises: [n, C, h, w] float32.
-        latents: Target latents, [n, C, h, w] float32.
-    """
-
-    pairs: list[MatchedPair]
-    noises: Tensor
-    latents: Tensor
 
 
 class SftRun:
@@ -130,51 +115,30 @@ class SftRun:
             UserError: If no pair can be used, or the loss becomes NaN or infinite.
         """
         settings = self.settings(pairs)
-        with RunFolder(self.folder, settings, OUTPUTS, overwrite):
+        with kept_by_main(RunFolder(self.folder, settings, OUTPUTS, overwrite)):
             final = self.folder / "checkpoint-final"
             if (self.folder / "summary.json").exists() and final.exists():
-                (self.folder / "state.safetensors").unlink(missing_ok=True)
+                if is_main():
+                    (self.folder / "state.safetensors").unlink(missing_ok=True)
                 self.generator.load_unet(final)
                 return read_json(self.folder / "summary.json")
             tracker = start_tracking(report_to, self.folder, settings)
             failures = list(failures)
-            usable = self._encode(pairs, failures)
+            usable = Examples.load(self.generator, self.targets, pairs, failures)
             if self.options.preserves and pool is None:
-                pool = self._build_pool(usable)
+                pool = main_first(lambda: self._build_pool(usable))
             summary = self._train(usable, pool, tracker)
-            tracker.end_training()
+            end_tracking(tracker)
             summary |= {"failed": len(failures), "settings": settings}
-            write_jsonl(
-                self.folder / "failures.jsonl",
-                [{k: v for k, v in vars(f).items() if v is not None} for f in failures],
-            )
-            write_json(self.folder / "summary.json", summary)
-            (self.folder / "state.safetensors").unlink(missing_ok=True)
+            if is_main():
+                self._finish(summary, failures)
             return summary
 
-    def _encode(self, pairs: Sequence[MatchedPair], failures: list[Failure]) -> Examples:
-        """Noises and target latents of all pairs, on the CPU; unreadable pairs become failures."""
-        shape = self.generator.latent_shape(self.targets.resolution, self.targets.resolution)
-        usable, noises, latents = [], [], []
-        for pair in pairs:
-            try:
-                noise = load_noise(pair)
-                if noise.shape != shape:
-                    raise DataError(
-                        f"{pair.noise_path}: the noise is {list(noise.shape)}, the model takes "
-                        f"{list(shape)}"
-                    )
-                if pair.image_sha256 not in (None, file_sha256(pair.image_path)):
-                    raise DataError(f"{pair.image_path} changed after its noise was assigned")
-                latents.append(self.targets.latent(pair.image_path, pair.resize_mode))
-            except DataError as error:
-                failures.append(Failure(str(error), id=pair.id, prompt=pair.prompt))
-                continue
-            usable.append(pair)
-            noises.append(noise)
-        if not usable:
-            raise UserError(f"no pair of the manifest can be used; the first: {failures[0].reason}")
-        return Examples(usable, torch.stack(noises), torch.stack(latents))
+    def _finish(self, summary: dict[str, Any], failures: Sequence[Failure]) -> None:
+        rows = [{k: v for k, v in vars(f).items() if v is not None} for f in failures]
+        write_jsonl(self.folder / "failures.jsonl", rows)
+        write_json(self.folder / "summary.json", summary)
+        (self.folder / "state.safetensors").unlink(missing_ok=True)
 
     def _build_pool(self, examples: Examples) -> PreservePool:
         return PreservePool.build(
@@ -202,14 +166,15 @@ class SftRun:
         seconds = time.perf_counter() - started
         unet.disable_gradient_checkpointing()
         require(bool(trainer.best), "no step had a finite loss and gradient; lower the lr")
-        write_jsonl(self.folder / "history.jsonl", trainer.history)
         final = {name: p.clone() for name, p in trainer.final().items()}
         trainer.load_weights(final)
         after = self._matched_loss(examples)
-        trainer.load_weights(trainer.best)
-        self.generator.save(self.folder / "checkpoint-best")
-        trainer.load_weights(final)
-        self.generator.save(self.folder / "checkpoint-final")
+        if is_main():
+            write_jsonl(self.folder / "history.jsonl", trainer.history)
+            trainer.load_weights(trainer.best)
+            self.generator.save(self.folder / "checkpoint-best")
+            trainer.load_weights(final)
+            self.generator.save(self.folder / "checkpoint-final")
         unet.requires_grad_(False).to(dtype)
         return {
             "samples": len(examples.pairs),
@@ -254,6 +219,8 @@ class SftRun:
                 bar.update()
 
     def _save(self, trainer: Trainer) -> None:
+        if not is_main():
+            return
         trainer.save(self.folder / "state.safetensors")
         write_jsonl(self.folder / "history.jsonl", trainer.history)
 

@@ -39,3 +39,9 @@ def start_tracking(name: str, folder: Path, settings: dict[str, Any]) -> Acceler
     config = {key: str(value) for key, value in settings.items()} | numbers
     accelerator.init_trackers("logs", config=config)
     return accelerator
+
+
+def end_tracking(accelerator: Accelerator) -> None:
+    """Close the trackers; ``Accelerator.end_training`` would also end the process group."""
+    for tracker in accelerator.trackers:
+        tracker.finish()

@@ -68,6 +68,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.losses = torch.zeros_like(self.losses)
 
+    def gradients(self) -> list[Tensor]:
+        """What ``add`` summed up: the gradient of every weight, zero if it has none, and losses."""
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [*(p.grad for p in self.parameters.values() if p.grad is not None), self.losses]
+
     def update(self) -> None:
         """One optimiser step on what was added.
 

@@ -1,4 +1,4 @@
-"""One step of the M-step on one batch, in as many parts as memory asks for."""
+"""One step of the M-step on one batch, in as many parts as processes and memory ask for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from oneshot_fast.errors import UserError
+from oneshot_fast.processes import add_up, processes
 from oneshot_fast.training import Batch, sft_losses
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class TrainingStep:
             )
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        if processes().num_processes > 1:
+            add_up(self._trainer.gradients())
         self._trainer.update()
 
     def _backward(self, batch: Batch) -> bool:
@@ -53,10 +56,11 @@ class TrainingStep:
 
         The tensors of a failed attempt live as long as its exception, so that ends here.
         """
-        options = self._trainer.options
-        parts = [(batch, 1.0, 1.0)] if self._parts == 1 else batch.split(self._parts)
+        options, here = self._trainer.options, processes()
+        count = self._parts * here.num_processes
+        parts = [(batch, 1.0, 1.0)] if count == 1 else list(batch.split(count))
         try:
-            for part, pairs, others in parts:
+            for part, pairs, others in parts[here.process_index :: here.num_processes]:
                 match, keep = sft_losses(self._generator, part, options)
                 self._trainer.add(match * pairs, keep * others)
         except torch.OutOfMemoryError:

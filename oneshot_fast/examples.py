@@ -1,0 +1,73 @@
+"""The matched pairs of a training, read and encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from oneshot_fast.data import DataError, Failure, MatchedPair, file_sha256, load_noise
+from oneshot_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from oneshot_fast.generator import OneStepGenerator
+    from oneshot_fast.targets import Targets
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Everything the training reads, on the CPU.
+
+    Attributes:
+        pairs: n matched pairs.
+        noises: [n, C, h, w] float32.
+        latents: Target latents, [n, C, h, w] float32.
+    """
+
+    pairs: list[MatchedPair]
+    noises: Tensor
+    latents: Tensor
+
+    @classmethod
+    def load(
+        cls,
+        generator: OneStepGenerator,
+        targets: Targets,
+        pairs: Sequence[MatchedPair],
+        failures: list[Failure],
+    ) -> Examples:
+        """Read the noises of ``pairs`` and encode their targets.
+
+        Args:
+            generator: Its latents give the shape of a noise.
+            targets: Reads and encodes the target images.
+            pairs: What to read.
+            failures: Takes the pairs that cannot be read.
+
+        Raises:
+            UserError: If no pair can be used.
+        """
+        shape = generator.latent_shape(targets.resolution, targets.resolution)
+        usable, noises, latents = [], [], []
+        for pair in pairs:
+            try:
+                noise = load_noise(pair)
+                if noise.shape != shape:
+                    raise DataError(
+                        f"{pair.noise_path}: the noise is {list(noise.shape)}, the model takes "
+                        f"{list(shape)}"
+                    )
+                if pair.image_sha256 not in (None, file_sha256(pair.image_path)):
+                    raise DataError(f"{pair.image_path} changed after its noise was assigned")
+                latents.append(targets.latent(pair.image_path, pair.resize_mode))
+            except DataError as error:
+                failures.append(Failure(str(error), id=pair.id, prompt=pair.prompt))
+                continue
+            usable.append(pair)
+            noises.append(noise)
+        if not usable:
+            raise UserError(f"no pair of the manifest can be used; the first: {failures[0].reason}")
+        return cls(usable, torch.stack(noises), torch.stack(latents))

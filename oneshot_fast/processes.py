@@ -1,0 +1,98 @@
+"""Several processes on one job, as ``accelerate launch`` or ``torchrun`` start them, or just one.
+
+The main process keeps a run's folder: it locks it, compares settings and writes what there is once.
+The others do their part of the work, write only their own shards, and wait for it where they must.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+T = TypeVar("T")
+_PATIENCE = timedelta(hours=12)  # how long a process waits for a slower one
+
+
+def processes() -> PartialState:
+    """This process among the others: ``is_main_process``, ``num_processes``, ``device``, ..."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=_PATIENCE)
+
+
+def is_main() -> bool:
+    """Whether this process keeps the folder."""
+    return bool(processes().is_main_process)
+
+
+def wait() -> None:
+    """Wait until every process has come here."""
+    processes().wait_for_everyone()
+
+
+@contextlib.contextmanager
+def kept_by_main(folder: contextlib.AbstractContextManager[object]) -> Iterator[None]:
+    """Enter ``folder`` in the main process, and let all begin and end together."""
+    with folder if is_main() else contextlib.nullcontext():
+        wait()
+        yield
+        wait()
+
+
+def main_first(work: Callable[[], T]) -> T:
+    """Let the main process do ``work`` first, so that the others find its files."""
+    with processes().main_process_first():
+        return work()
+
+
+def gathered(items: Sequence[T]) -> list[T]:
+    """The items of all processes, in the order of the processes."""
+    if processes().num_processes == 1:
+        return list(items)
+    from accelerate.utils import gather_object
+
+    return list(gather_object(list(items)))
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over the processes, the same bits everywhere."""
+    if processes().num_processes > 1:
+        work = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
+        for handle in work:
+            handle.wait()
+
+
+def claims(job: str) -> Iterator[int]:
+    """Numbers 0, 1, 2, ... of pieces of work; each number goes to one process only.
+
+    They are handed out on demand, by a counter of the process group's store, so that a slow process
+    does not hold up the others.
+
+    Args:
+        job: Name of the counter, new for every job.
+    """
+    if processes().num_processes == 1:
+        yield from itertools.count()
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store = _get_default_store()
+    while True:
+        yield store.add(f"oneshot_fast/{job}", 1) - 1
+
+
+def leave() -> None:
+    """Leave the others at the end of a command; a process that just exits can abort them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        wait()
+        torch.distributed.destroy_process_group()
