@@ -1,23 +1,44 @@
-"""What an assignment will need, from a few timed steps; writes nothing."""
+"""What an assignment or a training will need, from a few timed steps; writes nothing."""
 
 from __future__ import annotations
 
 import functools
+import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from oneshot_fast.matching import AssignOptions, objective
+from oneshot_fast.memory import PARTS, StepMemory, training_batch, training_memory
 from oneshot_fast.search import Problem, Search
+from oneshot_fast.training import SftOptions, sft_losses
 
 if TYPE_CHECKING:
     from oneshot_fast.generator import OneStepGenerator
 
-_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _TIMED = 3
 _ROW, _PER_LOSS, _PER_PIXEL = 600, 21, 2  # bytes of JSON, twice on disk, and of PNG: about
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command will need.
+
+    Attributes:
+        lines: For a person.
+        seconds: For all of it; None where the number of samples is not known.
+    """
+
+    lines: list[str]
+    seconds: float | None
+
+    def __str__(self) -> str:
+        """The lines, as printed."""
+        return "\n".join(self.lines)
 
 
 def assign_plan(
@@ -28,8 +49,8 @@ def assign_plan(
     batch_size: int,
     samples: int | None,
     num_images: int,
-) -> str:
-    """Parameters, memory by part, disk and time of an assignment, as lines of text.
+) -> Plan:
+    """Parameters, memory by part, disk and time of an assignment.
 
     Steps are timed, and activations counted, on random targets of the full batch size, without
     the time for reading data.
@@ -45,7 +66,7 @@ def assign_plan(
     count = batch_size if samples is None else min(batch_size, samples)
     search = _random_search(generator, options, resolution, count)
     lines, memory = [], {}
-    for part in _PARTS:
+    for part in PARTS:
         tensors = [*getattr(generator.pipe, part).parameters()]
         lines.append(f"parameters of {part}: {sum(t.numel() for t in tensors) / 1e6:.1f} million")
         memory[f"weights of {part}"] = sum(tensor.nbytes for tensor in tensors)
@@ -54,9 +75,101 @@ def assign_plan(
     lines += [f"memory, {name}: {_size(value)}" for name, value in memory.items()]
     lines.append(f"memory, sum for {count} targets at once: {_size(sum(memory.values()))}")
     if generator.device.type == "cuda":
-        lines.append(f"memory, measured peak: {_size(torch.cuda.max_memory_allocated())}")
-    lines += _outlook(search, options, resolution, count, samples, num_images)
-    return "\n".join(lines)
+        lines.append(f"memory, measured peak: {_size(_device_peak())}")
+    per_target = _shortest(lambda: search.advance().cpu()) * (options.steps + 1) / count
+    lines += _outlook(search, options, resolution, count, samples, num_images, per_target)
+    return Plan(lines, None if samples is None else per_target * samples)
+
+
+def sft_plan(
+    generator: OneStepGenerator, options: SftOptions, *, resolution: int, samples: int
+) -> Plan:
+    """Parameters, memory by part, disk and time of a training.
+
+    Memory is found on tensors without data, time from forward and backward passes on random data
+    that keep no gradient: the weights stay as they are.
+
+    Args:
+        generator: The generator.
+        options: How it is trained.
+        resolution: Image side in pixels.
+        samples: Matched pairs.
+    """
+    memory = training_memory(generator, options, resolution)
+    lines = []
+    for part in PARTS:
+        count = sum(p.numel() for p in getattr(generator.pipe, part).parameters())
+        lines.append(f"parameters of {part}: {count / 1e6:.1f} million")
+    lines.append(f"trained parameters: {memory.trained / 1e6:.1f} million")
+    lines += _memory_lines(memory)
+    seconds = _training_seconds(generator, options, resolution)
+    if generator.device.type == "cuda":
+        lines.append(f"memory, measured without optimiser: {_size(_device_peak())}")
+    per_epoch = math.ceil(samples / options.batch_size)
+    steps = per_epoch * options.epochs
+    checkpoint = memory.trained_bytes
+    if memory.trained_bytes == memory.weights["unet"]:
+        checkpoint = sum(memory.weights.values())
+    best = memory.average or memory.trained_bytes
+    state = memory.trained_bytes + memory.moments + memory.average + best
+    latent = 4 * math.prod(generator.latent_shape(resolution, resolution))
+    pool = latent * options.preserve_pool_size if options.preserves else 0
+    lines += [
+        f"disk: {_size(2 * checkpoint)} for two checkpoints, {_size(state)} for the training state "
+        f"(twice that while it is replaced), {_size(pool)} for the preserve pool",
+        f"time: {seconds:.3f} s per step of {options.batch_size} pairs, optimiser not counted",
+        f"in all, for {samples} pairs and {steps} steps: {seconds * steps / 3600:.2f} h",
+    ]
+    return Plan(lines, seconds * steps)
+
+
+def _memory_lines(memory: StepMemory) -> list[str]:
+    parts = {f"weights of {part}": size for part, size in memory.weights.items()}
+    parts |= {
+        "optimiser's moments": memory.moments,
+        "average of the weights": memory.average,
+        "gradients": memory.gradients,
+        "activations": memory.activations,
+        "gradients, activations and temporary tensors at once": memory.step,
+        "peak of a step": memory.peak,
+    }
+    return [f"memory, {name}: {_size(size)}" for name, size in parts.items()]
+
+
+def _training_seconds(generator: OneStepGenerator, options: SftOptions, resolution: int) -> float:
+    """Shortest of a few forward and backward passes of a whole batch."""
+    unet, rank = generator.pipe.unet, getattr(options, "lora_rank", 0)
+    with torch.device(generator.device):
+        batch = training_batch(generator, options, resolution)
+    batch.noise.requires_grad_(bool(rank))
+    unet.requires_grad_(not rank)
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        for p in unet.parameters()
+        if p.requires_grad
+    ]
+    if options.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+
+    def run() -> None:
+        loss = torch.zeros(())
+        for part, pairs, others in batch.split(options.gradient_accumulation_steps):
+            match, keep = sft_losses(generator, part, options)
+            loss = match * pairs + keep * others
+            loss.backward()
+        loss.detach().cpu()
+
+    try:
+        return _shortest(run)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        unet.disable_gradient_checkpointing()
+        unet.requires_grad_(False)
+
+
+def _device_peak() -> int:
+    return torch.cuda.max_memory_allocated()
 
 
 def _outlook(
@@ -66,12 +179,12 @@ def _outlook(
     count: int,
     samples: int | None,
     num_images: int,
+    per_target: float,
 ) -> list[str]:
     """Lines on disk and time."""
     each = search.shard_bytes // count + 2 * (_ROW + _PER_LOSS * (options.steps + 1))
     pictures = 3 * _PER_PIXEL * resolution**2
-    seconds = _step_seconds(search)
-    per_target = seconds * (options.steps + 1) / count
+    seconds = per_target * count / (options.steps + 1)
     lines = [
         f"disk: {_size(each)} per target, {_size(pictures)} more with pictures",
         f"time: {seconds:.3f} s per step, {1 / per_target:.2f} images/s",
@@ -96,19 +209,19 @@ def _random_search(
     return Search(problem, options, functools.partial(objective, generator, options))
 
 
-def _step_seconds(search: Search) -> float:
-    """Shortest of a few steps, each to its end on the device."""
+def _shortest(run: Callable[[], object]) -> float:
+    """Seconds of the shortest of a few runs, each to its end on the device."""
     found = []
     for _ in range(_TIMED):
         started = time.perf_counter()
-        search.advance().cpu()
+        run()
         found.append(time.perf_counter() - started)
     return min(found)
 
 
 def _activations(generator: OneStepGenerator, search: Search) -> int:
     """Bytes that one step keeps for its backward pass, weights not counted."""
-    modules = [getattr(generator.pipe, part) for part in _PARTS]
+    modules = [getattr(generator.pipe, part) for part in PARTS]
     weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
     kept: dict[int, int] = {}
 

@@ -1,0 +1,136 @@
+"""Estimated peak memory of full-size SDXL-Turbo; builds it from fake tensors, which hold no data.
+
+python benchmarks/memory_estimate.py [--output benchmarks/results/memory_estimate.md]
+"""
+
+import argparse
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from sdxl_models import SIZES, _text, build_pipeline, build_unet
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from oneshot_fast.generator import OneStepGenerator
+from oneshot_fast.matching import AssignOptions
+from oneshot_fast.memory import StepMemory, assignment_memory, training_memory
+from oneshot_fast.training import SftOptions
+
+RESOLUTION = 512
+LATENT_ONLY = {"batch_size": 1, "preserve_pixel_weight": 0.0, "gradient_checkpointing": True}
+SMALL_STATE = {"weights_dtype": "bfloat16", "optimizer": "adamw8bit"}
+
+
+def full_generator(dtype: torch.dtype) -> OneStepGenerator:
+    """SDXL-Turbo's sizes on fake tensors, computing in bfloat16.
+
+    Args:
+        dtype: Of all weights.
+    """
+    pipe = build_pipeline("tiny", "cpu", torch.float32)
+    texts, tokenizer, channels = SIZES["full"]["text"], pipe.tokenizer, SIZES["full"]["vae"]
+    previous = torch.get_default_dtype()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        torch.set_default_dtype(dtype)
+        try:
+            vae = AutoencoderKL(
+                block_out_channels=channels,
+                layers_per_block=2,
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                latent_channels=4,
+                force_upcast=True,
+            )
+            unet = build_unet("full")
+            text = CLIPTextModel(_text(tokenizer, *texts[0], "quick_gelu"))
+            text_2 = CLIPTextModelWithProjection(_text(tokenizer, *texts[1], "gelu"))
+        finally:
+            torch.set_default_dtype(previous)
+    generator = OneStepGenerator(pipe, autocast=torch.bfloat16)
+    pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2 = (
+        module.requires_grad_(False).eval() for module in (unet, vae, text, text_2)
+    )
+    return generator
+
+
+def estimates() -> dict[str, tuple[StepMemory, str]]:
+    """Each case's memory and its target."""
+    generator = full_generator(torch.float32)  # as the training loads it
+    sft = {
+        "SFT, all options for little memory": (
+            {**LATENT_ONLY, **SMALL_STATE, "optimizer_in_backward": True}, "16",
+        ),
+        "SFT, without optimizer_in_backward": ({**LATENT_ONLY, **SMALL_STATE}, "-"),
+        "SFT, float32 weights, AdamW, checkpointing": (LATENT_ONLY, "-"),
+        "SFT, float32 weights, AdamW, no checkpointing": (
+            {**LATENT_ONLY, "gradient_checkpointing": False}, "-",
+        ),
+        "LoRA rank 16, bfloat16 base, checkpointing": (
+            {**LATENT_ONLY, **SMALL_STATE, "lora_rank": 16}, "9",
+        ),
+        "LoRA rank 16, bfloat16 base, no checkpointing": (
+            {**LATENT_ONLY, **SMALL_STATE, "lora_rank": 16, "gradient_checkpointing": False}, "-",
+        ),
+    }  # fmt: skip
+    found = {
+        name: (training_memory(generator, with_flags(flags), RESOLUTION), target)
+        for name, (flags, target) in sft.items()
+    }
+    found["assignment, bfloat16, latent loss"] = (
+        assignment_memory(full_generator(torch.bfloat16), AssignOptions(), RESOLUTION, 1), "9",
+    )  # fmt: skip
+    return found
+
+
+def with_flags(flags: dict[str, object]) -> SftOptions:
+    """Options with those flags, also ones that only the estimate knows."""
+    options = SftOptions()
+    for name, value in flags.items():
+        object.__setattr__(options, name, value)
+    return options
+
+
+def markdown(found: dict[str, tuple[StepMemory, str]]) -> str:
+    """The table."""
+    names = "trained, 1e6|UNet|moments|gradients|activations|step|peak, UNet only|text encoders|VAE"
+    lines = [
+        "Estimate, not measured on a GPU. Peak memory in GB (1e9 bytes) of SDXL-Turbo at "
+        f"{RESOLUTION} x {RESOLUTION} pixels, one pair and one preserve noise per step, computed "
+        "in bfloat16, with latent losses: `python benchmarks/memory_estimate.py`. `step` is the "
+        "most that gradients, activations and temporary tensors take together; `peak, UNet only` "
+        "is with the text encoders and the VAE off the GPU, `peak` with them on it, as the "
+        "commands load them (float32 for SFT). Left out: what the allocator wastes, the CUDA "
+        "context, workspaces of cuDNN and cuBLAS, the optimiser's temporary tensors but those of "
+        "torch's AdamW.",
+        "",
+        f"| case | {names.replace('|', ' | ')} | peak | target |",
+        "|" + " --- |" * (names.count("|") + 4),
+    ]
+    for name, (memory, target) in found.items():
+        weights = memory.weights
+        rest = sum(weights.values()) - weights["unet"]
+        sizes = (
+            weights["unet"], memory.moments, memory.gradients, memory.activations, memory.step,
+            memory.peak - rest, rest - weights["vae"], weights["vae"], memory.peak,
+        )  # fmt: skip
+        cells = [f"{memory.trained / 1e6:.1f}", *(f"{size / 1e9:.2f}" for size in sizes), target]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Print the table, and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    output = parser.parse_args().output
+    warnings.simplefilter("ignore")
+    text = markdown(estimates())
+    print(text)
+    if output is not None:
+        output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
