@@ -75,21 +75,13 @@ def estimates() -> dict[str, tuple[StepMemory, str]]:
         ),
     }  # fmt: skip
     found = {
-        name: (training_memory(generator, with_flags(flags), RESOLUTION), target)
+        name: (training_memory(generator, SftOptions(**flags), RESOLUTION), target)
         for name, (flags, target) in sft.items()
     }
     found["assignment, bfloat16, latent loss"] = (
         assignment_memory(full_generator(torch.bfloat16), AssignOptions(), RESOLUTION, 1), "9",
     )  # fmt: skip
     return found
-
-
-def with_flags(flags: dict[str, object]) -> SftOptions:
-    """Options with those flags, also ones that only the estimate knows."""
-    options = SftOptions()
-    for name, value in flags.items():
-        object.__setattr__(options, name, value)
-    return options
 
 
 def markdown(found: dict[str, tuple[StepMemory, str]]) -> str:
@@ -100,10 +92,10 @@ def markdown(found: dict[str, tuple[StepMemory, str]]) -> str:
         f"{RESOLUTION} x {RESOLUTION} pixels, one pair and one preserve noise per step, computed "
         "in bfloat16, with latent losses: `python benchmarks/memory_estimate.py`. `step` is the "
         "most that gradients, activations and temporary tensors take together; `peak, UNet only` "
-        "is with the text encoders and the VAE off the GPU, `peak` with them on it, as the "
-        "commands load them (float32 for SFT). Left out: what the allocator wastes, the CUDA "
-        "context, workspaces of cuDNN and cuBLAS, the optimiser's temporary tensors but those of "
-        "torch's AdamW.",
+        "is with the text encoders and the VAE off the GPU, as SFT on a GPU has them by default, "
+        "`peak` with them on it (`--offload_encoders False`). Left out: what the allocator "
+        "wastes, the CUDA context, workspaces of cuDNN and cuBLAS, the optimiser's temporary "
+        "tensors but those of torch's AdamW.",
         "",
         f"| case | {names.replace('|', ' | ')} | peak | target |",
         "|" + " --- |" * (names.count("|") + 4),

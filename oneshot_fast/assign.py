@@ -49,6 +49,11 @@ class AssignCommand:
     batch_size: int | Literal["auto"] = "auto"
     """Targets solved at once; a result does not depend on it beyond rounding. auto is the largest
     power of two that fits on a GPU, and 16 on the CPU, which has no device memory to fill."""
+    engine: Literal["local", "ray"] = "local"
+    """local: this process, or those of accelerate launch and torchrun. ray: a Ray Data pipeline on
+    the Ray cluster of this machine, or else on this machine alone, with an actor per GPU."""
+    ray_actors: int | None = None
+    """--engine ray: actors; by default one per GPU, without GPUs one per CPU core."""
     num_images: int = 16
     """Targets whose images before and after are saved and shown in the report; -1 for all."""
     dry_run: bool = False
@@ -84,10 +89,11 @@ def execute(command: AssignCommand) -> int:
         raise UserError("give --output_root DIR (or --output_dir DIR)")
     command.search.check()
     source = open_data(command)
+    if command.engine == "ray" and folder is not None and not command.dry_run:
+        return _finish(command, folder, _run_on_ray(command, folder, source))
 
     from oneshot_fast.batch_size import automatic_batch_size
-    from oneshot_fast.processes import gathered, is_main
-    from oneshot_fast.report import write_assign_report
+    from oneshot_fast.processes import gathered
     from oneshot_fast.targets import Targets
 
     generator = command.model.load(command.model_id)
@@ -111,6 +117,38 @@ def execute(command: AssignCommand) -> int:
         num_images=command.num_images,
     )
     summary = run.run(source, overwrite=command.run.overwrite, report_to=command.run.report_to)
+    return _finish(command, folder, summary)
+
+
+def _run_on_ray(command: AssignCommand, folder: Path, source: Source) -> dict[str, Any]:
+    from oneshot_fast.ray_engine import run_on_ray
+    from oneshot_fast.ray_worker import Job
+
+    job = Job(
+        command.model,
+        command.model_id,
+        command.search,
+        folder.absolute(),
+        resolution=command.data.resolution,
+        seed=command.run.seed,
+        resize_mode=command.data.resize_mode,
+        batch_size=command.batch_size,
+        num_images=command.num_images,
+    )
+    return run_on_ray(
+        job,
+        source,
+        actors=command.ray_actors,
+        overwrite=command.run.overwrite,
+        report_to=command.run.report_to,
+    )
+
+
+def _finish(command: AssignCommand, folder: Path, summary: dict[str, Any]) -> int:
+    """Write the report and say what was reached."""
+    from oneshot_fast.processes import is_main
+    from oneshot_fast.report import write_assign_report
+
     if is_main():
         write_assign_report(folder, public(command))
         print_summary(summary, folder)

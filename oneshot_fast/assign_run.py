@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from oneshot_fast.assign_shards import ShardWriter
 from oneshot_fast.background import Background, ahead
+from oneshot_fast.choosing import Chooser
 from oneshot_fast.data import Failure, Record, file_sha256
 from oneshot_fast.errors import RunError, require
 from oneshot_fast.matching import AssignOptions
@@ -31,7 +32,7 @@ from oneshot_fast.runs import (
     write_jsonl,
 )
 from oneshot_fast.solving import Solved, Solver
-from oneshot_fast.sources import FolderSource, Source
+from oneshot_fast.sources import FolderSource, Source, pending
 from oneshot_fast.tracking import end_tracking, progress, start_tracking
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class AssignRun:
         batch_size: int = 16,
         num_images: int = 16,
         read_ahead: bool | None = None,
+        previous: Path | None = None,
     ) -> None:
         """Describe the run.
 
@@ -76,6 +78,7 @@ class AssignRun:
             num_images: Targets whose pictures are saved; -1 for all.
             read_ahead: Read and encode the next batch in a thread while this one is solved; by
                 default not on the CPU, where that takes the cores that solve.
+            previous: Manifest of an earlier assignment, whose noises this one begins with.
 
         Raises:
             UserError: If an option makes no sense or does not fit the latent.
@@ -83,11 +86,12 @@ class AssignRun:
         options.check()
         require(batch_size >= 1, f"batch_size is {batch_size}; give at least 1")
         side = targets.resolution
-        self.latent_shape = generator.latent_shape(side, side)
-        check_patching(self.latent_shape[1:], options.patch_size, options.rotation_groups)
+        if options.gradient_method == "rotation":
+            size = generator.noise_shape(side, side)[1:]
+            check_patching(size, options.patch_size, options.rotation_groups)
         self.generator, self.targets, self.folder = generator, targets, Path(folder)
         self.options, self.seed, self.resize_mode = options, seed, resize_mode
-        self.batch_size, self.num_images = batch_size, num_images
+        self.batch_size, self.num_images, self.previous = batch_size, num_images, previous
         on_cpu = generator.device.type == "cpu"
         self.read_ahead = not on_cpu if read_ahead is None else read_ahead
 
@@ -103,6 +107,7 @@ class AssignRun:
             "device": self.generator.device.type,
             "samples": data.total,
             "data": data.identity,
+            "previous": None if self.previous is None else file_sha256(self.previous),
         }
 
     def run(
@@ -193,7 +198,9 @@ class AssignRun:
         total = None
         if source.total is not None:
             mine = -(-(source.total - len(done)) // processes().num_processes)
-            total = mine * (self.options.steps + 1)
+            total = mine * (self.options.gradient_steps + 1)
+            if self.options.choice:
+                total += mine * self.options.candidates
         with (
             progress(total, "assign", "eval") as bar,
             Background(functools.partial(writer.write, done=done)) as writing,
@@ -208,7 +215,9 @@ class AssignRun:
             solver = Solver(self.generator, self.options, self.batch_size, bar.update)
             ready: list[Solved] = []
             try:
-                for found in solver.solve(self._prepared(source, done, failures)):
+                chooser = Chooser(self.generator, self.options, self.seed, bar.update)
+                prepared = self._prepared(source, done, failures)
+                for found in solver.solve(map(chooser.choose, prepared)):
                     ready += found
                     if len(ready) >= self.batch_size or not self.options.stops_early:
                         full, ready = ready, []
@@ -226,8 +235,9 @@ class AssignRun:
             seed=self.seed,
             resize_mode=self.resize_mode,
             needs_images=self.options.pixel_l1_weight > 0,
+            previous=self.previous,
         )
-        batches = self._claimed(self._pending(source, done))
+        batches = self._claimed(pending(source, done, self.window))
         with ThreadPoolExecutor(1) as reading:
             inline = map(preparer.prepare, batches)
             for targets, failed in (
@@ -246,26 +256,11 @@ class AssignRun:
                 yield batch
                 number = next(mine)
 
-    def _pending(
-        self, source: Source, done: Mapping[str, Any]
-    ) -> Iterator[list[tuple[int, Record] | Failure]]:
-        """What is not done of each batch of the data set, failures included.
-
-        Batches are cut before, so that a resumed run solves the same targets together.
-        """
-        batch: list[tuple[int, Record] | Failure] = []
-        index = 0
-        for item in source:
-            if isinstance(item, Failure):
-                batch.append(item)
-                continue
-            if item.id not in done:
-                batch.append((index, item))
-            index += 1
-            if index % self.batch_size == 0:
-                yield batch
-                batch = []
-        yield batch
+    @property
+    def window(self) -> int:
+        """Targets that are solved together: a batch, or those that share their noises."""
+        pools = self.options.choice == "pool"
+        return max(self.batch_size, self.options.pool_window if pools else 0)
 
     def _finish(self, done: Mapping[str, dict[str, Any]], failures: Sequence[Failure]) -> None:
         """Write the manifest, the failures and the summary."""

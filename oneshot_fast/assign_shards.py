@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,14 +35,19 @@ class Shard:
     Attributes:
         solved: The targets, all with finite losses.
         z: Their noises, [N, C, h, w] float32.
-        q: Their rotations, [N, D, D] or [N, G, G, D, D] float32.
+        q: Their rotations, [N, D, D] or [N, G, G, D, D] float32; None for methods without.
         images: Images [3, H, W] to save, by file name.
     """
 
     solved: Sequence[Solved]
     z: Tensor
-    q: Tensor
+    q: Tensor | None
     images: dict[str, Tensor]
+
+
+def shard_path(index: int, suffix: str = "") -> Path:
+    """Path, in the run's folder, of the shard whose first sample has this index."""
+    return Path("noises") / f"{index:08d}{suffix}.safetensors"
 
 
 class ShardWriter:
@@ -53,7 +58,7 @@ class ShardWriter:
         generator: OneStepGenerator,
         targets: Targets,
         folder: Path,
-        tracker: Accelerator,
+        tracker: Accelerator | None,
         *,
         resize_mode: str,
         num_images: int,
@@ -64,7 +69,7 @@ class ShardWriter:
             generator: Makes the images before and after.
             targets: Reads the target images.
             folder: The run's.
-            tracker: Takes the mean losses.
+            tracker: Takes the mean losses; None where only shards are kept.
             resize_mode: "crop" or "squash".
             num_images: Targets whose pictures are saved; -1 for all.
         """
@@ -83,8 +88,9 @@ class ShardWriter:
         for s in good:
             if self._num_images < 0 or s.target.index < self._num_images:
                 images |= self._images(s)
-        z, q = torch.stack([s.z for s in good]), torch.stack([s.q for s in good])
-        return Shard(good, z, q, images), failures
+        q = [s.q for s in good if s.q is not None]
+        z = torch.stack([s.z for s in good])
+        return Shard(good, z, torch.stack(q) if q else None, images), failures
 
     @torch.no_grad()
     def _images(self, s: Solved) -> dict[str, Tensor]:
@@ -103,31 +109,46 @@ class ShardWriter:
             shard: What to keep.
             done: All rows by id; the new ones are added.
         """
+        rows = self.keep(shard)
+        done.update((row["id"], row) for row in rows)
+        if is_main():  # the lists are made of all shards in the end
+            self.note(rows, len(done))
+
+    def keep(self, shard: Shard) -> list[dict[str, Any]]:
+        """Write images, then the shard; returns its rows."""
         noise_path = self._new_path(shard.solved[0].target.index)
         rows = [self._row(s, noise_path, k) for k, s in enumerate(shard.solved)]
         for name, image in shard.images.items():
             save_png(self._folder / "images" / name, image)
-        write_safetensors(self._folder / noise_path, {"z": shard.z, "q": shard.q}, {"rows": rows})
-        done.update((row["id"], row) for row in rows)
-        if not is_main():  # the lists are made of all shards in the end
-            return
+        tensors = {"z": shard.z} if shard.q is None else {"z": shard.z, "q": shard.q}
+        write_safetensors(self._folder / noise_path, tensors, {"rows": rows})
+        return rows
+
+    def note(self, rows: Sequence[Mapping[str, Any]], count: int) -> None:
+        """Append a shard's rows to manifest.jsonl, and their means to history.jsonl.
+
+        Args:
+            rows: The new ones.
+            count: Rows of all shards so far.
+        """
         append_jsonl(self._folder / "manifest.jsonl", rows)
         now = time.perf_counter()
         event = {
-            "samples": len(done),
+            "samples": count,
             "initial_loss": statistics.fmean(row["initial_loss"] for row in rows),
             "best_loss": statistics.fmean(row["best_loss"] for row in rows),
             "seconds": round(now - self._since, 3),
         }
         self._since = now
         append_jsonl(self._folder / "history.jsonl", [event])
-        self._tracker.log(event, step=len(done))
+        if self._tracker is not None:
+            self._tracker.log(event, step=count)
 
     def _new_path(self, index: int) -> Path:
         """Name by the first sample's index, which can only repeat if a broken shard was mended."""
         for copy in itertools.count():
             suffix = f"-{copy}" if copy else ""
-            path = Path("noises") / f"{index:08d}{suffix}.safetensors"
+            path = shard_path(index, suffix)
             if not (self._folder / path).exists():
                 return path
         raise AssertionError
@@ -145,9 +166,10 @@ class ShardWriter:
             "noise_path": noise_path.as_posix(),
             "noise_index": position,
             "seed": target.seed,
-            "initial_loss": s.losses[0],
+            "initial_loss": s.losses[0] if target.first_loss is None else target.first_loss,
             "best_loss": min(s.losses),
             "best_step": s.best_step,
+            "candidates": target.candidates,
             "nfe": s.nfe,
             "losses": s.losses,
         }

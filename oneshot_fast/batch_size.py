@@ -65,14 +65,17 @@ def _try(generator: OneStepGenerator, options: AssignOptions, resolution: int, s
     device = generator.device
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    eps = torch.randn(size, *generator.latent_shape(resolution, resolution), device=device)
-    prompts = generator.encode_prompts([""] * size)
+    sides = resolution, resolution
+    eps = torch.randn(size, *generator.noise_shape(*sides), device=device)
+    latents = torch.zeros(size, *generator.latent_shape(*sides), device=device)
+    with device:
+        prompts = generator.blank_prompts(size)
     images = None
     if options.pixel_l1_weight:
         images = torch.zeros(size, 3, resolution, resolution, device=device)
     once = dataclasses.replace(options, steps=1)
     # compiled code needs less, and its compilation would take minutes per size
     with torch.compiler.set_stance("force_eager"):
-        assign_batch(generator, eps, prompts, eps, images, once)
+        assign_batch(generator, eps, prompts, latents, images, once)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before

@@ -61,6 +61,9 @@ class ModelOptions:
     """Pixel loss: recompute the decoder's activations in the backward pass, for less memory."""
     decoder_tiling: int = 0
     """Pixel loss: decode in overlapping tiles of so many latent pixels (32, say); 0: as a whole."""
+    cache_dir: Path | None = None
+    """Folder that keeps encoded prompts and target images (safetensors, named by content) for other
+    runs and commands too; by default each run encodes them anew."""
 
     def load(self, model_id: str, master_weights: bool = False) -> OneStepGenerator:
         """Load a generator.
@@ -95,21 +98,29 @@ class ModelOptions:
         """Set decoder, memory order and compilation."""
         import torch
 
+        from oneshot_fast.encoding_cache import EncodingCache
         from oneshot_fast.loading import load_tiny_decoder
 
         auto = self.decoder_dtype == "auto"
-        dtype = generator.decoder.dtype if auto else getattr(torch, self.decoder_dtype)
+        touched = self.decoder_id or not auto or self.decoder_checkpointing or self.decoder_tiling
+        if touched and generator.decoder is None:
+            raise UserError("this model has no decoder; leave the decoder's options out")
         if self.decoder_id is not None:
-            channels = generator.pipe.vae.config.latent_channels
+            dtype = generator.decoder.dtype if auto else getattr(torch, self.decoder_dtype)
+            channels = generator.latent_shape(8, 8)[0]
             generator.decoder = load_tiny_decoder(
                 self.decoder_id, generator.device, dtype, channels
             )
         elif not auto:
-            generator.decoder.set_dtype(dtype)
+            generator.decoder.set_dtype(getattr(torch, self.decoder_dtype))
         if self.decoder_checkpointing:
             generator.decoder.checkpoint()
         if self.decoder_tiling:
             generator.decoder.tile(self.decoder_tiling)
+        if self.cache_dir is not None:
+            if generator.decoder is None:
+                raise UserError("this model encodes nothing; leave --cache_dir out")
+            generator.encodings = EncodingCache(self.cache_dir, generator)
         if self.channels_last:
             generator.use_channels_last()
         if self.compile:

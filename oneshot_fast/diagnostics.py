@@ -1,8 +1,9 @@
 """Whether assigned noise still looks like Gaussian noise: a run's z against its own base noise.
 
 Each check compares a statistic of z with the range that iid N(0, 1) noise of the same amount keeps
-with probability 1 - LEVEL. Rotations keep every norm, so norms and variance check the stored files;
-mean, skewness, kurtosis and covariance can change, because each rotation was chosen for its target.
+with probability 1 - LEVEL. All ways to assign keep every norm, so norms and variance check the
+stored files; mean, skewness, kurtosis and covariance can change, because each noise was found for
+its target.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ LEVEL = 0.001
 QUANTILE = NormalDist().inv_cdf(1 - LEVEL / 2)
 # Largest error that float32 may leave in an element of z or of q q^T.
 ROUNDING = 1e-3
+_COMPARED = 512  # noises among which the nearest are looked for
 
 
 def diagnose(folder: Path) -> dict[str, Any]:
@@ -39,8 +41,9 @@ def diagnose(folder: Path) -> dict[str, Any]:
 
     Returns:
         JSON values: ``targets``, ``elements`` (of one noise), ``patches`` (of one noise),
-        ``patch_size``; ``moments`` of z and of the base noise; ``norms`` ||z||^2 / d and RMS
-        rotation ``angles`` (degrees) per target; ``eigenvalues`` of the patch covariance of z and
+        ``patch_size``; ``moments`` of z and of the base noise; ``norms`` ||z||^2 / d and ``angles``
+        in degrees per target, of the rotation (RMS) or else between z and its base noise;
+        ``eigenvalues`` of the patch covariance of z and
         of the base noise, descending, with the allowed band; ``mean_shift`` [C, H, W], the mean of
         z over the targets in standard errors; and ``checks``, each with name, meaning, value, low,
         high and ok.
@@ -53,15 +56,16 @@ def diagnose(folder: Path) -> dict[str, Any]:
     return result
 
 
-def _shards(folder: Path) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield z [b, C, H, W], q and base noise of one shard after the other, float64."""
+def _shards(folder: Path) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Yield z [b, C, H, W], q, if any, and base noise of one shard after the other, float64."""
     lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     for noise_path, group in itertools.groupby(rows, key=lambda row: row["noise_path"]):
         members = list(group)
         index = [row["noise_index"] for row in members]
         with safe_open(folder / noise_path, framework="pt") as file:
-            z, q = (file.get_tensor(name)[index].double() for name in ("z", "q"))
+            z = file.get_tensor("z")[index].double()
+            q = file.get_tensor("q")[index].double() if "q" in file.keys() else None  # noqa: SIM118
         yield z, q, gaussian([row["seed"] for row in members], z.shape[1:]).double()
 
 
@@ -76,26 +80,35 @@ class NoiseStatistics:
         self.norms: list[float] = []
         self.angles: list[float] = []
         self.residual = self.skewing = 0.0
+        self.compared: list[Tensor] = []
 
-    def add(self, z: Tensor, q: Tensor, eps: Tensor) -> None:
+    def add(self, z: Tensor, q: Tensor | None, eps: Tensor) -> None:
         """Count a batch.
 
         Args:
-            z: Rotated noise, [B, C, H, W] float64.
-            q: Rotations, [B, D, D] or [B, G, G, D, D] float64.
+            z: Assigned noise, [B, C, H, W] float64.
+            q: Its rotations, [B, D, D] or [B, G, G, D, D] float64; None for other noises.
             eps: Base noise, [B, C, H, W] float64.
         """
-        self.shape, D = z.shape[1:], q.shape[-1]
-        self.patch_size = math.isqrt(D // z.shape[1])
+        self.shape = C, H, W = z.shape[1:]
+        if q is None:
+            self.patch_size = 1 + (H % 2 == 0 and W % 2 == 0)
+        else:
+            self.patch_size = math.isqrt(q.shape[-1] // C)
+        room = _COMPARED - sum(map(len, self.compared))
+        self.compared.append(z[: max(0, room)].flatten(1).float())
         for name, x in (("z", z), ("base", eps)):
             self.powers[name] += torch.stack([x.pow(k).sum() for k in range(1, 5)])
             outer = ops.patch_outer(x, x, self.patch_size)
             self.outer[name] = self.outer[name] + outer if name in self.outer else outer
         self.total = self.total + z.sum(0)
         self.norms += z.square().mean((1, 2, 3)).tolist()
+        if q is None:
+            self.angles += angles_between(z, eps).tolist()
+            return
         self.angles += rotation_angles(q).tolist()
         self.residual = max(self.residual, _largest(z - ops.patch_rotate(eps, q, self.patch_size)))
-        eye = torch.eye(D, dtype=q.dtype)
+        eye = torch.eye(q.shape[-1], dtype=q.dtype)
         self.skewing = max(self.skewing, _largest(q @ q.mT - eye))
 
     def result(self) -> dict[str, Any]:
@@ -108,12 +121,13 @@ class NoiseStatistics:
         }
         band = eigenvalue_band(n * patches, self.outer["z"].shape[-1])
         shift = self.total / n**0.5
-        moments = {name: _moments(sums, n * d) for name, sums in self.powers.items()}
+        moments = {name: moments_of(sums, n * d) for name, sums in self.powers.items()}
         checks = [
-            *_moment_checks(moments["z"], n * d),
+            *moment_checks(moments["z"], n * d),
             _norm_check(self.norms, d),
-            *_shift_checks(shift, p, n),
-            _eigenvalue_check(eigenvalues["z"], *band),
+            *shift_checks(shift, p, n),
+            eigenvalue_check(eigenvalues["z"], *band),
+            *_nearest_check(torch.cat(self.compared)),
             *self._file_checks(),
         ]
         low, high = band[0] - band[2] * band[1], band[0] + band[2] * band[1]
@@ -135,7 +149,8 @@ class NoiseStatistics:
         return [
             _check(
                 "stored noise",
-                "largest difference between z and its rotated base noise; only rounding is allowed",
+                "largest difference from the rotated base noise, or without a rotation from its "
+                "norm, per sqrt(d); only rounding is allowed",
                 self.residual, 0.0, ROUNDING,
             ),
             _check(
@@ -160,6 +175,12 @@ def rotation_angles(q: Tensor) -> Tensor:
     """
     cosines = torch.linalg.eigvalsh((q + q.mT) / 2).clamp(-1, 1)
     return cosines.acos().square().flatten(1).mean(1).sqrt().rad2deg()
+
+
+def angles_between(z: Tensor, eps: Tensor) -> Tensor:
+    """Angles in degrees, [B], between noises [B, C, H, W]; accurate for small ones."""
+    a, b = (x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True) for x in (z, eps))
+    return 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1)).rad2deg()
 
 
 def eigenvalue_band(m: int, D: int) -> tuple[Tensor, Tensor, float]:
@@ -189,7 +210,7 @@ def _largest(x: Tensor) -> float:
     return x.abs().max().item()
 
 
-def _moments(powers: Tensor, count: int) -> dict[str, float]:
+def moments_of(powers: Tensor, count: int) -> dict[str, float]:
     mean, second, third, fourth = (powers / count).tolist()
     variance = second - mean**2
     return {
@@ -206,7 +227,7 @@ def _check(name: str, meaning: str, value: float, low: float, high: float) -> di
     return {"name": name, "meaning": meaning, "value": value, "low": low, "high": high, "ok": ok}
 
 
-def _moment_checks(moments: dict[str, float], count: int) -> list[dict[str, Any]]:
+def moment_checks(moments: dict[str, float], count: int) -> list[dict[str, Any]]:
     """Standard errors of the moments of ``count`` normal values: sqrt(1, 2, 6, 24 / count)."""
     laws = (
         ("mean", "mean of all elements", 0.0, 1),
@@ -229,7 +250,7 @@ def _norm_check(norms: list[float], d: int) -> dict[str, Any]:
     return _check("norms", meaning, distance, 0.0, float(scipy.stats.kstwo.isf(LEVEL, len(norms))))
 
 
-def _shift_checks(shift: Tensor, p: int, n: int) -> list[dict[str, Any]]:
+def shift_checks(shift: Tensor, p: int, n: int) -> list[dict[str, Any]]:
     """Mean squared standard errors of the mean noise, per latent element and per patch element.
 
     Args:
@@ -253,7 +274,24 @@ def _shift_checks(shift: Tensor, p: int, n: int) -> list[dict[str, Any]]:
     return checks
 
 
-def _eigenvalue_check(
+def _nearest_check(noises: Tensor) -> list[dict[str, Any]]:
+    """Smallest of all distances between two of the noises [N, d], if there are two.
+
+    ||a - b||^2 / 2 of two Gaussian noises has d degrees of freedom; all N (N - 1) / 2 pairs are
+    taken as independent, which they nearly are.
+    """
+    n, d = noises.shape
+    pairs = n * (n - 1) // 2
+    if not pairs:
+        return []
+    value = torch.pdist(noises).min().item() / math.sqrt(2 * d)
+    tails = LEVEL / (2 * pairs), -math.expm1(math.log(LEVEL / 2) / pairs)
+    low, high = numpy.sqrt(scipy.stats.chi2.ppf(tails, d) / d).tolist()
+    meaning = "smallest distance between two noises, in sqrt(2 d); 0 means one noise serves twice"
+    return [_check("nearest noises", meaning, value, low, high)]
+
+
+def eigenvalue_check(
     values: Tensor, mean: Tensor, deviation: Tensor, width: float
 ) -> dict[str, Any]:
     # With fewer patches than dimensions the smallest eigenvalues are exactly 0.

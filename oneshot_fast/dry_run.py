@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oneshot_fast.matching import AssignOptions, objective
-from oneshot_fast.memory import PARTS, StepMemory, training_batch, training_memory
+from oneshot_fast.memory import StepMemory, training_batch, training_memory
+from oneshot_fast.offloading import offloads_by_default
 from oneshot_fast.search import Problem, Search
 from oneshot_fast.training import SftOptions, sft_losses
 
@@ -66,23 +67,28 @@ def assign_plan(
     count = batch_size if samples is None else min(batch_size, samples)
     search = _random_search(generator, options, resolution, count)
     lines, memory = [], {}
-    for part in PARTS:
-        tensors = [*getattr(generator.pipe, part).parameters()]
-        lines.append(f"parameters of {part}: {sum(t.numel() for t in tensors) / 1e6:.1f} million")
+    for part, network in generator.networks.items():
+        tensors = [*network.parameters()]
+        lines.append(f"parameters of {part}: {_count(sum(t.numel() for t in tensors))}")
         memory[f"weights of {part}"] = sum(tensor.nbytes for tensor in tensors)
     memory["noises, rotations, targets"] = search.bytes
     memory["activations"] = _activations(generator, search)
-    lines += [f"memory, {name}: {_size(value)}" for name, value in memory.items()]
-    lines.append(f"memory, sum for {count} targets at once: {_size(sum(memory.values()))}")
+    lines += [f"memory, {name}: {size_text(value)}" for name, value in memory.items()]
+    lines.append(f"memory, sum for {count} targets at once: {size_text(sum(memory.values()))}")
     if generator.device.type == "cuda":
-        lines.append(f"memory, measured peak: {_size(_device_peak())}")
-    per_target = _shortest(lambda: search.advance().cpu()) * (options.steps + 1) / count
+        lines.append(f"memory, measured peak: {size_text(_device_peak())}")
+    per_target = shortest(lambda: search.advance().cpu()) * (options.steps + 1) / count
     lines += _outlook(search, options, resolution, count, samples, num_images, per_target)
     return Plan(lines, None if samples is None else per_target * samples)
 
 
 def sft_plan(
-    generator: OneStepGenerator, options: SftOptions, *, resolution: int, samples: int
+    generator: OneStepGenerator,
+    options: SftOptions,
+    *,
+    resolution: int,
+    samples: int,
+    offload_encoders: bool | None = None,
 ) -> Plan:
     """Parameters, memory by part, disk and time of a training.
 
@@ -94,31 +100,34 @@ def sft_plan(
         options: How it is trained.
         resolution: Image side in pixels.
         samples: Matched pairs.
+        offload_encoders: Whether what only encodes is off the device; by default on a GPU.
     """
-    memory = training_memory(generator, options, resolution)
+    offloads = offload_encoders
+    if offloads is None:
+        offloads = offloads_by_default(generator)
+    memory = training_memory(generator, options, resolution, offloads)
     lines = []
-    for part in PARTS:
-        count = sum(p.numel() for p in getattr(generator.pipe, part).parameters())
-        lines.append(f"parameters of {part}: {count / 1e6:.1f} million")
-    lines.append(f"trained parameters: {memory.trained / 1e6:.1f} million")
+    for part, network in generator.networks.items():
+        count = sum(p.numel() for p in network.parameters())
+        lines.append(f"parameters of {part}: {_count(count)}")
+    lines.append(f"trained parameters: {_count(memory.trained)}")
     lines += _memory_lines(memory)
     seconds = _training_seconds(generator, options, resolution)
     if generator.device.type == "cuda":
-        lines.append(f"memory, measured without optimiser: {_size(_device_peak())}")
+        lines.append(f"memory, measured without optimiser: {size_text(_device_peak())}")
     per_epoch = math.ceil(samples / options.batch_size)
     steps = per_epoch * options.epochs
-    checkpoint = memory.trained_bytes
-    if memory.trained_bytes == memory.weights["unet"]:
-        checkpoint = sum(memory.weights.values())
+    pipeline = sum(_bytes(network) for network in generator.networks.values())
+    checkpoints = 2 * memory.trained_bytes + pipeline if options.lora_rank else 2 * pipeline
     best = memory.average or memory.trained_bytes
     state = memory.trained_bytes + memory.moments + memory.average + best
     latent = 4 * math.prod(generator.latent_shape(resolution, resolution))
     pool = latent * options.preserve_pool_size if options.preserves else 0
     lines += [
-        f"disk: {_size(2 * checkpoint)} for two checkpoints, {_size(state)} for the training state "
-        f"(twice that while it is replaced), {_size(pool)} for the preserve pool",
-        f"time: {seconds:.3f} s per step of {options.batch_size} pairs, optimiser not counted",
-        f"in all, for {samples} pairs and {steps} steps: {seconds * steps / 3600:.2f} h",
+        f"disk: {size_text(checkpoints)} for the checkpoints, {size_text(state)} for the training "
+        f"state (twice that while it is replaced), {size_text(pool)} for the preserve pool",
+        f"time: {duration(seconds)} per step of {options.batch_size} pairs, optimiser not counted",
+        f"in all, for {samples} pairs and {steps} steps: {duration(seconds * steps)}",
     ]
     return Plan(lines, seconds * steps)
 
@@ -133,12 +142,12 @@ def _memory_lines(memory: StepMemory) -> list[str]:
         "gradients, activations and temporary tensors at once": memory.step,
         "peak of a step": memory.peak,
     }
-    return [f"memory, {name}: {_size(size)}" for name, size in parts.items()]
+    return [f"memory, {name}: {size_text(size)}" for name, size in parts.items()]
 
 
 def _training_seconds(generator: OneStepGenerator, options: SftOptions, resolution: int) -> float:
     """Shortest of a few forward and backward passes of a whole batch."""
-    unet, rank = generator.pipe.unet, getattr(options, "lora_rank", 0)
+    unet, rank = generator.unet, options.lora_rank
     with torch.device(generator.device):
         batch = training_batch(generator, options, resolution)
     batch.noise.requires_grad_(bool(rank))
@@ -160,7 +169,7 @@ def _training_seconds(generator: OneStepGenerator, options: SftOptions, resoluti
         loss.detach().cpu()
 
     try:
-        return _shortest(run)
+        return shortest(run)
     finally:
         for hook in hooks:
             hook.remove()
@@ -186,30 +195,35 @@ def _outlook(
     pictures = 3 * _PER_PIXEL * resolution**2
     seconds = per_target * count / (options.steps + 1)
     lines = [
-        f"disk: {_size(each)} per target, {_size(pictures)} more with pictures",
-        f"time: {seconds:.3f} s per step, {1 / per_target:.2f} images/s",
+        f"disk: {size_text(each)} per target, {size_text(pictures)} more with pictures",
+        f"time: {duration(seconds)} per step, {1 / per_target:.2f} images/s",
     ]
     if samples is not None:
         shown = samples if num_images < 0 else min(num_images, samples)
-        disk, hours = each * samples + pictures * shown, per_target * samples / 3600
+        disk, time_needed = each * samples + pictures * shown, duration(per_target * samples)
         note = " at most, as targets stop early" if options.stops_early else ""
-        lines.append(f"in all, for {samples} targets: {_size(disk)} on disk, {hours:.2f} h{note}")
+        lines.append(
+            f"in all, for {samples} targets: {size_text(disk)} on disk, {time_needed}{note}"
+        )
     return lines
 
 
 def _random_search(
     generator: OneStepGenerator, options: AssignOptions, resolution: int, count: int
 ) -> Search:
-    eps = torch.randn(count, *generator.latent_shape(resolution, resolution))
-    eps = eps.to(generator.device)
+    eps = torch.randn(count, *generator.noise_shape(resolution, resolution))
+    latents = torch.randn(count, *generator.latent_shape(resolution, resolution))
+    eps, latents = eps.to(generator.device), latents.to(generator.device)
     images = None
     if options.pixel_l1_weight:
         images = torch.rand(count, 3, resolution, resolution).to(generator.device)
-    problem = Problem(eps, generator.encode_prompts([""] * count), eps.clone(), images)
+    with generator.device:
+        prompts = generator.blank_prompts(count)
+    problem = Problem(eps, prompts, latents, images)
     return Search(problem, options, functools.partial(objective, generator, options))
 
 
-def _shortest(run: Callable[[], object]) -> float:
+def shortest(run: Callable[[], object]) -> float:
     """Seconds of the shortest of a few runs, each to its end on the device."""
     found = []
     for _ in range(_TIMED):
@@ -221,8 +235,8 @@ def _shortest(run: Callable[[], object]) -> float:
 
 def _activations(generator: OneStepGenerator, search: Search) -> int:
     """Bytes that one step keeps for its backward pass, weights not counted."""
-    modules = [getattr(generator.pipe, part) for part in PARTS]
-    weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+    networks = generator.networks.values()
+    weights = {p.untyped_storage().data_ptr() for network in networks for p in network.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -235,5 +249,28 @@ def _activations(generator: OneStepGenerator, search: Search) -> int:
     return sum(size for place, size in kept.items() if place not in weights)
 
 
-def _size(value: int) -> str:
-    return f"{value / 1e9:.2f} GB" if value >= 1e8 else f"{value / 1e6:.3f} MB"
+def duration(seconds: float) -> str:
+    """A time in two or three digits, as people say it."""
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    for unit, length, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 72)):
+        if seconds < limit * length:
+            value = seconds / length
+            return f"{value:.1f} {unit}" if value < 10 and unit != "min" else f"{value:.0f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def _count(value: int) -> str:
+    return f"{value / 1e6:.1f} million" if value >= 1e6 else f"{value / 1e3:.1f} thousand"
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in network.parameters())
+
+
+def size_text(value: int) -> str:
+    """Bytes as people say them."""
+    for unit, length in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= length:
+            return f"{value / length:.{1 if value < 100 * length else 0}f} {unit}"
+    return f"{value} bytes"

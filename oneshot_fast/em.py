@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from oneshot_fast.cli import (
     OK,
@@ -18,109 +18,8 @@ from oneshot_fast.cli import (
     public,
     run_command,
 )
+from oneshot_fast.em_options import EmOptions
 from oneshot_fast.em_run import EmRun
-from oneshot_fast.matching import AssignOptions
-from oneshot_fast.training import SftOptions
-
-
-@dataclass(frozen=True)
-class EmOptions:
-    """How often and how thoroughly the two steps alternate."""
-
-    num_cycles: int = 2
-    """Cycles of one E-step and one M-step."""
-    assign_steps: int = 40
-    """E-step: gradient steps per target."""
-    assign_lr: float = 0.02
-    """E-step: Adam's learning rate on the skew matrix."""
-    assign_batch_size: int = 16
-    """E-step: targets solved at once."""
-    patch_size: int = 2
-    """E-step: side of the rotated patches in latent pixels."""
-    rotation_groups: int = 1
-    """E-step: G x G tiles of the latent with a rotation each."""
-    drift_reg_weight: float = 0.0
-    """E-step: weight of the mean squared distance between the noise and its base noise."""
-    train_epochs: int = 10
-    """M-step: passes over the matched pairs per cycle."""
-    train_batch_size: int = 8
-    """M-step: matched pairs per step."""
-    train_lr: float | None = None
-    """M-step: AdamW's learning rate; by default 1e-5, for the embedded data 1e-4."""
-    train_weight_decay: float = 0.01
-    """M-step: AdamW's decoupled weight decay."""
-    train_max_grad_norm: float = 1.0
-    """M-step: gradients are scaled down to this norm."""
-    train_gradient_accumulation_steps: int = 1
-    """M-step: parts that every batch is computed in; less memory, the same result to rounding."""
-    train_gradient_checkpointing: bool = False
-    """M-step: recompute the UNet's activations in the backward pass; less memory, same result."""
-    train_optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """M-step: adamw8bit keeps the moments in 8 bits (torchao: pip install torchao)."""
-    train_weights_dtype: Literal["float32", "bfloat16"] = "float32"
-    """M-step: type of the trained weights; bfloat16 rounds stochastically, needs adamw8bit."""
-    train_use_ema: bool = False
-    """M-step: end with an exponential moving average of the weights."""
-    latent_loss_weight: float = 1.0
-    """Both steps: weight of the mean squared error between the latents."""
-    pixel_l1_weight: float = 0.0
-    """Both steps: weight of the mean absolute error between the images; 0 never decodes."""
-    preserve_latent_weight: float | None = None
-    """M-step: weight of the latent distance to the initial generator on random noise; by default
-    0.5, for the embedded data 0, since all of its targets are in the new style."""
-    preserve_pixel_weight: float | None = None
-    """M-step: the same in pixels, by default 0.05 and 0; 0 never decodes."""
-    preserve_batch_size: int | None = None
-    """M-step: random noises per step for the preserve losses; by default train_batch_size."""
-    preserve_pool_size: int = 512
-    """M-step: random noises whose initial outputs are computed once."""
-
-    def resolve(self, embedded: bool) -> EmOptions:
-        """Fill in the defaults that differ between the embedded data and a user's own."""
-        defaults = {
-            "train_lr": 1e-4 if embedded else 1e-5,
-            "preserve_latent_weight": 0.0 if embedded else 0.5,
-            "preserve_pixel_weight": 0.0 if embedded else 0.05,
-        }
-        missing: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(self, k) is None}
-        return dataclasses.replace(self, **missing)
-
-    def assign(self) -> AssignOptions:
-        """Options of the E-step."""
-        return AssignOptions(
-            steps=self.assign_steps,
-            lr=self.assign_lr,
-            patch_size=self.patch_size,
-            rotation_groups=self.rotation_groups,
-            latent_loss_weight=self.latent_loss_weight,
-            pixel_l1_weight=self.pixel_l1_weight,
-            drift_reg_weight=self.drift_reg_weight,
-        )
-
-    def sft(self, noise: Literal["matched", "random"] = "matched", cycles: int = 1) -> SftOptions:
-        """Options of the M-step, or of ``cycles`` M-steps' worth of direct SFT; resolved."""
-        assert self.train_lr is not None
-        assert self.preserve_latent_weight is not None
-        assert self.preserve_pixel_weight is not None
-        return SftOptions(
-            epochs=self.train_epochs * cycles,
-            batch_size=self.train_batch_size,
-            lr=self.train_lr,
-            weight_decay=self.train_weight_decay,
-            max_grad_norm=self.train_max_grad_norm,
-            latent_loss_weight=self.latent_loss_weight,
-            pixel_l1_weight=self.pixel_l1_weight,
-            preserve_latent_weight=self.preserve_latent_weight,
-            preserve_pixel_weight=self.preserve_pixel_weight,
-            preserve_batch_size=self.preserve_batch_size,
-            preserve_pool_size=self.preserve_pool_size,
-            gradient_accumulation_steps=self.train_gradient_accumulation_steps,
-            gradient_checkpointing=self.train_gradient_checkpointing,
-            optimizer=self.train_optimizer,
-            weights_dtype=self.train_weights_dtype,
-            use_ema=self.train_use_ema,
-            noise=noise,
-        )
 
 
 @dataclass(frozen=True)
@@ -179,10 +78,9 @@ def execute(command: EmCommand) -> int:
 def print_plan(command: EmCommand) -> None:
     """Say what the command would need; ``command.em`` is resolved."""
     em, data = command.em, command.data
-    em.assign().check()
-    em.sft().check()
+    em.check()
 
-    from oneshot_fast.dry_run import assign_plan, sft_plan
+    from oneshot_fast.dry_run import assign_plan, duration, sft_plan
     from oneshot_fast.tiny.dataset import TRAIN_PAIRS
 
     if data.data_root is None:
@@ -202,9 +100,10 @@ def print_plan(command: EmCommand) -> None:
     m_step = sft_plan(generator, em.sft(), resolution=side, samples=samples)
     assert e_step.seconds is not None
     assert m_step.seconds is not None
-    hours = em.num_cycles * (e_step.seconds + m_step.seconds) / 3600
+    cycles = len(em.schedule())
+    needed = duration(cycles * (e_step.seconds + m_step.seconds))
     print(f"E-step\n{e_step}\n\nM-step\n{m_step}\n")
-    print(f"in all, {em.num_cycles} cycles: {hours:.2f} h, without the evaluations")
+    print(f"in all, {cycles} cycles: {needed}, without the evaluations")
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
@@ -237,6 +136,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
             f"{summary['heldout']['samples']} held-out pairs, assigned: {base['best_loss']:.4f} "
             f"with the base model, {final['best_loss']:.4f} with the final one ({change:+.0f} %)"
         )
+    if len(summary["cycles"]) > 1 and "frechet_distance" in noise["final"]:
+        print(f"checkpoint-best: cycle {summary['best_cycle']}, of the lowest Frechet distance")
     truncated = summary["cycles"][-1]["truncated_prompts"]
     if truncated:
         print(f"warning: {truncated} prompts are longer than 77 tokens; cut off", file=sys.stderr)

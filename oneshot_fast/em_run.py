@@ -18,7 +18,8 @@ from torch import Tensor
 from oneshot_fast.assign_run import AssignRun
 from oneshot_fast.data import Record, read_manifest
 from oneshot_fast.errors import require
-from oneshot_fast.processes import is_main, kept_by_main, main_first
+from oneshot_fast.manifests import merge_manifests
+from oneshot_fast.processes import is_main, kept_by_main, main_first, wait
 from oneshot_fast.runs import (
     RunFolder,
     append_jsonl,
@@ -54,10 +55,8 @@ class EmRun:
         Raises:
             UserError: On bad data, model or options.
         """
-        require(command.em.num_cycles >= 1, "num_cycles must be at least 1")
         require(command.eval_samples >= 10, "eval_samples must be at least 10")
-        command.em.assign().check()
-        command.em.sft().check()
+        command.em.check()
         self.command, self.folder = command, command.work_dir
         train, heldout = self._data_roots()
         self.records, self.failures = command.data.read(train)
@@ -110,7 +109,7 @@ class EmRun:
         Returns:
             The summary, as in summary.json.
         """
-        run, cycles = self.command.run, range(1, self.command.em.num_cycles + 1)
+        run, cycles = self.command.run, range(1, len(self.command.em.schedule()) + 1)
         old = (path.name for path in self.folder.glob("cycle-*"))  # may be more than the new ones
         outputs = (*OUTPUTS, *sorted({*old, *map(_name, cycles)}))
         settings = self.settings()
@@ -126,6 +125,8 @@ class EmRun:
             for cycle in cycles:
                 self._cycle(cycle, pool)
                 tracker.log(self._evaluate(measure, _name(cycle)), step=cycle)
+                if self._is_stuck(cycle):
+                    break
             self._assign_heldout("final")
             if self.command.compare_direct:
                 self.generator.unet.load_state_dict(initial)
@@ -153,13 +154,10 @@ class EmRun:
         return {k: v.to("cpu", copy=True) for k, v in self.generator.unet.state_dict().items()}
 
     def _measure(self) -> RandomNoiseMeasure:
-        from oneshot_fast.evaluate import RandomNoiseMeasure, real_measures
-        from oneshot_fast.tiny.classifier import load_classifier
-        from oneshot_fast.tiny.dataset import digit_of
+        from oneshot_fast.evaluate import RandomNoiseMeasure, classifier_for, real_measures
 
         prompts = [record.prompt for record in self.records]
-        is_digits = all(digit_of(prompt) is not None for prompt in prompts)
-        classifier = load_classifier() if is_digits else None
+        classifier = classifier_for(self.generator, prompts)
         real = None
         if self.heldout:
             mode = self.command.data.resize_mode
@@ -168,7 +166,7 @@ class EmRun:
             self.summary["real"] = real_measures(real, labels, classifier)
         return RandomNoiseMeasure(
             prompts,
-            self.generator.latent_shape(self.targets.resolution, self.targets.resolution),
+            self.generator.noise_shape(self.targets.resolution, self.targets.resolution),
             samples=self.command.eval_samples,
             seed=self.command.run.seed,
             classifier=classifier,
@@ -185,7 +183,7 @@ class EmRun:
         options = self.command.em.sft()
         if not options.preserves:
             return None
-        shape = self.generator.latent_shape(self.targets.resolution, self.targets.resolution)
+        shape = self.generator.noise_shape(self.targets.resolution, self.targets.resolution)
         return main_first(
             lambda: PreservePool.build(
                 self.generator,
@@ -197,16 +195,19 @@ class EmRun:
             )
         )
 
-    def _assigner(self, folder: Path, seed: int) -> AssignRun:
+    def _assigner(
+        self, folder: Path, seed: int, cycle: int = 1, previous: Path | None = None
+    ) -> AssignRun:
         return AssignRun(
             self.generator,
             self.targets,
             folder,
-            self.command.em.assign(),
+            self.command.em.assign(cycle),
             seed=seed,
             resize_mode=self.command.data.resize_mode,
             batch_size=self.command.em.assign_batch_size,
             num_images=self.command.num_images,
+            previous=previous,
         )
 
     def _train(
@@ -238,20 +239,42 @@ class EmRun:
 
     def _train_directly(self, measure: RandomNoiseMeasure, pool: PreservePool | None) -> None:
         """Baseline: the same number of steps on the same targets, with random noise."""
-        options = self.command.em.sft("random", self.command.em.num_cycles)
+        cycles = [row["cycle"] for row in self.summary["cycles"]]
+        options = self.command.em.sft("random", cycles)
         manifest = self.folder / _name(1) / "assign" / "manifest.jsonl"
         with self._stage("direct") as folder:
             self._train(folder, manifest, options, self.command.run.seed, pool)
         self._evaluate(measure, "direct")
 
+    def _is_stuck(self, cycle: int) -> bool:
+        """Whether the Frechet distance has not fallen for ``patience`` cycles."""
+        patience, noise = self.command.em.patience, self.summary["random_noise"]
+        names = ["base", *map(_name, range(1, cycle + 1))]
+        distances = [noise[name].get("frechet_distance") for name in names]
+        if not patience or None in distances or cycle < patience:
+            return False
+        stuck = min(distances[-patience:]) >= min(distances[:-patience])
+        if stuck and is_main() and cycle < len(self.command.em.schedule()):
+            print(f"no lower Frechet distance in {patience} cycles: stopping", file=sys.stderr)
+        return bool(stuck)
+
     def _cycle(self, cycle: int, pool: PreservePool | None) -> None:
-        """One E-step on fresh base noises and one M-step on what it found."""
+        """One E-step and one M-step on what it found."""
+        em = self.command.em
         seed = derived_seed(self.command.run.seed, "cycle", cycle)
+        drawn = 1 + ((cycle - 1) // em.pool_refresh if em.pool_refresh else 0)
+        noise_seed = derived_seed(self.command.run.seed, "cycle", drawn)
+        previous = self._manifest(cycle - 1) if cycle > 1 else None
         with self._stage(f"{_name(cycle)}/assign") as folder:
-            assigned = self._assigner(folder, seed).run(self.records, self.failures)
+            assigned = self._assigner(
+                folder, noise_seed, cycle, previous if em.warm_start else None
+            ).run(self._turn(cycle), self.failures)
+        if previous is not None and em.assign_fraction < 1 and is_main():
+            merge_manifests(previous, folder / "manifest.jsonl", self._manifest(cycle))
+        wait()
         with self._stage(f"{_name(cycle)}/sft") as folder:
-            manifest = self.folder / _name(cycle) / "assign" / "manifest.jsonl"
-            trained = self._train(folder, manifest, self.command.em.sft(), seed, pool)
+            options = em.sft(cycles=[cycle])
+            trained = self._train(folder, self._manifest(cycle), options, seed, pool)
         self.summary["cycles"].append(
             {
                 "cycle": cycle,
@@ -261,6 +284,20 @@ class EmRun:
                 "truncated_prompts": assigned["truncated_prompts"],
             }
         )
+
+    def _turn(self, cycle: int) -> list[Record]:
+        """The records that get a new noise in this cycle."""
+        every = round(1 / self.command.em.assign_fraction)
+        if cycle == 1 or every == 1:
+            return self.records
+        return self.records[(cycle - 2) % every :: every]
+
+    def _manifest(self, cycle: int) -> Path:
+        """The pairs that a cycle trains on."""
+        folder = self.folder / _name(cycle)
+        if cycle > 1 and self.command.em.assign_fraction < 1:
+            return folder / "manifest.jsonl"
+        return folder / "assign" / "manifest.jsonl"
 
     def _finish(self, settings: dict[str, Any]) -> None:
         """Choose the best cycle, link checkpoints, write summary and failures."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -13,12 +13,34 @@ from torch import Tensor
 from oneshot_fast.images import save_png
 from oneshot_fast.runs import read_json, write_json, write_safetensors
 from oneshot_fast.seeds import derived_seed, gaussian
-from oneshot_fast.tiny.dataset import digit_of
+from oneshot_fast.tiny.classifier import load_classifier
 from oneshot_fast.tracking import progress
 
 if TYPE_CHECKING:
     from oneshot_fast.generator import OneStepGenerator
-    from oneshot_fast.tiny.classifier import DigitClassifier
+
+
+class Classifier(Protocol):
+    """Judge of images in [0, 1] RGB."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features [B, F], in which distances are measured, of images [B, 3, H, W]."""
+        ...
+
+    def label_of(self, prompt: str) -> int | None:
+        """The class that ``prompt`` names, None if none."""
+        ...
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits of the classes, [B, K]."""
+        ...
+
+
+def classifier_for(generator: OneStepGenerator, prompts: Sequence[str]) -> Classifier | None:
+    """The judge that comes with the generator, or that of digits; None if it lacks a prompt."""
+    classifier: Classifier = generator.classifier or load_classifier()
+    known = all(classifier.label_of(prompt) is not None for prompt in prompts)
+    return classifier if known else None
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
@@ -111,18 +133,18 @@ class RandomNoiseMeasure:
     def __init__(
         self,
         prompts: Sequence[str],
-        latent_shape: Sequence[int],
+        noise_shape: Sequence[int],
         *,
         samples: int,
         seed: int,
-        classifier: DigitClassifier | None = None,
+        classifier: Classifier | None = None,
         real: Tensor | None = None,
     ) -> None:
         """Choose prompts and noises.
 
         Args:
-            prompts: Prompts to draw from; at most ten different ones are used.
-            latent_shape: [C, h, w] of a latent.
+            prompts: Prompts to draw from; at most 16 different ones are used.
+            noise_shape: [C, h, w] of a noise.
             samples: Samples per measure.
             seed: Seed of the run.
             classifier: For accuracy and Frechet distance; None leaves them out.
@@ -130,11 +152,11 @@ class RandomNoiseMeasure:
         """
         distinct = list(dict.fromkeys(prompts))
         draw = torch.Generator().manual_seed(derived_seed(seed, "evaluated prompts"))
-        chosen = sorted(torch.randperm(len(distinct), generator=draw)[:10].tolist())
+        chosen = sorted(torch.randperm(len(distinct), generator=draw)[:16].tolist())
         self.prompts = [distinct[chosen[k % len(chosen)]] for k in range(samples)]
         self.labels = torch.arange(samples) % len(chosen)
         self.eps = gaussian(
-            [derived_seed(seed, "evaluated noise", k) for k in range(samples)], latent_shape
+            [derived_seed(seed, "evaluated noise", k) for k in range(samples)], noise_shape
         )
         self.classifier, self.real = classifier, real
 
@@ -165,8 +187,8 @@ class RandomNoiseMeasure:
             "drift": (latents - base).square().mean().sqrt().item(),
         }
         if self.classifier is not None:
-            digits = [digit_of(prompt) for prompt in self.prompts]
-            result["accuracy"] = prompt_accuracy(self.classifier(images), torch.tensor(digits))
+            named = [self.classifier.label_of(prompt) for prompt in self.prompts]
+            result["accuracy"] = prompt_accuracy(self.classifier(images), torch.tensor(named))
             if self.real is not None:
                 features = (self.classifier.features(x) for x in (images, self.real))
                 result["frechet_distance"] = frechet_distance(*features)
@@ -192,7 +214,7 @@ class RandomNoiseMeasure:
 
 @torch.no_grad()
 def real_measures(
-    images: Tensor, prompts: Sequence[str], classifier: DigitClassifier | None
+    images: Tensor, prompts: Sequence[str], classifier: Classifier | None
 ) -> dict[str, float]:
     """Diversity, and with a classifier accuracy, of real images [M, 3, H, W] with their prompts."""
     images = shrink(images, 64)
@@ -200,8 +222,8 @@ def real_measures(
     labels = torch.tensor([names.index(prompt) for prompt in prompts])
     result = {"diversity": pairwise_diversity(images, labels)}
     if classifier is not None:
-        digits = torch.tensor([digit_of(prompt) for prompt in prompts])
-        result["accuracy"] = prompt_accuracy(classifier(images), digits)
+        named = torch.tensor([classifier.label_of(prompt) for prompt in prompts])
+        result["accuracy"] = prompt_accuracy(classifier(images), named)
     return result
 
 

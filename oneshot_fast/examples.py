@@ -42,7 +42,7 @@ class Examples:
         """Read the noises of ``pairs`` and encode their targets.
 
         Args:
-            generator: Its latents give the shape of a noise.
+            generator: Gives the shape of a noise.
             targets: Reads and encodes the target images.
             pairs: What to read.
             failures: Takes the pairs that cannot be read.
@@ -50,7 +50,7 @@ class Examples:
         Raises:
             UserError: If no pair can be used.
         """
-        shape = generator.latent_shape(targets.resolution, targets.resolution)
+        shape = generator.noise_shape(targets.resolution, targets.resolution)
         usable, noises, latents = [], [], []
         for pair in pairs:
             try:

@@ -1,14 +1,14 @@
 """The one-step generator over a diffusers SDXL pipeline.
 
-This file and loading.py are the only ones that know diffusers' pipelines.
+This file, loading.py and pipeline_check.py are the only ones that know diffusers' pipelines.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +18,14 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from oneshot_fast.decoder import Decoder, computing, latent_affine, update_digest
-from oneshot_fast.errors import ModelError
+from oneshot_fast.encoding_cache import EncodingCache
 from oneshot_fast.one_step import OneStep
+from oneshot_fast.pipeline_check import check_shape
 from oneshot_fast.precision import gradient_scale, scale_gradient
+from oneshot_fast.prompts import PromptEncoding
 from oneshot_fast.runs import write_folder
 
-
-@dataclass(frozen=True)
-class PromptEncoding:
-    """What the UNet is told about a batch of prompts.
-
-    Attributes:
-        embeds: Hidden states of both text encoders, [B, 77, E].
-        pooled: Pooled embedding of the second text encoder, [B, P].
-    """
-
-    embeds: Tensor
-    pooled: Tensor
-
-    def row(self, k: int) -> PromptEncoding:
-        """The encoding of prompt ``k``, as a batch of one."""
-        return PromptEncoding(self.embeds[k : k + 1], self.pooled[k : k + 1])
-
-    @staticmethod
-    def cat(parts: Sequence[PromptEncoding]) -> PromptEncoding:
-        """One batch of the prompts of all ``parts``."""
-        return PromptEncoding(
-            torch.cat([part.embeds for part in parts]), torch.cat([part.pooled for part in parts])
-        )
+__all__ = ["OneStepGenerator", "PromptEncoding"]
 
 
 class OneStepGenerator:
@@ -54,6 +34,9 @@ class OneStepGenerator:
     Weights are frozen; SFT unfreezes ``unet``. Noise, latents and images are float32; the UNet and
     the VAE run in ``dtype``.
     """
+
+    classifier = None  # a judge of samples that comes with the model
+    encodings: EncodingCache | None = None  # on disk
 
     def __init__(
         self, pipe: StableDiffusionXLPipeline, autocast: torch.dtype | None = None
@@ -67,7 +50,7 @@ class OneStepGenerator:
         Raises:
             ModelError: If the pipeline is not a one-step generator of SDXL's shape.
         """
-        _check_shape(pipe)
+        check_shape(pipe)
         self.pipe = pipe
         self.autocast = vae_autocast = autocast
         if pipe.vae.config.force_upcast:  # as diffusers does: SDXL's VAE overflows in float16
@@ -86,8 +69,8 @@ class OneStepGenerator:
         self._compiled_unet: Callable[..., Any] | None = None
 
     @property
-    def unet(self) -> nn.Module:
-        """The trained part: UNet2DConditionModel."""
+    def unet(self) -> UNet2DConditionModel:
+        """The trained part."""
         return self.pipe.unet
 
     @property
@@ -99,6 +82,31 @@ class OneStepGenerator:
     def image_size(self) -> int:
         """Native image side in pixels."""
         return self.pipe.default_sample_size * self.pipe.vae_scale_factor
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels per latent pixel and side."""
+        return self.pipe.vae_scale_factor
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """All networks by name; the first is ``unet``."""
+        names = ("unet", "vae", "text_encoder", "text_encoder_2")
+        return {name: getattr(self.pipe, name) for name in names}
+
+    def with_networks(
+        self, networks: Mapping[str, nn.Module], decoder: Decoder
+    ) -> OneStepGenerator:
+        """A copy of this generator, not compiled, with other networks of the same shapes."""
+        other = copy.copy(self)
+        other.pipe = copy.copy(self.pipe)
+        for name in networks:
+            setattr(other.pipe, name, None)
+        for name, network in networks.items():
+            setattr(other.pipe, name, network)
+        other.decoder, other._compiled_unet = decoder, None
+        other._prompts, other._conditions = OrderedDict(), {}
+        return other
 
     @property
     def is_compiled(self) -> bool:
@@ -127,6 +135,14 @@ class OneStepGenerator:
         factor = self.pipe.vae_scale_factor
         return self.pipe.unet.config.in_channels, height // factor, width // factor
 
+    def noise_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape [C, h, w] of the noise that such an image is made of: its latent's."""
+        return self.latent_shape(height, width)
+
+    def side_of(self, noise_shape: Sequence[int]) -> int:
+        """Side in pixels of the image that a noise of this shape makes."""
+        return noise_shape[-1] * self.latent_factor
+
     def encode_prompts(self, prompts: Sequence[str], cache_size: int = 4096) -> PromptEncoding:
         """Encode prompts as the pipeline does, each distinct one once.
 
@@ -138,13 +154,20 @@ class OneStepGenerator:
         rows = []
         for prompt in prompts:
             if prompt not in self._prompts:
-                self._prompts[prompt] = self._encode_prompt(prompt)
+                kept, make = self.encodings, self._encode_prompt
+                self._prompts[prompt] = kept.prompt(prompt, make) if kept else make(prompt)
             self._prompts.move_to_end(prompt)
             rows.append(self._prompts[prompt])
         while len(self._prompts) > max(cache_size, len(prompts)):
             self._prompts.popitem(last=False)
         embeds, pooled = (torch.cat(parts).to(self.device) for parts in zip(*rows, strict=True))
         return PromptEncoding(embeds, pooled)
+
+    def blank_prompts(self, count: int) -> PromptEncoding:
+        """Zeros of the shape of an encoding of ``count`` prompts, on torch's default device."""
+        width = self.pipe.unet.config.cross_attention_dim
+        pooled = self.pipe.text_encoder_2.config.projection_dim
+        return PromptEncoding(torch.zeros(count, 77, width), torch.zeros(count, pooled))
 
     @torch.no_grad()
     def _encode_prompt(self, prompt: str) -> tuple[Tensor, Tensor]:
@@ -155,7 +178,7 @@ class OneStepGenerator:
         logger.setLevel("ERROR")  # truncation is reported once, through is_truncated
         try:
             embeds, _, pooled, _ = self.pipe.encode_prompt(
-                prompt, device=self.device, do_classifier_free_guidance=False
+                prompt, device=self.pipe.text_encoder.device, do_classifier_free_guidance=False
             )
         finally:
             logger.setLevel(level)
@@ -267,33 +290,10 @@ class OneStepGenerator:
         Hashes name, shape and up to 1024 evenly spaced values of every tensor in float32.
         """
         digest = hashlib.sha256(repr(self.step).encode())
-        for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-            update_digest(digest, part, getattr(self.pipe, part))
+        for name, network in self.networks.items():
+            update_digest(digest, name, network)
         digest.update(self.decoder.fingerprint().encode())
         precision = self.autocast or self.pipe.unet.dtype, self.decoder.computes_in
         if set(precision) != {torch.float32}:
             digest.update(repr(precision).encode())
         return digest.hexdigest()[:16]
-
-
-def _check_shape(pipe: object) -> None:
-    """Raise ModelError unless ``pipe`` has the modules and the conditioning of SDXL."""
-    if not isinstance(pipe, StableDiffusionXLPipeline):
-        raise ModelError(f"it is a {type(pipe).__name__}, not a StableDiffusionXLPipeline")
-    missing = [
-        name
-        for name in ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "scheduler")
-        if getattr(pipe, name, None) is None
-    ]
-    if missing:
-        raise ModelError(f"the pipeline has no {', '.join(missing)}")
-    config = pipe.unet.config
-    if config.addition_embed_type != "text_time":
-        raise ModelError("its UNet has no text_time conditioning, so it is not of SDXL's shape")
-    if config.time_cond_proj_dim is not None:
-        raise ModelError("its UNet takes a guidance embedding, as LCMs do; that is not supported")
-    if config.in_channels != pipe.vae.config.latent_channels:
-        raise ModelError(
-            f"its UNet takes {config.in_channels} channels, its VAE has "
-            f"{pipe.vae.config.latent_channels}: inpainting and refiner models are not supported"
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import (
@@ -17,6 +17,7 @@ from oneshot_fast.errors import ModelError
 from oneshot_fast.generator import OneStepGenerator
 from oneshot_fast.processes import processes
 from oneshot_fast.tiny.model import model_path
+from oneshot_fast.toy.model import ToyGenerator, is_toy
 
 
 def load_generator(
@@ -33,8 +34,8 @@ def load_generator(
     """Load a one-step generator.
 
     Args:
-        model_id: Folder in diffusers layout, hub id, a single .safetensors file, or "tiny" for
-            the embedded model.
+        model_id: Folder in diffusers layout, hub id, a single .safetensors file, "tiny" for the
+            embedded model, or a folder of oneshot_fast.toy; these compute in float32.
         device: Default: cuda where there is one, else cpu.
         dtype: Compute type; default bfloat16 on cuda, float32 on cpu.
         master_weights: Keep the weights in float32, for training.
@@ -47,6 +48,11 @@ def load_generator(
         ModelError: If it cannot be loaded or is not a one-step model of SDXL's shape.
     """
     device = _usable_device(device or _default_device())
+    if is_toy(Path(model_id)):
+        if dtype not in (None, torch.float32) or model_config is not None:
+            raise ModelError(f"model {model_id} takes no --dtype and no --model_config")
+        # it has the same interface
+        return cast(OneStepGenerator, ToyGenerator.load(Path(model_id), device))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     weights = torch.float32 if master_weights else dtype
     options = {"dtype": weights, "local_files_only": local_files_only}

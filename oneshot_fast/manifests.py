@@ -18,8 +18,9 @@ from oneshot_fast.inputs import (
     read_objects,
     text_field,
 )
-from oneshot_fast.members import ImageRef, image_ref
+from oneshot_fast.members import ImageRef, image_ref, image_text
 from oneshot_fast.noise_files import read_noise
+from oneshot_fast.runs import mend_jsonl, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,24 @@ def read_manifest(path: Path) -> tuple[list[MatchedPair], list[Failure]]:
             path, failures, '{"prompt": ..., "target_image_path": ..., "noise_path": ...}'
         )
     return pairs, failures
+
+
+def merge_manifests(old: Path, new: Path, merged: Path) -> None:
+    """Write the lines of ``old``, each replaced by the line of ``new`` with its id, if any.
+
+    All are manifests of ours; the paths are made relative to the folder of ``merged``.
+    """
+    home = merged.parent.resolve()
+    lines: dict[str, dict[str, object]] = {}
+    for path in (old, new):
+        for row in mend_jsonl(path):
+            image = image_ref(row["target_image_path"], path.parent.resolve())
+            noise = path.parent.resolve() / row["noise_path"]
+            lines[row["id"]] = row | {
+                "target_image_path": image_text(image, home),
+                "noise_path": os.path.relpath(noise, home),
+            }
+    write_jsonl(merged, lines.values())
 
 
 def load_noise(pair: MatchedPair) -> Tensor:

@@ -1,7 +1,6 @@
-"""Matching one batch: the rotation of each base noise that lands closest to its target.
+"""Matching one batch: the noise, near each base noise, that lands closest to its target.
 
-The noise is a base noise whose patches are turned by one orthogonal matrix, found with Adam on the
-matrix's skew logarithm. Many targets are solved at once, each with its own rotation.
+How a noise may move is in methods.py. Many targets are solved at once, each on its own.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -21,6 +20,12 @@ from oneshot_fast.search import Assignment, Problem, Search
 if TYPE_CHECKING:
     from oneshot_fast.generator import OneStepGenerator, PromptEncoding
 
+AssignMethod = Literal[
+    "search", "pool", "rotation", "sphere", "white",
+    "search+rotation", "search+sphere", "search+white",
+    "pool+rotation", "pool+sphere", "pool+white",
+]  # fmt: skip
+
 __all__ = ["AssignOptions", "Assignment", "assign_batch", "matching_loss", "objective"]
 
 
@@ -28,14 +33,39 @@ __all__ = ["AssignOptions", "Assignment", "assign_batch", "matching_loss", "obje
 class AssignOptions:
     """How a noise is searched."""
 
+    assign_method: AssignMethod = "sphere"
+    """How noises are found. search: the best of --candidates random noises of each target; pool:
+    the targets of a prompt share their candidates, each gets its own; both only run the generator
+    forwards. By gradients from a random noise: rotation of its patches, sphere (free at constant
+    energy), white (the energy of each part of its spectrum is constant, too). search+rotation and
+    the like start the gradients at the noise that was chosen."""
+    candidates: int = 32
+    """search and pool: random noises per target."""
+    pool_matching: Literal["one_to_one", "nearest"] = "one_to_one"
+    """pool: no noise serves twice and the sum of losses is the smallest, or each target takes its
+    nearest."""
+    pool_window: int = 1024
+    """pool: targets, in the order of the data, that share their noises where their prompts are the
+    same; bounds the memory."""
+    pool_reject_below: float = 0.0
+    """pool: drop noises that are nearer than this loss to any target (RS-IMLE)."""
     steps: int = 40
     """Gradient steps per target."""
-    lr: float = 0.02
-    """Adam's learning rate on the skew matrix (radians per step and element, about)."""
+    lr: float | Literal["auto"] = "auto"
+    """Step size in radians by which a step turns the noise; auto: found for every target while it
+    is searched."""
+    max_angle: float | None = None
+    """Keep the noise within so many radians of its base noise; uncorrelated noises are pi/2 apart.
+    For rotations, the RMS of the angles by which they turn."""
+    shift_weight: float = 0.0
+    """Weight of what the noises of a batch have in common: their mean, squared, in standard errors,
+    less the 1 that chance gives."""
+    rotation_optimizer: Literal["riemannian", "raw_adam"] = "riemannian"
+    """rotation: Adam on the rotations themselves, or on a matrix whose exponential they are."""
     patch_size: int = 2
-    """Side of the rotated patches in latent pixels; it divides the latent."""
+    """rotation: side of the rotated patches in latent pixels; it divides the latent."""
     rotation_groups: int = 1
-    """G: the latent is cut into G x G tiles with a rotation each."""
+    """rotation: G; the latent is cut into G x G tiles with a rotation each."""
     latent_loss_weight: float = 1.0
     """Weight of the mean squared error between the latents."""
     pixel_l1_weight: float = 0.0
@@ -58,6 +88,23 @@ class AssignOptions:
     """Fall of the loss that counts for stop_patience, relative to the loss."""
 
     @property
+    def choice(self) -> str | None:
+        """How random noises are chosen first: search, pool or None."""
+        first = self.assign_method.split("+")[0]
+        return first if first in ("search", "pool") else None
+
+    @property
+    def gradient_method(self) -> str | None:
+        """How gradients move the noise then: rotation, sphere, white or None."""
+        last = self.assign_method.split("+")[-1]
+        return None if last in ("search", "pool") else last
+
+    @property
+    def gradient_steps(self) -> int:
+        """Steps of the gradient method, 0 without one."""
+        return 0 if self.gradient_method is None else self.steps
+
+    @property
     def stops_early(self) -> bool:
         """Whether a target can end before the last step.
 
@@ -69,8 +116,22 @@ class AssignOptions:
     def check(self) -> None:
         """Raise UserError for values that make no sense."""
         require(self.steps >= 1, f"steps is {self.steps}; give at least 1")
-        require(0 < self.lr < math.inf, f"lr is {self.lr}; give a positive number")
-        names = ("latent_loss", "pixel_l1", "drift_reg", "prior", "moment", "covariance")
+        require(
+            self.lr == "auto" or 0 < self.lr < math.inf,
+            f"lr is {self.lr}; give a positive number or auto",
+        )
+        require(self.candidates >= 1, f"candidates is {self.candidates}; give at least 1")
+        require(self.pool_window >= 1, f"pool_window is {self.pool_window}; give at least 1")
+        require(
+            self.max_angle is None or self.max_angle > 0,
+            f"max_angle is {self.max_angle}; give radians above 0",
+        )
+        require(
+            not (self.shift_weight and self.stops_early),
+            "shift_weight needs targets that are searched together to the end; leave out "
+            "stop_loss and stop_patience",
+        )
+        names = ("latent_loss", "pixel_l1", "drift_reg", "prior", "moment", "covariance", "shift")
         require(
             all(0 <= getattr(self, f"{name}_weight") < math.inf for name in names),
             "loss weights must be finite and not negative",
@@ -137,6 +198,9 @@ def objective(
     ):
         if weight:
             loss = loss + weight * penalty(z)
+    if options.shift_weight:
+        shift = len(z) * z.mean(0).square().mean()
+        loss = loss + options.shift_weight * (shift - 1).clamp_min(0)
     return loss
 
 
@@ -149,7 +213,7 @@ def assign_batch(
     options: AssignOptions,
     on_step: Callable[[Tensor], None] = lambda loss: None,
 ) -> Assignment:
-    """Rotate base noises towards their targets; nothing here waits for the device.
+    """Move base noises towards their targets by gradients; nothing here waits for the device.
 
     All targets take as many steps as the slowest; solving.py gives the places of those that end
     early to others.
@@ -160,14 +224,14 @@ def assign_batch(
         prompts: Encoding of B prompts.
         target_latents: [B, C, h, w] float32.
         target_images: [B, 3, H, W] float32 in [0, 1]; None without a pixel loss.
-        options: Steps, learning rate, patches, weights.
+        options: Gradient method, steps, step size, weights; no noise is chosen here.
         on_step: Called with the losses [B] after each evaluation.
 
     Returns:
-        The best rotation found for every target.
+        The best noise found for every target.
     """
     problem = Problem(eps, prompts, target_latents, target_images)
     search = Search(problem, options, functools.partial(objective, generator, options))
-    for step in range(options.steps + 1):
-        on_step(search.advance(is_last=step == options.steps))
+    for step in range(options.gradient_steps + 1):
+        on_step(search.advance(is_last=step == options.gradient_steps))
     return search.result()

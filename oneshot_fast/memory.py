@@ -12,13 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeCopyMode,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from oneshot_fast.generator import PromptEncoding
+from oneshot_fast.lora import add_adapter
 from oneshot_fast.matching import AssignOptions, objective
+from oneshot_fast.offloading import encoders
 from oneshot_fast.search import Problem
 from oneshot_fast.training import Batch, SftOptions, sft_losses
 
@@ -71,7 +76,7 @@ class StepMemory:
     """Bytes by part.
 
     Attributes:
-        weights: Of each part of the pipeline.
+        weights: Of each network, as far as it is on the device.
         trained: Number of trained parameters.
         trained_bytes: Their bytes.
         gradients: Of all trained weights together.
@@ -96,11 +101,8 @@ class StepMemory:
         return sum(self.weights.values()) + self.moments + self.average + self.step
 
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-
-
 def training_memory(
-    generator: OneStepGenerator, options: SftOptions, resolution: int
+    generator: OneStepGenerator, options: SftOptions, resolution: int, offloads: bool = False
 ) -> StepMemory:
     """Memory of a training step, from a run of its forward and backward pass on fake tensors.
 
@@ -110,16 +112,16 @@ def training_memory(
         generator: The generator; neither it nor its weights are changed.
         options: How it is trained.
         resolution: Image side in pixels.
+        offloads: Whether what only encodes is off the device.
     """
-    with _fake(generator) as fake:
-        trained = _prepare(fake.pipe.unet, options)
+    with fake_copy(generator) as fake:
+        trained = _prepare(fake.unet, options)
         batch = training_batch(fake, options, resolution)
-        in_backward = bool(getattr(options, "optimizer_in_backward", False))
+        in_backward = options.optimizer_in_backward
         if in_backward:
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        modules = [getattr(fake.pipe, part) for part in PARTS]
-        known = [p for module in modules for p in (*module.parameters(), *module.buffers())]
+        known = _weights(fake)
         parts = list(batch.split(options.gradient_accumulation_steps))
         kept = 0
         with LiveMemory(known) as memory:
@@ -129,7 +131,10 @@ def training_memory(
                 kept = max(kept, memory.live - _gradient_bytes(trained))
                 (match * pairs + keep * others).backward()
                 del match, keep
-        weights = {part: _bytes(m.parameters()) for part, m in zip(PARTS, modules, strict=True)}
+        weights = {part: _bytes(m.parameters()) for part, m in fake.networks.items()}
+        if offloads:
+            for name, gone in encoders(fake, options.decodes).items():
+                weights[name] -= sum(_bytes(module.parameters()) for module in gone)
         moments = sum(_moment_bytes(parameter, options) for parameter in trained)
         foreach = generator.device.type == "cuda" and options.optimizer == "adamw"
         # torch's AdamW takes the roots of all second moments at once on a GPU
@@ -150,57 +155,53 @@ def assignment_memory(
     generator: OneStepGenerator, options: AssignOptions, resolution: int, batch_size: int
 ) -> StepMemory:
     """The same for a step of an assignment, in which no weight is trained."""
-    with _fake(generator) as fake:
-        shape = (batch_size, *fake.latent_shape(resolution, resolution))
+    with fake_copy(generator) as fake:
+        noise = torch.zeros(batch_size, *fake.noise_shape(resolution, resolution))
+        latents = torch.zeros(batch_size, *fake.latent_shape(resolution, resolution))
         images = None
         if options.pixel_l1_weight:
             images = torch.zeros(batch_size, 3, resolution, resolution)
-        problem = Problem(
-            torch.zeros(shape), _prompts(fake, batch_size), torch.zeros(shape), images
-        )
-        modules = [getattr(fake.pipe, part) for part in PARTS]
-        known = [p for module in modules for p in (*module.parameters(), *module.buffers())]
-        z = torch.zeros(shape, requires_grad=True)
+        problem = Problem(noise, fake.blank_prompts(batch_size), latents, images)
+        known = _weights(fake)
+        z = torch.zeros_like(noise, requires_grad=True)
         with LiveMemory(known) as memory:
             loss = objective(fake, options, z, problem).sum()
             kept = memory.live
             loss.backward()
-        weights = {part: _bytes(m.parameters()) for part, m in zip(PARTS, modules, strict=True)}
+        weights = {part: _bytes(m.parameters()) for part, m in fake.networks.items()}
         return StepMemory(weights, 0, 0, 0, 0, 0, kept, memory.peak)
 
 
 @contextmanager
-def _fake(generator: OneStepGenerator) -> Iterator[OneStepGenerator]:
+def fake_copy(generator: OneStepGenerator) -> Iterator[OneStepGenerator]:
     """Yield a copy of ``generator`` whose tensors have shapes but no values."""
-    found = detect_fake_mode(list(generator.pipe.unet.parameters()))
+    found = detect_fake_mode(list(generator.unet.parameters()))
     mode = found or FakeTensorMode(allow_non_fake_inputs=True)
-    plain = copy.copy(generator)
-    plain._compiled_unet = None
-    plain._conditions, plain._prompts = {}, type(plain._prompts)()
-    plain.pipe = copy.copy(generator.pipe)
-    for part in PARTS:
-        setattr(plain.pipe, part, None)
     with FakeCopyMode(mode):
-        modules = copy.deepcopy([*(getattr(generator.pipe, p) for p in PARTS), generator.decoder])
-    for part, module in zip(PARTS, modules, strict=False):
-        setattr(plain.pipe, part, module)
-    plain.decoder = modules[-1]
+        networks, decoder = copy.deepcopy((generator.networks, generator.decoder))
     with mode, torch.device(generator.device):
-        yield plain
+        yield generator.with_networks(networks, decoder)
+
+
+def _weights(generator: OneStepGenerator) -> list[Tensor]:
+    networks = generator.networks.values()
+    return [p for network in networks for p in (*network.parameters(), *network.buffers())]
 
 
 def _prepare(unet: nn.Module, options: SftOptions) -> list[nn.Parameter]:
     """Make ``unet`` as the training makes it; returns what is trained."""
-    dtype, rank = getattr(torch, options.weights_dtype), getattr(options, "lora_rank", 0)
-    for module in unet.modules():  # Module.to swaps tensors, which fake ones do not allow
-        for name, parameter in module.named_parameters(recurse=False):
-            module.register_parameter(name, nn.Parameter(parameter.detach().to(dtype)))
+    dtype, rank = getattr(torch, options.weights_dtype), options.lora_rank
     unet.requires_grad_(not rank)
     if rank:
-        from peft import LoraConfig
-
-        targets = ["to_q", "to_k", "to_v", "to_out.0"]
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))  # type: ignore[operator]
+        with unset_fake_temporarily():
+            add_adapter(unet, rank, options.lora_alpha)
+    # Module.to swaps tensors, which fake ones do not allow; peft's adapter is real until here
+    for module in unet.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            trained = parameter.requires_grad
+            kind = torch.float32 if rank and trained else dtype
+            value = torch.zeros(parameter.shape, dtype=kind, device=parameter.device)
+            module.register_parameter(name, nn.Parameter(value, requires_grad=trained))
     if options.gradient_checkpointing:
         unet.enable_gradient_checkpointing()  # type: ignore[operator]
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -211,15 +212,10 @@ def training_batch(generator: OneStepGenerator, options: SftOptions, resolution:
     n, m = options.batch_size, 0
     if options.preserves:
         m = options.preserve_batch_size or n
-    noise = torch.zeros(n + m, *generator.latent_shape(resolution, resolution))
+    noise = torch.zeros(n + m, *generator.noise_shape(resolution, resolution))
+    latents = torch.zeros(n + m, *generator.latent_shape(resolution, resolution))
     images = torch.zeros(n, 3, resolution, resolution) if options.pixel_l1_weight else None
-    return Batch(noise, _prompts(generator, n + m), torch.zeros_like(noise), images, n)
-
-
-def _prompts(generator: OneStepGenerator, count: int) -> PromptEncoding:
-    pipe = generator.pipe
-    width, pooled = pipe.unet.config.cross_attention_dim, pipe.text_encoder_2.config.projection_dim
-    return PromptEncoding(torch.zeros(count, 77, width), torch.zeros(count, pooled))
+    return Batch(noise, generator.blank_prompts(n + m), latents, images, n)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from oneshot_fast.data import DataError, Failure, Record, file_sha256
+from oneshot_fast.noise_files import read_noise
+from oneshot_fast.runs import mend_jsonl
 from oneshot_fast.search import Problem
 from oneshot_fast.seeds import derived_seed, gaussian
 
@@ -32,6 +35,9 @@ class Target:
         prompt: Encoding of the one prompt.
         latent: [C, h, w] float32.
         image: [3, H, W] float32 in [0, 1]; None without a pixel loss.
+        candidates: Random noises among which ``eps`` was chosen; 0: it was not.
+        first_loss: Loss of one of them taken blindly; None without a choice.
+        start: Noise that gradients begin at, [C, h, w] float32; None: at ``eps``.
     """
 
     index: int
@@ -43,6 +49,9 @@ class Target:
     prompt: PromptEncoding
     latent: Tensor
     image: Tensor | None
+    candidates: int = 0
+    first_loss: float | None = None
+    start: Tensor | None = None
 
 
 class Preparer:
@@ -56,6 +65,7 @@ class Preparer:
         seed: int,
         resize_mode: str,
         needs_images: bool,
+        previous: Path | None = None,
     ) -> None:
         """Bind what all targets share.
 
@@ -65,9 +75,17 @@ class Preparer:
             seed: Seed of the run.
             resize_mode: "crop" or "squash".
             needs_images: Keep the images, for a pixel loss.
+            previous: Manifest of an earlier assignment of the same targets, to begin with its
+                noises.
         """
         self._generator, self._targets, self._seed = generator, targets, seed
         self._resize_mode, self._needs_images = resize_mode, needs_images
+        rows = [] if previous is None else mend_jsonl(previous)
+        self._previous = {
+            row["id"]: (row["seed"], previous.parent / row["noise_path"], row["noise_index"])
+            for row in rows
+            if previous is not None
+        }
 
     def prepare(
         self, batch: Sequence[tuple[int, Record] | Failure]
@@ -88,9 +106,10 @@ class Preparer:
             return [], failures
         generator, device = self._generator, self._generator.device
         prompts = generator.encode_prompts([record.prompt for _, record, *_ in readable])
-        seeds = [derived_seed(self._seed, record.id) for _, record, *_ in readable]
+        seeds = [self._seed_of(record) for _, record, *_ in readable]
         latents = torch.stack([latent for _, _, latent, _ in readable]).to(device)
-        eps = gaussian(seeds, latents.shape[1:]).to(device)
+        side = self._targets.resolution
+        eps = gaussian(seeds, generator.noise_shape(side, side)).to(device)
         paths = [(record.image_path, self._resize_mode) for _, record, *_ in readable]
         images = self._targets.images(paths) if self._needs_images else None
         ready = [
@@ -104,21 +123,35 @@ class Preparer:
                 prompts.row(k),
                 latents[k],
                 None if images is None else images[k],
+                start=self._start_of(record),
             )
             for k, (index, record, _, sha256) in enumerate(readable)
         ]
         return ready, failures
+
+    def _seed_of(self, record: Record) -> int:
+        if record.id in self._previous:
+            return int(self._previous[record.id][0])
+        return derived_seed(self._seed, record.id)
+
+    def _start_of(self, record: Record) -> Tensor | None:
+        if record.id not in self._previous:
+            return None
+        _, path, index = self._previous[record.id]
+        return read_noise(path, index).to(self._generator.device)
 
 
 def problem_of(targets: Sequence[Target]) -> Problem:
     """The batch of ``targets``."""
     prompts = targets[0].prompt.cat([target.prompt for target in targets])
     images = [target.image for target in targets if target.image is not None]
+    starts = [target.eps if target.start is None else target.start for target in targets]
     return Problem(
         torch.stack([target.eps for target in targets]),
         prompts,
         torch.stack([target.latent for target in targets]),
         torch.stack(images) if images else None,
+        torch.stack(starts),
     )
 
 

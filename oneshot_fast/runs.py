@@ -25,7 +25,7 @@ _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` atomically: temporary name, fsync, rename."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -90,7 +90,7 @@ def write_safetensors(
     folder = path.with_name(f"{TEMPORARY}folder-{path.name}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             save_file(data, folder / path.name, metadata=header)
             (folder / path.name).rename(temporary)
     finally:
@@ -104,7 +104,8 @@ def read_metadata(path: Path, key: str) -> Any:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file that becomes ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(TEMPORARY + path.name)
     try:

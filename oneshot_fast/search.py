@@ -1,7 +1,7 @@
-"""Searches for rotations side by side: each slot of a batch holds one target at a step of its own.
+"""Searches by gradients side by side: each slot of a batch holds one target at a step of its own.
 
-A slot's Adam moments, step and best result are its own, so that a finished target can leave its
-slot to another one while the rest go on. Nothing here waits for the device.
+A slot's moments, step, step size and best result are its own, so that a finished target can leave
+its slot to another one while the rest go on. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from oneshot_fast import ops
-from oneshot_fast.rotation import PatchRotation
+from oneshot_fast.methods import Method, method_of
 
 if TYPE_CHECKING:
     from oneshot_fast.generator import PromptEncoding
     from oneshot_fast.matching import AssignOptions
 
-_BETAS, _EPS = (0.9, 0.999), 1e-8  # torch.optim.Adam's
+# lr auto: the step size of a target grows while its loss falls and shrinks when it has risen
+_GROWTH, _SHRINKAGE = 1.05, 0.8
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class Problem:
         prompts: Encoding of B prompts.
         latents: Target latents, [B, C, h, w] float32.
         images: Target images, [B, 3, H, W] float32 in [0, 1]; None without a pixel loss.
+        start: Noises that the search begins at, like ``eps``; None: at ``eps``.
     """
 
     eps: Tensor
     prompts: PromptEncoding
     latents: Tensor
     images: Tensor | None = None
+    start: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -52,8 +54,8 @@ class Assignment:
     """Result for a batch of targets.
 
     Attributes:
-        z: Best rotated noise, [B, C, h, w] float32.
-        q: Its rotation, [B, D, D] or [B, G, G, D, D] float32.
+        z: Best noise, [B, C, h, w] float32.
+        q: Its rotation, [B, D, D] or [B, G, G, D, D] float32; None for methods without one.
         losses: Loss of every target at every step, the last one included, [steps + 1, B]; after
             the last step of a target that was stopped early, 0.
         best_loss: Smallest of them, [B].
@@ -62,7 +64,7 @@ class Assignment:
     """
 
     z: Tensor
-    q: Tensor
+    q: Tensor | None
     losses: Tensor
     best_loss: Tensor
     best_step: Tensor
@@ -70,41 +72,42 @@ class Assignment:
 
 
 class Search:
-    """B searches with Adam on the skew logarithm of each rotation."""
+    """B searches, each with the moments and the step size of its own."""
 
     def __init__(
         self,
         problem: Problem,
         options: AssignOptions,
         objective: Callable[[Tensor, Problem], Tensor],
+        method: Method | None = None,
     ) -> None:
-        """Start every search at the identity.
+        """Start every search at its base noise.
 
         Args:
             problem: B targets.
-            options: Steps, learning rate, patches, when to stop.
-            objective: Loss per target, [B], of the rotated noises [B, C, h, w].
+            options: Method, steps, step size, when to stop.
+            objective: Loss per target, [B], of the noises [B, C, h, w].
+            method: How noises move; by default the one that ``options`` name.
         """
         self._options, self._objective, self._prompts = options, objective, problem.prompts
+        self._method = method or method_of(options)
         self._state = self._start(problem)
-        steps = range(1, options.steps + 2)
-        minus_rates = [-(options.lr / (1 - _BETAS[0] ** step)) for step in steps]
-        roots = [(1 - _BETAS[1] ** step) ** 0.5 for step in steps]
-        self._corrections = torch.tensor([minus_rates, roots], device=problem.eps.device)
 
     def _start(self, problem: Problem) -> dict[str, Tensor]:
         """State of new searches; every tensor has a row per search."""
         B, device = len(problem.eps), problem.eps.device
-        rotation = PatchRotation(
-            problem.eps.shape, self._options.patch_size, self._options.rotation_groups, device
-        )
-        skew = rotation.skew.detach()
+        searching = self._method.start(problem.eps, problem.start)
+        self._moving = [*searching]
         far = torch.full((B,), float("inf"), device=device)
         start = torch.zeros(B, dtype=torch.int64, device=device)
-        searching = {name: skew.clone() for name in ("skew", "exp_avg", "exp_avg_sq", "best_q")}
+        lr = self._options.lr
+        first = self._method.first_step if lr == "auto" else float(lr)
         return problem.tensors() | {
             **searching,
-            "losses": torch.zeros(B, self._options.steps + 1, device=device),
+            "best_point": searching["point"].clone(),
+            "losses": torch.zeros(B, self._options.gradient_steps + 1, device=device),
+            "rate": torch.full((B,), first, device=device),
+            "before": far.clone(),
             "best_loss": far,
             "level": far.clone(),
             "step": start,
@@ -126,7 +129,9 @@ class Search:
     @property
     def shard_bytes(self) -> int:
         """Size of the noises and rotations that are found."""
-        return self._state["eps"].nbytes + self._state["skew"].nbytes
+        point = self._state["point"]
+        q = self._method.rotation(point)
+        return self._state["eps"].nbytes + (0 if q is None else q.nbytes)
 
     @property
     def problem(self) -> Problem:
@@ -144,7 +149,7 @@ class Search:
 
     def keep(self, slots: Sequence[int]) -> None:
         """Give up all searches but those in ``slots``, which then are 0, 1, ..."""
-        index = torch.tensor(slots, device=self._corrections.device)
+        index = torch.tensor(slots, device=self._state["step"].device)
         self._state = {name: value.index_select(0, index) for name, value in self._state.items()}
 
     def advance(self, is_last: bool = False) -> Tensor:
@@ -158,19 +163,18 @@ class Search:
         """
         s = self._state
         with torch.set_grad_enabled(not is_last):
-            skew = s["skew"].detach().requires_grad_(not is_last)
-            q = ops.skew_exp(skew)
-            z = ops.patch_rotate(s["eps"], q, self._options.patch_size)
+            point = s["point"].detach().requires_grad_(not is_last)
+            z = self._method.noise(s["eps"], point)
             loss = self._objective(z, self.problem)
-        gradient = None if is_last else torch.autograd.grad(loss.sum(), skew)[0]
+        gradient = None if is_last else torch.autograd.grad(loss.sum(), point)[0]
         loss = loss.detach()
-        self._record(loss, q.detach())
+        self._record(loss)
         self._stop(loss)
         if gradient is not None:
-            self._move(gradient)
+            self._move(gradient, loss)
         return loss
 
-    def _record(self, loss: Tensor, q: Tensor) -> None:
+    def _record(self, loss: Tensor) -> None:
         s = self._state
         step, running = s["step"], s["running"]
         before = s["losses"].gather(1, step[:, None])
@@ -179,12 +183,13 @@ class Search:
         better = running & (loss < s["best_loss"])
         s["best_loss"] = torch.where(better, loss, s["best_loss"])
         s["best_step"] = torch.where(better, step, s["best_step"])
-        s["best_q"] = torch.where(_per_row(better, q), q, s["best_q"])
+        point = s["point"]
+        s["best_point"] = torch.where(_per_row(better, point), point, s["best_point"])
 
     def _stop(self, loss: Tensor) -> None:
         """End the searches that took all steps or need no more."""
         s, options = self._state, self._options
-        on = s["running"] & (s["step"] < options.steps)
+        on = s["running"] & (s["step"] < options.gradient_steps)
         if options.stops_early:
             on &= loss.isfinite()
         if options.stop_loss is not None:
@@ -196,27 +201,28 @@ class Search:
             on &= s["step"] - s["level_step"] < options.stop_patience
         s["running"] = on
 
-    def _move(self, gradient: Tensor) -> None:
-        """One step of Adam (Kingma and Ba 2015, arXiv 1412.6980), rounded as torch.optim's."""
-        s, (beta1, beta2) = self._state, _BETAS
-        minus_rate, root = self._corrections[:, s["step"]]
-        s["exp_avg"].lerp_(gradient, 1 - beta1)
-        s["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        scale = (s["exp_avg_sq"].sqrt() / _per_row(root, gradient)).add_(_EPS)
-        moved = s["skew"] + _per_row(minus_rate, gradient) * s["exp_avg"] / scale
-        s["skew"] = torch.where(_per_row(s["running"], gradient), moved, s["skew"])
-        s["step"] = s["step"] + s["running"]
+    def _move(self, gradient: Tensor, loss: Tensor) -> None:
+        """One step of the method for all searches that go on."""
+        s, running = self._state, self._state["running"]
+        if self._options.lr == "auto":
+            s["rate"] = s["rate"] * torch.where(loss > s["before"], _SHRINKAGE, _GROWTH)
+            s["before"] = loss
+        moving = {name: s[name] for name in self._moving}
+        moved = self._method.move(moving, s["eps"], gradient, s["step"], s["rate"])
+        for name, value in moved.items():
+            s[name] = torch.where(_per_row(running, value), value, s[name])
+        s["step"] = s["step"] + running
 
     def result(self, slots: Sequence[int] | None = None) -> Assignment:
         """What the searches in ``slots`` (default: all) have found so far."""
         s = self._state
         if slots is not None:
-            index = torch.tensor(slots, device=self._corrections.device)
-            names = ("eps", "best_q", "losses", "best_loss", "best_step", "step")
+            index = torch.tensor(slots, device=self._state["step"].device)
+            names = ("eps", "best_point", "losses", "best_loss", "best_step", "step")
             s = {name: s[name].index_select(0, index) for name in names}
-        z = ops.patch_rotate(s["eps"], s["best_q"], self._options.patch_size)
-        losses = s["losses"].T.contiguous()
-        return Assignment(z, s["best_q"], losses, s["best_loss"], s["best_step"], s["step"])
+        z = self._method.noise(s["eps"], s["best_point"])
+        q, losses = self._method.rotation(s["best_point"]), s["losses"].T.contiguous()
+        return Assignment(z, q, losses, s["best_loss"], s["best_step"], s["step"])
 
 
 def _per_row(values: Tensor, like: Tensor) -> Tensor:

@@ -31,6 +31,11 @@ class SftCommand:
     """Folder of the results."""
     save_minutes: float = 5.0
     """Minutes between saved training states; 0 saves after every step."""
+    keep_checkpoints: int = 0
+    """Also keep checkpoint-<step> of the newest so many epochs; 0 keeps none."""
+    offload_encoders: bool | None = None
+    """Move text encoders and image encoder to the CPU while training, and the decoder if no loss
+    needs it; by default on a GPU."""
     dry_run: bool = False
     """Print parameters, memory by part, disk and time needed, from a few timed passes on random
     data; nothing is written."""
@@ -51,12 +56,20 @@ def execute(command: SftCommand) -> int:
     from oneshot_fast.report import write_sft_report
     from oneshot_fast.targets import Targets
 
-    generator = command.model.load(command.model_id, master_weights=True)
-    side = _latent_side(pairs) * generator.pipe.vae_scale_factor
+    master_weights = command.training.weights_dtype == "float32"
+    generator = command.model.load(command.model_id, master_weights=master_weights)
+    side = generator.side_of(_noise_shape(pairs))
     if folder is None or command.dry_run:
         from oneshot_fast.dry_run import sft_plan
 
-        print(sft_plan(generator, command.training, resolution=side, samples=len(pairs)))
+        plan = sft_plan(
+            generator,
+            command.training,
+            resolution=side,
+            samples=len(pairs),
+            offload_encoders=command.offload_encoders,
+        )
+        print(plan)
         return OK
     run = SftRun(
         generator,
@@ -65,6 +78,8 @@ def execute(command: SftCommand) -> int:
         command.training,
         seed=command.run.seed,
         save_minutes=command.save_minutes,
+        keep_checkpoints=command.keep_checkpoints,
+        offload_encoders=command.offload_encoders,
     )
     summary = run.run(
         pairs, failures, overwrite=command.run.overwrite, report_to=command.run.report_to
@@ -75,12 +90,12 @@ def execute(command: SftCommand) -> int:
     return SOME_FAILED if summary["failed"] else OK
 
 
-def _latent_side(pairs: Sequence[MatchedPair]) -> int:
-    """Side in latent pixels of the first noise that can be read; the others must be like it."""
+def _noise_shape(pairs: Sequence[MatchedPair]) -> tuple[int, ...]:
+    """Shape of the first noise that can be read; the others must be like it."""
     for pair in pairs[:-1]:
         with contextlib.suppress(DataError):
-            return load_noise(pair).shape[-1]
-    return load_noise(pairs[-1]).shape[-1]
+            return tuple(load_noise(pair).shape)
+    return tuple(load_noise(pairs[-1]).shape)
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
@@ -93,6 +108,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     if summary["failed"]:
         print(f"{summary['failed']} pairs failed: {folder / 'failures.jsonl'}", file=sys.stderr)
     print(f"checkpoint: {folder / 'checkpoint-final'}")
+    if (folder / "lora-final").exists():
+        print(f"LoRA: {folder / 'lora-final'}")
     print(f"report: {folder / 'report.html'}")
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from oneshot_fast import ops
+from oneshot_fast.checkpoints import Checkpoints
 from oneshot_fast.data import Failure, MatchedPair, file_sha256
 from oneshot_fast.errors import require
 from oneshot_fast.examples import Examples
 from oneshot_fast.interrupts import Interrupts
-from oneshot_fast.processes import is_main, kept_by_main, main_first
+from oneshot_fast.offloading import encoders, offloaded, offloads_by_default
+from oneshot_fast.processes import is_main, kept_by_main, main_first, processes
 from oneshot_fast.runs import RunFolder, read_json, write_json, write_jsonl
 from oneshot_fast.seeds import derived_seed, gaussian
 from oneshot_fast.tracking import end_tracking, progress, start_tracking
@@ -31,8 +34,8 @@ if TYPE_CHECKING:
     from oneshot_fast.targets import Targets
 
 OUTPUTS = (
-    "checkpoint-best", "checkpoint-final", "logs", "failures.jsonl", "history.jsonl",
-    "preserve.safetensors", "state.safetensors", "summary.json", "report.html",
+    "checkpoint-best", "checkpoint-final", "lora-best", "lora-final", "logs", "failures.jsonl",
+    "history.jsonl", "preserve.safetensors", "state.safetensors", "summary.json", "report.html",
 )  # fmt: skip
 
 
@@ -48,6 +51,8 @@ class SftRun:
         *,
         seed: int = 0,
         save_minutes: float = 5.0,
+        keep_checkpoints: int = 0,
+        offload_encoders: bool | None = None,
     ) -> None:
         """Describe the run.
 
@@ -58,17 +63,28 @@ class SftRun:
             options: Losses and schedule.
             seed: Seed of the run.
             save_minutes: Minutes between saved states.
+            keep_checkpoints: How many of the epochs' checkpoints are kept, the newest.
+            offload_encoders: Move what only encodes to the CPU while training; by default on a GPU.
 
         Raises:
             UserError: If an option makes no sense.
         """
         options.check()
         require(
+            not options.optimizer_in_backward or processes().num_processes == 1,
+            "optimizer_in_backward cannot add up the gradients of several processes; leave it out",
+        )
+        require(keep_checkpoints >= 0, "keep_checkpoints must not be negative")
+        require(
             generator.autocast != torch.float16,
             "float16 loses small gradients; train with --dtype bfloat16 or float32",
         )
         self.generator, self.targets, self.folder = generator, targets, Path(folder)
         self.options, self.seed, self.save_minutes = options, seed, save_minutes
+        self.checkpoints = Checkpoints(generator, self.folder, keep_checkpoints)
+        self.offloads = offload_encoders
+        if offload_encoders is None:
+            self.offloads = offloads_by_default(generator)
 
     def settings(self, pairs: Sequence[MatchedPair]) -> dict[str, Any]:
         """Everything the result depends on."""
@@ -115,7 +131,8 @@ class SftRun:
             UserError: If no pair can be used, or the loss becomes NaN or infinite.
         """
         settings = self.settings(pairs)
-        with kept_by_main(RunFolder(self.folder, settings, OUTPUTS, overwrite)):
+        outputs = (*OUTPUTS, *self.checkpoints.intermediate())
+        with kept_by_main(RunFolder(self.folder, settings, outputs, overwrite)):
             final = self.folder / "checkpoint-final"
             if (self.folder / "summary.json").exists() and final.exists():
                 if is_main():
@@ -144,7 +161,7 @@ class SftRun:
         return PreservePool.build(
             self.generator,
             [pair.prompt for pair in examples.pairs],
-            examples.latents.shape[1:],
+            examples.noises.shape[1:],
             self.options.preserve_pool_size,
             self.seed,
             self.folder / "preserve.safetensors",
@@ -154,7 +171,7 @@ class SftRun:
         self, examples: Examples, pool: PreservePool | None, tracker: Accelerator
     ) -> dict[str, Any]:
         before = self._matched_loss(examples)
-        unet = self.generator.pipe.unet
+        unet = self.generator.unet
         dtype, trainer = unet.dtype, Trainer(unet, self.options, self.seed)
         if self.options.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
@@ -162,20 +179,19 @@ class SftRun:
         if state.exists():
             trainer.load(state)
         started, resumed_at = time.perf_counter(), trainer.step
-        self._steps(trainer, examples, pool, tracker)
+        try:
+            with self._only_needed(examples, pool):
+                self._steps(trainer, examples, pool, tracker)
+        finally:
+            trainer.close()
         seconds = time.perf_counter() - started
         unet.disable_gradient_checkpointing()
         require(bool(trainer.best), "no step had a finite loss and gradient; lower the lr")
-        final = {name: p.clone() for name, p in trainer.final().items()}
-        trainer.load_weights(final)
+        trainer.load_weights(trainer.final())
         after = self._matched_loss(examples)
         if is_main():
             write_jsonl(self.folder / "history.jsonl", trainer.history)
-            trainer.load_weights(trainer.best)
-            self.generator.save(self.folder / "checkpoint-best")
-            trainer.load_weights(final)
-            self.generator.save(self.folder / "checkpoint-final")
-        unet.requires_grad_(False).to(dtype)
+        self.checkpoints.finish(trainer, dtype)
         return {
             "samples": len(examples.pairs),
             "steps": trainer.step,
@@ -209,6 +225,7 @@ class SftRun:
                     raise
                 if trainer.step % per_epoch == 0:
                     row = trainer.end_epoch(trainer.step // per_epoch)
+                    self.checkpoints.keep(trainer)
                     if row is not None:
                         bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                         tracker.log(row, step=trainer.step)
@@ -253,6 +270,18 @@ class SftRun:
             images,
             len(pairs),
         )
+
+    @contextlib.contextmanager
+    def _only_needed(self, examples: Examples, pool: PreservePool | None) -> Iterator[None]:
+        """Keep what only encodes off the device, once the prompts are encoded."""
+        if not self.offloads or not encoders(self.generator, self.options.decodes):
+            yield
+            return
+        prompts = {pair.prompt for pair in examples.pairs} | {*(pool.prompts if pool else ())}
+        for prompt in sorted(prompts):
+            self.generator.encode_prompts([prompt], cache_size=len(prompts))
+        with offloaded(self.generator, keep_decoder=self.options.decodes):
+            yield
 
     @torch.no_grad()
     def _matched_loss(self, examples: Examples) -> float:

@@ -28,21 +28,21 @@ class Solved:
     Attributes:
         target: The target.
         z: Best noise, [C, h, w] float32.
-        q: Its rotation, [D, D] or [G, G, D, D] float32.
+        q: Its rotation, [D, D] or [G, G, D, D] float32; None for methods without one.
         losses: Loss at every step.
         best_step: Where it was lowest.
     """
 
     target: Target
     z: Tensor
-    q: Tensor
+    q: Tensor | None
     losses: list[float]
     best_step: int
 
     @property
     def nfe(self) -> int:
-        """Generator evaluations: a forward per loss, and between them a backward, worth two."""
-        return 3 * len(self.losses) - 2
+        """Generator evaluations: a forward per candidate and loss; each backward counts two."""
+        return self.target.candidates + 3 * len(self.losses) - 2
 
 
 class Solver:
@@ -100,8 +100,8 @@ class Solver:
         done = 0
         try:
             search = self.start(targets)
-            for step in range(self.options.steps + 1):
-                search.advance(is_last=step == self.options.steps)
+            for step in range(self.options.gradient_steps + 1):
+                search.advance(is_last=step == self.options.gradient_steps)
                 done += len(targets)
                 self.on_evaluations(len(targets))
             return search.result()
@@ -199,15 +199,16 @@ class _Slots:
             return []
         for k in targets:
             self._slots[k] = None
-        self._solver.on_evaluations(len(targets) * (self._solver.options.steps + 1))
+        self._solver.on_evaluations(len(targets) * (self._solver.options.gradient_steps + 1))
         return solved(list(targets.values()), search.result(list(targets)))
 
 
 def solved(targets: Sequence[Target], result: Assignment) -> list[Solved]:
     """The rows of ``result``, a row per target, on the CPU; waits for the device."""
-    z, q, losses = result.z.cpu(), result.q.cpu(), result.losses.T.tolist()
+    z, losses = result.z.cpu(), result.losses.T.tolist()
+    q = None if result.q is None else result.q.cpu()
     rows = zip(targets, losses, result.best_step.tolist(), result.last_step.tolist(), strict=True)
     return [
-        Solved(target, z[k], q[k], curve[: last + 1], best)
+        Solved(target, z[k], None if q is None else q[k], curve[: last + 1], best)
         for k, (target, curve, best, last) in enumerate(rows)
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -180,6 +180,36 @@ def open_source(
         allow_outside_root=allow_outside_root,
     )
     return FolderSource(records, failures)
+
+
+def pending(
+    source: Source, done: Container[str], size: int
+) -> Iterator[list[tuple[int, Record] | Failure]]:
+    """Cut a data set into batches and leave out what is done.
+
+    Batches are cut before, so that a resumed run solves the same targets together.
+
+    Args:
+        source: The data set.
+        done: Ids of the records to leave out.
+        size: Records per batch; failures come on top.
+
+    Yields:
+        Records with their places in the data set, and failures.
+    """
+    batch: list[tuple[int, Record] | Failure] = []
+    index = 0
+    for item in source:
+        if isinstance(item, Failure):
+            batch.append(item)
+            continue
+        if item.id not in done:
+            batch.append((index, item))
+        index += 1
+        if index % size == 0:
+            yield batch
+            batch = []
+    yield batch
 
 
 def _record(shard: Shard, number: int, sample: Sample, used: dict[str, int]) -> Record | Failure:

@@ -28,7 +28,7 @@ class Targets:
         Raises:
             UserError: If the resolution is not a multiple of the VAE's factor.
         """
-        factor = generator.pipe.vae_scale_factor
+        factor = generator.latent_factor
         self.resolution = generator.image_size if resolution is None else resolution
         require(
             self.resolution > 0 and self.resolution % factor == 0,
@@ -45,11 +45,17 @@ class Targets:
         """
         key = (path, resize_mode)
         if key not in self._latents:
-            image = self.image(path, resize_mode)
-            latent = self._latents[key] = self._generator.encode_image(image).cpu()
+            latent = self._latents[key] = self._encode(path, resize_mode)
             if len(self._latents) * latent.nbytes > _KEPT_BYTES:
                 del self._latents[next(iter(self._latents))]  # the oldest
         return self._latents[key]
+
+    def _encode(self, path: ImageRef, resize_mode: str) -> Tensor:
+        def encode() -> Tensor:
+            return self._generator.encode_image(self.image(path, resize_mode)).cpu()
+
+        kept = self._generator.encodings
+        return kept.latent(path, resize_mode, self.resolution, encode) if kept else encode()
 
     def image(self, path: ImageRef, resize_mode: str) -> Tensor:
         """Image [3, H, W] float32 in [0, 1] at the working resolution, on the CPU.

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from oneshot_fast.errors import UserError
+from oneshot_fast.lora import add_adapter
+from oneshot_fast.optimizer import WeightOptimizer
 from oneshot_fast.runs import read_metadata, write_safetensors
 from oneshot_fast.seeds import derived_seed
 from oneshot_fast.training import SftOptions
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 BAD_IN_A_ROW = 3  # bad steps that end a training
 
 
@@ -26,24 +27,27 @@ class BadStepsError(UserError):
 class Trainer:
     """AdamW on the UNet with warm-up, clipping, the best weights and a file to resume from.
 
-    A step whose loss or gradient is NaN or infinite leaves weights and moments as they are.
+    A step whose loss or gradient is NaN or infinite leaves weights and moments as they are; with
+    ``optimizer_in_backward`` only the weights whose own gradient is, since others are updated then.
     """
 
     def __init__(self, unet: nn.Module, options: SftOptions, seed: int = 0) -> None:
-        """Unfreeze ``unet`` and make the optimiser.
+        """Unfreeze ``unet``, or add an adapter to it, and make the optimiser.
 
         Args:
             unet: The trained module; its weights are cast to ``options.weights_dtype``.
             options: How it is trained.
-            seed: Of the stochastic rounding.
+            seed: Of the adapter and of the stochastic rounding.
 
         Raises:
-            UserError: If the optimiser is not installed.
+            UserError: If the optimiser is not installed, or the module takes no adapter.
         """
-        unet.to(getattr(torch, options.weights_dtype)).requires_grad_(True)
-        self.options, self.seed = options, seed
-        self.parameters = dict(unet.named_parameters())
-        self.optimizer = _make_optimizer(list(self.parameters.values()), options)
+        unet.to(getattr(torch, options.weights_dtype)).requires_grad_(not options.lora_rank)
+        if options.lora_rank:
+            add_adapter(unet, options.lora_rank, options.lora_alpha, derived_seed(seed, "lora"))
+        self.options = options
+        self.parameters = {k: p for k, p in unet.named_parameters() if p.requires_grad}
+        self.optimizer = WeightOptimizer(self.parameters, options, seed)
         self.step = self.skipped = self.bad_in_a_row = self.good_in_epoch = 0
         device = next(unet.parameters()).device
         self.sums = torch.zeros(3, device=device)
@@ -60,13 +64,22 @@ class Trainer:
 
     def add(self, match: Tensor, keep: Tensor) -> None:
         """Add the gradients of a batch, or of a part of it, to those of this step."""
-        (match + keep).backward()
+        loss = match + keep
         self.losses = self.losses + torch.stack((match.detach(), keep.detach()))
+        if self.options.optimizer_in_backward:
+            if not torch.isfinite(loss):
+                return
+            self.optimizer.begin(self.step)
+        loss.backward()
 
     def forget(self) -> None:
         """Drop what ``add`` added to this step."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.forget()
         self.losses = torch.zeros_like(self.losses)
+
+    def close(self) -> None:
+        """End the training; the weights stay as they are."""
+        self.optimizer.close()
 
     def gradients(self) -> list[Tensor]:
         """What ``add`` summed up: the gradient of every weight, zero if it has none, and losses."""
@@ -81,18 +94,12 @@ class Trainer:
         Raises:
             BadStepsError: After the third step in a row without a finite loss and gradient.
         """
-        warmup = min(1.0, (self.step + 1) / max(1, self.options.lr_warmup_steps))
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(self.options.lr * warmup)
-            else:
-                group["lr"] = self.options.lr * warmup
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.options.max_grad_norm)
-        seen = torch.cat((self.losses, norm.float()[None]))
+        self.optimizer.begin(self.step)
+        seen = torch.cat((self.losses, self.optimizer.clip()[None]))
         # The one wait for the device in a step. The next batch would wait for it, too: it is
         # copied there from memory that is not pinned.
         if torch.isfinite(seen).all():
-            self._optimizer_step()
+            self.optimizer.apply()
             self.sums += seen
             self.good_in_epoch += 1
             self.bad_in_a_row = 0
@@ -111,17 +118,6 @@ class Trainer:
                 "repeat the command to go on with the next step, or start anew with a lower lr "
                 "and --overwrite"
             )
-
-    def _optimizer_step(self) -> None:
-        if self.options.optimizer == "adamw":
-            self.optimizer.step()
-            return
-        # Stochastic rounding draws from the global generator: a seed per step makes it resumable.
-        # torchao compiles its step; on the CPU, where memory is no concern, that takes minutes.
-        stance = "force_eager" if self.sums.device.type == "cpu" else "default"
-        with torch.random.fork_rng(), torch.compiler.set_stance(stance):
-            torch.manual_seed(derived_seed(self.seed, "rounding", self.step))
-            self.optimizer.step()
 
     def final(self) -> dict[str, Tensor]:
         """The weights that the training ends with, as it stands: the average or the last ones."""
@@ -146,20 +142,16 @@ class Trainer:
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Copy ``weights`` into the UNet."""
+        """Copy ``weights``, the trained ones by name, into the UNet."""
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
 
     def save(self, path: Path) -> None:
         """Write weights, moments, averages, best weights, step and history as safetensors."""
         tensors = {f"best/{name}": value for name, value in self.best.items()}
-        tensors["sums"] = self.sums
+        tensors |= {"sums": self.sums, **self.optimizer.tensors()}
         for name, parameter in self.parameters.items():
             tensors[f"weight/{name}"] = parameter
-            for moment in MOMENTS:
-                value = self.optimizer.state[parameter].get(moment)
-                if value is not None:
-                    tensors |= {f"{moment}{k}/{name}": v for k, v in _stored(value).items()}
         if self.ema is not None:
             tensors |= {f"ema/{name}": value for name, value in self.final().items()}
         position = {
@@ -182,48 +174,11 @@ class Trainer:
         self.load_weights(_named(tensors, "weight/"))
         self.sums.copy_(tensors["sums"])
         self.best = _named(tensors, "best/")
-        updates = self.step - self.skipped
-        if updates:
-            self._load_moments(tensors, updates)
+        self.optimizer.load(tensors)
         if self.ema is not None:
-            self.ema.optimization_step = updates
+            self.ema.optimization_step = self.step - self.skipped
             for shadow, name in zip(self.ema.shadow_params, self.parameters, strict=True):
                 shadow.copy_(tensors[f"ema/{name}"])
-
-    def _load_moments(self, tensors: dict[str, Tensor], updates: int) -> None:
-        for name, parameter in self.parameters.items():
-            state: dict[str, Tensor] = {"step": torch.tensor(float(updates))}
-            for moment in MOMENTS:
-                if self.options.optimizer == "adamw":
-                    state[moment] = torch.zeros_like(parameter)
-                else:  # torchao decides by size which moments have 8 bits
-                    signed = moment == "exp_avg"
-                    state[moment] = self.optimizer._new_buffer(parameter, signed)  # type: ignore
-                for key, value in _stored(state[moment]).items():
-                    value.copy_(tensors[f"{moment}{key}/{name}"])
-            self.optimizer.state[parameter] = state
-
-
-def _make_optimizer(parameters: list[nn.Parameter], options: SftOptions) -> torch.optim.Optimizer:
-    if options.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
-    try:
-        from torchao.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise UserError("--optimizer adamw8bit needs torchao: pip install torchao") from None
-    optimizer: torch.optim.Optimizer = AdamW8bit(
-        parameters,
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        bf16_stochastic_round=options.weights_dtype == "bfloat16",
-    )
-    return optimizer
-
-
-def _stored(moment: Tensor) -> dict[str, Tensor]:
-    """What a moment consists of: itself, or the codes and scales of 8-bit blocks."""
-    parts = {f".{key}": getattr(moment, key, None) for key in ("codes", "scale")}
-    return {key: v for key, v in parts.items() if v is not None} or {"": moment}
 
 
 def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -37,7 +37,8 @@ class SftOptions:
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm: all together, with --optimizer_in_backward the
+    gradient of each weight tensor for itself; inf never scales."""
     lr_warmup_steps: int = 0
     """Steps over which the learning rate rises from 0."""
     latent_loss_weight: float = 1.0
@@ -53,14 +54,23 @@ class SftOptions:
     preserve_pool_size: int = 512
     """Random noises whose base outputs are computed once, before training; steps draw from them."""
     gradient_accumulation_steps: int = 1
-    """Parts that every batch is computed in, one after the other: less memory, and the same result
-    to rounding."""
+    """Parts that every batch is computed in, one after the other: less memory; the same gradient to
+    rounding, which AdamW can magnify."""
     gradient_checkpointing: bool = False
-    """Recompute the UNet's activations in the backward pass: less memory, the same result."""
+    """Recompute the UNet's activations in the backward pass: less memory, the same gradient."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit keeps the moments in 8 bits (torchao: pip install torchao)."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the trained weights; bfloat16 rounds updates stochastically, and needs adamw8bit."""
+    """Type of the weights: bfloat16 rounds updates stochastically, and needs adamw8bit; with
+    --lora_rank it is the type of the frozen weights, and the adapter is float32."""
+    optimizer_in_backward: bool = False
+    """Apply and free each weight's gradient as soon as the backward pass has it: gradients take
+    almost no memory. One process and one part per batch; a bad gradient skips its own weight."""
+    lora_rank: int = 0
+    """Train only a LoRA adapter of this rank on the UNet's attention projections (to_q, to_k, to_v,
+    to_out); 0 trains all weights of the UNet."""
+    lora_alpha: float | None = None
+    """The adapter is scaled by lora_alpha / lora_rank; by default lora_alpha is lora_rank."""
     use_ema: bool = False
     """End with an exponential moving average of the weights."""
     ema_decay: float = 0.9999
@@ -79,10 +89,7 @@ class SftOptions:
         require(self.max_grad_norm > 0, "max_grad_norm must be positive")
         require(self.lr_warmup_steps >= 0, "lr_warmup_steps must not be negative")
         require(0 < self.ema_decay < 1, "ema_decay must be between 0 and 1")
-        require(
-            self.weights_dtype == "float32" or self.optimizer == "adamw8bit",
-            "weights_dtype bfloat16 needs stochastic rounding; add --optimizer adamw8bit",
-        )
+        self._check_memory_options()
         preserved = self.preserve_batch_size
         require(preserved is None or preserved >= 1, "preserve_batch_size must be at least 1")
         weights = (
@@ -101,10 +108,31 @@ class SftOptions:
             "both latent_loss_weight and pixel_l1_weight are 0; there is nothing to learn",
         )
 
+    def _check_memory_options(self) -> None:
+        require(self.lora_rank >= 0, "lora_rank must not be negative; 0 trains all weights")
+        require(
+            self.lora_alpha is None or (self.lora_rank > 0 and 0 < self.lora_alpha < math.inf),
+            "lora_alpha must be positive, and needs --lora_rank",
+        )
+        require(
+            self.weights_dtype == "float32" or self.optimizer == "adamw8bit" or self.lora_rank > 0,
+            "weights_dtype bfloat16 needs stochastic rounding; add --optimizer adamw8bit",
+        )
+        require(
+            not self.optimizer_in_backward or self.gradient_accumulation_steps == 1,
+            "optimizer_in_backward keeps no gradient to add to; leave it or "
+            "gradient_accumulation_steps out",
+        )
+
     @property
     def preserves(self) -> bool:
         """Whether there is a preserve loss."""
         return self.preserve_latent_weight + self.preserve_pixel_weight > 0
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a loss is in pixels."""
+        return self.pixel_l1_weight + self.preserve_pixel_weight > 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +160,7 @@ class PreservePool:
         Args:
             generator: The base generator.
             prompts: Prompts to draw from.
-            shape: [C, h, w] of a latent.
+            shape: [C, h, w] of a noise.
             size: M.
             seed: Seed of the run.
             path: Safetensors file that keeps the pool, so that a resumed run has the same.

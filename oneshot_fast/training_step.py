@@ -29,15 +29,16 @@ class TrainingStep:
         """Update the weights with the gradient of the whole batch.
 
         Raises:
-            UserError: If memory runs out although the parts were halved.
+            UserError: If memory runs out although the parts were halved, or cannot be.
             BadStepsError: See ``Trainer.update``.
         """
         while not self._backward(batch):
             self._trainer.forget()
-            if self._halved or self._parts >= len(batch.noise):
+            whole = self._trainer.options.optimizer_in_backward
+            if whole or self._halved or self._parts >= len(batch.noise):
                 raise UserError(
-                    "out of memory; try --gradient_checkpointing, a smaller --batch_size or "
-                    "--optimizer adamw8bit"
+                    "out of memory; try --gradient_checkpointing, a smaller --batch_size, "
+                    "--optimizer adamw8bit or --lora_rank 16"
                 )
             self._halved, self._parts = True, 2 * self._parts
             print(

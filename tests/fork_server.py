@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 COMMANDS = {
-    name: importlib.import_module(f"oneshot_fast.{name}") for name in ("assign", "sft", "em")
+    name: importlib.import_module(f"oneshot_fast.{name}")
+    for name in ("assign", "sft", "em", "optimize")
 }
 for name in (
     "accelerate",

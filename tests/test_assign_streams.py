@@ -42,7 +42,7 @@ def test_a_run_with_early_stopping_has_all_results_and_a_report(
     assert [row["index"] for row in rows] == list(range(6))
     assert all(row["nfe"] == 3 * len(row["losses"]) - 2 for row in rows)
     assert len(noises_of(patient)) == 6 and len([*(patient / "noises").iterdir()]) == 2
-    flags = "--steps 12 --stop_patience 2 --stop_improvement 0.045 --batch_size 4 --num_images 0"
+    flags = f"{PATIENT} --batch_size 4 --num_images 0"
     ended = call(
         "assign", "--data_root", small_data, "--output_root", tmp_path / "run",
         "--model_id", "tiny", *flags.split(),
@@ -75,7 +75,7 @@ def test_ctrl_c_keeps_what_has_finished(
 def test_a_killed_run_with_early_stopping_is_completed(
     forks: Any, patient: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    flags = "--steps 12 --stop_patience 2 --stop_improvement 0.045 --batch_size 1 --num_images 0"
+    flags = f"{PATIENT} --batch_size 1 --num_images 0"
     argv = [
         "--data_root", small_data, "--output_root", tmp_path / "run", "--model_id", "tiny",
         *flags.split(),

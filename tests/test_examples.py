@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from oneshot_fast.images import load_image
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -39,6 +41,14 @@ def test_peft_oft():
 def test_fused_losses():
     losses = example("fused_losses").main(steps=60)
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_optimise_then_pipeline(tmp_path):
+    summary, saved, made = example("optimise_then_pipeline").main(folder=tmp_path / "run", steps=6)
+    assert summary["best_reward"] > summary["initial_reward"]
+    # the pipeline makes of the noise what the search saw
+    difference = load_image(saved, 64, 64) - load_image(made, 64, 64)
+    assert difference.abs().max() < 2.5 / 255
 
 
 def test_every_example_is_tested():

@@ -25,8 +25,9 @@ from oneshot_fast.solving import Solved, Solver
 from oneshot_fast.targets import Targets
 
 STEPS = 12
-FULL = AssignOptions(steps=STEPS)
-PATIENT = AssignOptions(steps=STEPS, stop_patience=2, stop_improvement=0.045)
+# small steps, which do not amplify what rounding makes of other batches
+FULL = AssignOptions("rotation", rotation_optimizer="raw_adam", lr=0.155, steps=STEPS)
+PATIENT = dataclasses.replace(FULL, stop_patience=2, stop_improvement=0.045)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +54,11 @@ def same(found: dict[int, Solved], expected: dict[int, Solved]) -> None:
         torch.testing.assert_close(s.z, expected[index].z, rtol=0, atol=ROUNDING)
 
 
-def test_a_search_equals_torch_adam_bit_by_bit(tiny: OneStepGenerator, small_data: Path) -> None:
+def test_raw_adam_is_torch_adam(tiny: OneStepGenerator, small_data: Path) -> None:
     eps, prompts, latents, _ = batch_of(tiny, small_data)
     rotation = PatchRotation(eps.shape, FULL.patch_size)
-    adam = torch.optim.Adam([rotation.skew], lr=FULL.lr)
+    # a radian is sqrt(D - 1) elements of a - a^T, each twice a change of a
+    adam = torch.optim.Adam([rotation.skew], lr=FULL.lr / (2 * 15**0.5))
     curves = []
     for _ in range(STEPS):
         loss = matching_loss(tiny, rotation(eps), prompts, latents, None, FULL)
@@ -65,7 +67,7 @@ def test_a_search_equals_torch_adam_bit_by_bit(tiny: OneStepGenerator, small_dat
         loss.sum().backward()
         adam.step()
     result = assign_batch(tiny, eps, prompts, latents, None, FULL)
-    assert torch.equal(result.losses[:-1], torch.stack(curves))
+    torch.testing.assert_close(result.losses[:-1], torch.stack(curves), rtol=1e-4, atol=0)
 
 
 def expected_end(curve: list[float], options: AssignOptions) -> int:

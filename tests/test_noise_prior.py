@@ -64,7 +64,7 @@ def test_weights_act_in_the_search(tiny: OneStepGenerator, small_data: Path) -> 
     eps, prompts, latents, _ = batch_of(tiny, small_data)
 
     def found(**weights: float) -> Tensor:
-        options = AssignOptions(steps=6, **weights)  # type: ignore[arg-type]
+        options = AssignOptions("rotation", steps=6, lr=0.15, **weights)  # type: ignore[arg-type]
         return assign_batch(tiny, eps, prompts, latents, None, options).z
 
     plain = found()

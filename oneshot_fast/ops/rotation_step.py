@@ -20,7 +20,7 @@ def rotation_step(
     v: Tensor,
     steps: Tensor,
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
@@ -56,7 +56,8 @@ def rotation_step(
         v: Second moments, [..., D, D], or [...] for one per matrix, in the dtype of ``q``; zeros at
             the start.
         steps: Steps taken so far by each matrix, [...], in the dtype of ``q``; zeros at the start.
-        lr: Step size in radians: the size of an element of X where m^ = sqrt(v^).
+        lr: Step size in radians: the size of an element of X where m^ = sqrt(v^). A tensor [...] in
+            the dtype of ``q`` gives each matrix its own, without the fused kernel.
         beta1: Decay of the first moments, in [0, 1).
         beta2: Decay of the second moments, in [0, 1).
         eps: Added to sqrt(v^); above 0, as A has zeros on its diagonal.
@@ -66,6 +67,9 @@ def rotation_step(
         RuntimeError: Shapes, dtypes or devices do not agree.
     """
     step = _op if g.is_cpu or g.is_cuda or g.is_meta else _composed
+    if isinstance(lr, Tensor):
+        check_like("rotation_step", "lr", lr, g.shape[:-2], g, q.dtype)
+        step, lr = _composed, _per_matrix(lr)
     if torch.compiler.is_compiling():
         step(q, g, m, v, steps, lr, beta1, beta2, eps, max_angle)
         return
@@ -82,13 +86,15 @@ def reference(
     v: Tensor,
     steps: Tensor,
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
     max_angle: float = math.pi / 4,
 ) -> None:
     """Plain-torch definition of ``rotation_step``."""
+    if isinstance(lr, Tensor):
+        lr = _per_matrix(lr)
     with torch.no_grad():
         _step(torch.linalg.matrix_exp, q, g, m, v, steps, lr, beta1, beta2, eps, max_angle)
 
@@ -100,7 +106,7 @@ def _step(
     m: Tensor,
     v: Tensor,
     steps: Tensor,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -157,7 +163,7 @@ def _cuda(q: Tensor, g: Tensor, m: Tensor, v: Tensor, steps: Tensor, *options: f
         _composed(q, g, m, v, steps, *options)
 
 
-def _composed(q: Tensor, g: Tensor, m: Tensor, v: Tensor, steps: Tensor, *options: float) -> None:
+def _composed(q: Tensor, g: Tensor, m: Tensor, v: Tensor, steps: Tensor, *options: Any) -> None:
     _fake(q, g, m, v, steps)  # for its checks
     _step(lambda x: skew_exp(x / 2), q, g, m, v, steps, *options)
 

@@ -50,8 +50,8 @@ def _verdict(found: dict[str, Any]) -> list[str]:
     lines = [law]
     if damaged:
         lines.append(
-            f"Damaged: {', '.join(damaged)}. These noises are not rotations of their base noises; "
-            "do not train on them."
+            f"Damaged: {', '.join(damaged)}. These noises were not made from their base "
+            "noises; do not train on them."
         )
     if not outside:
         lines.append(
@@ -88,15 +88,15 @@ def _plots(found: dict[str, Any]) -> list[Plot]:
         ),
         Plot(
             plots.norms(found["norms"], found["elements"]),
-            "Energy of each noise. Rotations keep it, so it must follow the base noise's law; bad: "
+            "Energy of each noise. No method changes it, so it follows the base noise's law; bad: "
             f"a shift or a wider spread. Here: {_word(checks['norms'])}. Variance "
             f"{found['moments']['z']['variance']:.4f}, base noise {base['variance']:.4f}.",
         ),
         Plot(
             plots.angles(found["angles"]),
-            f"How far the noises were turned, {angle:.0f} degrees on average. Bad: all near 0 (the "
-            "search hardly moved: raise its learning rate) or all at the dashed line (no longer "
-            "near the base noise).",
+            f"How far the noises were turned, {angle:.0f} degrees on average. Chosen noises are "
+            "not turned at all. Where gradients move them, bad is all near 0 (they hardly moved: "
+            "raise lr); at the dashed line nothing of the base noise is left.",
         ),
     ]
 

@@ -50,7 +50,7 @@ _STYLE = {
 P = ParamSpec("P")
 
 
-def _inline_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
+def inline_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
     """Make a function that draws a figure return it as an <svg> element.
 
     The style has to hold while drawing too: matplotlib makes ticks late. The same data give the
@@ -70,7 +70,7 @@ def _inline_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
     return wrapped
 
 
-def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+def new_axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 2.9), layout="constrained")
@@ -86,12 +86,12 @@ def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
         axes.set_yscale("log")
 
 
-@_inline_svg
+@inline_svg
 def curves(
     lines: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, first: int = 0
 ) -> Figure:
     """One line per name over the steps ``first``, ``first`` + 1, ...."""
-    figure, axes = _axes(xlabel, ylabel)
+    figure, axes = new_axes(xlabel, ylabel)
     for color, (name, values) in zip(_colors(len(lines)), lines.items(), strict=True):
         steps = range(first, first + len(values))
         marker = "o" if len(values) < 30 else None
@@ -102,7 +102,7 @@ def curves(
     return figure
 
 
-@_inline_svg
+@inline_svg
 def loss_band(losses: Sequence[Sequence[float]]) -> Figure:
     """Median and 10 to 90 % band of the loss curves of all targets; ended ones stay as they are."""
     steps = range(max(map(len, losses)))
@@ -110,7 +110,7 @@ def loss_band(losses: Sequence[Sequence[float]]) -> Figure:
     table = torch.tensor(padded, dtype=torch.float64)
     levels = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     low, middle, high = table.quantile(levels, 0).tolist()
-    figure, axes = _axes("step", "loss")
+    figure, axes = new_axes("step", "loss")
     axes.fill_between(
         range(len(low)), low, high, color=BLUE, alpha=0.2, linewidth=0, label="10 to 90 %"
     )
@@ -121,10 +121,10 @@ def loss_band(losses: Sequence[Sequence[float]]) -> Figure:
     return figure
 
 
-@_inline_svg
+@inline_svg
 def before_after(before: Sequence[float], after: Sequence[float]) -> Figure:
     """A dot per target: its loss before and after; the diagonal is no change."""
-    figure, axes = _axes("loss on the base noise", "loss on the assigned noise")
+    figure, axes = new_axes("loss on the base noise", "loss on the assigned noise")
     ends = [min(*before, *after), max(*before, *after)]
     axes.plot(ends, ends, color=GREY, linewidth=1, linestyle="--", label="no change")
     axes.scatter(before, after, s=14, color=BLUE, alpha=0.6, linewidths=0, label="target")
@@ -134,10 +134,10 @@ def before_after(before: Sequence[float], after: Sequence[float]) -> Figure:
     return figure
 
 
-@_inline_svg
+@inline_svg
 def stages(values: Sequence[Sequence[float]]) -> Figure:
     """Loss on random noise, after the E-step and after the M-step, cycle by cycle."""
-    figure, axes = _axes("", "mean loss")
+    figure, axes = new_axes("", "mean loss")
     names = ("random noise", "E-step", "M-step")
     for cycle, (losses, color) in enumerate(zip(values, _colors(len(values)), strict=True)):
         places = [4 * cycle + k for k in range(3)]
@@ -157,12 +157,12 @@ def stages(values: Sequence[Sequence[float]]) -> Figure:
     return figure
 
 
-@_inline_svg
+@inline_svg
 def norms(values: Sequence[float], elements: int) -> Figure:
     """Histogram of ||z||^2 / d beside the density of chi-square(d) / d."""
     spread = math.sqrt(2 / elements)
     edges = _edges(values, 1 - 4 * spread, 1 + 4 * spread)
-    figure, axes = _axes("energy of the noise, ||z||² / d", "density")
+    figure, axes = new_axes("energy of the noise, ||z||² / d", "density")
     axes.hist(list(values), edges, density=True, color=BLUE, alpha=0.5, label="targets")
     law = scipy.stats.chi2(elements, scale=1 / elements)
     x = numpy.linspace(edges[0], edges[-1], 300)
@@ -172,10 +172,10 @@ def norms(values: Sequence[float], elements: int) -> Figure:
     return figure
 
 
-@_inline_svg
+@inline_svg
 def eigenvalues(values: Mapping[str, Sequence[float]]) -> Figure:
     """Sorted patch covariance eigenvalues of z and base noise within the band of sampling noise."""
-    figure, axes = _axes("eigenvalue, largest first", "variance along it")
+    figure, axes = new_axes("eigenvalue, largest first", "variance along it")
     index = range(1, len(values["z"]) + 1)
     axes.fill_between(
         index, values["low"], values["high"], color=GREY, alpha=0.25, linewidth=0,
@@ -191,10 +191,10 @@ def eigenvalues(values: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-@_inline_svg
+@inline_svg
 def angles(values: Sequence[float]) -> Figure:
-    """Histogram of the RMS rotation angles, in degrees."""
-    figure, axes = _axes("RMS rotation angle per target, degrees", "targets")
+    """Histogram of the angles from the base noises (rotations: RMS), in degrees."""
+    figure, axes = new_axes("angle from the base noise per target, degrees", "targets")
     limit = math.degrees(math.pi / math.sqrt(3))
     axes.hist(list(values), _edges(values, 0, 115), color=BLUE, alpha=0.6)
     axes.axvline(limit, color=ORANGE, linestyle="--", label="random rotations")
@@ -202,15 +202,18 @@ def angles(values: Sequence[float]) -> Figure:
     return figure
 
 
-@_inline_svg
+@inline_svg
 def mean_shift(errors: Tensor) -> Figure:
     """Maps of the mean noise [C, H, W] in standard errors, one per latent channel."""
     from matplotlib.figure import Figure
 
+    if errors[0].numel() == 1:  # a plain vector
+        errors = errors.view(1, 1, -1)
     figure = Figure(figsize=(5.6, 2.2), layout="constrained")
     axes: Any = figure.subplots(1, errors.shape[0], squeeze=False)[0]
+    aspect = "auto" if errors.shape[1] == 1 else "equal"
     for channel, axis in enumerate(axes):
-        image = axis.imshow(errors[channel].numpy(), cmap="RdBu_r", vmin=-4, vmax=4)
+        image = axis.imshow(errors[channel].numpy(), "RdBu_r", vmin=-4, vmax=4, aspect=aspect)
         axis.set_title(f"channel {channel + 1}", fontsize=10)
         axis.set(xticks=[], yticks=[])
     bar = figure.colorbar(image, ax=list(axes), orientation="horizontal", aspect=40)

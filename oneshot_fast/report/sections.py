@@ -239,7 +239,8 @@ def fit_section(summary: Json) -> Section:
     """Loss of an sft run on its matched pairs, before and after."""
     before, after = summary["matched_loss_before"], summary["matched_loss_after"]
     row = _row("mean latent loss", (number(before), number(after), percent(after, before)))
-    best = f"checkpoint-best holds epoch {summary['best_epoch']}, the one of the lowest loss."
+    kind = "lora" if summary["settings"].get("lora_rank") else "checkpoint"
+    best = f"{kind}-best holds epoch {summary['best_epoch']}, the one of the lowest loss."
     return Section(
         "Fit to the matched pairs", [best], Table(("", "before", "after", "change"), [row])
     )

@@ -45,6 +45,10 @@ class DigitClassifier(nn.Module):
         """
         return self.body(2 * images - 1)
 
+    def label_of(self, prompt: str) -> int | None:
+        """The digit that ``prompt`` names, None if it names none."""
+        return digit_of(prompt)
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits of the ten digits, [B, 10], of images [B, 3, 64, 64] in [0, 1] RGB."""
         return self.digit_head(self.features(images))

@@ -1,0 +1,240 @@
+"""Command line: better images now, by optimising the noise of each prompt for rewards."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import UseAppendAction
+
+from oneshot_fast.cli import (
+    OK,
+    SOME_FAILED,
+    ModelOptions,
+    RunOptions,
+    public,
+    run_command,
+)
+from oneshot_fast.errors import DataError, UserError, require
+from oneshot_fast.optimize_options import OptimizeOptions
+
+if TYPE_CHECKING:
+    from oneshot_fast.generator import OneStepGenerator
+    from oneshot_fast.reward_search import RewardSearch, Sample
+    from oneshot_fast.rewards import WeightedRewards
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """By what images are judged."""
+
+    reward: UseAppendAction[tuple[str, ...]] = ()
+    """NAME[:WEIGHT], such as clip:0.01, or python:module.function[:WEIGHT]; may be given several
+    times: the weighted sum is raised."""
+    models_dir: Path = Path("models")
+    """Folder of the rewards' models, see python -m oneshot_fast.download."""
+    reward_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type the rewards' networks compute in; auto is float32 on the CPU, bfloat16 on a GPU."""
+    checkpointing: Literal["auto", "none", "rewards", "full"] = "auto"
+    """Recompute in the backward pass instead of keeping activations: of rewards and decoder, or
+    (full) of the UNet, too; auto: rewards on a GPU, none on the CPU."""
+
+    def load(self, generator: OneStepGenerator) -> WeightedRewards:
+        """Load the rewards beside ``generator``, whose checkpointing is set as well."""
+        import torch
+
+        from oneshot_fast.rewards import load_rewards
+
+        on_gpu = generator.device.type == "cuda"
+        level = (
+            ("rewards" if on_gpu else "none")
+            if self.checkpointing == "auto"
+            else (self.checkpointing)
+        )
+        name = self.reward_dtype
+        if name == "auto":
+            name = "bfloat16" if on_gpu else "float32"
+        if level != "none" and generator.decoder is not None:
+            generator.decoder.checkpoint()
+        if level == "full":
+            generator.unet.enable_gradient_checkpointing()
+        return load_rewards(
+            self.reward,
+            models_dir=self.models_dir,
+            device=generator.device,
+            dtype=getattr(torch, name),
+            checkpointing=level != "none",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizeCommand:
+    """Find, for each prompt, the noise from which the one-step generator makes the best image.
+
+    The weights stay as they are. The noises are kept in noises/*.safetensors and can be given to
+    any pipeline of the same model as `latents`. An interrupted run resumes when the same command is
+    repeated.
+    """
+
+    output_dir: Path | None = None
+    """Folder of the results."""
+    prompt: UseAppendAction[tuple[str, ...]] = ()
+    """A prompt; may be given several times."""
+    prompt_file: Path | None = None
+    """Text file with a prompt per line, or .jsonl with a field "prompt"."""
+    model_id: str = "stabilityai/sdxl-turbo"
+    """One-step generator: folder in diffusers layout, hub id, .safetensors file, or "tiny"."""
+    num_images_per_prompt: int = 1
+    """Images of each prompt, each from a noise of its own."""
+    seeds: tuple[int, ...] = ()
+    """Instead: the seeds of each prompt's base noises, as torch.Generator().manual_seed takes
+    them."""
+    resolution: int | None = None
+    """Image side in pixels; by default the model's own (512 for SDXL-Turbo)."""
+    batch_size: int | Literal["auto"] = "auto"
+    """Images optimised at once; a result does not depend on it beyond rounding. auto is the largest
+    power of two that fits on a GPU, and 16 on the CPU."""
+    save_steps: tuple[int, ...] = ()
+    """Gradient steps whose images are saved beside the first and the best."""
+    num_images: int = -1
+    """Images that are saved, in order; -1 for all."""
+    dry_run: bool = False
+    """Print the memory by part and the time needed, from a few timed steps; nothing is written."""
+    search: OptimizeOptions = OptimizeOptions()
+    rewards: RewardOptions = RewardOptions()
+    model: ModelOptions = ModelOptions()
+    run: RunOptions = RunOptions()
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a text file, one per line, or of JSON lines.
+
+    Raises:
+        DataError: If the file cannot be read, a line is no prompt, or there is none.
+    """
+    from oneshot_fast.inputs import read_objects, text_field
+
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    found = []
+    if path.suffix == ".jsonl":
+        for number, item in read_objects(path):
+            if isinstance(item, str):
+                raise DataError(f"{path}: line {number}: {item}")
+            try:
+                found.append(text_field(item, "prompt"))
+            except DataError as error:
+                raise DataError(f"{path}: line {number}: {error}") from None
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: is no UTF-8 text; save it as UTF-8") from None
+        found = [line.strip() for line in lines if line.strip()]
+    require(bool(found), f"{path}: has no prompt")
+    return found
+
+
+def prompts_of(command: OptimizeCommand) -> list[str]:
+    """The prompts that the command line names."""
+    prompts = [*command.prompt]
+    require(all(prompt.strip() for prompt in prompts), "a prompt is empty")
+    if command.prompt_file is not None:
+        prompts += read_prompts(command.prompt_file)
+    require(bool(prompts), "give --prompt TEXT or --prompt_file FILE")
+    return prompts
+
+
+def execute(command: OptimizeCommand) -> int:
+    """Run the command; see ``run_command`` for exit codes."""
+    if command.output_dir is None and not command.dry_run:
+        raise UserError("give --output_dir DIR")
+    require(bool(command.rewards.reward), "give --reward NAME[:WEIGHT]")
+    require(
+        command.num_images_per_prompt >= 1,
+        f"num_images_per_prompt is {command.num_images_per_prompt}; give at least 1",
+    )
+    command.search.check()
+    last = command.search.gradient_steps
+    for step in command.save_steps:
+        require(0 <= step <= last, f"save_steps names step {step}; there are 0 to {last}")
+    prompts = prompts_of(command)
+
+    from oneshot_fast.optimize_run import OptimizeRun, samples_of
+    from oneshot_fast.report.optimize import write_optimize_report
+
+    search = load_search(command)
+    samples = samples_of(prompts, command.num_images_per_prompt, command.run.seed, command.seeds)
+    batch_size = fitting_batch_size(command, search, samples)
+    if command.output_dir is None or command.dry_run:
+        from oneshot_fast.optimize_plan import optimize_plan
+
+        print("\n".join(optimize_plan(search, samples, batch_size)))
+        return OK
+    run = OptimizeRun(
+        search,
+        command.output_dir,
+        batch_size=batch_size,
+        seed=command.run.seed,
+        num_images=command.num_images,
+        rewards=[*command.rewards.reward, f"computed in {command.rewards.reward_dtype}"],
+    )
+    summary = run.run(samples, overwrite=command.run.overwrite, report_to=command.run.report_to)
+    write_optimize_report(command.output_dir, public(command))
+    print_summary(summary, command.output_dir)
+    return SOME_FAILED if summary["failed"] else OK
+
+
+def load_search(command: OptimizeCommand) -> RewardSearch:
+    """Generator and rewards, ready to search."""
+    from oneshot_fast.reward_search import RewardSearch
+    from oneshot_fast.rotation import check_patching
+    from oneshot_fast.targets import Targets
+
+    generator = command.model.load(command.model_id)
+    side = Targets(generator, command.resolution).resolution  # checks it
+    if command.search.method == "rotation":
+        size = generator.noise_shape(side, side)[1:]
+        check_patching(size, command.search.patch_size, command.search.rotation_groups)
+    rewards = command.rewards.load(generator)
+    return RewardSearch(
+        generator, rewards, command.search, resolution=side, save_steps=command.save_steps
+    )
+
+
+def fitting_batch_size(
+    command: OptimizeCommand, search: RewardSearch, samples: Sequence[Sample]
+) -> int:
+    """The batch size named, or the one that fits."""
+    if command.batch_size != "auto":
+        return command.batch_size
+    from oneshot_fast.batch_size import ON_CPU
+    from oneshot_fast.optimize_plan import largest_batch
+
+    on_cpu = search.generator.device.type != "cuda"
+    return ON_CPU if on_cpu else largest_batch(search, samples[0])
+
+
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    """Say what was reached and where it is."""
+    print(
+        f"optimised {summary['samples']} images of {summary['prompts']} prompts: mean reward "
+        f"{summary['initial_reward']:.4f} -> {summary['best_reward']:.4f}, noise turned by "
+        f"{summary['angle']:.0f} degrees, in {summary['seconds']:.0f} s "
+        f"({summary['images_per_second']:.2f} images/s)"
+    )
+    if summary["failed"]:
+        print(f"{summary['failed']} failed: {folder / 'failures.jsonl'}", file=sys.stderr)
+    print(f"report: {folder / 'report.html'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of ``python -m oneshot_fast.optimize``."""
+    return run_command("optimize", OptimizeCommand, execute, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

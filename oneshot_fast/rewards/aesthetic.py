@@ -1,0 +1,36 @@
+"""``aesthetic``: how much people like the look of an image, whatever its prompt."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from oneshot_fast.rewards.base import Reward, Setup
+from oneshot_fast.rewards.clip_encoder import VIT_L, ClipEncoder, load_clip
+from oneshot_fast.rewards.weights import linear_head, read_pickle
+
+HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"
+
+
+class AestheticReward(Reward):
+    """LAION's linear head on the unit embedding of CLIP ViT-L/14: a rating from 1 to 10.
+
+    Schuhmann 2022, https://github.com/christophschuhmann/improved-aesthetic-predictor, the head
+    trained on SAC, Logos and AVA1.
+    """
+
+    def __init__(self, name: str, encoder: ClipEncoder, head: nn.Sequential) -> None:
+        """Score by ``head``, float32, on embeddings of ``encoder``; ``name`` is the reward's."""
+        super().__init__()
+        self.name = name
+        self.encoder, self.head = encoder, head
+
+    @classmethod
+    def load(cls, name: str, setup: Setup) -> AestheticReward:
+        """The reward with the head in Aesthetic and the CLIPModel in CLIP-ViT-L-14."""
+        path = setup.find("Aesthetic", HEAD_FILE)
+        head = linear_head(read_pickle(path), path).to(setup.device)
+        return cls(name, load_clip(setup, VIT_L), head)
+
+    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
+        """Ratings, [B] float32, of images [B, 3, H, W] in [0, 1] RGB."""
+        return self.head(self.encoder.encode_images(images))[:, 0]

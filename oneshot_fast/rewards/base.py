@@ -1,0 +1,163 @@
+"""What a reward is, and the weighted sum of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from oneshot_fast.errors import ModelError, require
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where a reward finds its models, and where and in which type it computes.
+
+    Attributes:
+        models_dir: folder with one folder per model, as ``oneshot_fast.download`` makes it.
+        device: device of all tensors.
+        dtype: type of the networks; heads, cosines and scores are float32.
+        shared: models that several rewards use, by folder.
+    """
+
+    models_dir: Path
+    device: torch.device
+    dtype: torch.dtype
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    def find(self, model: str, file: str) -> Path:
+        """``file`` of ``model``.
+
+        Raises:
+            ModelError: If it is missing, with the command that fetches it.
+        """
+        path = self.models_dir / model / file
+        if path.is_file():
+            return path
+        place = "" if self.models_dir == Path("models") else f" --models_dir {self.models_dir}"
+        raise ModelError(
+            f"{path} is missing; run: python -m oneshot_fast.download --only {model}{place}"
+        )
+
+
+class Reward(nn.Module):
+    """Scores images, given their prompts; more is better. Subclasses set ``name``."""
+
+    name: str
+    differentiable: bool = True
+
+    def encode(self, prompts: Sequence[str]) -> Tensor | None:
+        """What ``forward`` needs of the prompts, computed once for each; None if nothing.
+
+        Args:
+            prompts: B of them.
+
+        Returns:
+            [B, ...], row by row independent of the other prompts.
+        """
+        return None
+
+    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
+        """Scores.
+
+        Args:
+            images: [B, 3, H, W] float, [0, 1] RGB.
+            features: [B, ...] of ``encode``.
+
+        Returns:
+            [B] float32; with a gradient where ``differentiable``.
+        """
+        raise NotImplementedError
+
+
+class WeightedRewards(nn.Module):
+    """Sum of weight times score over several rewards; every prompt is encoded once."""
+
+    def __init__(
+        self, rewards: Sequence[tuple[Reward, float]], *, checkpointing: bool = False
+    ) -> None:
+        """Combine rewards.
+
+        Args:
+            rewards: Pairs of reward and weight; no name twice.
+            checkpointing: Recompute each reward in the backward pass, so that the activations of
+                one at a time are held.
+
+        Raises:
+            UserError: If there is none, or a name comes twice.
+        """
+        super().__init__()
+        names = [reward.name for reward, _ in rewards]
+        require(bool(names), "no reward is named; give --reward NAME[:WEIGHT]")
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        require(not doubled, f"reward {', '.join(doubled)} is named twice; name it once")
+        self.rewards = nn.ModuleList(reward for reward, _ in rewards)
+        self.weights: Mapping[str, float] = {reward.name: weight for reward, weight in rewards}
+        self._checkpointing = checkpointing
+        self._features: dict[tuple[str, str], Tensor | None] = {}
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether all of the rewards are; if not, only a search can use their sum."""
+        return all(reward.differentiable for reward in self.rewards)
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Weighted sum of the scores.
+
+        Args:
+            images: [B, 3, H, W] float, [0, 1] RGB.
+            prompts: B of them.
+
+        Returns:
+            [B] float32.
+        """
+        return self.total(self.scores(images, prompts))
+
+    def total(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """Weighted sum, [B] float32, of the dict that ``scores`` returns."""
+        return torch.stack([self.weights[name] * score for name, score in scores.items()]).sum(0)
+
+    def scores(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Every reward's own score, without its weight.
+
+        Args:
+            images: [B, 3, H, W] float, [0, 1] RGB.
+            prompts: B of them.
+
+        Returns:
+            [B] float32 by the reward's name.
+
+        Raises:
+            ValueError: If there are not as many prompts as images.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"expected {len(images)} prompts, one per image, got {len(prompts)}")
+        rewards = (reward for reward in self.rewards if isinstance(reward, Reward))
+        return {reward.name: self.score(reward, images, prompts) for reward in rewards}
+
+    def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores of one of the rewards, [B] float32; arguments as in ``scores``."""
+        features = self.features(reward, prompts)
+        if not reward.differentiable:
+            with torch.no_grad():
+                return reward(images.detach(), features)
+        if self._checkpointing and torch.is_grad_enabled() and images.requires_grad:
+            return checkpoint(reward, images, features, use_reentrant=False)
+        return reward(images, features)
+
+    @torch.no_grad()
+    def features(self, reward: Reward, prompts: Sequence[str]) -> Tensor | None:
+        """``reward.encode(prompts)``, with prompts that came before taken from memory."""
+        new = [p for p in dict.fromkeys(prompts) if (reward.name, p) not in self._features]
+        if new:
+            rows = reward.encode(new)
+            for k, prompt in enumerate(new):
+                self._features[reward.name, prompt] = None if rows is None else rows[k]
+        found = [self._features[reward.name, prompt] for prompt in prompts]
+        kept = [row for row in found if row is not None]
+        return torch.stack(kept) if kept else None

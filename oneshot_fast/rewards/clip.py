@@ -1,0 +1,19 @@
+"""``clip``: how well an image fits its prompt."""
+
+from __future__ import annotations
+
+from oneshot_fast.rewards.base import Setup
+from oneshot_fast.rewards.clip_encoder import VIT_L, CosineReward, load_clip
+
+
+class ClipReward(CosineReward):
+    """CLIP's logit: its scale, 100 as published, times the cosine of image and prompt.
+
+    Radford et al. 2021, arXiv 2103.00020. By default ViT-L/14.
+    """
+
+    @classmethod
+    def load(cls, name: str, setup: Setup) -> ClipReward:
+        """The reward with the CLIPModel in CLIP-ViT-L-14."""
+        encoder = load_clip(setup, VIT_L)
+        return cls(name, encoder, encoder.scale)

@@ -1,0 +1,106 @@
+"""CLIP's two encoders in one embedding space, which several rewards score in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oneshot_fast.errors import ModelError
+from oneshot_fast.rewards.base import Reward, Setup
+from oneshot_fast.rewards.preprocess import preprocess
+from oneshot_fast.rewards.weights import build, first_line, read_config, read_safetensors
+
+VIT_L = "CLIP-ViT-L-14"
+
+
+class ClipEncoder(nn.Module):
+    """A frozen transformers ``CLIPModel`` with its tokenizer."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prepare: Callable[[Tensor, int, torch.dtype], Tensor] = preprocess,
+    ) -> None:
+        """Wrap a model, the tokenizer of its texts and the preprocessing of its images."""
+        super().__init__()
+        self.model, self._prepare = model, prepare
+        self._tokenizer = tokenizer
+        self._size = model.config.vision_config.image_size
+        # float32 even where the model is not: scores of near images differ in the last digits
+        self.scale = float(model.logit_scale.detach().double().exp())
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Unit embeddings, [B, D] float32; what exceeds the context length is cut off."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self._tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        )
+        ids = tokens.input_ids.to(self.model.device)
+        pooled = self.model.text_model(ids).pooler_output
+        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Unit embeddings, [B, D] float32, of images [B, 3, H, W] in [0, 1] RGB."""
+        pixels = self._prepare(images, self._size, self.model.dtype)
+        pooled = self.model.vision_model(pixels).pooler_output
+        return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+
+
+class CosineReward(Reward):
+    """Scale times the cosine of an image's and its prompt's CLIP embedding."""
+
+    def __init__(self, name: str, encoder: ClipEncoder, scale: float) -> None:
+        """Score in ``encoder``'s space; ``name`` is the reward's."""
+        super().__init__()
+        self.name = name
+        self.encoder, self.scale = encoder, scale
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Unit embeddings, [B, D] float32."""
+        return self.encoder.encode_prompts(prompts)
+
+    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
+        """Scores, [B] float32, of images [B, 3, H, W] in [0, 1] RGB."""
+        assert features is not None
+        return self.scale * (self.encoder.encode_images(images) * features).sum(1)
+
+
+def load_clip(setup: Setup, model: str) -> ClipEncoder:
+    """The CLIPModel in the folder ``model``; rewards of one ``setup`` share it.
+
+    Raises:
+        ModelError: If it is missing or damaged.
+    """
+    if model not in setup.shared:
+        path, config_path = (setup.find(model, f) for f in ("model.safetensors", "config.json"))
+        from transformers import CLIPConfig, CLIPModel  # slow, so a missing file is told first
+
+        config = read_config(CLIPConfig, config_path)
+        network = build(CLIPModel, config, read_safetensors(path), path, setup.dtype)
+        setup.shared[model] = ClipEncoder(network.to(setup.device), load_tokenizer(setup, model))
+    return setup.shared[model]
+
+
+def load_tokenizer(setup: Setup, model: str) -> Any:
+    """CLIP's tokenizer of the files in the folder ``model``.
+
+    Raises:
+        ModelError: If they are missing or damaged.
+    """
+    folder = setup.find(model, "merges.txt").parent
+    setup.find(model, "vocab.json")
+    from transformers import CLIPTokenizer
+
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many types for broken files
+        raise ModelError(f"cannot use the tokenizer in {folder}: {first_line(error)}") from None

@@ -1,0 +1,53 @@
+"""``digit``: how clearly an image shows the digit that its prompt names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oneshot_fast.errors import UserError
+from oneshot_fast.rewards.base import Reward, Setup
+from oneshot_fast.rewards.preprocess import resize
+from oneshot_fast.tiny.classifier import digit_of, load_classifier
+from oneshot_fast.tiny.dataset import IMAGE_SIZE
+
+
+class DigitReward(Reward):
+    """Log-probability, at most 0, that the embedded classifier gives the prompted digit."""
+
+    name = "digit"
+
+    def __init__(self, device: torch.device) -> None:
+        """Load the embedded classifier; it is small and computes in float32."""
+        super().__init__()
+        self._device = device
+        self._classifier = load_classifier().to(device)
+
+    @classmethod
+    def load(cls, name: str, setup: Setup) -> DigitReward:
+        """The reward on ``setup``'s device."""
+        return cls(setup.device)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """The prompts' digits, [B] int64.
+
+        Raises:
+            UserError: If a prompt names none, or several.
+        """
+        digits = [digit_of(prompt) for prompt in prompts]
+        for prompt, digit in zip(prompts, digits, strict=True):
+            if digit is None:
+                raise UserError(
+                    f"prompt {prompt!r} names no digit; reward digit needs one, such as "
+                    '"a handwritten digit three"'
+                )
+        return torch.tensor(digits, device=self._device)
+
+    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
+        """Log-probabilities, [B] float32, of images [B, 3, H, W] in [0, 1] RGB."""
+        assert features is not None
+        logits = self._classifier(resize(images.float(), IMAGE_SIZE))
+        return F.log_softmax(logits, 1).gather(1, features[:, None])[:, 0]

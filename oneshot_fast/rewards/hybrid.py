@@ -1,0 +1,25 @@
+"""``hybrid``: look and prompt at once, from one embedding of the image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from oneshot_fast.rewards.aesthetic import AestheticReward
+
+COSINE_WEIGHT = 0.25
+
+
+class HybridReward(AestheticReward):
+    """The aesthetic rating + 0.25 times the cosine of image and prompt, both of CLIP ViT-L/14."""
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Unit embeddings, [B, D] float32."""
+        return self.encoder.encode_prompts(prompts)
+
+    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
+        """Scores, [B] float32, of images [B, 3, H, W] in [0, 1] RGB."""
+        assert features is not None
+        embeddings = self.encoder.encode_images(images)
+        return self.head(embeddings)[:, 0] + COSINE_WEIGHT * (embeddings * features).sum(1)

@@ -1,0 +1,179 @@
+"""``imagereward``: how much people would like an image for its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oneshot_fast.errors import ModelError
+from oneshot_fast.rewards.base import Reward, Setup
+from oneshot_fast.rewards.preprocess import preprocess
+from oneshot_fast.rewards.weights import build, first_line, linear_head, read_pickle
+
+MODEL, FILE = "ImageReward", "ImageReward.pt"
+# shift and scale of the raw score, as published with the checkpoint's code
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+NUM_TOKENS = 35
+HEAD = 64  # width of one attention head, in both of BLIP's encoders
+
+_VISION, _TEXT, _MLP = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
+# BLIP's contrastive heads, which the score does not use, and a buffer that counts 0, 1, 2, ...
+_UNUSED = ("blip.vision_proj.", "blip.text_proj.", _TEXT + "embeddings.position_ids")
+_VISION_NAMES = (
+    ("cls_token", "embeddings.class_embedding"),
+    ("pos_embed", "embeddings.position_embedding"),
+    ("patch_embed.proj.", "embeddings.patch_embedding."),
+    ("blocks.", "encoder.layers."),
+    (".attn.qkv.", ".self_attn.qkv."),
+    (".attn.proj.", ".self_attn.projection."),
+    (".norm1.", ".layer_norm1."),
+    (".norm2.", ".layer_norm2."),
+    ("norm.", "post_layernorm."),
+)
+
+
+class ImageRewardReward(Reward):
+    """(v - 0.167) / 1.033 with v a linear head on BLIP's text encoder that sees the image.
+
+    Xu et al. 2023, arXiv 2304.05977; https://github.com/THUDM/ImageReward.
+    """
+
+    name = "imagereward"
+
+    def __init__(self, vision: Any, text: Any, head: nn.Sequential, tokenizer: Any) -> None:
+        """Join BLIP's encoders (transformers) and the head."""
+        super().__init__()
+        self.vision, self.text, self.head = vision, text, head
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, name: str, setup: Setup) -> ImageRewardReward:
+        """The reward with the checkpoint, and BERT's vocabulary, in ImageReward."""
+        path = setup.find(MODEL, FILE)
+        vision, text, head = load_blip(path, setup.dtype)
+        vocabulary = setup.find(MODEL, "vocab.txt")
+        reward = cls(vision, text, head, _load_tokenizer(vocabulary.parent))
+        return reward.to(setup.device)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids and mask, [B, 2, 35] int64; what exceeds 35 tokens is cut off."""
+        tokens = self._tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=NUM_TOKENS,
+            return_tensors="pt",
+        )
+        return torch.stack((tokens.input_ids, tokens.attention_mask), 1).to(self.text.device)
+
+    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
+        """Scores, [B] float32, of images [B, 3, H, W] in [0, 1] RGB."""
+        assert features is not None
+        pixels = preprocess(images, self.vision.config.image_size, self.vision.dtype)
+        seen = self.vision(pixels).last_hidden_state
+        ids, mask = features.unbind(1)
+        read = self.text(ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
+        return (self.head(read[:, 0].float())[:, 0] - MEAN) / STD
+
+
+def load_blip(path: Path, dtype: torch.dtype) -> tuple[Any, Any, nn.Sequential]:
+    """BLIP's encoders and the head of an ImageReward checkpoint; the head is float32.
+
+    Depths and widths are those of the tensors, so that a smaller model of this layout loads too.
+
+    Raises:
+        ModelError: If a tensor is missing, left over or of another shape.
+    """
+    from transformers import BlipTextModel, BlipVisionModel
+
+    tensors = read_pickle(path)
+    vision, text, head = parts(tensors, path)
+    try:
+        vision_config, text_config = configs_of(tensors)
+    except KeyError as error:
+        raise ModelError(f"{path} has another layout: no {error.args[0]}") from None
+    # without a pooler, whose weights the layout does not have
+    text_encoder = build(BlipTextModel, text_config, text, path, dtype, add_pooling_layer=False)
+    vision_encoder = build(BlipVisionModel, vision_config, vision, path, dtype)
+    return vision_encoder, text_encoder, linear_head(head, path)
+
+
+def parts(
+    tensors: Mapping[str, Tensor], path: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The checkpoint's tensors for vision, text and head, under transformers' names.
+
+    Raises:
+        ModelError: If one belongs to none of them; ``path`` is their file.
+    """
+    vision: dict[str, Tensor] = {}
+    text: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        if key.startswith(_UNUSED):
+            continue
+        if key.startswith(_VISION):
+            vision[_vision_name(key.removeprefix(_VISION))] = value
+        elif key.startswith(_TEXT):
+            text[key.removeprefix(_TEXT)] = value
+        elif key.startswith(_MLP):
+            head[key.removeprefix(_MLP)] = value
+        else:
+            raise ModelError(f"{path} has another layout: unknown {key}")
+    return vision, text, head
+
+
+def _vision_name(key: str) -> str:
+    for old, new in _VISION_NAMES:
+        if key.startswith(old) or (old.startswith(".") and old in key):
+            key = key.replace(old, new)
+    return key
+
+
+def configs_of(tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """Transformers' BlipVisionConfig and BlipTextConfig of the checkpoint's tensors.
+
+    Raises:
+        KeyError: If a tensor is missing whose shape is needed.
+    """
+    from transformers import BlipTextConfig, BlipVisionConfig
+
+    def depth(prefix: str) -> int:
+        return len({k.removeprefix(prefix).split(".")[0] for k in tensors if k.startswith(prefix)})
+
+    width, _, patch, _ = tensors[_VISION + "patch_embed.proj.weight"].shape
+    vision = BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=tensors[_VISION + "blocks.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=depth(_VISION + "blocks."),
+        num_attention_heads=width // HEAD,
+        patch_size=patch,
+        image_size=patch * round((tensors[_VISION + "pos_embed"].shape[1] - 1) ** 0.5),
+        layer_norm_eps=1e-6,
+    )
+    vocabulary, text_width = tensors[_TEXT + "embeddings.word_embeddings.weight"].shape
+    text = BlipTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=text_width,
+        encoder_hidden_size=width,
+        intermediate_size=tensors[_TEXT + "encoder.layer.0.intermediate.dense.weight"].shape[0],
+        num_hidden_layers=depth(_TEXT + "encoder.layer."),
+        num_attention_heads=text_width // HEAD,
+        max_position_embeddings=tensors[_TEXT + "embeddings.position_embeddings.weight"].shape[0],
+        # transformers makes cross-attention only then; masks stay bidirectional
+        is_decoder=True,
+    )
+    return vision, text
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import BertTokenizer
+
+    try:
+        return BertTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many types for broken files
+        raise ModelError(f"cannot use the tokenizer in {folder}: {first_line(error)}") from None

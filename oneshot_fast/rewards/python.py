@@ -1,0 +1,83 @@
+"""``python:module.function``: a reward of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from oneshot_fast.errors import UserError
+from oneshot_fast.rewards.base import Reward, Setup
+from oneshot_fast.rewards.weights import first_line
+
+
+class PythonReward(Reward):
+    """Calls ``function(images, prompts)``, which returns one score per image.
+
+    Images are [B, 3, H, W] float32 in [0, 1] RGB, prompts a list of B strings, scores [B]. A
+    function whose scores carry no gradient says so by ``function.differentiable = False``.
+    """
+
+    def __init__(
+        self, name: str, function: Callable[[Tensor, list[str]], Tensor], device: torch.device
+    ) -> None:
+        """Score by ``function``; ``name`` is the reward's."""
+        super().__init__()
+        self.name = name
+        self.differentiable = bool(getattr(function, "differentiable", True))
+        self._function, self._device = function, device
+        self._prompts: list[str] = []
+
+    @classmethod
+    def load(cls, name: str, setup: Setup) -> PythonReward:
+        """Import the function that ``name``, python:module.function, names.
+
+        Modules are also looked for in the working directory.
+
+        Raises:
+            UserError: If there is none.
+        """
+        module, _, function = name.partition(":")[2].rpartition(".")
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            found = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"cannot import reward {name}: {first_line(error)}; write python:module.function"
+            ) from None
+        if not callable(found):
+            raise UserError(f"reward {name} is no function but {type(found).__name__}")
+        return cls(name, found, setup.device)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Numbers under which the prompts are kept, [B] int64: a function takes strings."""
+        first = len(self._prompts)
+        self._prompts += prompts
+        return torch.arange(first, len(self._prompts), device=self._device)
+
+    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
+        """Scores, [B] float32, of images [B, 3, H, W] in [0, 1] RGB.
+
+        Raises:
+            UserError: If the function returns something else, or no gradient where one is needed.
+        """
+        assert features is not None
+        prompts = [self._prompts[k] for k in features.tolist()]
+        scores = torch.as_tensor(self._function(images.float(), prompts), device=images.device)
+        if scores.shape != images.shape[:1]:
+            raise UserError(
+                f"reward {self.name} returned shape {list(scores.shape)}, expected one score for "
+                f"each of {len(images)} images"
+            )
+        needs_gradient = images.requires_grad and torch.is_grad_enabled() and self.differentiable
+        if needs_gradient and not scores.requires_grad:
+            raise UserError(
+                f"reward {self.name} returned no gradient; set differentiable = False on the "
+                "function and use a search"
+            )
+        return scores.float()

@@ -1,0 +1,1 @@
+"""Small label-conditioned one-step generators, to try every idea of the package in minutes."""
