@@ -51,6 +51,16 @@ def test_optimise_then_pipeline(tmp_path):
     assert difference.abs().max() < 2.5 / 255
 
 
+def test_reward_training(tmp_path):
+    runs = example("reward_training").main(
+        tmp_path / "picture.png", epochs=2, steps=5, measured=10, preserve=(0.0, 30.0)
+    )
+    free, held = runs.values()
+    assert free[-1]["thickness"] > free[0]["thickness"] + 0.5
+    assert held[-1]["drift"] < free[-1]["drift"]
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_every_example_is_tested():
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
     assert names == {n.removeprefix("test_") for n in globals() if n[5:] in names}

@@ -280,3 +280,16 @@ def test_images_are_saved_as_they_were_scored(tiny: OneStepGenerator, tmp_path: 
     assert torch.equal(image, expected)
     with Image.open(tmp_path / "run/images/0-best.png") as picture:
         assert picture.size == (64, 64)
+
+
+def test_the_usual_script_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark's script, in plain torch and diffusers, takes the steps of our ``free``."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from bench_optimize import markdown, measure
+
+    found = measure(prompts=2, steps=3, batch_size=2, rounds=1)
+    rewards = {name: row["best_reward"] for name, row in found.items()}
+    assert rewards["ours, free"] == pytest.approx(rewards["usual script"], rel=0.01)
+    settings = {"threads": 1, "prompts": 2, "steps": 3, "batch_size": 2, "rounds": 1}
+    about = dict.fromkeys(("device", "torch", "commit", "date"), "x")
+    assert "| usual script |" in markdown({**about, "settings": settings, "results": found})

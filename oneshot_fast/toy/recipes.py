@@ -47,5 +47,5 @@ RECIPES: dict[DatasetName, Recipe] = {
     "digits": Recipe(lambda split, _: digits(split), (64, 1, 1), 3000, 24),
     "shapes": Recipe(lambda split, _: shapes(split, size=16), (4, 8, 8), 3000, 24),
     "mnist": Recipe(mnist, (64, 1, 1), 3000, 24, needs_files=True),
-    "cifar10": Recipe(cifar10, (4, 8, 8), 3000, 32, needs_files=True),
+    "cifar10": Recipe(cifar10, (4, 8, 8), 3000, 24, needs_files=True),
 }
