@@ -47,6 +47,8 @@ class Config:
     """Where to run."""
     steps: int = 10
     """Gradient steps per image."""
+    reference_lr: float = 0.02
+    """Step size of the usual recipe's Adam; ours finds its own."""
     images: int = 16
     """Images of the data set; ours takes them in one batch, or in several."""
     batch_sizes: tuple[int, ...] = (1, 16)
@@ -114,7 +116,12 @@ class Bench:
         folder = self._fresh("reference")
         with Clock(self.config.device) as clock:
             loss = self.recipe.assign(
-                record.image_path, record.prompt, self.config.steps, self.options.lr, folder, show
+                record.image_path,
+                record.prompt,
+                self.config.steps,
+                self.config.reference_lr,
+                folder,
+                show,
             )
         return self._turn(clock, 1, loss, folder)
 

@@ -1,8 +1,9 @@
 """Train the embedded generator on a reward, and look at what else changes.
 
-The reward is stroke thickness; the judge, which is not trained on, is the digit classifier. Without
-a preserve loss the reward rises longest, and at some point the judge no longer sees the digits:
-over-optimisation. The picture shows it beside the runs that are held back.
+The reward is stroke thickness; the judge, which is not trained on, is the digit classifier. With
+little or no preserve loss the reward runs away within an epoch, while the judge no longer sees the
+digits and images of a prompt grow alike: over-optimisation. With enough of it the reward rises a
+little and the rest stays.
 
     python examples/reward_training.py [picture.png]
 """

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from oneshot_fast.assign_run import AssignRun
 from oneshot_fast.data import Record, read_manifest
+from oneshot_fast.em_schedule import data_roots, is_stuck, turn
 from oneshot_fast.errors import require
 from oneshot_fast.manifests import merge_manifests
 from oneshot_fast.processes import is_main, kept_by_main, main_first, wait
@@ -58,7 +59,7 @@ class EmRun:
         require(command.eval_samples >= 10, "eval_samples must be at least 10")
         command.em.check()
         self.command, self.folder = command, command.work_dir
-        train, heldout = self._data_roots()
+        train, heldout = data_roots(command)
         self.records, self.failures = command.data.read(train)
         self.heldout: list[Record] = []
         if heldout is not None:
@@ -75,16 +76,6 @@ class EmRun:
         self.targets: Targets = Targets(self.generator, command.data.resolution)
         self.summary: dict[str, Any] = {"random_noise": {}, "cycles": []}
         self._assigner(self.folder, 0)  # checks its options before any long work
-
-    def _data_roots(self) -> tuple[str | Path, Path | None]:
-        if self.command.data.data_root is not None:
-            return self.command.data.data_root, self.command.heldout_root
-
-        from oneshot_fast.tiny.dataset import write_default_dataset
-
-        data = self.folder / "data"
-        main_first(lambda: write_default_dataset(data))
-        return data / "train", self.command.heldout_root or data / "heldout"
 
     def settings(self) -> dict[str, Any]:
         """Everything the result depends on."""
@@ -125,7 +116,10 @@ class EmRun:
             for cycle in cycles:
                 self._cycle(cycle, pool)
                 tracker.log(self._evaluate(measure, _name(cycle)), step=cycle)
-                if self._is_stuck(cycle):
+                noise = self.summary["random_noise"]
+                names = ["base", *map(_name, range(1, cycle + 1))]
+                distances = [noise[name].get("frechet_distance") for name in names]
+                if is_stuck(distances, self.command.em.patience):
                     break
             self._assign_heldout("final")
             if self.command.compare_direct:
@@ -246,18 +240,6 @@ class EmRun:
             self._train(folder, manifest, options, self.command.run.seed, pool)
         self._evaluate(measure, "direct")
 
-    def _is_stuck(self, cycle: int) -> bool:
-        """Whether the Frechet distance has not fallen for ``patience`` cycles."""
-        patience, noise = self.command.em.patience, self.summary["random_noise"]
-        names = ["base", *map(_name, range(1, cycle + 1))]
-        distances = [noise[name].get("frechet_distance") for name in names]
-        if not patience or None in distances or cycle < patience:
-            return False
-        stuck = min(distances[-patience:]) >= min(distances[:-patience])
-        if stuck and is_main() and cycle < len(self.command.em.schedule()):
-            print(f"no lower Frechet distance in {patience} cycles: stopping", file=sys.stderr)
-        return bool(stuck)
-
     def _cycle(self, cycle: int, pool: PreservePool | None) -> None:
         """One E-step and one M-step on what it found."""
         em = self.command.em
@@ -268,7 +250,7 @@ class EmRun:
         with self._stage(f"{_name(cycle)}/assign") as folder:
             assigned = self._assigner(
                 folder, noise_seed, cycle, previous if em.warm_start else None
-            ).run(self._turn(cycle), self.failures)
+            ).run(turn(self.records, cycle, em.assign_fraction), self.failures)
         if previous is not None and em.assign_fraction < 1 and is_main():
             merge_manifests(previous, folder / "manifest.jsonl", self._manifest(cycle))
         wait()
@@ -284,13 +266,6 @@ class EmRun:
                 "truncated_prompts": assigned["truncated_prompts"],
             }
         )
-
-    def _turn(self, cycle: int) -> list[Record]:
-        """The records that get a new noise in this cycle."""
-        every = round(1 / self.command.em.assign_fraction)
-        if cycle == 1 or every == 1:
-            return self.records
-        return self.records[(cycle - 2) % every :: every]
 
     def _manifest(self, cycle: int) -> Path:
         """The pairs that a cycle trains on."""

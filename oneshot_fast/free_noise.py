@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oneshot_fast.methods import State
+from oneshot_fast.adam import State
 
 LR, MOMENTUM, CLIP, PRIOR_WEIGHT = 5.0, 0.9, 0.1, 0.01
 

@@ -17,9 +17,10 @@ from oneshot_fast.data import read_pairs
 from oneshot_fast.errors import UserError
 from oneshot_fast.generator import OneStepGenerator
 from oneshot_fast.matching import AssignOptions, assign_batch, matching_loss
-from oneshot_fast.methods import Sphere, method_of, within_angle
+from oneshot_fast.methods import Sphere, method_of
 from oneshot_fast.ops import skew_exp
 from oneshot_fast.preparing import Preparer, Target, problem_of
+from oneshot_fast.rotation_methods import within_angle
 from oneshot_fast.search import Problem, Search
 from oneshot_fast.seeds import gaussian
 from oneshot_fast.targets import Targets

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from test_matching_slots import FULL, PATIENT
 from oneshot_fast.assign_run import AssignRun
 from oneshot_fast.cli import ModelOptions
 from oneshot_fast.data import Failure, Record, read_pairs
-from oneshot_fast.ray_worker import Job, Worker
+from oneshot_fast.errors import ModelError, UserError
+from oneshot_fast.ray_worker import Actor, Job, Worker
 from oneshot_fast.sources import pending
 from oneshot_fast.targets import Targets
 
@@ -151,6 +153,14 @@ def test_a_worker_refills_its_places_from_the_batches_of_a_call(
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "ray" / "manifest.jsonl").write_text(lines)
     same_results(expected, tmp_path / "ray")
+
+
+def test_an_actor_answers_with_the_error_that_ends_the_command(tmp_path: Path) -> None:
+    job = job_of(tmp_path / "run", model_id=str(tmp_path / "nothing"))
+    for work, kind in ((UserError("no data"), UserError), ([[]], ModelError)):
+        (answer,) = Actor(job)({"work": [pickle.dumps(work)]})["result"]
+        result = pickle.loads(answer)
+        assert type(result.error) is kind and result.shards == [] and result.failures == []
 
 
 def test_a_missing_ray_is_one_line(
