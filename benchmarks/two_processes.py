@@ -123,23 +123,26 @@ def markdown(results: dict[str, Any]) -> str:
         f"threads of one core all the same), torch {results['build']['torch_running']}, commit "
         f"{results['commit']}, {results['date'][:10]}. Tiny model, {config['samples']} targets in "
         f"batches of {config['batch_size']}, {config['steps']} steps each; SFT on these pairs, "
-        f"{config['epochs']} epochs. One thread per process, medians of {config['rounds']} turns. "
+        f"{config['epochs']} epochs. One thread per process, medians (and ranges) of "
+        f"{config['rounds']} turns. "
         f"Load average before the turns: {min(loads):.1f} to {max(loads):.1f}; this run itself "
-        "makes up to 2 of it, the rest is other work on the machine.",
+        f"makes up to 2 of it, the rest is other work on the machine. Above {results['cpus']} the "
+        "times are those of a changing part of the machine, and ratios say little.",
         "",
-        "| job | one process, s | two, s | times as fast | two separate jobs, s per job | times as "
-        "fast | of what the machine can give |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| job | one process, s | two processes, s | times as fast "
+        "| two separate jobs, s per job | times as fast |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for command, turns in results["turns"].items():
-        one, two, apart = (
-            statistics.median(each["seconds"] for each in turns[name])
-            for name in ("one", "two", "apart")
-        )
-        lines.append(
-            f"| {command} | {one:.1f} | {two:.1f} | {one / two:.2f} | {apart:.1f} | "
-            f"{one / apart:.2f} | {apart / two:.0%} |"
-        )
+        times = {name: [each["seconds"] for each in some] for name, some in turns.items()}
+        median = {name: statistics.median(some) for name, some in times.items()}
+        cells = {
+            name: f"{median[name]:.1f} ({min(some):.1f} to {max(some):.1f})"
+            for name, some in times.items()
+        }
+        two, apart = (f"{median['one'] / median[name]:.2f}" for name in ("two", "apart"))
+        row = [command, cells["one"], cells["two"], two, cells["apart"], apart]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 

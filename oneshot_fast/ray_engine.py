@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneshot_fast.assign_run import AssignRun
 from oneshot_fast.assign_shards import ShardWriter
-from oneshot_fast.batch_size import automatic_batch_size
+from oneshot_fast.batch_size import ON_CPU, automatic_batch_size
 from oneshot_fast.cli import silence_imports
 from oneshot_fast.data import Failure
 from oneshot_fast.errors import UserError, require
@@ -193,10 +193,12 @@ def _cluster(device: str | None, actors: int | None) -> Iterator[tuple[str, int]
 
 
 def _fitting(job: Job) -> int:
-    """Batch size that fits on an actor's device."""
+    """Batch size that fits on an actor's device; a worker of Ray ends with a task on a GPU."""
     import ray
 
-    task = ray.remote(_measure).options(num_cpus=1, num_gpus=int(job.on_gpu))
+    if not job.on_gpu:
+        return ON_CPU
+    task = ray.remote(_measure).options(num_cpus=1, num_gpus=1)
     return int(ray.get(task.remote(job)))
 
 

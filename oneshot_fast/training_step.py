@@ -58,12 +58,17 @@ class TrainingStep:
         The tensors of a failed attempt live as long as its exception, so that ends here.
         """
         options, here = self._trainer.options, processes()
-        count = self._parts * here.num_processes
-        parts = [(batch, 1.0, 1.0)] if count == 1 else list(batch.split(count))
+        # by process first: where memory ran out in one of them, only its parts are smaller
+        mine = _split(batch, here.num_processes)[here.process_index : here.process_index + 1]
         try:
-            for part, pairs, others in parts[here.process_index :: here.num_processes]:
-                match, keep = sft_losses(self._generator, part, options)
-                self._trainer.add(match * pairs, keep * others)
+            for rows, all_pairs, all_others in mine:
+                for part, pairs, others in _split(rows, self._parts):
+                    match, keep = sft_losses(self._generator, part, options)
+                    self._trainer.add(match * all_pairs * pairs, keep * all_others * others)
         except torch.OutOfMemoryError:
             return False
         return True
+
+
+def _split(batch: Batch, parts: int) -> list[tuple[Batch, float, float]]:
+    return [(batch, 1.0, 1.0)] if parts == 1 else list(batch.split(parts))
