@@ -52,6 +52,7 @@ gpu: $(VENV)/.built-cuda
 	$$tests -k 2_31 tests/test_gpu.py || status=1; \
 	$(BIN)/python benchmarks/bench_ops.py $(GPU_BENCH) || status=1; \
 	$(BIN)/python benchmarks/plot_ops.py || status=1; \
+	$(BIN)/python benchmarks/sdxl_turbo.py --arch full --short || status=1; \
 	exit $$status
 
 SANITIZE = compute-sanitizer --error-exitcode 1 --report-api-errors no --tool $(1) \

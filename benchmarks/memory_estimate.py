@@ -13,6 +13,7 @@ from sdxl_models import SIZES, _text, build_pipeline, build_unet
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from oneshot_fast.decoder import Decoder
 from oneshot_fast.generator import OneStepGenerator
 from oneshot_fast.matching import AssignOptions
 from oneshot_fast.memory import StepMemory, assignment_memory, training_memory
@@ -52,6 +53,7 @@ def full_generator(dtype: torch.dtype) -> OneStepGenerator:
     pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2 = (
         module.requires_grad_(False).eval() for module in (unet, vae, text, text_2)
     )
+    generator.decoder = Decoder(generator.pipe.vae)
     return generator
 
 

@@ -44,7 +44,7 @@ class EmOptions:
     """E-step: gradient steps per target."""
     assign_lr: float | Literal["auto"] = "auto"
     """E-step: radians by which a gradient step turns the noise; auto: found on the way."""
-    max_angle: float | None = 0.4
+    max_angle: float | None = 0.6
     """E-step: keep noises within so many radians of their random base noises (None: anywhere). A
     noise that is pushed far is rare under the Gaussian, and what is learnt there does not reach
     ordinary noise: see docs/study.md."""

@@ -49,12 +49,13 @@ class Rotation:
         self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
     ) -> State:
         """A step of Riemannian Adam. An element of the generator counts sqrt(D - 1) times less."""
-        gradient, scale = scaled(gradient, state, step)
+        g = gradient @ state["point"].mT
+        tangent, scale = scaled((g - g.mT) / 2, state, step)
         q, m, v = (state[name].clone() for name in ("point", "exp_avg", "exp_avg_sq"))
         per_matrix = q.shape[:-2]
         steps = per_row(step, q[..., 0, 0]).to(q.dtype).expand(per_matrix).contiguous()
         rates = per_row(rate, q[..., 0, 0]).expand(per_matrix) / max(1, q.shape[-1] - 1) ** 0.5
-        rotation_step(q, gradient @ q.mT, m, v, steps, lr=rates, eps=EPS)
+        rotation_step(q, tangent, m, v, steps, lr=rates, eps=EPS)
         if self.max_angle is not None:
             q = within_angle(q, self.max_angle)
         return {"point": q, "exp_avg": m, "exp_avg_sq": v, "scale": scale}

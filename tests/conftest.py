@@ -149,7 +149,8 @@ def assigned(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path
 
     folder = tmp_path_factory.mktemp("assigned") / "run"
     flags = f"--data_root {small_data} --output_root {folder} --model_id tiny --num_images 2"
-    assert main([*flags.split(), "--steps", "3", "--batch_size", "4"]) == 0
+    flags += " --assign_method rotation --lr 0.15 --steps 3 --batch_size 4"
+    assert main(flags.split()) == 0
     return folder
 
 

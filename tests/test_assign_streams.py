@@ -18,6 +18,11 @@ from oneshot_fast.generator import OneStepGenerator, PromptEncoding
 from oneshot_fast.matching import AssignOptions
 from oneshot_fast.targets import Targets
 
+SMALL_STEPS = (
+    "--assign_method rotation --rotation_optimizer raw_adam --lr 0.155 --steps 12 "
+    "--stop_patience 2 --stop_improvement 0.045"
+)
+
 
 def run_of(
     generator: Any, folder: Path, options: AssignOptions, batch_size: int = 3, **more: Any
@@ -42,7 +47,7 @@ def test_a_run_with_early_stopping_has_all_results_and_a_report(
     assert [row["index"] for row in rows] == list(range(6))
     assert all(row["nfe"] == 3 * len(row["losses"]) - 2 for row in rows)
     assert len(noises_of(patient)) == 6 and len([*(patient / "noises").iterdir()]) == 2
-    flags = f"{PATIENT} --batch_size 4 --num_images 0"
+    flags = f"{SMALL_STEPS} --batch_size 4 --num_images 0"
     ended = call(
         "assign", "--data_root", small_data, "--output_root", tmp_path / "run",
         "--model_id", "tiny", *flags.split(),
@@ -75,7 +80,7 @@ def test_ctrl_c_keeps_what_has_finished(
 def test_a_killed_run_with_early_stopping_is_completed(
     forks: Any, patient: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    flags = f"{PATIENT} --batch_size 1 --num_images 0"
+    flags = f"{SMALL_STEPS} --batch_size 1 --num_images 0"
     argv = [
         "--data_root", small_data, "--output_root", tmp_path / "run", "--model_id", "tiny",
         *flags.split(),

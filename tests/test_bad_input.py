@@ -68,10 +68,16 @@ CASES = [(command, flag) for command, flags in BAD_FLAGS.items() for flag in fla
 def flags_of(command: str, data: Path, assigned: Path, folder: Path) -> list[object]:
     model = ["--model_id", "tiny"]
     return {
-        "assign": ["--data_root", data, "--output_root", folder, *model],
+        "assign": [
+            "--data_root", data, "--output_root", folder, *model, "--assign_method", "rotation",
+            "--lr", 0.15,
+        ],
         "sft": ["--manifest_path", assigned / "manifest.jsonl", "--output_dir", folder, *model],
-        "em": ["--data_root", data, "--work_dir", folder, "--initial_model_id", "tiny"],
-    }[command]
+        "em": [
+            "--data_root", data, "--work_dir", folder, "--initial_model_id", "tiny",
+            "--assign_method", "rotation",
+        ],
+    }[command]  # fmt: skip
 
 
 @pytest.mark.parametrize(("command", "flag"), CASES, ids=[" ".join(case) for case in CASES])
@@ -156,7 +162,7 @@ def replace_image(data: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
-    "flag": (None, ["--lr", "0.5"], r"lr: 0\.02 then, 0\.5 now"),
+    "flag": (None, ["--lr", "0.5"], r"lr: 0\.15 then, 0\.5 now"),
     "seed": (None, ["--seed", "3"], "seed: 0 then, 3 now"),
     "fewer": (None, ["--max_samples", "3"], "samples: 6 then, 3 now"),
     "edited line": (edit_line, [], r"\(data: \w+ then, \w+ now\)"),

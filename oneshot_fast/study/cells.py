@@ -87,7 +87,7 @@ def _by_gradients(recipe: Recipe) -> Iterator[Cell]:
     yield Cell("sphere", options("sphere"))
     yield Cell("sphere, preserve", options("sphere"), preserve=0.5)
     yield Cell("sphere, 10 steps", options("sphere", steps=10))
-    for angle in (0.2, 0.4, 0.8):
+    for angle in (0.2, 0.4, 0.6, 0.8):
         yield Cell(f"sphere, {angle} rad", options("sphere", max_angle=angle))
     yield Cell("sphere, shift", options("sphere", shift_weight=0.05))
     both = options("search+sphere", candidates=32, steps=10, max_angle=0.3)

@@ -118,13 +118,15 @@ def _plots(folder: Path, name: str, results: Mapping[str, Any]) -> list[tuple[Pa
             axes.scatter(loss, _mean_distance(rows), color="#3b82f6", s=18)
             axes.annotate(cell, (loss, _mean_distance(rows)), fontsize=6)
     axes.axhline(results["base"]["frechet_distance"], color="#e8730c", label="base model")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
     axes.set_xlabel("loss of the assigned noises")
     axes.set_ylabel("Frechet distance on random noise")
     axes.legend()
     found = []
     for plot, figure, title in (
         ("quality", bars, f"{name}: Frechet distance after each training"),
-        ("trade", trade, f"{name}: the lowest assigned loss is not the best teacher"),
+        ("trade", trade, f"{name}: what the loss of the assigned noises says about the training"),
     ):
         path = folder / f"{name}-{plot}.png"
         figure.savefig(path, dpi=130)
