@@ -105,6 +105,8 @@ class NoiseStatistics:
         self.norms += z.square().mean((1, 2, 3)).tolist()
         if q is None:
             self.angles += angles_between(z, eps).tolist()
+            gap = (z.flatten(1).norm(dim=1) - eps.flatten(1).norm(dim=1)) / z[0].numel() ** 0.5
+            self.residual = max(self.residual, _largest(gap))
             return
         self.angles += rotation_angles(q).tolist()
         self.residual = max(self.residual, _largest(z - ops.patch_rotate(eps, q, self.patch_size)))
