@@ -91,6 +91,7 @@ def test_commands_share_it_and_results_stay_the_same(
 ) -> None:  # fmt: skip
     folder = tmp_path / "cache"
     flags = ["--data_root", small_data, "--model_id", "tiny", "--steps", 3, "--batch_size", 4]
+    flags += ["--assign_method", "rotation", "--lr", 0.15]  # as the fixture's
     cache = ["--cache_dir", folder]
     assert call("assign", *flags, "--output_root", tmp_path / "a", *cache).code == 0
     noises = [sorted((run / "noises").iterdir()) for run in (assigned, tmp_path / "a")]
