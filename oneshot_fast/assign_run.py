@@ -177,6 +177,16 @@ class AssignRun:
                     "anew with --overwrite"
                 )
 
+    def _writer(self, tracker: Accelerator) -> ShardWriter:
+        return ShardWriter(
+            self.generator,
+            self.targets,
+            self.folder,
+            tracker,
+            resize_mode=self.resize_mode,
+            num_images=self.num_images,
+        )
+
     def _solve(
         self,
         source: Source,
@@ -187,14 +197,7 @@ class AssignRun:
         """Solve what is not done, while the next batch is read and the last one is written."""
         if is_main():
             write_jsonl(self.folder / "manifest.jsonl", done.values())
-        writer = ShardWriter(
-            self.generator,
-            self.targets,
-            self.folder,
-            tracker,
-            resize_mode=self.resize_mode,
-            num_images=self.num_images,
-        )
+        writer = self._writer(tracker)
         total = None
         if source.total is not None:
             mine = -(-(source.total - len(done)) // processes().num_processes)

@@ -77,7 +77,7 @@ def assign_plan(
     lines.append(f"memory, sum for {count} targets at once: {size_text(sum(memory.values()))}")
     if generator.device.type == "cuda":
         lines.append(f"memory, measured peak: {size_text(_device_peak())}")
-    per_target = shortest(lambda: search.advance().cpu()) * (options.steps + 1) / count
+    per_target = shortest(lambda: search.advance().cpu()) * _step_worths(options) / count
     lines += _outlook(search, options, resolution, count, samples, num_images, per_target)
     return Plan(lines, None if samples is None else per_target * samples)
 
@@ -181,6 +181,12 @@ def _device_peak() -> int:
     return torch.cuda.max_memory_allocated()
 
 
+def _step_worths(options: AssignOptions) -> float:
+    """Work per target in gradient steps; a candidate's forward pass is about a third of one."""
+    candidates = options.candidates if options.choice else 0
+    return options.gradient_steps + 1 + candidates / 3
+
+
 def _outlook(
     search: Search,
     options: AssignOptions,
@@ -191,9 +197,9 @@ def _outlook(
     per_target: float,
 ) -> list[str]:
     """Lines on disk and time."""
-    each = search.shard_bytes // count + 2 * (_ROW + _PER_LOSS * (options.steps + 1))
+    each = search.shard_bytes // count + 2 * (_ROW + _PER_LOSS * (options.gradient_steps + 1))
     pictures = 3 * _PER_PIXEL * resolution**2
-    seconds = per_target * count / (options.steps + 1)
+    seconds = per_target * count / _step_worths(options)
     lines = [
         f"disk: {size_text(each)} per target, {size_text(pictures)} more with pictures",
         f"time: {duration(seconds)} per step, {1 / per_target:.2f} images/s",

@@ -74,8 +74,8 @@ class AssignOptions:
     """Weight of the mean squared distance between the noise and its base noise."""
 
     prior_weight: float = 0.0
-    """Weight of the negative log density of the noise's norm, see noise_prior.py. A rotation keeps
-    the norm: this shows in the loss, but does not change the search."""
+    """Weight of the negative log density of the noise's norm, see noise_prior.py. All methods here
+    keep the norm: this shows in the loss, but does not change the search."""
     moment_weight: float = 0.0
     """Weight of the distance of the noise's first four moments from the Gaussian's."""
     covariance_weight: float = 0.0

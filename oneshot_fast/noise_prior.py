@@ -1,10 +1,10 @@
 """Penalties that grow as a noise stops looking like a sample of N(0, 1).
 
-Which of them act in the E-step, where every patch of the noise is turned by one matrix q: a
-rotation keeps the norm, so `norm_penalty` is a constant there. The covariance of the rotated
-patches, q S q^T, keeps its eigenvalues, so a penalty on it would be a constant, too, for patches
-of the same grid; `covariance_penalty` therefore looks at elements drawn at random, as Tang et al.
-do. It and `moment_penalty` act on a rotated noise. All three act on a noise that is changed freely.
+Which of them act in the E-step: all its methods keep the norm, so `norm_penalty` is a constant
+there. Where every patch is turned by one matrix q, the covariance of the patches, q S q^T, keeps
+its eigenvalues, so a penalty on it would be a constant, too, for patches of the same grid;
+`covariance_penalty` therefore looks at elements drawn at random, as Tang et al. do. It and
+`moment_penalty` act with every method. All three act on a noise that is changed freely.
 """
 
 from __future__ import annotations

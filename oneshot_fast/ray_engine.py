@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot_fast.assign_run import AssignRun
-from oneshot_fast.assign_shards import ShardWriter
 from oneshot_fast.batch_size import ON_CPU, automatic_batch_size
 from oneshot_fast.cli import silence_imports
 from oneshot_fast.data import Failure
@@ -77,14 +76,7 @@ class RayRun(AssignRun):
     ) -> None:
         """Let the actors solve what is not done, and note what they wrote."""
         write_jsonl(self.folder / "manifest.jsonl", done.values())
-        writer = ShardWriter(
-            self.generator,
-            self.targets,
-            self.folder,
-            tracker,
-            resize_mode=self.resize_mode,
-            num_images=self.num_images,
-        )
+        writer = self._writer(tracker)
         left = None if source.total is None else source.total - len(done)
         with progress(left, "assign", "target") as bar:
             for result in self._results(source, frozenset(done), left):
