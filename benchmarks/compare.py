@@ -78,17 +78,19 @@ def measure(tree: Path, config: Any, output: Path) -> list[dict[str, Any]]:
     flags += ["--budget", str(config.budget / config.rounds / 2), "--cases", config.cases]
     flags += ["--threads", *map(str, config.threads), "--seed", str(config.seed)]
     flags += ["--dtypes", *config.dtypes] if config.dtypes else []
-    script = str(Path(__file__).with_name("bench_ops.py"))
+    script = Path(__file__).with_name("bench_ops.py")
+    env = {**os.environ, "PYTHONPATH": str(tree)}
+    where = [sys.executable, "-c", "import oneshot_fast; print(oneshot_fast.__file__)"]
+    package = subprocess.check_output(where, cwd=script.parent, env=env, text=True).strip()
+    if not Path(package).resolve().is_relative_to(tree.resolve()):
+        raise RuntimeError(f"this would measure {package} instead of {tree}")
     subprocess.run(
-        [sys.executable, script, *flags, "--output", str(output)],
-        env={**os.environ, "PYTHONPATH": str(tree)},
+        [sys.executable, str(script), *flags, "--output", str(output)],
+        env=env,
         stdout=subprocess.DEVNULL,
         check=True,
     )
-    results = json.loads(output.read_text())
-    if Path(results["package"]) != tree.resolve():
-        raise RuntimeError(f"measured {results['package']} instead of {tree}")
-    return results["records"]
+    return json.loads(output.read_text())["records"]
 
 
 def compare(config: Any, revision: str) -> None:

@@ -28,7 +28,6 @@ def environment(device: str, seed: int) -> dict[str, Any]:
         "commit": commit or None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seed": seed,
-        "package": str(Path(oneshot_fast.__file__).parents[1]),
         "build": build,
     }
     if device == "cuda":

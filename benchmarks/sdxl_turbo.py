@@ -9,31 +9,20 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
-from reference_recipe import ReferenceRecipe
 from results import RESULTS, environment, slug
-from sdxl_models import SIZES, build_pipeline, write_data
+from sdxl_variants import Bench
 
-from oneshot_fast.assign_run import AssignRun
 from oneshot_fast.cli import silence_imports
-from oneshot_fast.data import read_manifest, read_pairs
-from oneshot_fast.generator import OneStepGenerator
-from oneshot_fast.matching import AssignOptions
-from oneshot_fast.sft_run import SftRun
-from oneshot_fast.targets import Targets
-from oneshot_fast.training import SftOptions
 
 
 @dataclass
@@ -53,6 +42,9 @@ class Config:
     """Images of the data set; ours takes them in one batch, or in several."""
     batch_sizes: tuple[int, ...] = (1, 16)
     """Batch sizes of ours."""
+    options: tuple[Literal["bf16", "compiled"], ...] = ("bf16", "compiled")
+    """Variants of ours at the largest batch size, beside the plain one (which on a GPU is in bf16);
+    a compiled UNet is compiled in the first turn, which is not counted."""
     rounds: int = 3
     """How often each variant takes its turn."""
     sft_steps: int = 4
@@ -71,167 +63,12 @@ class Config:
     """One turn of one variant, for the peak memory of a process of its own."""
 
 
-class Bench:
-    """Model, data and the variants; a variant is a function that returns what a turn did."""
-
-    def __init__(self, config: Config, folder: Path) -> None:
-        """Build the model and the data set in ``folder``."""
-        self.config, self.folder = config, folder
-        self.side = SIZES[config.arch]["image"] if config.arch in SIZES else 128
-        half = torch.float16 if config.device.startswith("cuda") else torch.float32
-        self.data = folder / "data"
-        if not self.data.exists():
-            write_data(self.data, config.images, self.side)
-        self.records, _ = read_pairs(self.data)
-        self.options = AssignOptions(steps=config.steps)
-        self.half, self.turn = half, 0
-
-    def variants(self) -> dict[str, Callable[[], dict[str, Any]]]:
-        """Assignment's variants by name."""
-        ours = {
-            f"ours, batch {size}": lambda size=size: self.ours(size)
-            for size in self.config.batch_sizes
-        }
-        return {
-            "reference": lambda: self.reference(True),
-            "reference, quiet": lambda: self.reference(False),
-            **ours,
-        }
-
-    def training(self) -> dict[str, Callable[[], dict[str, Any]]]:
-        """The training's variants by name."""
-        if not self.config.sft_steps:
-            return {}
-        return {"reference": self.reference_sft, "ours": self.ours_sft}
-
-    def pipeline(self, dtype: torch.dtype) -> Any:
-        """A fresh pipeline."""
-        return build_pipeline(self.config.arch, self.config.device, dtype)
-
-    def reference(self, show: bool) -> dict[str, Any]:
-        """One image by the usual recipe."""
-        if not hasattr(self, "recipe"):
-            self.recipe = ReferenceRecipe(self.pipeline(self.half), self.side)
-        record = self.records[self.turn % len(self.records)]
-        folder = self._fresh("reference")
-        with Clock(self.config.device) as clock:
-            loss = self.recipe.assign(
-                record.image_path,
-                record.prompt,
-                self.config.steps,
-                self.config.reference_lr,
-                folder,
-                show,
-            )
-        return self._turn(clock, 1, loss, folder)
-
-    def ours(self, batch_size: int) -> dict[str, Any]:
-        """Some batches by the package: images read, encoded, matched, kept on disk."""
-        generator = self._generator()
-        count = min(len(self.records), max(batch_size, 4))
-        folder = self._fresh(f"ours-{batch_size}")
-        run = AssignRun(
-            generator,
-            Targets(generator, self.side),
-            folder,
-            self.options,
-            seed=self.config.seed,
-            batch_size=batch_size,
-            num_images=0,
-        )
-        with Clock(self.config.device) as clock:
-            summary = run.run(self.records[:count])
-        return self._turn(clock, count, summary["best_loss"], folder)
-
-    def reference_sft(self) -> dict[str, Any]:
-        """Training steps by the usual recipe."""
-        if not hasattr(self, "sft_recipe"):
-            self.sft_recipe = ReferenceRecipe(self.pipeline(self.half), self.side)
-            self.sft_recipe.trainer(1e-5)
-        recipe, side = self.sft_recipe, self.side // 8
-        with Clock(self.config.device) as clock:
-            for record in self.records[: self.config.sft_steps]:
-                z = torch.randn(1, 4, side, side, device=self.config.device)
-                loss = recipe.train_step(record.image_path, record.prompt, z, 0.5)
-        return {"seconds": clock.seconds, "steps": self.config.sft_steps, "loss": loss}
-
-    def ours_sft(self) -> dict[str, Any]:
-        """Training steps by the package; what is computed once before them is timed apart."""
-        if not hasattr(self, "manifest"):
-            self.ours(min(self.config.batch_sizes))
-            self.manifest = self.folder / f"ours-{min(self.config.batch_sizes)}" / "manifest.jsonl"
-        if not hasattr(self, "trained"):
-            dtype = torch.bfloat16 if self.config.device.startswith("cuda") else None
-            self.trained = OneStepGenerator(self.pipeline(torch.float32), autocast=dtype)
-        steps = self.config.sft_steps
-        pairs, _ = read_manifest(self.manifest)
-        options = SftOptions(
-            epochs=1,
-            batch_size=1,
-            preserve_batch_size=1,
-            preserve_pixel_weight=0,
-            preserve_pool_size=steps,
-        )
-        folder = self._fresh("sft")
-        targets = Targets(self.trained, self.side)
-        with Clock(self.config.device) as clock:
-            summary = SftRun(self.trained, targets, folder, options).run(pairs[:steps])
-        self.trained.unet.requires_grad_(False)
-        once = clock.seconds - summary["seconds"]
-        return {"seconds": summary["seconds"], "once": once, "steps": summary["steps"]} | {
-            "loss": summary["matched_loss_after"]
-        }
-
-    def _generator(self) -> OneStepGenerator:
-        if not hasattr(self, "generator"):
-            dtype = torch.bfloat16 if self.config.device.startswith("cuda") else torch.float32
-            self.generator = OneStepGenerator(self.pipeline(dtype))
-        return self.generator
-
-    def _fresh(self, name: str) -> Path:
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        return self.folder / name
-
-    def _turn(self, clock: Clock, images: int, loss: float, folder: Path) -> dict[str, Any]:
-        self.turn += 1
-        files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
-        return {
-            "seconds": clock.seconds,
-            "images": images,
-            "loss": loss,
-            "files": len(files),
-            "bytes": sum(path.stat().st_size for path in files),
-        }
-
-
-class Clock:
-    """Wall-clock seconds of a block, with the device's work done."""
-
-    def __init__(self, device: str) -> None:
-        """Name the device to wait for."""
-        self.device, self.seconds = device, 0.0
-
-    def __enter__(self) -> Clock:
-        """Start."""
-        self._wait()
-        self.seconds = -time.perf_counter()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Stop."""
-        self._wait()
-        self.seconds += time.perf_counter()
-
-    def _wait(self) -> None:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-
-
 def peak_memory(config: Config, kind: str, name: str) -> int | None:
     """Peak bytes of one turn in a process of its own: the GPU's allocations, or resident memory."""
     command = [sys.executable, __file__, "--only", f"{kind}: {name}", "--arch", config.arch]
     command += ["--device", config.device, "--steps", "2", "--images", str(config.images)]
     command += ["--sft-steps", "1", "--batch-sizes", *map(str, config.batch_sizes)]
+    command += ["--options", *config.options]
     ended = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in ended.stdout.splitlines() if line.startswith("peak ")]
     return int(lines[-1].split()[1]) if ended.returncode == 0 and lines else None
@@ -239,14 +76,17 @@ def peak_memory(config: Config, kind: str, name: str) -> int | None:
 
 def only(config: Config, bench: Bench) -> None:
     """One turn of the variant named, then its peak memory on stdout."""
-    import resource
-
     kind, name = str(config.only).split(": ", 1)
     (bench.variants() if kind == "assign" else bench.training())[name]()
     if config.device.startswith("cuda"):
         print("peak", torch.cuda.max_memory_allocated())
     else:
-        print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+        # not getrusage's ru_maxrss, in which a new process starts with its parent's peak
+        status = Path("/proc/self/status")
+        lines = status.read_text().splitlines() if status.exists() else []
+        for line in lines:
+            if line.startswith("VmHWM:"):
+                print("peak", int(line.split()[1]) << 10)
 
 
 def measure(config: Config, bench: Bench) -> list[dict[str, Any]]:
@@ -257,7 +97,7 @@ def measure(config: Config, bench: Bench) -> list[dict[str, Any]]:
         for kind, variants in kinds.items():
             for name, run in variants.items():
                 result = run()
-                print(f"round {number} {kind:6} {name:20} {result['seconds']:.2f} s", flush=True)
+                print(f"round {number} {kind:6} {name:26} {result['seconds']:.2f} s", flush=True)
                 if number:
                     turns.setdefault((kind, name), []).append(result)
     rows = []
@@ -286,7 +126,7 @@ def markdown(results: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in results["rows"]:
-        if row["kind"] == "sft" and lines[-1].startswith("| ours"):
+        if row["kind"] == "sft" and "| SFT" not in "".join(lines):
             lines += ["", "| SFT, batch 1 and 1 preserved | s/step | x | peak GiB | loss |"]
             lines += ["| --- | --- | --- | --- | --- |"]
         key = "images_per_second" if row["kind"] == "assign" else "steps_per_second"
@@ -306,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     config = tyro.cli(Config, args=argv, description=__doc__)
     if config.short:
         config.rounds, config.images, config.sft_steps = 1, min(config.images, 8), 2
+        config.options = ()
     if config.threads:
         torch.set_num_threads(config.threads)
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.slow
 def test_sdxl_turbo_at_the_smallest_size(tmp_path):
     output = tmp_path / "result.json"
-    flags = "--arch tiny --device cpu --steps 2 --images 2 --batch-sizes 2 --rounds 1 --no-memory"
+    flags = "--arch tiny --device cpu --steps 2 --images 2 --batch-sizes 2 --rounds 1 --no-memory --options"
     command = [sys.executable, ROOT / "benchmarks" / "sdxl_turbo.py", *flags.split()]
     ended = subprocess.run([*command, "--output", output], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
@@ -25,6 +25,7 @@ def test_sdxl_turbo_at_the_smallest_size(tmp_path):
         ("assign", "ours, batch 2"),
         ("sft", "reference"),
         ("sft", "ours"),
+        ("sft", "ours, LoRA 16"),
     ]
     shown, quiet, ours = rows[:3]
     assert shown["files"] > quiet["files"] == 1  # pictures and plots, and the noise alone
