@@ -21,6 +21,7 @@ from oneshot_fast.training import SftOptions
 
 RESOLUTION = 512
 LATENT_ONLY = {"batch_size": 1, "preserve_pixel_weight": 0.0, "gradient_checkpointing": True}
+SELECTIVE = {"gradient_checkpointing": False, "selective_checkpointing": True}
 SMALL_STATE = {"weights_dtype": "bfloat16", "optimizer": "adamw8bit"}
 
 
@@ -69,11 +70,17 @@ def estimates() -> dict[str, tuple[StepMemory, str]]:
         "SFT, float32 weights, AdamW, no checkpointing": (
             {**LATENT_ONLY, "gradient_checkpointing": False}, "-",
         ),
+        "SFT, all options for little memory, but selective checkpointing": (
+            {**LATENT_ONLY, **SMALL_STATE, **SELECTIVE, "optimizer_in_backward": True}, "16",
+        ),
         "LoRA rank 16, bfloat16 base, checkpointing": (
             {**LATENT_ONLY, **SMALL_STATE, "lora_rank": 16}, "9",
         ),
         "LoRA rank 16, bfloat16 base, no checkpointing": (
             {**LATENT_ONLY, **SMALL_STATE, "lora_rank": 16, "gradient_checkpointing": False}, "-",
+        ),
+        "LoRA rank 16, bfloat16 base, selective checkpointing": (
+            {**LATENT_ONLY, **SMALL_STATE, **SELECTIVE, "lora_rank": 16}, "-",
         ),
     }  # fmt: skip
     found = {

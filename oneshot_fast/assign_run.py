@@ -238,6 +238,7 @@ class AssignRun:
             seed=self.seed,
             resize_mode=self.resize_mode,
             needs_images=self.options.pixel_l1_weight > 0,
+            features=self.options.features,
             previous=self.previous,
         )
         batches = self._claimed(pending(source, done, self.window))

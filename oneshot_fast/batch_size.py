@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from oneshot_fast.matching import AssignOptions, assign_batch
+from oneshot_fast.matching import AssignOptions, objective
+from oneshot_fast.preparing import random_problem
+from oneshot_fast.search import Search
 
 if TYPE_CHECKING:
     from oneshot_fast.generator import OneStepGenerator
@@ -65,17 +68,10 @@ def _try(generator: OneStepGenerator, options: AssignOptions, resolution: int, s
     device = generator.device
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    sides = resolution, resolution
-    eps = torch.randn(size, *generator.noise_shape(*sides), device=device)
-    latents = torch.zeros(size, *generator.latent_shape(*sides), device=device)
-    with device:
-        prompts = generator.blank_prompts(size)
-    images = None
-    if options.pixel_l1_weight:
-        images = torch.zeros(size, 3, resolution, resolution, device=device)
+    problem = random_problem(generator, options, resolution, size)
     once = dataclasses.replace(options, steps=1)
     # compiled code needs less, and its compilation would take minutes per size
     with torch.compiler.set_stance("force_eager"):
-        assign_batch(generator, eps, prompts, latents, images, once)
+        Search(problem, once, functools.partial(objective, generator, once)).advance()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before

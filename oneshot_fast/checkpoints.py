@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,10 +54,8 @@ class Checkpoints:
         if trainer.options.lora_rank:
             save_adapter(self._generator, trainer.final(), path)
         else:
-            now = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-            trainer.load_weights(trainer.final())
-            self._generator.save(path)
-            trainer.load_weights(now)
+            with ended(trainer):
+                self._generator.save(path)
         for name in self.intermediate()[: -self._keep]:
             doomed = self._folder / (TEMPORARY + name)  # a kill leaves nothing half removed
             shutil.rmtree(doomed, ignore_errors=True)
@@ -86,6 +86,18 @@ class Checkpoints:
         if is_main():
             generator.save(self._folder / "checkpoint-final")
         unet.requires_grad_(False).to(home, dtype)
+
+
+@contextmanager
+def ended(trainer: Trainer) -> Iterator[None]:
+    """The UNet has, for a while, the weights that the training would end with now."""
+    if trainer.ema is None:
+        yield
+        return
+    now = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    trainer.load_weights(trainer.final())
+    yield
+    trainer.load_weights(now)
 
 
 def _step(name: str) -> int:

@@ -13,6 +13,7 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
+from oneshot_fast.features import features_of
 from oneshot_fast.matching import AssignOptions, objective
 from oneshot_fast.preparing import Target, problem_of
 from oneshot_fast.seeds import derived_seed, gaussian
@@ -115,7 +116,7 @@ class Chooser:
         fresh = [derived_seed(self._seed, "pool", key, k) for k in range(count - len(own))]
         seeds = own + fresh
         losses = torch.cat([*self._losses(targets, seeds)], 1)  # [targets, noises]
-        allowed = losses.clone()
+        allowed = losses.nan_to_num(nan=float("inf"))
         near = losses.amin(0) < self._options.pool_reject_below
         if (~near).sum() >= len(targets):
             allowed[:, near] = float("inf")
@@ -132,18 +133,26 @@ class Chooser:
         options, generator = self._options, self._generator
         latents = torch.stack([target.latent.flatten() for target in targets])
         images = [target.image.flatten() for target in targets if target.image is not None]
+        features = [target.features for target in targets if target.features is not None]
         for start in range(0, len(seeds), _ROWS):
             eps = self._noises(seeds[start : start + _ROWS], targets[0].eps[None])
             prompts = targets[0].prompt.cat([targets[0].prompt] * len(eps))
             made = generator.latents(eps, prompts)
-            # exact differences: through a product of matrices float32 would cancel
-            distance = torch.cdist(
-                latents, made.flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
-            )
-            loss = options.latent_loss_weight * distance.square() / latents.shape[1]
+            loss = options.latent_loss_weight * _mean_squares(latents, made.flatten(1))
+            decoded = generator.decode(made) if options.decodes else made
             if images:
-                flat = generator.decode(made).flatten(1)
+                flat = decoded.flatten(1)
                 l1 = torch.cdist(torch.stack(images), flat, p=1.0)
                 loss += options.pixel_l1_weight * l1 / flat.shape[1]
+            if options.features is not None:
+                found = features_of(decoded, options.features)
+                loss += options.feature_weight * _mean_squares(torch.stack(features), found)
             self._on_evaluations(len(eps))
             yield loss.cpu()
+
+
+def _mean_squares(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared differences of the rows of ``a`` [M, n] from those of ``b`` [N, n], [M, N]."""
+    # exact differences: through a product of matrices float32 would cancel
+    distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    return distance.square() / a.shape[1]

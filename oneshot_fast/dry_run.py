@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from oneshot_fast.checkpointing import checkpoint_activations
 from oneshot_fast.matching import AssignOptions, objective
 from oneshot_fast.memory import StepMemory, training_batch, training_memory
 from oneshot_fast.offloading import offloads_by_default
-from oneshot_fast.search import Problem, Search
+from oneshot_fast.preparing import random_problem
+from oneshot_fast.reward_objective import reward_losses
+from oneshot_fast.search import Search
 from oneshot_fast.training import SftOptions, sft_losses
 
 if TYPE_CHECKING:
     from oneshot_fast.generator import OneStepGenerator
+    from oneshot_fast.memory import ByReward
 
 _TIMED = 3
 _ROW, _PER_LOSS, _PER_PIXEL = 600, 21, 2  # bytes of JSON, twice on disk, and of PNG: about
@@ -65,7 +69,8 @@ def assign_plan(
         num_images: Targets whose pictures are saved; -1 for all.
     """
     count = batch_size if samples is None else min(batch_size, samples)
-    search = _random_search(generator, options, resolution, count)
+    problem = random_problem(generator, options, resolution, count)
+    search = Search(problem, options, functools.partial(objective, generator, options))
     lines, memory = [], {}
     for part, network in generator.networks.items():
         tensors = [*network.parameters()]
@@ -89,6 +94,7 @@ def sft_plan(
     resolution: int,
     samples: int,
     offload_encoders: bool | None = None,
+    by_reward: ByReward | None = None,
 ) -> Plan:
     """Parameters, memory by part, disk and time of a training.
 
@@ -99,20 +105,22 @@ def sft_plan(
         generator: The generator.
         options: How it is trained.
         resolution: Image side in pixels.
-        samples: Matched pairs.
+        samples: Matched pairs, or images of an epoch.
         offload_encoders: Whether what only encodes is off the device; by default on a GPU.
+        by_reward: What a training on rewards raises.
     """
     offloads = offload_encoders
     if offloads is None:
         offloads = offloads_by_default(generator)
-    memory = training_memory(generator, options, resolution, offloads)
+    memory = training_memory(generator, options, resolution, offloads, by_reward)
     lines = []
     for part, network in generator.networks.items():
         count = sum(p.numel() for p in network.parameters())
         lines.append(f"parameters of {part}: {_count(count)}")
     lines.append(f"trained parameters: {_count(memory.trained)}")
     lines += _memory_lines(memory)
-    seconds = _training_seconds(generator, options, resolution)
+    seconds = _training_seconds(generator, options, resolution, by_reward)
+    kind = "images" if by_reward else "pairs"
     if generator.device.type == "cuda":
         lines.append(f"memory, measured without optimiser: {size_text(_device_peak())}")
     per_epoch = math.ceil(samples / options.batch_size)
@@ -126,8 +134,8 @@ def sft_plan(
     lines += [
         f"disk: {size_text(checkpoints)} for the checkpoints, {size_text(state)} for the training "
         f"state (twice that while it is replaced), {size_text(pool)} for the preserve pool",
-        f"time: {duration(seconds)} per step of {options.batch_size} pairs, optimiser not counted",
-        f"in all, for {samples} pairs and {steps} steps: {duration(seconds * steps)}",
+        f"time: {duration(seconds)} per step of {options.batch_size} {kind}, optimiser not counted",
+        f"in all, for {samples} {kind} and {steps} steps: {duration(seconds * steps)}",
     ]
     return Plan(lines, seconds * steps)
 
@@ -145,11 +153,17 @@ def _memory_lines(memory: StepMemory) -> list[str]:
     return [f"memory, {name}: {size_text(size)}" for name, size in parts.items()]
 
 
-def _training_seconds(generator: OneStepGenerator, options: SftOptions, resolution: int) -> float:
+def _training_seconds(
+    generator: OneStepGenerator,
+    options: SftOptions,
+    resolution: int,
+    by_reward: ByReward | None = None,
+) -> float:
     """Shortest of a few forward and backward passes of a whole batch."""
     unet, rank = generator.unet, options.lora_rank
+    losses = functools.partial(reward_losses, by_reward[0]) if by_reward else sft_losses
     with torch.device(generator.device):
-        batch = training_batch(generator, options, resolution)
+        batch = training_batch(generator, options, resolution, by_reward)
     batch.noise.requires_grad_(bool(rank))
     unet.requires_grad_(not rank)
     hooks = [
@@ -157,13 +171,12 @@ def _training_seconds(generator: OneStepGenerator, options: SftOptions, resoluti
         for p in unet.parameters()
         if p.requires_grad
     ]
-    if options.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    checkpoint_activations(unet, options)
 
     def run() -> None:
         loss = torch.zeros(())
         for part, pairs, others in batch.split(options.gradient_accumulation_steps):
-            match, keep = sft_losses(generator, part, options)
+            match, keep = losses(generator, part, options)
             loss = match * pairs + keep * others
             loss.backward()
         loss.detach().cpu()
@@ -212,21 +225,6 @@ def _outlook(
             f"in all, for {samples} targets: {size_text(disk)} on disk, {time_needed}{note}"
         )
     return lines
-
-
-def _random_search(
-    generator: OneStepGenerator, options: AssignOptions, resolution: int, count: int
-) -> Search:
-    eps = torch.randn(count, *generator.noise_shape(resolution, resolution))
-    latents = torch.randn(count, *generator.latent_shape(resolution, resolution))
-    eps, latents = eps.to(generator.device), latents.to(generator.device)
-    images = None
-    if options.pixel_l1_weight:
-        images = torch.rand(count, 3, resolution, resolution).to(generator.device)
-    with generator.device:
-        prompts = generator.blank_prompts(count)
-    problem = Problem(eps, prompts, latents, images)
-    return Search(problem, options, functools.partial(objective, generator, options))
 
 
 def shortest(run: Callable[[], object]) -> float:

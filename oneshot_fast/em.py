@@ -20,6 +20,7 @@ from oneshot_fast.cli import (
 )
 from oneshot_fast.em_options import EmOptions
 from oneshot_fast.em_run import EmRun
+from oneshot_fast.reward_options import RewardOptions, RewardTrainingOptions
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,16 @@ class EmCommand:
     """Align a one-step generator with images: alternate noise assignment and training.
 
     Without arguments it runs the embedded default: a small digit generator and images of digits in
-    a style it does not know. An interrupted run resumes when the same command is repeated.
+    a style it does not know. With --reward and --prompt_file there are no targets: the E-step
+    searches noises that score high, the M-step trains on the images found. An interrupted run
+    resumes when the same command is repeated.
     """
 
     work_dir: Path = Path("runs/em")
     """Folder of everything the run writes."""
     initial_model_id: str | None = None
     """Generator to align: folder in diffusers layout, hub id, .safetensors file, or "tiny". By
-    default stabilityai/sdxl-turbo for your own data, "tiny" without."""
+    default stabilityai/sdxl-turbo for your own data or prompts, "tiny" without."""
     heldout_root: Path | None = None
     """Pairs never trained on, in the format of data_root: assigned with the first and the last
     generator, with equal effort."""
@@ -46,21 +49,31 @@ class EmCommand:
     """Targets per E-step whose images are saved and shown; -1 for all."""
     save_minutes: float = 5.0
     """Minutes between saved training states; 0 saves after every step."""
+    train_keep_checkpoints: int = 0
+    """M-step: also keep cycle-XX/sft/checkpoint-<step> of the newest so many epochs; 0: none."""
     dry_run: bool = False
     """Print parameters, memory by part, disk and time needed of both steps, from a few timed ones
     on random data; nothing is written."""
     em: EmOptions = EmOptions()
     data: DataOptions = DataOptions()
+    rewards: RewardOptions = RewardOptions()
+    reward_training: RewardTrainingOptions = RewardTrainingOptions()
     model: ModelOptions = ModelOptions()
     run: RunOptions = RunOptions()
 
 
 def execute(command: EmCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
-    own_data = command.data.data_root is not None
+    by_reward = bool(command.rewards.reward)
+    command.reward_training.check(by_reward)
+    own_data = command.data.data_root is not None or by_reward
     model_id = command.initial_model_id or ("stabilityai/sdxl-turbo" if own_data else "tiny")
     options = command.em.resolve(embedded=not own_data)
     command = dataclasses.replace(command, initial_model_id=model_id, em=options)
+    if by_reward:
+        from oneshot_fast.em_rewards import execute as execute_by_reward
+
+        return execute_by_reward(command)
     if command.dry_run:
         print_plan(command)
         return OK

@@ -52,12 +52,19 @@ class EmOptions:
     """E-step: weight of what the noises of a batch have in common."""
     assign_batch_size: int = 16
     """E-step: targets solved at once."""
+    sphere_optimizer: Literal["adam", "lbfgs"] = "adam"
+    """E-step: how noises move on the sphere, and with white; lbfgs reaches lower losses, which
+    makes no better generator: see docs/study.md."""
     rotation_optimizer: Literal["riemannian", "raw_adam"] = "riemannian"
     """E-step: how rotations are optimised."""
     patch_size: int = 2
     """E-step: side of the rotated patches in latent pixels."""
     rotation_groups: int = 1
     """E-step: G x G tiles of the latent with a rotation each."""
+    feature_weight: float = 0.0
+    """E-step: weight of the mean squared error between the images' --features; decodes."""
+    features: str | None = None
+    """E-step: python:module.function; see assign --help."""
     drift_reg_weight: float = 0.0
     """E-step: weight of the mean squared distance between the noise and its base noise."""
     train_epochs: int = 10
@@ -76,6 +83,8 @@ class EmOptions:
     which AdamW can magnify."""
     train_gradient_checkpointing: bool = False
     """M-step: recompute the UNet's activations in the backward pass; less memory, same gradient."""
+    train_selective_checkpointing: bool = False
+    """M-step: recompute only what is cheap: between the two, in memory and in time."""
     train_optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """M-step: adamw8bit keeps the moments in 8 bits (torchao: pip install torchao)."""
     train_weights_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -159,11 +168,14 @@ class EmOptions:
             lr=self.assign_lr,
             max_angle=self.max_angle,
             shift_weight=self.shift_weight,
+            sphere_optimizer=self.sphere_optimizer,
             rotation_optimizer=self.rotation_optimizer,
             patch_size=self.patch_size,
             rotation_groups=self.rotation_groups,
             latent_loss_weight=self.latent_loss_weight,
             pixel_l1_weight=self.pixel_l1_weight,
+            feature_weight=self.feature_weight,
+            features=self.features,
             drift_reg_weight=self.drift_reg_weight,
         )
         return plain if plain.gradient_method else dataclasses.replace(plain, candidates=effort)
@@ -189,6 +201,7 @@ class EmOptions:
             preserve_pool_size=self.preserve_pool_size,
             gradient_accumulation_steps=self.train_gradient_accumulation_steps,
             gradient_checkpointing=self.train_gradient_checkpointing,
+            selective_checkpointing=self.train_selective_checkpointing,
             optimizer=self.train_optimizer,
             weights_dtype=self.train_weights_dtype,
             optimizer_in_backward=self.train_optimizer_in_backward,

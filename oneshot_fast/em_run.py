@@ -17,7 +17,7 @@ from torch import Tensor
 
 from oneshot_fast.assign_run import AssignRun
 from oneshot_fast.data import Record, read_manifest
-from oneshot_fast.em_schedule import data_roots, is_stuck, turn
+from oneshot_fast.em_schedule import cycle_seeds, data_roots, is_stuck, turn
 from oneshot_fast.errors import require
 from oneshot_fast.manifests import merge_manifests
 from oneshot_fast.processes import is_main, kept_by_main, main_first, wait
@@ -67,6 +67,7 @@ class EmRun:
                 command.data, start_index=0, max_samples=None
             ).read(heldout)
             self.failures += failures
+        self.prompts = [record.prompt for record in self.records]
 
         from oneshot_fast.targets import Targets
 
@@ -150,8 +151,7 @@ class EmRun:
     def _measure(self) -> RandomNoiseMeasure:
         from oneshot_fast.evaluate import RandomNoiseMeasure, classifier_for, real_measures
 
-        prompts = [record.prompt for record in self.records]
-        classifier = classifier_for(self.generator, prompts)
+        classifier = classifier_for(self.generator, self.prompts)
         real = None
         if self.heldout:
             mode = self.command.data.resize_mode
@@ -159,7 +159,7 @@ class EmRun:
             labels = [record.prompt for record in self.heldout]
             self.summary["real"] = real_measures(real, labels, classifier)
         return RandomNoiseMeasure(
-            prompts,
+            self.prompts,
             self.generator.noise_shape(self.targets.resolution, self.targets.resolution),
             samples=self.command.eval_samples,
             seed=self.command.run.seed,
@@ -178,15 +178,13 @@ class EmRun:
         if not options.preserves:
             return None
         shape = self.generator.noise_shape(self.targets.resolution, self.targets.resolution)
-        return main_first(
-            lambda: PreservePool.build(
-                self.generator,
-                [record.prompt for record in self.records],
-                shape,
-                options.preserve_pool_size,
-                self.command.run.seed,
-                self.folder / "preserve.safetensors",
-            )
+        return PreservePool.build(
+            self.generator,
+            self.prompts,
+            shape,
+            options.preserve_pool_size,
+            self.command.run.seed,
+            self.folder / "preserve.safetensors",
         )
 
     def _assigner(
@@ -220,6 +218,7 @@ class EmRun:
             options,
             seed=seed,
             save_minutes=self.command.save_minutes,
+            keep_checkpoints=self.command.train_keep_checkpoints,
         ).run(pairs, failures, pool=pool)
 
     def _assign_heldout(self, name: str) -> None:
@@ -243,9 +242,7 @@ class EmRun:
     def _cycle(self, cycle: int, pool: PreservePool | None) -> None:
         """One E-step and one M-step on what it found."""
         em = self.command.em
-        seed = derived_seed(self.command.run.seed, "cycle", cycle)
-        drawn = 1 + ((cycle - 1) // em.pool_refresh if em.pool_refresh else 0)
-        noise_seed = derived_seed(self.command.run.seed, "cycle", drawn)
+        seed, noise_seed = cycle_seeds(self.command.run.seed, cycle, em.pool_refresh)
         previous = self._manifest(cycle - 1) if cycle > 1 else None
         with self._stage(f"{_name(cycle)}/assign") as folder:
             assigned = self._assigner(

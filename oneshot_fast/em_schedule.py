@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from oneshot_fast.processes import is_main, main_first
+from oneshot_fast.seeds import derived_seed
 
 if TYPE_CHECKING:
     from oneshot_fast.em import EmCommand
@@ -33,6 +34,12 @@ def turn(records: Sequence[T], cycle: int, fraction: float) -> list[T]:
     if cycle == 1 or parts == 1:
         return [*records]
     return [*records[(cycle - 2) % parts :: parts]]
+
+
+def cycle_seeds(seed: int, cycle: int, pool_refresh: int) -> tuple[int, int]:
+    """Of a cycle, from 1, and of its random noises, which are new every ``pool_refresh`` cycles."""
+    drawn = 1 + ((cycle - 1) // pool_refresh if pool_refresh else 0)
+    return derived_seed(seed, "cycle", cycle), derived_seed(seed, "cycle", drawn)
 
 
 def is_stuck(distances: Sequence[float | None], patience: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +18,8 @@ from oneshot_fast.tracking import progress
 
 if TYPE_CHECKING:
     from oneshot_fast.generator import OneStepGenerator
+
+Scores = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
 
 
 class Classifier(Protocol):
@@ -139,6 +141,7 @@ class RandomNoiseMeasure:
         seed: int,
         classifier: Classifier | None = None,
         real: Tensor | None = None,
+        scores: Scores | None = None,
     ) -> None:
         """Choose prompts and noises.
 
@@ -149,6 +152,8 @@ class RandomNoiseMeasure:
             seed: Seed of the run.
             classifier: For accuracy and Frechet distance; None leaves them out.
             real: Held-out target images, [M, 3, H, W] in [0, 1], for the Frechet distance.
+            scores: Of images [B, 3, H, W] in [0, 1] and their prompts, [B] by name; their means
+                are measured, too.
         """
         distinct = list(dict.fromkeys(prompts))
         draw = torch.Generator().manual_seed(derived_seed(seed, "evaluated prompts"))
@@ -158,7 +163,7 @@ class RandomNoiseMeasure:
         self.eps = gaussian(
             [derived_seed(seed, "evaluated noise", k) for k in range(samples)], noise_shape
         )
-        self.classifier, self.real = classifier, real
+        self.classifier, self.real, self.scores = classifier, real, scores
 
     @torch.no_grad()
     def measure(self, generator: OneStepGenerator, path: Path) -> dict[str, float]:
@@ -170,13 +175,13 @@ class RandomNoiseMeasure:
                 in a folder must be of the base generator: the drift is measured against it.
 
         Returns:
-            samples, diversity, drift (RMS latent distance to the base generator), and with a
-            classifier accuracy and frechet_distance.
+            samples, diversity, drift (RMS latent distance to the base generator), with a
+            classifier accuracy and frechet_distance, and the mean of each of the scores.
         """
         result_path = path.with_name(f"{path.name}.json")
         if result_path.exists():
             return read_json(result_path)
-        latents, images = self._generate(generator, path.with_name(f"{path.name}.png"))
+        latents, images, means = self._generate(generator, path.with_name(f"{path.name}.png"))
         base_path = path.with_name("base.safetensors")
         if not base_path.exists():
             write_safetensors(base_path, {"latents": latents}, {})
@@ -192,24 +197,36 @@ class RandomNoiseMeasure:
             if self.real is not None:
                 features = (self.classifier.features(x) for x in (images, self.real))
                 result["frechet_distance"] = frechet_distance(*features)
+        result |= means
         write_json(result_path, result)
         return result
 
-    def _generate(self, generator: OneStepGenerator, grid: Path) -> tuple[Tensor, Tensor]:
-        """Latents [N, C, h, w] and images [N, 3, <=64, <=64] of all noises; saves a sample grid."""
+    def _generate(
+        self, generator: OneStepGenerator, grid: Path
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Of all noises latents [N, C, h, w], images [N, 3, <=64, <=64] and mean scores.
+
+        Saves a grid of samples.
+        """
         latents, images, shown = [], [], []
+        scores: dict[str, list[Tensor]] = {}
         rows, columns = 5, int(self.labels.max()) + 1
         with progress(len(self.prompts), f"evaluate {grid.stem}", "image") as bar:
             for start in range(0, len(self.prompts), 16):
                 part = slice(start, start + 16)
                 encoding = generator.encode_prompts(self.prompts[part])
                 latents.append(generator.latents(self.eps[part].to(generator.device), encoding))
-                full = generator.decode(latents[-1]).cpu()
+                full = generator.decode(latents[-1])
+                found = self.scores(full, self.prompts[part]) if self.scores else {}
+                for name, values in found.items():
+                    scores.setdefault(name, []).append(values)
+                full = full.cpu()
                 shown.append(shrink(full, 128)[: max(0, rows * columns - start)])
                 images.append(shrink(full, 64))
                 bar.update(len(full))
         save_png(grid, tile(torch.cat(shown), columns))
-        return torch.cat(latents).cpu(), torch.cat(images)
+        means = {name: torch.cat(parts).mean().item() for name, parts in scores.items()}
+        return torch.cat(latents).cpu(), torch.cat(images), means
 
 
 @torch.no_grad()

@@ -75,8 +75,8 @@ class OneStepGenerator:
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet lives."""
-        return self.pipe.unet.device
+        """Where the UNet lives; diffusers' own ``device`` and ``dtype`` look at all modules."""
+        return next(self.pipe.unet.parameters()).device
 
     @property
     def image_size(self) -> int:
@@ -118,7 +118,8 @@ class OneStepGenerator:
 
         Code is compiled at the first use with a batch size, and kept on disk by torch. Under
         no_grad nothing is compiled: that is one evaluation in many, of other batch sizes. The
-        decoder stays as it is: compiled by torch 2.13 for the CPU, its gradient came out as 0.
+        decoder stays as it is: torch 2.13's inductor fuses the backward pass of two of its blocks
+        in channels_last order, which it chooses itself on the CPU, to a gradient of 0.
 
         Args:
             mode: "default", "max-autotune", or "reduce-overhead" for CUDA graphs.
@@ -232,40 +233,40 @@ class OneStepGenerator:
         Returns:
             (eps_hat, x), both [B, C, h, w] float32, differentiable with respect to ``eps``.
         """
-        unet = self.pipe.unet
-        run = unet
+        run, dtype = self.pipe.unet, next(self.pipe.unet.parameters()).dtype
         if self._compiled_unet is not None and torch.is_grad_enabled():
             torch.compiler.cudagraph_mark_step_begin()
             run = self._compiled_unet
-        timestep, time_ids = self._fixed_conditions(eps)
-        s = self._gradient_scale(eps[0].numel())
+        timestep, time_ids = self._fixed_conditions(eps, dtype)
+        s = self._gradient_scale(dtype, eps[0].numel())
         with computing(eps.device, self.autocast):
             eps_hat = run(
-                scale_gradient(eps * self.step.scale, 1 / s).to(unet.dtype),
+                scale_gradient(eps * self.step.scale, 1 / s).to(dtype),
                 timestep,
-                encoder_hidden_states=prompts.embeds.to(unet.dtype),
+                encoder_hidden_states=prompts.embeds.to(dtype),
                 added_cond_kwargs={
-                    "text_embeds": prompts.pooled.to(unet.dtype),
+                    "text_embeds": prompts.pooled.to(dtype),
                     "time_ids": time_ids.expand(len(eps), -1),
                 },
                 return_dict=False,
             )[0]
         return scale_gradient(eps_hat.float(), s), eps * self.step.skip
 
-    def _fixed_conditions(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+    def _fixed_conditions(self, eps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Timestep and size conditions [1, 6], made once: each copy makes a GPU wait."""
         h, w = (side * self.pipe.vae_scale_factor for side in eps.shape[-2:])
-        key = h, w, eps.device, self.pipe.unet.dtype
+        key = h, w, eps.device, dtype
         if key not in self._conditions:
-            time_ids = torch.tensor([[h, w, 0, 0, h, w]], device=eps.device, dtype=key[-1])
+            time_ids = torch.tensor([[h, w, 0, 0, h, w]], device=eps.device, dtype=dtype)
             self._conditions[key] = self.step.timestep.to(eps.device), time_ids
         return self._conditions[key]
 
-    def _gradient_scale(self, elements: int) -> float:
+    def _gradient_scale(self, dtype: torch.dtype, elements: int) -> float:
         """Scale of the gradients inside the UNet; 1 where it is trained, which has its own."""
-        if any(parameter.requires_grad for parameter in self.pipe.unet.parameters()):
+        scale = gradient_scale(self.autocast or dtype, elements)
+        if scale != 1 and any(p.requires_grad for p in self.pipe.unet.parameters()):
             return 1.0
-        return gradient_scale(self.autocast or self.pipe.unet.dtype, elements)
+        return scale
 
     def latents(self, eps: Tensor, prompts: PromptEncoding) -> Tensor:
         """Latents x0 [B, C, h, w] float32 of noise ``eps`` [B, C, h, w]."""

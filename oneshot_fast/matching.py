@@ -15,6 +15,7 @@ from torch import Tensor
 
 from oneshot_fast import noise_prior, ops
 from oneshot_fast.errors import require
+from oneshot_fast.features import feature_function, feature_mse
 from oneshot_fast.search import Assignment, Problem, Search
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class AssignOptions:
     shift_weight: float = 0.0
     """Weight of what the noises of a batch have in common: their mean, squared, in standard errors,
     less the 1 that chance gives."""
+    sphere_optimizer: Literal["lbfgs", "adam"] = "lbfgs"
+    """sphere and white: L-BFGS, whose steps are at most lr long, or Adam."""
     rotation_optimizer: Literal["riemannian", "raw_adam"] = "riemannian"
     """rotation: Adam on the rotations themselves, or on a matrix whose exponential they are."""
     patch_size: int = 2
@@ -70,6 +73,11 @@ class AssignOptions:
     """Weight of the mean squared error between the latents."""
     pixel_l1_weight: float = 0.0
     """Weight of the mean absolute error between the images ([0, 1] RGB); 0 never decodes."""
+    feature_weight: float = 0.0
+    """Weight of the mean squared error between the images' --features; decodes."""
+    features: str | None = None
+    """python:module.function: a differentiable function of yours, from images [B, 3, H, W] in
+    [0, 1] RGB, on the generator's device, to features [B, ...]."""
     drift_reg_weight: float = 0.0
     """Weight of the mean squared distance between the noise and its base noise."""
 
@@ -86,6 +94,11 @@ class AssignOptions:
     """End it once its loss has not fallen by stop_improvement for so many steps; 0: never."""
     stop_improvement: float = 0.01
     """Fall of the loss that counts for stop_patience, relative to the loss."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a loss needs images."""
+        return self.pixel_l1_weight > 0 or self.feature_weight > 0
 
     @property
     def choice(self) -> str | None:
@@ -131,15 +144,24 @@ class AssignOptions:
             "shift_weight needs targets that are searched together to the end; leave out "
             "stop_loss and stop_patience",
         )
-        names = ("latent_loss", "pixel_l1", "drift_reg", "prior", "moment", "covariance", "shift")
+        distances = ("latent_loss", "pixel_l1", "feature")
+        penalties = ("drift_reg", "prior", "moment", "covariance", "shift")
+        weights = {name: getattr(self, f"{name}_weight") for name in (*distances, *penalties)}
         require(
-            all(0 <= getattr(self, f"{name}_weight") < math.inf for name in names),
+            all(0 <= weight < math.inf for weight in weights.values()),
             "loss weights must be finite and not negative",
         )
         require(
-            self.latent_loss_weight + self.pixel_l1_weight > 0,
-            "both latent_loss_weight and pixel_l1_weight are 0; there is nothing to match",
+            any(weights[name] for name in distances),
+            "latent_loss_weight, pixel_l1_weight and feature_weight are 0; there is nothing to "
+            "match",
         )
+        require(
+            (self.features is None) == (self.feature_weight == 0),
+            "give --features python:module.function and a --feature_weight above 0 together",
+        )
+        if self.features is not None:
+            feature_function(self.features)
         require(
             self.stop_loss is None or 0 <= self.stop_loss < math.inf,
             f"stop_loss is {self.stop_loss}; give a loss, 0 or more",
@@ -160,6 +182,7 @@ def matching_loss(
     target_latents: Tensor,
     target_images: Tensor | None,
     options: AssignOptions,
+    target_features: Tensor | None = None,
 ) -> Tensor:
     """Distance between what the generator makes of ``z`` and the target, per image.
 
@@ -170,6 +193,7 @@ def matching_loss(
         target_latents: [B, C, h, w].
         target_images: [B, 3, H, W] in [0, 1]; needed only with a pixel loss.
         options: Weights.
+        target_features: [B, F]; needed only with a feature loss.
 
     Returns:
         [B] float32, differentiable.
@@ -177,10 +201,17 @@ def matching_loss(
     eps_hat, x = generator.predict(z, prompts)
     sigma = generator.step.sigma
     loss = options.latent_loss_weight * ops.latent_mse(eps_hat, x, target_latents, sigma)
+    if not options.decodes:
+        return loss
+    raw = generator.decode_raw(x - sigma * eps_hat)
     if options.pixel_l1_weight:
         assert target_images is not None
-        raw = generator.decode_raw(x - sigma * eps_hat)
         loss = loss + options.pixel_l1_weight * ops.pixel_l1(raw, target_images)
+    if options.features is not None:
+        assert target_features is not None
+        images = (raw / 2 + 0.5).clamp(0, 1)
+        distance = feature_mse(images, target_features, options.features)
+        loss = loss + options.feature_weight * distance
     return loss
 
 
@@ -188,7 +219,9 @@ def objective(
     generator: OneStepGenerator, options: AssignOptions, z: Tensor, problem: Problem
 ) -> Tensor:
     """What the search lowers: the distance to the target and the weighted penalties, [B]."""
-    loss = matching_loss(generator, z, problem.prompts, problem.latents, problem.images, options)
+    loss = matching_loss(
+        generator, z, problem.prompts, problem.latents, problem.images, options, problem.features
+    )
     if options.drift_reg_weight:
         loss = loss + options.drift_reg_weight * (z - problem.eps).square().mean((1, 2, 3))
     for weight, penalty in (
@@ -212,6 +245,7 @@ def assign_batch(
     target_images: Tensor | None,
     options: AssignOptions,
     on_step: Callable[[Tensor], None] = lambda loss: None,
+    target_features: Tensor | None = None,
 ) -> Assignment:
     """Move base noises towards their targets by gradients; nothing here waits for the device.
 
@@ -226,11 +260,12 @@ def assign_batch(
         target_images: [B, 3, H, W] float32 in [0, 1]; None without a pixel loss.
         options: Gradient method, steps, step size, weights; no noise is chosen here.
         on_step: Called with the losses [B] after each evaluation.
+        target_features: [B, F] float32; None without a feature loss.
 
     Returns:
         The best noise found for every target.
     """
-    problem = Problem(eps, prompts, target_latents, target_images)
+    problem = Problem(eps, prompts, target_latents, target_images, target_features)
     search = Search(problem, options, functools.partial(objective, generator, options))
     for step in range(options.gradient_steps + 1):
         on_step(search.advance(is_last=step == options.gradient_steps))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,14 +22,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from oneshot_fast.checkpointing import checkpoint_activations
 from oneshot_fast.lora import add_adapter
 from oneshot_fast.matching import AssignOptions, objective
 from oneshot_fast.offloading import encoders
-from oneshot_fast.search import Problem
+from oneshot_fast.preparing import random_problem
+from oneshot_fast.reward_objective import reward_losses
 from oneshot_fast.training import Batch, SftOptions, sft_losses
 
 if TYPE_CHECKING:
     from oneshot_fast.generator import OneStepGenerator
+    from oneshot_fast.rewards import WeightedRewards
+
+    ByReward = tuple[WeightedRewards, str]  # and an example of a prompt
 
 # torchao keeps the moments of smaller tensors, and of those not of whole blocks, as they are
 _BLOCK, _SMALL = 256, 4096
@@ -102,7 +108,11 @@ class StepMemory:
 
 
 def training_memory(
-    generator: OneStepGenerator, options: SftOptions, resolution: int, offloads: bool = False
+    generator: OneStepGenerator,
+    options: SftOptions,
+    resolution: int,
+    offloads: bool = False,
+    by_reward: ByReward | None = None,
 ) -> StepMemory:
     """Memory of a training step, from a run of its forward and backward pass on fake tensors.
 
@@ -113,27 +123,32 @@ def training_memory(
         options: How it is trained.
         resolution: Image side in pixels.
         offloads: Whether what only encodes is off the device.
+        by_reward: What a training on rewards raises.
     """
     with fake_copy(generator) as fake:
         trained = _prepare(fake.unet, options)
-        batch = training_batch(fake, options, resolution)
+        batch = training_batch(fake, options, resolution, by_reward)
+        losses, networks = sft_losses, fake.networks
+        if by_reward is not None:
+            rewards = fake_rewards(*by_reward, fake)
+            losses, networks = partial(reward_losses, rewards), networks | rewards.by_name
         in_backward = options.optimizer_in_backward
         if in_backward:
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        known = _weights(fake)
+        known = tensors_of(networks)
         parts = list(batch.split(options.gradient_accumulation_steps))
         kept = 0
         with LiveMemory(known) as memory:
             # from the second part on, all gradients are there already
             for part, pairs, others in parts[:2]:
-                match, keep = sft_losses(fake, part, options)
+                match, keep = losses(fake, part, options)
                 kept = max(kept, memory.live - _gradient_bytes(trained))
                 (match * pairs + keep * others).backward()
                 del match, keep
-        weights = {part: _bytes(m.parameters()) for part, m in fake.networks.items()}
+        weights = weights_by_part(networks)
         if offloads:
-            for name, gone in encoders(fake, options.decodes).items():
+            for name, gone in encoders(fake, options.decodes or by_reward is not None).items():
                 weights[name] -= sum(_bytes(module.parameters()) for module in gone)
         moments = sum(_moment_bytes(parameter, options) for parameter in trained)
         foreach = generator.device.type == "cuda" and options.optimizer == "adamw"
@@ -156,19 +171,14 @@ def assignment_memory(
 ) -> StepMemory:
     """The same for a step of an assignment, in which no weight is trained."""
     with fake_copy(generator) as fake:
-        noise = torch.zeros(batch_size, *fake.noise_shape(resolution, resolution))
-        latents = torch.zeros(batch_size, *fake.latent_shape(resolution, resolution))
-        images = None
-        if options.pixel_l1_weight:
-            images = torch.zeros(batch_size, 3, resolution, resolution)
-        problem = Problem(noise, fake.blank_prompts(batch_size), latents, images)
-        known = _weights(fake)
-        z = torch.zeros_like(noise, requires_grad=True)
+        problem = random_problem(fake, options, resolution, batch_size)
+        known = tensors_of(fake.networks)
+        z = torch.zeros_like(problem.eps, requires_grad=True)
         with LiveMemory(known) as memory:
             loss = objective(fake, options, z, problem).sum()
             kept = memory.live
             loss.backward()
-        weights = {part: _bytes(m.parameters()) for part, m in fake.networks.items()}
+        weights = weights_by_part(fake.networks)
         return StepMemory(weights, 0, 0, 0, 0, 0, kept, memory.peak)
 
 
@@ -183,9 +193,30 @@ def fake_copy(generator: OneStepGenerator) -> Iterator[OneStepGenerator]:
         yield generator.with_networks(networks, decoder)
 
 
-def _weights(generator: OneStepGenerator) -> list[Tensor]:
-    networks = generator.networks.values()
-    return [p for network in networks for p in (*network.parameters(), *network.buffers())]
+def fake_rewards(rewards: WeightedRewards, prompt: str, fake: OneStepGenerator) -> WeightedRewards:
+    """A copy of ``rewards`` without values, which knows ``prompt``, for one of ``fake_copy``."""
+    for reward in rewards.by_name.values():
+        rewards.features(reward, [prompt])  # kept, so not run on fake tensors
+    mode = detect_fake_mode(list(fake.unet.parameters()))
+    assert mode is not None
+    with FakeCopyMode(mode):
+        return copy.deepcopy(rewards)
+
+
+def tensors_of(networks: Mapping[str, nn.Module]) -> list[Tensor]:
+    """All parameters and buffers."""
+    return [t for n in networks.values() for t in (*n.parameters(), *n.buffers())]
+
+
+def weights_by_part(networks: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Bytes of each network; what two share counts for the first."""
+    found: dict[str, int] = {}
+    counted: set[nn.Parameter] = set()
+    for name, network in networks.items():
+        own = set(network.parameters()) - counted
+        counted |= own
+        found[name] = _bytes(own)
+    return found
 
 
 def _prepare(unet: nn.Module, options: SftOptions) -> list[nn.Parameter]:
@@ -202,12 +233,16 @@ def _prepare(unet: nn.Module, options: SftOptions) -> list[nn.Parameter]:
             kind = torch.float32 if rank and trained else dtype
             value = torch.zeros(parameter.shape, dtype=kind, device=parameter.device)
             module.register_parameter(name, nn.Parameter(value, requires_grad=trained))
-    if options.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()  # type: ignore[operator]
+    checkpoint_activations(unet, options)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
-def training_batch(generator: OneStepGenerator, options: SftOptions, resolution: int) -> Batch:
+def training_batch(
+    generator: OneStepGenerator,
+    options: SftOptions,
+    resolution: int,
+    by_reward: ByReward | None = None,
+) -> Batch:
     """A batch of zeros, of the training's sizes."""
     n, m = options.batch_size, 0
     if options.preserves:
@@ -215,7 +250,8 @@ def training_batch(generator: OneStepGenerator, options: SftOptions, resolution:
     noise = torch.zeros(n + m, *generator.noise_shape(resolution, resolution))
     latents = torch.zeros(n + m, *generator.latent_shape(resolution, resolution))
     images = torch.zeros(n, 3, resolution, resolution) if options.pixel_l1_weight else None
-    return Batch(noise, generator.blank_prompts(n + m), latents, images, n)
+    texts = [by_reward[1]] * n if by_reward else ()
+    return Batch(noise, generator.blank_prompts(n + m), latents, images, n, texts)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -18,56 +18,13 @@ from oneshot_fast.cli import (
     public,
     run_command,
 )
-from oneshot_fast.errors import DataError, UserError, require
+from oneshot_fast.errors import UserError, require
 from oneshot_fast.optimize_options import OptimizeOptions
+from oneshot_fast.reward_options import RewardOptions, read_prompts
+from oneshot_fast.reward_pairs import MANIFEST
 
 if TYPE_CHECKING:
-    from oneshot_fast.generator import OneStepGenerator
     from oneshot_fast.reward_search import RewardSearch, Sample
-    from oneshot_fast.rewards import WeightedRewards
-
-
-@dataclass(frozen=True)
-class RewardOptions:
-    """By what images are judged."""
-
-    reward: UseAppendAction[tuple[str, ...]] = ()
-    """NAME[:WEIGHT], such as clip:0.01, or python:module.function[:WEIGHT]; may be given several
-    times: the weighted sum is raised."""
-    models_dir: Path = Path("models")
-    """Folder of the rewards' models, see python -m oneshot_fast.download."""
-    reward_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type the rewards' networks compute in; auto is float32 on the CPU, bfloat16 on a GPU."""
-    checkpointing: Literal["auto", "none", "rewards", "full"] = "auto"
-    """Recompute in the backward pass instead of keeping activations: of rewards and decoder, or
-    (full) of the UNet, too; auto: rewards on a GPU, none on the CPU."""
-
-    def load(self, generator: OneStepGenerator) -> WeightedRewards:
-        """Load the rewards beside ``generator``, whose checkpointing is set as well."""
-        import torch
-
-        from oneshot_fast.rewards import load_rewards
-
-        on_gpu = generator.device.type == "cuda"
-        level = (
-            ("rewards" if on_gpu else "none")
-            if self.checkpointing == "auto"
-            else (self.checkpointing)
-        )
-        name = self.reward_dtype
-        if name == "auto":
-            name = "bfloat16" if on_gpu else "float32"
-        if level != "none" and generator.decoder is not None:
-            generator.decoder.checkpoint()
-        if level == "full":
-            generator.unet.enable_gradient_checkpointing()
-        return load_rewards(
-            self.reward,
-            models_dir=self.models_dir,
-            device=generator.device,
-            dtype=getattr(torch, name),
-            checkpointing=level != "none",
-        )
 
 
 @dataclass(frozen=True)
@@ -75,8 +32,9 @@ class OptimizeCommand:
     """Find, for each prompt, the noise from which the one-step generator makes the best image.
 
     The weights stay as they are. The noises are kept in noises/*.safetensors and can be given to
-    any pipeline of the same model as `latents`. An interrupted run resumes when the same command is
-    repeated.
+    any pipeline of the same model as `latents`. training/manifest.jsonl pairs the base noises with
+    the saved best images: `python -m oneshot_fast.sft --manifest_path` of it teaches the generator
+    what was found. An interrupted run resumes when the same command is repeated.
     """
 
     output_dir: Path | None = None
@@ -107,35 +65,6 @@ class OptimizeCommand:
     rewards: RewardOptions = RewardOptions()
     model: ModelOptions = ModelOptions()
     run: RunOptions = RunOptions()
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one per line, or of JSON lines.
-
-    Raises:
-        DataError: If the file cannot be read, a line is no prompt, or there is none.
-    """
-    from oneshot_fast.inputs import read_objects, text_field
-
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    found = []
-    if path.suffix == ".jsonl":
-        for number, item in read_objects(path):
-            if isinstance(item, str):
-                raise DataError(f"{path}: line {number}: {item}")
-            try:
-                found.append(text_field(item, "prompt"))
-            except DataError as error:
-                raise DataError(f"{path}: line {number}: {error}") from None
-    else:
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise DataError(f"{path}: is no UTF-8 text; save it as UTF-8") from None
-        found = [line.strip() for line in lines if line.strip()]
-    require(bool(found), f"{path}: has no prompt")
-    return found
 
 
 def prompts_of(command: OptimizeCommand) -> list[str]:
@@ -180,11 +109,11 @@ def execute(command: OptimizeCommand) -> int:
         batch_size=batch_size,
         seed=command.run.seed,
         num_images=command.num_images,
-        rewards=[*command.rewards.reward, f"computed in {command.rewards.reward_dtype}"],
+        rewards=command.rewards.names,
     )
     summary = run.run(samples, overwrite=command.run.overwrite, report_to=command.run.report_to)
     write_optimize_report(command.output_dir, public(command))
-    print_summary(summary, command.output_dir)
+    print_summary(summary, command.output_dir, command.model_id)
     return SOME_FAILED if summary["failed"] else OK
 
 
@@ -218,7 +147,7 @@ def fitting_batch_size(
     return ON_CPU if on_cpu else largest_batch(search, samples[0])
 
 
-def print_summary(summary: dict[str, Any], folder: Path) -> None:
+def print_summary(summary: dict[str, Any], folder: Path, model_id: str) -> None:
     """Say what was reached and where it is."""
     print(
         f"optimised {summary['samples']} images of {summary['prompts']} prompts: mean reward "
@@ -228,6 +157,11 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     )
     if summary["failed"]:
         print(f"{summary['failed']} failed: {folder / 'failures.jsonl'}", file=sys.stderr)
+    if summary["training_pairs"]:
+        print(
+            f"to train on its {summary['training_pairs']} images: python -m oneshot_fast.sft "
+            f"--model_id {model_id} --manifest_path {folder / MANIFEST} --output_dir DIR"
+        )
     print(f"report: {folder / 'report.html'}")
 
 

@@ -82,6 +82,7 @@ class OptimizeOptions:
             steps=self.steps,
             lr=lr,
             max_angle=self.max_angle,
+            sphere_optimizer="adam",
             patch_size=self.patch_size,
             rotation_groups=self.rotation_groups,
         )

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeCopyMode
+from torch import Tensor
 
 from oneshot_fast.batch_size import largest_fit
 from oneshot_fast.dry_run import shortest, size_text
-from oneshot_fast.memory import LiveMemory, fake_copy
-from oneshot_fast.rewards.base import Reward
+from oneshot_fast.memory import (
+    LiveMemory,
+    fake_copy,
+    fake_rewards,
+    tensors_of,
+    weights_by_part,
+)
 
 if TYPE_CHECKING:
     from oneshot_fast.reward_search import RewardSearch, Sample
+    from oneshot_fast.rewards import ImageEncoder
 
 
 @dataclass(frozen=True)
@@ -53,56 +56,36 @@ def search_memory(search: RewardSearch, sample: Sample, batch_size: int) -> Sear
         sample: An example.
         batch_size: Images at once.
     """
-    for reward in search.rewards.rewards:
-        assert isinstance(reward, Reward)
-        search.rewards.features(reward, [sample.prompt])  # kept, so not run on fake tensors
     side, prompts = search.side, [sample.prompt] * batch_size
     differentiates = search.options.gradient_steps > 0
     with fake_copy(search.generator) as generator:
-        mode = detect_fake_mode(list(generator.unet.parameters()))
-        assert mode is not None
-        with FakeCopyMode(mode):
-            rewards = copy.deepcopy(search.rewards)
-        networks = {**generator.networks, **_by_name(rewards)}
-        known = [t for n in networks.values() for t in (*n.parameters(), *n.buffers())]
+        rewards = fake_rewards(search.rewards, sample.prompt, generator)
+        networks = generator.networks | rewards.by_name
         z = torch.zeros(batch_size, *generator.noise_shape(side, side))
         encoding = generator.blank_prompts(batch_size)
         z.requires_grad_(differentiates)
-        activations = {}
-        with LiveMemory(known) as memory, torch.set_grad_enabled(differentiates):
+        activations: dict[str, int] = {}
+        embeddings: dict[ImageEncoder, Tensor] = {}
+        with LiveMemory(tensors_of(networks)) as memory, torch.set_grad_enabled(differentiates):
             latents = generator.latents(z, encoding)
             activations["unet"] = memory.live
             images = (generator.decode_raw(latents) / 2 + 0.5).clamp(0, 1)
             activations["decoder"] = memory.live - activations["unet"]
             total = torch.zeros(batch_size)
-            for name, reward in _by_name(rewards).items():
+            for name, reward in rewards.by_name.items():
                 before = memory.live
-                total = total + rewards.weights[name] * rewards.score(reward, images, prompts)
+                score = rewards.score(reward, images, prompts, embeddings)
+                total = total + rewards.weights[name] * score
                 activations[f"reward {name}"] = memory.live - before
             if differentiates:
                 total.sum().backward()
         pictures = 2 * 3 * batch_size * side**2  # best images and those of the first step, uint8
         return SearchMemory(
-            _weights(networks),
+            weights_by_part(networks),
             8 * z.nbytes + pictures,
             activations,
             memory.peak,
         )
-
-
-def _weights(networks: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Bytes of each network; what two share counts for the first."""
-    found: dict[str, int] = {}
-    counted: set[nn.Parameter] = set()
-    for name, network in networks.items():
-        own = set(network.parameters()) - counted
-        counted |= own
-        found[name] = sum(parameter.nbytes for parameter in own)
-    return found
-
-
-def _by_name(rewards: nn.Module) -> dict[str, Reward]:
-    return {r.name: r for r in rewards.modules() if isinstance(r, Reward)}
 
 
 def optimize_plan(search: RewardSearch, samples: Sequence[Sample], batch_size: int) -> list[str]:

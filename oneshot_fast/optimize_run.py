@@ -17,6 +17,7 @@ import torch
 
 from oneshot_fast.errors import require
 from oneshot_fast.images import save_png
+from oneshot_fast.reward_pairs import write_training_pairs
 from oneshot_fast.reward_search import Optimized, RewardSearch, Sample
 from oneshot_fast.runs import (
     RunFolder,
@@ -33,9 +34,9 @@ from oneshot_fast.tracking import end_tracking, progress, start_tracking
 
 Row = dict[str, Any]
 OUTPUTS = (
-    "noises", "images", "logs", "manifest.jsonl", "pairs.jsonl", "failures.jsonl", "history.jsonl",
-    "metrics_per_prompt.json", "metrics_summary.json", "diagnostics.json", "curves.png",
-    "report.html",
+    "noises", "images", "training", "logs", "manifest.jsonl", "pairs.jsonl", "failures.jsonl",
+    "history.jsonl", "metrics_per_prompt.json", "metrics_summary.json", "diagnostics.json",
+    "curves.png", "report.html",
 )  # fmt: skip
 _METRICS_EVERY = 30.0  # seconds between two writings of the metrics of all prompts
 
@@ -122,15 +123,23 @@ class OptimizeRun:
         settings = self.settings(samples)
         with RunFolder(self.folder, settings, OUTPUTS, overwrite):
             done = self._done()
-            if len(done) < len(samples) or not (self.folder / "metrics_summary.json").exists():
+            if len(done) < len(samples) or not self._is_finished(done):
                 tracker = start_tracking(report_to, self.folder, settings)
                 mend_jsonl(self.folder / "history.jsonl")
                 failures = self._solve(samples, done, tracker)
                 end_tracking(tracker)
                 write_jsonl(self.folder / "failures.jsonl", failures)
                 require(bool(done), f"no reward was finite; see {self.folder / 'failures.jsonl'}")
-                self._write_metrics(done, len(failures))
+                shape = self.search.noise_shape
+                pairs = write_training_pairs(self.folder, _in_order(done), shape)
+                self._write_metrics(done, len(failures), pairs)
             return dict(read_json(self.folder / "metrics_summary.json"))
+
+    def _is_finished(self, done: dict[str, Row]) -> bool:
+        """Whether the summary is the last one; those written on the way count fewer."""
+        path = self.folder / "metrics_summary.json"
+        summary = read_json(path) if path.exists() else {"training_pairs": None}
+        return summary["training_pairs"] is not None and summary["samples"] == len(done)
 
     def _done(self) -> dict[str, Row]:
         """Rows of all shards by id."""
@@ -190,9 +199,11 @@ class OptimizeRun:
         write_safetensors(self.folder / name, tensors, {"rows": rows})
         return rows
 
-    def _write_metrics(self, done: dict[str, Row], failed: int) -> None:
-        """Make all lists and metrics of the rows."""
-        rows = sorted(done.values(), key=lambda row: int(row["index"]))
+    def _write_metrics(
+        self, done: dict[str, Row], failed: int, training_pairs: int | None = None
+    ) -> None:
+        """Make all lists and metrics of the rows; ``training_pairs`` are counted at the end."""
+        rows = _in_order(done)
         with_image = [r for r in rows if (self.folder / r["target_image_path"]).is_file()]
         pairs = [{"prompt": row["prompt"], "image": row["target_image_path"]} for row in with_image]
         hidden = ("losses", "scores")
@@ -206,11 +217,16 @@ class OptimizeRun:
         summary = summarise(rows)
         summary |= {
             "failed": failed,
+            "training_pairs": training_pairs,
             "seconds": round(seconds, 3),
             "images_per_second": round(len(rows) / max(seconds, 1e-9), 3),
             "settings": read_json(self.folder / "run.json"),
         }
         write_json(self.folder / "metrics_summary.json", summary)
+
+
+def _in_order(done: dict[str, Row]) -> list[Row]:
+    return sorted(done.values(), key=lambda row: int(row["index"]))
 
 
 def _row(found: Optimized, noise_path: str, position: int) -> Row:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)  # how long a process waits for a slower one
+_BUCKET = 25 << 20  # bytes of gradients that are exchanged together, as torch's DDP does
+_AT_ONCE = 64  # results per process that are exchanged together, in memory of the device
 
 
 def processes() -> PartialState:
@@ -65,12 +67,45 @@ def gathered(items: Sequence[T]) -> list[T]:
     return list(gather_object(list(items)))
 
 
+def shared(work: Callable[[int], T], count: int) -> list[T]:
+    """``work(0)`` to ``work(count - 1)``, each done by one process and known to all.
+
+    Args:
+        work: Gives the same in every process; pickled on its way to the others.
+        count: How often.
+    """
+    here, done = processes(), list[T]()
+    n = here.num_processes
+    for start in range(0, count, _AT_ONCE * n):
+        these = range(start, min(count, start + _AT_ONCE * n))
+        parts = gathered([[work(k) for k in these[here.process_index :: n]]])
+        done += [parts[k % n][k // n] for k in range(len(these))]
+    return done
+
+
 def add_up(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over the processes, the same bits everywhere."""
-    if processes().num_processes > 1:
-        work = [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]
-        for handle in work:
-            handle.wait()
+    if processes().num_processes == 1:
+        return
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        torch.distributed.all_reduce(flat)
+        sums = flat.split([tensor.numel() for tensor in bucket])
+        for tensor, total in zip(bucket, sums, strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, in groups of one type that are worth an exchange."""
+    for _, alike in itertools.groupby(tensors, lambda tensor: tensor.dtype):
+        bucket: list[Tensor] = []
+        for tensor in alike:
+            bucket.append(tensor)
+            if sum(each.nbytes for each in bucket) >= _BUCKET:
+                yield bucket
+                bucket = []
+        if bucket:
+            yield bucket
 
 
 def claims(job: str) -> Iterator[int]:

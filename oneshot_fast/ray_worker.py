@@ -96,6 +96,7 @@ class Worker:
             seed=job.seed,
             resize_mode=job.resize_mode,
             needs_images=options.pixel_l1_weight > 0,
+            features=options.features,
         )
         self._chooser = Chooser(generator, options, job.seed)
         self._size = int(job.batch_size)

@@ -1,7 +1,7 @@
-"""What a search by rewards lowers, and what it sees on its way.
+"""What a search by rewards lowers, and what it sees on its way; what a training on them lowers.
 
-Every evaluation makes the images, so the images of the first, the best and the chosen steps are
-kept as they come by; nothing is generated twice.
+Every evaluation of a search makes the images, so the images of the first, the best and the chosen
+steps are kept as they come by; nothing is generated twice.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from oneshot_fast.noise_prior import norm_penalty
 from oneshot_fast.optimize_options import OptimizeOptions
 from oneshot_fast.search import Problem
+from oneshot_fast.training import Batch, SftOptions, preserve_loss
 
 if TYPE_CHECKING:
     from oneshot_fast.generator import OneStepGenerator
@@ -85,3 +86,26 @@ class Objective:
     def scores(self) -> dict[str, Tensor]:
         """Of every evaluation so far, [evaluations, B] by reward, "total" among them."""
         return {name: torch.stack([s[name] for s in self._scores]) for name in self._scores[0]}
+
+
+def reward_losses(
+    rewards: WeightedRewards, generator: OneStepGenerator, batch: Batch, options: SftOptions
+) -> tuple[Tensor, Tensor]:
+    """Minus the mean reward, and the preserve loss, from one UNet evaluation of all rows.
+
+    Args:
+        rewards: Score the images of the matched rows, whose latents are not read.
+        generator: The trained generator.
+        batch: With ``texts``.
+        options: Weights of the preserve losses.
+
+    Returns:
+        Two scalars, differentiable with respect to the UNet; their sum is the loss.
+    """
+    eps_hat, x = generator.predict(batch.noise, batch.prompts)
+    n = batch.matched
+    keep = preserve_loss(generator, batch, eps_hat, x, options)
+    if not n:
+        return keep.new_zeros(()), keep
+    raw = generator.decode_raw((x - generator.step.sigma * eps_hat)[:n])
+    return -rewards((raw / 2 + 0.5).clamp(0, 1), batch.texts).mean(), keep

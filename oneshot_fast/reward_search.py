@@ -182,9 +182,13 @@ class RewardSearch:
         """Of candidate ``k``; the first is the base noise."""
         return derived_seed(sample.seed, "candidate", k) if k else sample.seed
 
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """Of a noise, [C, h, w]."""
+        return self.generator.noise_shape(self.side, self.side)
+
     def _noises(self, seeds: Sequence[int]) -> Tensor:
-        shape = self.generator.noise_shape(self.side, self.side)
-        return gaussian(seeds, shape).to(self.generator.device)
+        return gaussian(seeds, self.noise_shape).to(self.generator.device)
 
     def _found(
         self,

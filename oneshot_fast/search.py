@@ -33,6 +33,7 @@ class Problem:
         prompts: Encoding of B prompts.
         latents: Target latents, [B, C, h, w] float32.
         images: Target images, [B, 3, H, W] float32 in [0, 1]; None without a pixel loss.
+        features: Features of the target images, [B, F] float32; None without their loss.
         start: Noises that the search begins at, like ``eps``; None: at ``eps``.
     """
 
@@ -40,13 +41,15 @@ class Problem:
     prompts: PromptEncoding
     latents: Tensor
     images: Tensor | None = None
+    features: Tensor | None = None
     start: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
         found = {"eps": self.eps, "latents": self.latents}
         found |= {"embeds": self.prompts.embeds, "pooled": self.prompts.pooled}
-        return found if self.images is None else found | {"images": self.images}
+        more = {"images": self.images, "features": self.features}
+        return found | {name: value for name, value in more.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class Search:
         """The targets of all slots."""
         s = self._state
         prompts = dataclasses.replace(self._prompts, embeds=s["embeds"], pooled=s["pooled"])
-        return Problem(s["eps"], prompts, s["latents"], s.get("images"))
+        return Problem(s["eps"], prompts, s["latents"], s.get("images"), s.get("features"))
 
     def place(self, slots: Sequence[int], problem: Problem) -> None:
         """Start searches for new targets in ``slots``, in which others have ended."""

@@ -118,7 +118,8 @@ class Solver:
         if size == 1:
             raise UserError(
                 "out of memory with a single target; use a smaller --dtype or --resolution, "
-                "or with a pixel loss --decoder_checkpointing, --decoder_tiling or --decoder_id"
+                "or, where images are decoded, --decoder_checkpointing, --decoder_tiling or "
+                "--decoder_id"
             )
         self.batch_size = (size + 1) // 2
         print(

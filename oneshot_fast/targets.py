@@ -45,10 +45,14 @@ class Targets:
         """
         key = (path, resize_mode)
         if key not in self._latents:
-            latent = self._latents[key] = self._encode(path, resize_mode)
-            if len(self._latents) * latent.nbytes > _KEPT_BYTES:
-                del self._latents[next(iter(self._latents))]  # the oldest
+            self.keep(path, resize_mode, self._encode(path, resize_mode))
         return self._latents[key]
+
+    def keep(self, path: ImageRef, resize_mode: str, latent: Tensor) -> None:
+        """Take over the latent [C, h, w] float32 of an image that another process encoded."""
+        self._latents[path, resize_mode] = latent
+        if len(self._latents) * latent.nbytes > _KEPT_BYTES:
+            del self._latents[next(iter(self._latents))]  # the oldest
 
     def _encode(self, path: ImageRef, resize_mode: str) -> Tensor:
         def encode() -> Tensor:

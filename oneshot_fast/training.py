@@ -17,11 +17,14 @@ from torch import Tensor
 
 from oneshot_fast import ops
 from oneshot_fast.errors import require
+from oneshot_fast.processes import is_main, shared
 from oneshot_fast.runs import read_metadata, write_safetensors
 from oneshot_fast.seeds import derived_seed, gaussian
 
 if TYPE_CHECKING:
     from oneshot_fast.generator import OneStepGenerator, PromptEncoding
+
+_ROWS = 16  # of the preserve pool, computed at once
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class SftOptions:
     rounding, which AdamW can magnify."""
     gradient_checkpointing: bool = False
     """Recompute the UNet's activations in the backward pass: less memory, the same gradient."""
+    selective_checkpointing: bool = False
+    """Recompute only what is cheap, and keep the results of convolutions, matrix products and
+    attention: saves less memory than --gradient_checkpointing, and costs less time."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit keeps the moments in 8 bits (torchao: pip install torchao)."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -109,6 +115,10 @@ class SftOptions:
         )
 
     def _check_memory_options(self) -> None:
+        require(
+            not (self.gradient_checkpointing and self.selective_checkpointing),
+            "gradient_checkpointing recomputes all that selective_checkpointing does; give one",
+        )
         require(self.lora_rank >= 0, "lora_rank must not be negative; 0 trains all weights")
         require(
             self.lora_alpha is None or (self.lora_rank > 0 and 0 < self.lora_alpha < math.inf),
@@ -155,7 +165,9 @@ class PreservePool:
         cls, generator: OneStepGenerator, prompts: Sequence[str], shape: Sequence[int],
         size: int, seed: int, path: Path,
     ) -> PreservePool:  # fmt: skip
-        """Read the pool from ``path`` or compute it with the generator as it is now.
+        """Read the pool from ``path``, or compute it with the generator as it is now.
+
+        Each process computes its part; the main one writes the file.
 
         Args:
             generator: The base generator.
@@ -172,16 +184,16 @@ class PreservePool:
         chosen = torch.randint(len(prompts), (size,), generator=draw).tolist()
         pool_prompts = [prompts[k] for k in chosen]
         seeds = [derived_seed(seed, "preserve", k) for k in range(size)]
-        parts = []
-        for start in range(0, size, 16):
-            part = slice(start, start + 16)
+
+        def latents(k: int) -> Tensor:
+            part = slice(_ROWS * k, _ROWS * (k + 1))
             eps = gaussian(seeds[part], shape).to(generator.device)
-            encoding = generator.encode_prompts(pool_prompts[part])
-            parts.append(generator.latents(eps, encoding).cpu())
-        pool = cls(pool_prompts, seeds, torch.cat(parts))
-        write_safetensors(
-            path, {"latents": pool.latents}, {"pool": {"prompts": pool_prompts, "seeds": seeds}}
-        )
+            return generator.latents(eps, generator.encode_prompts(pool_prompts[part])).cpu()
+
+        pool = cls(pool_prompts, seeds, torch.cat(shared(latents, math.ceil(size / _ROWS))))
+        if is_main():
+            kept = {"prompts": pool_prompts, "seeds": seeds}
+            write_safetensors(path, {"latents": pool.latents}, {"pool": kept})
         return pool
 
     def draw(self, count: int, seed: int) -> list[int]:
@@ -200,6 +212,7 @@ class Batch:
         latents: [B, C, h, w] float32.
         images: [B, 3, H, W] in [0, 1], or None without a pixel loss.
         matched: The first ``matched`` rows are pairs, the others preserve.
+        texts: The ``matched`` prompts themselves, where a loss reads them.
     """
 
     noise: Tensor
@@ -207,11 +220,13 @@ class Batch:
     latents: Tensor
     images: Tensor | None
     matched: int
+    texts: Sequence[str] = ()
 
     def split(self, parts: int) -> Iterator[tuple[Batch, float, float]]:
         """At most ``parts`` batches, with their shares of the pairs and of the other rows."""
         n, m = self.matched, len(self.noise) - self.matched
         rows = torch.arange(len(self.noise), device=self.noise.device)
+        texts = list(self.texts)
         for pairs, others in zip(
             rows[:n].tensor_split(parts), rows[n:].tensor_split(parts), strict=True
         ):
@@ -223,7 +238,10 @@ class Batch:
                     pooled=self.prompts.pooled[chosen],
                 )
                 images = None if self.images is None else self.images[pairs]
-                part = Batch(self.noise[chosen], prompts, self.latents[chosen], images, len(pairs))
+                its_texts, texts = texts[: len(pairs)], texts[len(pairs) :]
+                part = Batch(
+                    self.noise[chosen], prompts, self.latents[chosen], images, len(pairs), its_texts
+                )
                 yield part, len(pairs) / max(1, n), len(others) / max(1, m)
 
 
@@ -237,18 +255,38 @@ def sft_losses(
     """
     eps_hat, x = generator.predict(batch.noise, batch.prompts)
     sigma, n = generator.step.sigma, batch.matched
-    latent = ops.latent_mse(eps_hat, x, batch.latents, sigma)
-    match = options.latent_loss_weight * latent[:n].sum() / max(1, n)
-    keep = options.preserve_latent_weight * latent[n:].sum() / max(1, len(latent) - n)
+    latent = ops.latent_mse(eps_hat[:n], x[:n], batch.latents[:n], sigma)
+    match = options.latent_loss_weight * latent.sum() / max(1, n)
     if options.pixel_l1_weight and n:
         assert batch.images is not None
         raw = generator.decode_raw((x - sigma * eps_hat)[:n])
         match = match + options.pixel_l1_weight * ops.pixel_l1(raw, batch.images).mean()
-    if options.preserve_pixel_weight and len(latent) > n:
+    return match, preserve_loss(generator, batch, eps_hat, x, options)
+
+
+def preserve_loss(
+    generator: OneStepGenerator, batch: Batch, eps_hat: Tensor, x: Tensor, options: SftOptions
+) -> Tensor:
+    """Distance to the base generator on the rows of ``batch`` that preserve, weighted.
+
+    Args:
+        generator: The trained generator.
+        batch: Whose latents are the base's in these rows.
+        eps_hat: Its prediction for all rows, [B, C, h, w].
+        x: Its scaled noise, the same shape.
+        options: The weights.
+
+    Returns:
+        A scalar, 0 without such rows.
+    """
+    sigma, n = generator.step.sigma, batch.matched
+    latent = ops.latent_mse(eps_hat[n:], x[n:], batch.latents[n:], sigma)
+    keep = options.preserve_latent_weight * latent.sum() / max(1, len(latent))
+    if options.preserve_pixel_weight and len(latent):
         raw = generator.decode_raw((x - sigma * eps_hat)[n:])
         base = generator.decode(batch.latents[n:])
         keep = keep + options.preserve_pixel_weight * ops.pixel_l1(raw, base).mean()
-    return match, keep
+    return keep
 
 
 def batches(count: int, batch_size: int, seed: int, start: int, end: int) -> Iterator[list[int]]:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from oneshot_fast.errors import UserError
 from oneshot_fast.processes import add_up, processes
-from oneshot_fast.training import Batch, sft_losses
+from oneshot_fast.training import Batch, SftOptions, sft_losses
 
 if TYPE_CHECKING:
     from oneshot_fast.generator import OneStepGenerator
     from oneshot_fast.trainer import Trainer
 
+# of generator, batch and options: matching and preserve loss, two scalars
+Losses = Callable[["OneStepGenerator", Batch, SftOptions], tuple[Tensor, Tensor]]
+
 
 class TrainingStep:
     """Gradients and update of a batch; where memory runs out, once, the parts are halved."""
 
-    def __init__(self, generator: OneStepGenerator, trainer: Trainer) -> None:
+    def __init__(
+        self, generator: OneStepGenerator, trainer: Trainer, losses: Losses = sft_losses
+    ) -> None:
         """Start with the parts of ``trainer.options``."""
-        self._generator, self._trainer = generator, trainer
+        self._generator, self._trainer, self._losses = generator, trainer, losses
         self._parts = trainer.options.gradient_accumulation_steps
         self._halved = False
 
@@ -63,7 +70,7 @@ class TrainingStep:
         try:
             for rows, all_pairs, all_others in mine:
                 for part, pairs, others in _split(rows, self._parts):
-                    match, keep = sft_losses(self._generator, part, options)
+                    match, keep = self._losses(self._generator, part, options)
                     self._trainer.add(match * all_pairs * pairs, keep * all_others * others)
         except torch.OutOfMemoryError:
             return False

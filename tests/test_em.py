@@ -23,7 +23,7 @@ def flags(folder: Path, *more: object) -> list[object]:
     fixed = (
         "--max_samples 6 --assign_steps 2 --train_epochs 4 --train_lr 2e-5 --eval_samples 20 "
         "--preserve_latent_weight 0.5 --preserve_pixel_weight 0.05 --preserve_pool_size 8 "
-        "--num_images 2 --compare_direct"
+        "--num_images 2 --compare_direct --train_selective_checkpointing --train_keep_checkpoints 2"
     )
     return ["--work_dir", folder, *fixed.split(), *more]
 
@@ -58,6 +58,11 @@ def test_all_stages_leave_their_files(aligned: Path) -> None:
         "eval/direct",
     ]  # fmt: skip
     assert "<html" in (aligned / "report.html").read_text(encoding="utf-8")
+    for folder in ("cycle-01/sft", "cycle-02/sft", "direct"):  # 1 step per epoch; the newest two
+        last = json.loads((aligned / folder / "summary.json").read_text())["steps"]
+        kept = {path.name for path in (aligned / folder).glob("checkpoint-[0-9]*")}
+        assert kept == {f"checkpoint-{last - 1}", f"checkpoint-{last}"}
+    assert json.loads((aligned / "cycle-01/sft/run.json").read_text())["selective_checkpointing"]
 
 
 def test_the_summary_has_the_documented_numbers(aligned: Path, summary: Any) -> None:

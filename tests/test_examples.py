@@ -53,7 +53,12 @@ def test_optimise_then_pipeline(tmp_path):
 
 def test_reward_training(tmp_path):
     runs = example("reward_training").main(
-        tmp_path / "picture.png", epochs=2, steps=5, measured=10, preserve=(0.0, 30.0)
+        tmp_path / "picture.png",
+        tmp_path / "runs",
+        epochs=2,
+        images_per_prompt=4,
+        eval_samples=20,
+        preserve=(0.0, 30.0),
     )
     free, held = runs.values()
     assert free[-1]["thickness"] > free[0]["thickness"] + 0.5

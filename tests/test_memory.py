@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from oneshot_fast.checkpointing import checkpoint_activations
 from oneshot_fast.dry_run import duration, size_text
 from oneshot_fast.generator import OneStepGenerator
 from oneshot_fast.loading import load_generator
@@ -26,11 +27,13 @@ CASES: dict[str, dict[str, Any]] = {
     "latent losses only": {"preserve_pixel_weight": 0.0},
     "pixel loss": {"pixel_l1_weight": 1.0},
     "checkpointing": {"gradient_checkpointing": True, "preserve_pixel_weight": 0.0},
+    "selective": {"selective_checkpointing": True, "preserve_pixel_weight": 0.0},
     "in backward": {"optimizer_in_backward": True, "preserve_pixel_weight": 0.0},
     "two parts": {"gradient_accumulation_steps": 2},
     "average": {"use_ema": True},
     "adapter": {"lora_rank": 4},
     "adapter on bfloat16": {"lora_rank": 4, "weights_dtype": "bfloat16"},
+    "selective adapter": {"selective_checkpointing": True, "lora_rank": 4},
 }
 
 
@@ -38,8 +41,7 @@ def counted(options: SftOptions) -> int:
     """Most bytes of weights, moments, average and what a real step makes, in use at once."""
     generator = load_generator("tiny", master_weights=True)
     trainer = Trainer(generator.unet, options)
-    if options.gradient_checkpointing:
-        generator.unet.enable_gradient_checkpointing()
+    checkpoint_activations(generator.unet, options)
     networks = generator.networks.values()
     known = [t for n in networks for t in (*n.parameters(), *n.buffers())]
     average = [] if trainer.ema is None else trainer.ema.shadow_params
@@ -74,7 +76,8 @@ def test_each_option_saves_what_it_says(tiny: OneStepGenerator) -> None:
     assert plain.gradients == plain.trained_bytes == weights == plain.weights["unet"]
     assert plain.moments == 2 * weights
     assert of(optimizer_in_backward=True).gradients < 0.1 * weights
-    assert of(gradient_checkpointing=True).activations < 0.6 * plain.activations
+    selective = of(selective_checkpointing=True).activations
+    assert of(gradient_checkpointing=True).activations < 0.6 * selective < 0.6 * plain.activations
     assert of(use_ema=True).average == weights
     adapter = of(lora_rank=4, weights_dtype="bfloat16")
     assert adapter.moments == 2 * adapter.trained_bytes < 0.1 * weights

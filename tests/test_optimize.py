@@ -18,10 +18,10 @@ from oneshot_fast.data import read_manifest, read_pairs
 from oneshot_fast.free_noise import FreeNoise
 from oneshot_fast.generator import OneStepGenerator
 from oneshot_fast.images import load_image
-from oneshot_fast.optimize import read_prompts
 from oneshot_fast.optimize_options import OptimizeOptions
 from oneshot_fast.optimize_plan import search_memory
 from oneshot_fast.optimize_run import OptimizeRun, samples_of
+from oneshot_fast.reward_options import read_prompts
 from oneshot_fast.reward_search import Optimized, RewardSearch, Sample
 from oneshot_fast.rewards import load_rewards
 from oneshot_fast.seeds import gaussian
@@ -171,7 +171,7 @@ def test_a_run_has_its_files(tmp_path: Path, call: Call) -> None:
     assert names == {
         "curves.png", "diagnostics.json", "failures.jsonl", "history.jsonl", "images",
         "manifest.jsonl", "metrics_per_prompt.json", "metrics_summary.json", "noises",
-        "pairs.jsonl", "report.html", "run.json",
+        "pairs.jsonl", "report.html", "run.json", "training",
     }  # fmt: skip
     assert len(list((folder / "images").iterdir())) == 4 * 3
     per_prompt = json.loads((folder / "metrics_per_prompt.json").read_text())
@@ -193,6 +193,11 @@ def test_a_run_has_its_files(tmp_path: Path, call: Call) -> None:
     assert len(read_pairs(folder)[0]) == 4
     assert read_manifest(folder / "manifest.jsonl")[1][0].reason.startswith("no such file")
     assert call("optimize", *command(folder, *more)).code == 0  # nothing left to do
+    # a summary that was written on the way is not the last one
+    path = folder / "metrics_summary.json"
+    path.write_text(json.dumps({**summary, "training_pairs": None}))
+    assert call("optimize", *command(folder, *more)).code == 0
+    assert json.loads(path.read_text())["training_pairs"] == 4
 
 
 def test_explicit_seeds_are_torchs(tmp_path: Path, call: Call) -> None:

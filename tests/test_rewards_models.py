@@ -135,6 +135,23 @@ def test_bfloat16_scores_are_near_and_float32(models: Path, name: str) -> None:
     torch.testing.assert_close(half, exact, rtol=0.05, atol=0.1)
 
 
-def test_rewards_of_one_model_share_it(models: Path) -> None:
-    rewards = load(models, "clip", "aesthetic", "hybrid").rewards
-    assert rewards[0].encoder is rewards[1].encoder is rewards[2].encoder
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rewards_of_one_model_share_it_and_its_embedding(models: Path, checkpointing: bool) -> None:
+    names = ("clip", "aesthetic", "hybrid", "pickscore")
+    rewards = load(models, *names, checkpointing=checkpointing)
+    encoders = {reward.encoder for reward in rewards.rewards}
+    assert len(encoders) == 2
+    seen: list[Tensor] = []
+    for encoder in encoders:
+        encoder.model.vision_model.register_forward_hook(lambda _, x, y: seen.append(x[0]))
+    images = some_images().requires_grad_()
+    total = rewards(images, PROMPTS)
+    assert len(seen) == 2
+    (gradient,) = torch.autograd.grad(total.sum(), images)
+    alone = [load(models, name)(images, PROMPTS) for name in names]
+    (expected,) = torch.autograd.grad(torch.stack(alone).sum(), images)
+    torch.testing.assert_close(total, torch.stack(alone).sum(0))
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        other = rewards(images.flip(0), PROMPTS)
+    assert len(seen) == (4 if not checkpointing else 6) and not torch.equal(other, total)

@@ -63,6 +63,16 @@ def test_updates_in_the_backward_pass_are_the_same_and_keep_no_gradient(
     assert not same(clipped, usual)
 
 
+@pytest.mark.parametrize("more", [{}, {"lora_rank": 2, "use_ema": True}], ids=str)
+def test_selective_checkpointing_changes_nothing_but_memory(
+    assigned: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    options = {**IN_BACKWARD, "epochs": 1, **more}
+    usual, _ = train(assigned, tmp_path / "usual", options)
+    ours, _ = train(assigned, tmp_path / "ours", {**options, "selective_checkpointing": True})
+    assert same(ours, usual)
+
+
 def test_updates_in_the_backward_pass_resume_exactly(
     assigned: Path, tmp_path: Path, forks: Any
 ) -> None:

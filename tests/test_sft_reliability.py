@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from oneshot_fast.checkpointing import checkpoint_activations
 from oneshot_fast.data import read_manifest
 from oneshot_fast.errors import UserError
 from oneshot_fast.generator import OneStepGenerator, PromptEncoding
@@ -115,8 +116,11 @@ def test_parts_and_recomputation_give_the_same_gradient() -> None:
     whole = gradient(generator, batch, 1)
     for parts in (2, 3, 5):
         assert (gradient(generator, batch, parts) - whole).norm() < 1e-5 * whole.norm()
-    generator.pipe.unet.enable_gradient_checkpointing()
-    assert (gradient(generator, batch, 1) - whole).norm() < 1e-5 * whole.norm()
+    for name in ("gradient_checkpointing", "selective_checkpointing"):
+        checkpoint_activations(generator.unet, SftOptions(**{name: True}))
+        assert (gradient(generator, batch, 1) - whole).norm() < 1e-5 * whole.norm()
+    with pytest.raises(UserError, match="give one"):
+        SftOptions(gradient_checkpointing=True, selective_checkpointing=True).check()
 
 
 def test_out_of_memory_halves_the_parts_once(

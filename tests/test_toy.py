@@ -1,66 +1,27 @@
-"""The small generators: data readers, the interface of a generator, and all commands on them."""
+"""The small generators: their data, the interface of a generator, and all commands on them."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
-import pickle
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from oneshot_fast import ops
-from oneshot_fast.errors import DataError, ModelError, UserError
+from oneshot_fast.errors import ModelError, UserError
 from oneshot_fast.evaluate import classifier_for
 from oneshot_fast.loading import load_generator
+from oneshot_fast.toy.critics import Critic, HingeCritic, LogisticCritic
 from oneshot_fast.toy.data import LabelledImages, digits, shapes
-from oneshot_fast.toy.files import cifar10, mnist
 from oneshot_fast.toy.model import ToyGenerator
 from oneshot_fast.toy.networks import ToyConfig, ToyNetwork
 from oneshot_fast.toy.recipes import RECIPES
 
 Call = Callable[..., Any]
-COUNT = 40
-
-
-def write_idx(path: Path, array: np.ndarray, cut: int = 0) -> None:
-    """An IDX file of bytes, ``cut`` bytes short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = struct.pack(f">BBBB{array.ndim}i", 0, 0, 8, array.ndim, *array.shape)
-    body = (header + array.tobytes())[: -cut or None]
-    path.write_bytes(gzip.compress(body) if path.suffix == ".gz" else body)
-
-
-@pytest.fixture(scope="module")
-def arrays() -> dict[str, np.ndarray]:
-    random = np.random.default_rng(0)
-    return {
-        "grey": random.integers(0, 256, (COUNT, 28, 28), np.uint8),
-        "colour": random.integers(0, 256, (COUNT, 3072), np.uint8),
-        "labels": np.arange(COUNT, dtype=np.uint8) % 10,
-    }
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, arrays: dict[str, np.ndarray]) -> Path:
-    """A folder with small files in the formats of MNIST and CIFAR-10."""
-    root = tmp_path_factory.mktemp("root")
-    for name, suffix in (("train", ".gz"), ("t10k", "")):
-        write_idx(root / f"MNIST/raw/{name}-images-idx3-ubyte{suffix}", arrays["grey"])
-        write_idx(root / f"MNIST/raw/{name}-labels-idx1-ubyte{suffix}", arrays["labels"])
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir()
-    batch = {b"data": arrays["colour"], b"labels": arrays["labels"].tolist()}
-    for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
-        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -77,82 +38,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def generator(trained: Path) -> ToyGenerator:
     return ToyGenerator.load(trained / "train" / "model")
-
-
-@pytest.mark.parametrize("split", ["train", "heldout"])
-def test_mnist(root: Path, arrays: dict[str, np.ndarray], split: str) -> None:
-    data = mnist(split, root)
-    assert data.images.shape == (COUNT, 3, 32, 32) and data.images.dtype == torch.float32
-    inner = (data.images[:, :, 2:-2, 2:-2] * 255).round().byte().numpy()
-    assert (inner == arrays["grey"][:, None]).all()
-    assert data.images[:, :, :2].max() == 0
-    assert data.labels.tolist() == arrays["labels"].tolist()
-    assert data.prompts[3] == "a handwritten digit three"
-
-
-def test_cifar10(root: Path, arrays: dict[str, np.ndarray]) -> None:
-    data, heldout = cifar10("train", root), cifar10("heldout", root)
-    assert len(data.images) == 5 * COUNT and len(heldout.images) == COUNT
-    expected = arrays["colour"].reshape(COUNT, 3, 32, 32) / 255  # red, green, blue planes by rows
-    np.testing.assert_allclose(heldout.images.numpy(), expected, atol=1e-7)
-    assert heldout.labels.tolist() == arrays["labels"].tolist()
-    assert data.prompts[:3] == ("a photo of an airplane", "a photo of an automobile",
-                                "a photo of a bird")  # fmt: skip
-
-
-class Evil:
-    def __reduce__(self) -> Any:
-        return os.mkdir, ("executed",)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("cifar-10-batches-py/test_batch", pickle.dumps(Evil()), "it asks for posix.mkdir"),
-        ("cifar-10-batches-py/test_batch", pickle.dumps({b"data": 1}), "labels"),
-        ("cifar-10-batches-py/test_batch", b"junk", "no batch of CIFAR-10"),
-        ("cifar-10-batches-py/test_batch", None, "no such file"),
-        ("MNIST/raw/t10k-images-idx3-ubyte.gz", b"junk", "Not a gzipped file"),
-        ("MNIST/raw/t10k-images-idx3-ubyte.gz", gzip.compress(bytes(99)), "no IDX file"),
-        ("MNIST/raw/t10k-labels-idx1-ubyte", b"", "no IDX file"),
-        ("MNIST/raw/t10k-labels-idx1-ubyte", None, "no such file"),
-    ],
-)
-def test_broken_files_are_refused(
-    tmp_path: Path,
-    root: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    content: bytes | None,
-    reason: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for path in root.rglob("*"):
-        if path.is_file():
-            copy = tmp_path / path.relative_to(root)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
-    if content is None:
-        (tmp_path / name).unlink()
-    else:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=reason):
-        (cifar10 if "cifar" in name else mnist)("heldout", tmp_path)
-    assert not (tmp_path / "executed").exists()
-
-
-def test_cut_and_mislabelled_files_are_refused(
-    tmp_path: Path, arrays: dict[str, np.ndarray]
-) -> None:
-    raw = tmp_path / "MNIST" / "raw"
-    write_idx(raw / "train-labels-idx1-ubyte.gz", arrays["labels"])
-    write_idx(raw / "train-images-idx3-ubyte.gz", arrays["grey"], cut=1)
-    with pytest.raises(DataError, match="cut off"):
-        mnist("train", tmp_path)
-    write_idx(raw / "train-images-idx3-ubyte.gz", arrays["grey"])
-    write_idx(raw / "train-labels-idx1-ubyte.gz", arrays["labels"] + 1)
-    with pytest.raises(DataError, match="labels that are not 0 to 9"):
-        mnist("train", tmp_path)
 
 
 @pytest.mark.parametrize("read", [digits, lambda split: shapes(split, count=200)])
@@ -183,6 +68,36 @@ def test_networks_have_the_sizes_of_their_data(name: Any) -> None:
     again = network(noise.requires_grad_(), classes)
     assert torch.equal(again, image)
     assert torch.autograd.grad(again.sum(), noise)[0].abs().min() > 0
+
+
+@pytest.mark.parametrize("kind", [HingeCritic, LogisticCritic])
+def test_critics_learn_to_tell_real_from_made(kind: type[Critic]) -> None:
+    torch.manual_seed(0)
+    data, critic = digits("heldout").sample(40), kind(10, 16, 8)
+    real, classes = data.images * 2 - 1, torch.eye(10)[data.labels]
+    made = real.flip(-1)
+    optimizer = torch.optim.Adam(critic.parameters(), 2e-3)
+    for step in range(60):
+        optimizer.zero_grad()
+        critic.loss(real, made, classes, step).backward()
+        optimizer.step()
+    assert (critic(real, classes) > critic(made, classes)).float().mean() > 0.9
+    assert critic.generator_loss(real, classes) < critic.generator_loss(made, classes)
+
+
+def test_the_penalty_is_the_squared_gradient_per_image() -> None:
+    torch.manual_seed(0)
+    critic, classes = LogisticCritic(2, 16, 8, penalty=3.0).double(), torch.eye(2).double()
+    real, made = torch.randn(2, 2, 3, 16, 16, dtype=torch.float64)
+    slopes = []
+    for k in range(2):
+        x = real[k : k + 1].clone().requires_grad_()
+        slopes += [torch.autograd.grad(critic(x, classes[k : k + 1]), x)[0].square().sum()]
+    losses = [critic.loss(real, made, classes, step) for step in (0, 1)]
+    expected = 8 * 3.0 / 2 * torch.stack(slopes).mean()
+    torch.testing.assert_close(losses[0] - losses[1], expected)
+    losses[0].backward()
+    assert critic.head.weight.grad.abs().min() > 0
 
 
 def test_the_step_gives_the_image(generator: ToyGenerator) -> None:
@@ -307,11 +222,3 @@ def test_options_that_do_not_apply_are_refused(trained: Path, data: Path, call: 
     flags = ["--model_id", trained / "train" / "model", "--data_root", data, "--output_dir", data]
     assert "has no decoder" in call("assign", *flags, "--decoder_tiling", 32).error
     assert "not compiled" in call("assign", *flags, "--compile").error
-
-
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_train_on_files(root: Path, tmp_path: Path, call: Call, name: str) -> None:
-    flags = f"--dataset {name} --data_root {root} --work_dir {tmp_path} --steps 2 --width 4"
-    ended = call("toy.__main__", "train", *flags.split(), "--eval_samples", 20)
-    assert ended.code == 0, ended.err
-    assert load_generator(tmp_path / "train" / "model").image_size == 32

@@ -59,7 +59,7 @@ def write_optimize_report(folder: Path, settings: Mapping[str, Any]) -> None:
     ]
     sections = [
         _rewards_section(summary, curves),
-        _examples_section(folder),
+        found_section(folder),
         noise_section(folder),
     ]
     page = Page(
@@ -98,7 +98,8 @@ def _rewards_section(summary: Mapping[str, Any], curves: Curves) -> Section:
     return Section("Rewards", text, table, plots=[plot])
 
 
-def _examples_section(folder: Path) -> Section | None:
+def found_section(folder: Path, of: str = "") -> Section | None:
+    """Images of base and best noises of an optimize run, ``of`` this name."""
     rows = [
         row
         for row in read_jsonl(folder / "manifest.jsonl")
@@ -115,7 +116,7 @@ def _examples_section(folder: Path) -> Section | None:
         note = f"{number(row['initial']['total'])} → {number(row['best']['total'])}"
         examples.append(Example(row["prompt"], [picture(file, _SIDE) for file in files], note))
     names = ["base noise", *(step.replace("-", " ") for step in steps), "best noise", "reward"]
-    return Section("Images", strip=Strip(names, examples))
+    return Section(f"Images{of}", strip=Strip(names, examples))
 
 
 def _draw(curves: Curves) -> Figure:

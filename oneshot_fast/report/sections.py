@@ -246,12 +246,13 @@ def fit_section(summary: Json) -> Section:
     )
 
 
-def training_section(folders: Sequence[Path]) -> Section | None:
-    """Training curves of one or more M-steps, one after the other."""
+def training_section(folders: Sequence[Path], match: str = "matching") -> Section | None:
+    """Training curves of one or more M-steps, one after the other; ``match`` is what they lower."""
     history = [row for folder in folders for row in read_jsonl(folder / "history.jsonl")]
     if not history:
         return None
-    losses = {name: [row[name] for row in history] for name in ("matching", "preserve")}
+    names = {match: "matching", "preserve": "preserve"}
+    losses = {name: [row[key] for row in history] for name, key in names.items()}
     if not any(losses["preserve"]):
         del losses["preserve"]
     norms = {"gradient norm": [row["gradient_norm"] for row in history]}
@@ -259,8 +260,8 @@ def training_section(folders: Sequence[Path]) -> Section | None:
     figures = [
         Plot(
             plots.curves(losses, "epoch", "mean loss of the epoch", first=1),
-            "Matching should fall. Preserve is the distance to the base generator on random noise: "
-            "it rises at first, and should settle.",
+            f"{match.capitalize()} should fall. Preserve is the distance to the base generator on "
+            "random noise: it rises at first, and should settle.",
         ),
         Plot(
             plots.curves(norms, "epoch", "gradient norm before clipping", first=1),

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from oneshot_fast.errors import UserError
-from oneshot_fast.rewards.base import Reward, Setup, WeightedRewards
+from oneshot_fast.rewards.base import ImageEncoder, Reward, Setup, WeightedRewards
 
-__all__ = ["REWARDS", "Reward", "Setup", "WeightedRewards", "load_rewards", "parse_reward"]
+__all__ = [
+    "REWARDS", "ImageEncoder", "Reward", "Setup", "WeightedRewards", "load_rewards", "parse_reward",
+]  # fmt: skip
 
 # name -> module and class; the class has load(name, setup)
 REWARDS = {

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from oneshot_fast.rewards.base import Reward, Setup
+from oneshot_fast.rewards.base import EmbeddingReward, Setup
 from oneshot_fast.rewards.clip_encoder import VIT_L, ClipEncoder, load_clip
 from oneshot_fast.rewards.weights import linear_head, read_pickle
 
 HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"
 
 
-class AestheticReward(Reward):
+class AestheticReward(EmbeddingReward):
     """LAION's linear head on the unit embedding of CLIP ViT-L/14: a rating from 1 to 10.
 
     Schuhmann 2022, https://github.com/christophschuhmann/improved-aesthetic-predictor, the head
     trained on SAC, Logos and AVA1.
     """
+
+    encoder: ClipEncoder
 
     def __init__(self, name: str, encoder: ClipEncoder, head: nn.Sequential) -> None:
         """Score by ``head``, float32, on embeddings of ``encoder``; ``name`` is the reward's."""
@@ -31,6 +33,6 @@ class AestheticReward(Reward):
         head = linear_head(read_pickle(path), path).to(setup.device)
         return cls(name, load_clip(setup, VIT_L), head)
 
-    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
-        """Ratings, [B] float32, of images [B, 3, H, W] in [0, 1] RGB."""
-        return self.head(self.encoder.encode_images(images))[:, 0]
+    def rate(self, embeddings: Tensor, features: Tensor | None) -> Tensor:
+        """Ratings, [B] float32, of unit embeddings of images, [B, D]."""
+        return self.head(embeddings)[:, 0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,33 @@ class Reward(nn.Module):
         raise NotImplementedError
 
 
+class EmbeddingReward(Reward):
+    """Scores the embedding of an image, which rewards with the same ``encoder`` share."""
+
+    encoder: ImageEncoder
+
+    def rate(self, embeddings: Tensor, features: Tensor | None) -> Tensor:
+        """Scores, [B] float32, of what the encoder makes of images, [B, D] float32."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
+        """Scores, [B] float32, of images [B, 3, H, W] in [0, 1] RGB."""
+        return self.rate(self.encoder.encode_images(images), features)
+
+
+class ImageEncoder(nn.Module):
+    """What makes embeddings of images."""
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """[B, D] float32, of images [B, 3, H, W] in [0, 1] RGB."""
+        raise NotImplementedError
+
+
 class WeightedRewards(nn.Module):
-    """Sum of weight times score over several rewards; every prompt is encoded once."""
+    """Sum of weight times score over several rewards.
+
+    Every prompt is encoded once, and every batch of images once by each encoder.
+    """
 
     def __init__(
         self, rewards: Sequence[tuple[Reward, float]], *, checkpointing: bool = False
@@ -100,6 +125,11 @@ class WeightedRewards(nn.Module):
         self.weights: Mapping[str, float] = {reward.name: weight for reward, weight in rewards}
         self._checkpointing = checkpointing
         self._features: dict[tuple[str, str], Tensor | None] = {}
+
+    @property
+    def by_name(self) -> dict[str, Reward]:
+        """The rewards."""
+        return {reward.name: reward for reward in self.rewards if isinstance(reward, Reward)}
 
     @property
     def differentiable(self) -> bool:
@@ -137,18 +167,45 @@ class WeightedRewards(nn.Module):
         """
         if len(images) != len(prompts):
             raise ValueError(f"expected {len(images)} prompts, one per image, got {len(prompts)}")
-        rewards = (reward for reward in self.rewards if isinstance(reward, Reward))
-        return {reward.name: self.score(reward, images, prompts) for reward in rewards}
+        embeddings: dict[ImageEncoder, Tensor] = {}
+        return {
+            name: self.score(reward, images, prompts, embeddings)
+            for name, reward in self.by_name.items()
+        }
 
-    def score(self, reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores of one of the rewards, [B] float32; arguments as in ``scores``."""
+    def score(
+        self,
+        reward: Reward,
+        images: Tensor,
+        prompts: Sequence[str],
+        embeddings: dict[ImageEncoder, Tensor],
+    ) -> Tensor:
+        """Scores of one of the rewards.
+
+        Args:
+            reward: Which.
+            images: [B, 3, H, W] float, [0, 1] RGB.
+            prompts: B of them.
+            embeddings: Of these images, as far as other rewards needed them; takes what is new.
+
+        Returns:
+            [B] float32.
+        """
         features = self.features(reward, prompts)
         if not reward.differentiable:
             with torch.no_grad():
                 return reward(images.detach(), features)
+        if not isinstance(reward, EmbeddingReward):
+            return self._compute(reward, images, features)
+        encoder = reward.encoder
+        if encoder not in embeddings:
+            embeddings[encoder] = self._compute(encoder.encode_images, images)
+        return reward.rate(embeddings[encoder], features)
+
+    def _compute(self, network: Callable[..., Tensor], images: Tensor, *more: Any) -> Tensor:
         if self._checkpointing and torch.is_grad_enabled() and images.requires_grad:
-            return checkpoint(reward, images, features, use_reentrant=False)
-        return reward(images, features)
+            return checkpoint(network, images, *more, use_reentrant=False)
+        return network(images, *more)
 
     @torch.no_grad()
     def features(self, reward: Reward, prompts: Sequence[str]) -> Tensor | None:

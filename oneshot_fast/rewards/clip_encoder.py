@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from oneshot_fast.errors import ModelError
-from oneshot_fast.rewards.base import Reward, Setup
+from oneshot_fast.rewards.base import EmbeddingReward, ImageEncoder, Setup
 from oneshot_fast.rewards.preprocess import preprocess
 from oneshot_fast.rewards.weights import build, first_line, read_config, read_safetensors
 
 VIT_L = "CLIP-ViT-L-14"
 
 
-class ClipEncoder(nn.Module):
+class ClipEncoder(ImageEncoder):
     """A frozen transformers ``CLIPModel`` with its tokenizer."""
 
     def __init__(
@@ -55,8 +55,10 @@ class ClipEncoder(nn.Module):
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
 
-class CosineReward(Reward):
+class CosineReward(EmbeddingReward):
     """Scale times the cosine of an image's and its prompt's CLIP embedding."""
+
+    encoder: ClipEncoder
 
     def __init__(self, name: str, encoder: ClipEncoder, scale: float) -> None:
         """Score in ``encoder``'s space; ``name`` is the reward's."""
@@ -68,10 +70,10 @@ class CosineReward(Reward):
         """Unit embeddings, [B, D] float32."""
         return self.encoder.encode_prompts(prompts)
 
-    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
-        """Scores, [B] float32, of images [B, 3, H, W] in [0, 1] RGB."""
+    def rate(self, embeddings: Tensor, features: Tensor | None) -> Tensor:
+        """Scores, [B] float32, of unit embeddings of images, [B, D]."""
         assert features is not None
-        return self.scale * (self.encoder.encode_images(images) * features).sum(1)
+        return self.scale * (embeddings * features).sum(1)
 
 
 def load_clip(setup: Setup, model: str) -> ClipEncoder:

@@ -18,8 +18,7 @@ class HybridReward(AestheticReward):
         """Unit embeddings, [B, D] float32."""
         return self.encoder.encode_prompts(prompts)
 
-    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
-        """Scores, [B] float32, of images [B, 3, H, W] in [0, 1] RGB."""
+    def rate(self, embeddings: Tensor, features: Tensor | None) -> Tensor:
+        """Scores, [B] float32, of unit embeddings of images, [B, D]."""
         assert features is not None
-        embeddings = self.encoder.encode_images(images)
         return self.head(embeddings)[:, 0] + COSINE_WEIGHT * (embeddings * features).sum(1)

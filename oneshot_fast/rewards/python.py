@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,7 +9,7 @@ from torch import Tensor
 
 from oneshot_fast.errors import UserError
 from oneshot_fast.rewards.base import Reward, Setup
-from oneshot_fast.rewards.weights import first_line
+from oneshot_fast.user_functions import import_function
 
 
 class PythonReward(Reward):
@@ -41,18 +38,7 @@ class PythonReward(Reward):
         Raises:
             UserError: If there is none.
         """
-        module, _, function = name.partition(":")[2].rpartition(".")
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
-        try:
-            found = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"cannot import reward {name}: {first_line(error)}; write python:module.function"
-            ) from None
-        if not callable(found):
-            raise UserError(f"reward {name} is no function but {type(found).__name__}")
-        return cls(name, found, setup.device)
+        return cls(name, import_function(name, "reward"), setup.device)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Numbers under which the prompts are kept, [B] int64: a function takes strings."""

@@ -72,7 +72,12 @@ def cells(recipe: Recipe, quick: bool) -> list[Cell]:
 
 def _by_gradients(recipe: Recipe) -> Iterator[Cell]:
     def options(method: AssignMethod, **changes: object) -> AssignOptions:
-        plain = AssignOptions(assign_method=method, steps=_STEPS, patch_size=recipe.patch_size)
+        plain = AssignOptions(
+            assign_method=method,
+            steps=_STEPS,
+            patch_size=recipe.patch_size,
+            sphere_optimizer="adam",
+        )
         return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
     yield Cell("direct SFT, preserve", None, preserve=0.5)
@@ -89,6 +94,9 @@ def _by_gradients(recipe: Recipe) -> Iterator[Cell]:
     yield Cell("sphere, 10 steps", options("sphere", steps=10))
     for angle in (0.2, 0.4, 0.6, 0.8):
         yield Cell(f"sphere, {angle} rad", options("sphere", max_angle=angle))
+    newton = options("sphere", sphere_optimizer="lbfgs")
+    yield Cell("sphere, L-BFGS", newton)
+    yield Cell("sphere, L-BFGS, 0.6 rad", dataclasses.replace(newton, max_angle=0.6))
     yield Cell("sphere, shift", options("sphere", shift_weight=0.05))
     both = options("search+sphere", candidates=32, steps=10, max_angle=0.3)
     yield Cell("search 32, then sphere 0.3 rad", both)

@@ -25,7 +25,7 @@ from oneshot_fast.targets import Targets
 from oneshot_fast.toy.model import ToyGenerator
 
 _KEPT = ("mean noise", "mean patch", "patch covariance", "nearest noises")
-RECONSTRUCTION = AssignOptions(steps=20)
+RECONSTRUCTION = AssignOptions(steps=20, sphere_optimizer="adam")
 
 
 def kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -113,8 +113,10 @@ def speeds(subject: Subject, steps: int, count: int) -> dict[str, list[float]]:
     methods: dict[str, dict[str, Any]] = {
         "rotation, raw Adam": {"assign_method": "rotation", "rotation_optimizer": "raw_adam"},
         "rotation, Riemannian": {"assign_method": "rotation"},
-        "sphere": {"assign_method": "sphere"},
-        "white": {"assign_method": "white"},
+        "sphere": {"assign_method": "sphere", "sphere_optimizer": "adam"},
+        "sphere, L-BFGS": {"assign_method": "sphere"},
+        "white": {"assign_method": "white", "sphere_optimizer": "adam"},
+        "white, L-BFGS": {"assign_method": "white"},
     }
     if recipe.tiles > 1:
         for tiles in (2, recipe.tiles):

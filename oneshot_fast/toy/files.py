@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import _codecs
 import gzip
+import math
 import pickle
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ _CIFAR_CLASSES = (
     "an airplane", "an automobile", "a bird", "a cat", "a deer", "a dog", "a frog", "a horse",
     "a ship", "a truck",
 )  # fmt: skip
+_WANTED = "--data_root is the folder that holds MNIST/raw or cifar-10-batches-py, unpacked"
 
 
 def mnist(split: str, root: Path) -> LabelledImages:
@@ -40,7 +44,7 @@ def mnist(split: str, root: Path) -> LabelledImages:
     folder = root / "MNIST" / "raw"
     images = _read_idx(folder / f"{name}-images-idx3-ubyte.gz", (None, 28, 28))
     labels = _read_idx(folder / f"{name}-labels-idx1-ubyte.gz", (len(images),))
-    grey = F.pad(images, (2, 2, 2, 2))[:, None].float() / 255
+    grey = F.pad(images, (2, 2, 2, 2))[:, None].float().div_(255)
     prompts = tuple(f"a handwritten digit {word}" for word in DIGIT_WORDS)
     return _checked(grey.expand(-1, 3, 32, 32), labels.long(), prompts, folder)
 
@@ -52,22 +56,22 @@ def _read_idx(path: Path, shape: tuple[int | None, ...]) -> Tensor:
         path: The file, as .gz; without this suffix it serves, too.
         shape: Sizes it must have, None for any.
     """
-    plain = path.with_suffix("")
+    found = path if path.exists() else path.with_suffix("")
     try:
-        data = gzip.decompress(path.read_bytes()) if path.exists() else plain.read_bytes()
+        data = found.read_bytes()
+        data = gzip.decompress(data) if found == path else data
     except FileNotFoundError:
-        raise DataError(f"no such file: {path}; check --data_root") from None
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}: {one_line(error)}") from None
+        raise DataError(f"no such file: {path} ({_WANTED})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{found}: {one_line(error)}") from None
     start = 4 + 4 * len(shape)
-    sizes = tuple(numpy.frombuffer(data[4:start], ">i4").tolist())
-    fits = len(sizes) == len(shape) and all(
-        want in (None, size) for want, size in zip(shape, sizes, strict=True)
-    )
-    whole = data[:4] == bytes((0, 0, 8, len(shape))) and fits
-    if not whole or len(data) - start != numpy.prod(sizes):
-        raise DataError(f"{path}: is no IDX file of bytes of the right shape, or cut off")
-    return torch.frombuffer(bytearray(data[start:]), dtype=torch.uint8).view(sizes)
+    is_idx = data[:4] == bytes((0, 0, 8, len(shape))) and len(data) >= start
+    sizes = struct.unpack(f">{len(shape)}I", data[4:start]) if is_idx else ()
+    fits = is_idx and all(want in (None, size) for want, size in zip(shape, sizes, strict=True))
+    if not fits or len(data) - start != math.prod(sizes):
+        raise DataError(f"{found}: is no IDX file of bytes of the right shape, or cut off")
+    values = numpy.frombuffer(data, numpy.uint8, offset=start)
+    return torch.from_numpy(values.reshape(sizes).copy())  # a copy: the bytes are read-only
 
 
 def cifar10(split: str, root: Path) -> LabelledImages:
@@ -85,7 +89,7 @@ def cifar10(split: str, root: Path) -> LabelledImages:
     folder = root / "cifar-10-batches-py"
     names = [f"data_batch_{k}" for k in range(1, 6)] if split == "train" else ["test_batch"]
     parts = [_read_batch(folder / name) for name in names]
-    images = torch.cat([part[0] for part in parts]).float() / 255
+    images = torch.cat([part[0] for part in parts]).float().div_(255)
     prompts = tuple(f"a photo of {name}" for name in _CIFAR_CLASSES)
     return _checked(images, torch.cat([part[1] for part in parts]), prompts, folder)
 
@@ -99,7 +103,7 @@ def _read_batch(path: Path) -> tuple[Tensor, Tensor]:
         images = torch.from_numpy(pixels.astype(numpy.uint8).reshape(len(labels), 3, 32, 32))
         return images, torch.tensor(labels, dtype=torch.int64)
     except FileNotFoundError:
-        raise DataError(f"no such file: {path}; check --data_root") from None
+        raise DataError(f"no such file: {path} ({_WANTED})") from None
     except Exception as error:  # a broken pickle raises almost anything
         raise DataError(f"{path}: is no batch of CIFAR-10: {one_line(error)}") from None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -49,20 +50,22 @@ class ToyNetwork(nn.Module):
             _Block(a, b, len(config.prompts)) for a, b in pairwise(widths[:1] + widths)
         )
         self.last = nn.Conv2d(widths[-1], 3, 3, padding=1)
-        self._checkpoints = False
+        self._run: Callable[..., Tensor] = _plain
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
         return self.last.weight.dtype
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute the blocks' activations in the backward pass."""
-        self._checkpoints = True
+    def enable_gradient_checkpointing(
+        self, gradient_checkpointing_func: Callable[..., Tensor] | None = None
+    ) -> None:
+        """Recompute the blocks' activations in the backward pass, all or as the function does."""
+        self._run = gradient_checkpointing_func or partial(checkpoint, use_reentrant=False)
 
     def disable_gradient_checkpointing(self) -> None:
         """Keep them."""
-        self._checkpoints = False
+        self._run = _plain
 
     def forward(self, noise: Tensor, classes: Tensor) -> Tensor:
         """Images.
@@ -77,11 +80,13 @@ class ToyNetwork(nn.Module):
         x = self.first(noise)
         for k, block in enumerate(self.blocks):
             x = x if k == 0 else F.interpolate(x, scale_factor=2.0)
-            if self._checkpoints:
-                x = checkpoint(block, x, classes, use_reentrant=False)
-            else:
-                x = block(x, classes)
+            x = self._run(block, x, classes)
         return torch.tanh(self.last(F.silu(x)))
+
+
+def _plain(block: nn.Module, *args: Tensor) -> Tensor:
+    result: Tensor = block(*args)
+    return result
 
 
 class _Block(nn.Module):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from oneshot_fast.errors import UserError
+from oneshot_fast.toy.critics import HingeCritic, LogisticCritic, MakeCritic
 from oneshot_fast.toy.data import LabelledImages, digits, shapes
 from oneshot_fast.toy.files import cifar10, mnist
 
@@ -23,6 +25,8 @@ class Recipe:
         noise_shape: [C, h, w] of a noise.
         steps: Training steps of the generator.
         width: Its channels at the full resolution.
+        against: Makes the critic it is trained against.
+        batch_size: Images per step.
         needs_files: Whether ``read`` needs the folder.
     """
 
@@ -30,6 +34,8 @@ class Recipe:
     noise_shape: tuple[int, int, int]
     steps: int
     width: int
+    against: MakeCritic = HingeCritic
+    batch_size: int = 64
     needs_files: bool = False
 
     def images(self, split: str, root: Path | None) -> LabelledImages:
@@ -46,6 +52,8 @@ class Recipe:
 RECIPES: dict[DatasetName, Recipe] = {
     "digits": Recipe(lambda split, _: digits(split), (64, 1, 1), 3000, 24),
     "shapes": Recipe(lambda split, _: shapes(split, size=16), (4, 8, 8), 3000, 24),
-    "mnist": Recipe(mnist, (64, 1, 1), 3000, 24, needs_files=True),
-    "cifar10": Recipe(cifar10, (4, 8, 8), 3000, 24, needs_files=True),
+    "mnist": Recipe(mnist, (64, 1, 1), 1500, 24, LogisticCritic, 32, needs_files=True),
+    "cifar10": Recipe(
+        cifar10, (128, 1, 1), 1500, 24, partial(LogisticCritic, penalty=2.0), 32, needs_files=True
+    ),
 }

@@ -78,8 +78,15 @@ def _generator(folder: Path, recipe: Recipe, data: LabelledImages, seed: int) ->
     else:
         classifier = train_classifier(data, steps=min(1500, recipe.steps), seed=seed)
         write_safetensors(path, classifier.state_dict(), {})
-    sizes = recipe.noise_shape
-    generator = train_generator(data, sizes, steps=recipe.steps, width=recipe.width, seed=seed)
+    generator = train_generator(
+        data,
+        recipe.noise_shape,
+        steps=recipe.steps,
+        against=recipe.against,
+        batch_size=recipe.batch_size,
+        width=recipe.width,
+        seed=seed,
+    )
     generator.classifier = classifier
     generator.save(folder / "model")
     return generator
