@@ -71,7 +71,7 @@ def estimates() -> dict[str, tuple[StepMemory, str]]:
             {**LATENT_ONLY, "gradient_checkpointing": False}, "-",
         ),
         "SFT, all options for little memory, but selective checkpointing": (
-            {**LATENT_ONLY, **SMALL_STATE, **SELECTIVE, "optimizer_in_backward": True}, "16",
+            {**LATENT_ONLY, **SMALL_STATE, **SELECTIVE, "optimizer_in_backward": True}, "-",
         ),
         "LoRA rank 16, bfloat16 base, checkpointing": (
             {**LATENT_ONLY, **SMALL_STATE, "lora_rank": 16}, "9",

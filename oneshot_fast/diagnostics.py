@@ -43,10 +43,9 @@ def diagnose(folder: Path) -> dict[str, Any]:
         JSON values: ``targets``, ``elements`` (of one noise), ``patches`` (of one noise),
         ``patch_size``; ``moments`` of z and of the base noise; ``norms`` ||z||^2 / d and ``angles``
         in degrees per target, of the rotation (RMS) or else between z and its base noise;
-        ``eigenvalues`` of the patch covariance of z and
-        of the base noise, descending, with the allowed band; ``mean_shift`` [C, H, W], the mean of
-        z over the targets in standard errors; and ``checks``, each with name, meaning, value, low,
-        high and ok.
+        ``eigenvalues`` of the patch covariance of z and of the base noise, descending, with the
+        allowed band; ``mean_shift`` [C, H, W], the mean of z over the targets in standard errors;
+        and ``checks``, each with name, meaning, value, low, high and ok.
     """
     statistics = NoiseStatistics()
     for z, q, eps in _shards(folder):

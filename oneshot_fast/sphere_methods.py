@@ -186,7 +186,8 @@ def _block_sides(C: int, h: int, w: int) -> tuple[int, int, int]:
 
 def _cosines(n: int, like: Tensor) -> Tensor:
     """Orthonormal matrix of the cosine transform (DCT-II) of n values, [n, n]."""
-    k = torch.arange(n, dtype=torch.float64)
+    # made on the device: a copy would make a GPU wait in every step
+    k = torch.arange(n, dtype=torch.float64, device=like.device)
     matrix = (math.pi / n * (k[None] + 0.5) * k[:, None]).cos() * (2 / n) ** 0.5
     matrix[0] /= 2**0.5
-    return matrix.to(like.device, like.dtype)
+    return matrix.to(like.dtype)

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 def test_sdxl_turbo_at_the_smallest_size(tmp_path):
     output = tmp_path / "result.json"
     flags = "--arch tiny --device cpu --steps 2 --images 2 --batch-sizes 2 --rounds 1"
-    command = [sys.executable, ROOT / "benchmarks" / "sdxl_turbo.py", *flags.split(), "--no-memory", "--options"]
-    ended = subprocess.run([*command, "--output", output], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "benchmarks" / "sdxl_turbo.py", *flags.split()]
+    command += ["--no-memory", "--options", "--output", output]
+    ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
     rows = json.loads(output.read_text())["rows"]
     names = [(row["kind"], row["variant"]) for row in rows]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from oneshot_fast.errors import UserError
 from oneshot_fast.rewards.base import Reward, Setup
@@ -19,14 +20,12 @@ class PythonReward(Reward):
     function whose scores carry no gradient says so by ``function.differentiable = False``.
     """
 
-    def __init__(
-        self, name: str, function: Callable[[Tensor, list[str]], Tensor], device: torch.device
-    ) -> None:
+    def __init__(self, name: str, function: Callable[[Tensor, list[str]], Tensor]) -> None:
         """Score by ``function``; ``name`` is the reward's."""
         super().__init__()
         self.name = name
         self.differentiable = bool(getattr(function, "differentiable", True))
-        self._function, self._device = function, device
+        self._function = function
         self._prompts: list[str] = []
 
     @classmethod
@@ -38,13 +37,16 @@ class PythonReward(Reward):
         Raises:
             UserError: If there is none.
         """
-        return cls(name, import_function(name, "reward"), setup.device)
+        return cls(name, import_function(name, "reward"))
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Numbers under which the prompts are kept, [B] int64: a function takes strings."""
+        """Numbers under which the prompts are kept, [B] int64: a function takes strings.
+
+        They are on the CPU, so that reading them does not wait for the device.
+        """
         first = len(self._prompts)
         self._prompts += prompts
-        return torch.arange(first, len(self._prompts), device=self._device)
+        return torch.arange(first, len(self._prompts))
 
     def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
         """Scores, [B] float32, of images [B, 3, H, W] in [0, 1] RGB.
@@ -53,6 +55,8 @@ class PythonReward(Reward):
             UserError: If the function returns something else, or no gradient where one is needed.
         """
         assert features is not None
+        if isinstance(images, FakeTensor):  # a dry run: without values the function cannot run
+            return images.float().flatten(1).mean(1)
         prompts = [self._prompts[k] for k in features.tolist()]
         scores = torch.as_tensor(self._function(images.float(), prompts), device=images.device)
         if scores.shape != images.shape[:1]:
