@@ -36,4 +36,10 @@ def _run_selectively(module: nn.Module, *args: Any) -> Any:
     """Call a block that keeps its costly results, and recomputes norms and activation functions."""
     costly = [getattr(torch.ops.aten, name).default for name in _COSTLY]
     contexts = partial(create_selective_checkpoint_contexts, costly)
-    return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
+    return checkpoint(
+        module.__call__,
+        *args,
+        use_reentrant=False,
+        context_fn=contexts,
+        preserve_rng_state=False,  # nothing here is random: the networks have no dropout
+    )

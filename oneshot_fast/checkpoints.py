@@ -94,7 +94,8 @@ def ended(trainer: Trainer) -> Iterator[None]:
     if trainer.ema is None:
         yield
         return
-    now = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    # beside weights, moments and average a GPU may have no room for them
+    now = {name: p.detach().to("cpu", copy=True) for name, p in trainer.parameters.items()}
     trainer.load_weights(trainer.final())
     yield
     trainer.load_weights(now)

@@ -20,7 +20,11 @@ from oneshot_fast.cli import (
 )
 from oneshot_fast.em_options import EmOptions
 from oneshot_fast.em_run import EmRun
-from oneshot_fast.reward_options import RewardOptions, RewardTrainingOptions
+from oneshot_fast.reward_options import (
+    RewardOptions,
+    RewardTrainingOptions,
+    check_no_flags_of_rewards,
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class EmCommand:
 def execute(command: EmCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
     by_reward = bool(command.rewards.reward)
-    command.reward_training.check(by_reward)
+    if not by_reward:
+        check_no_flags_of_rewards(command.rewards, command.reward_training)
     own_data = command.data.data_root is not None or by_reward
     model_id = command.initial_model_id or ("stabilityai/sdxl-turbo" if own_data else "tiny")
     options = command.em.resolve(embedded=not own_data)

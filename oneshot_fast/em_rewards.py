@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from oneshot_fast.cli import OK, SOME_FAILED, public
+from oneshot_fast.cli import OK, SOME_FAILED, DataOptions, public
 from oneshot_fast.em_options import EmOptions
 from oneshot_fast.em_run import EmRun
 from oneshot_fast.em_schedule import cycle_seeds
@@ -182,11 +182,18 @@ def execute(command: EmCommand) -> int:
     """The command with --reward; see ``run_command`` for exit codes."""
     options = command.reward_training
     require(options.prompt_file is not None, "with --reward, give --prompt_file FILE")
+    options.check(command.rewards.reward)
     require(
-        command.data.data_root is None and command.heldout_root is None,
-        "--reward takes prompts, no targets; leave data_root and heldout_root out",
+        dataclasses.replace(command.data, resolution=None) == DataOptions()
+        and command.heldout_root is None,
+        "--reward takes prompts, no targets; leave data_root, the flags that say how it is read, "
+        "and heldout_root out",
     )
     require(not command.compare_direct, "--compare_direct needs targets; not with --reward")
+    require(
+        command.num_images == type(command).num_images,
+        "with --reward all images found are kept, as targets; leave --num_images out",
+    )
     run = RewardEmRun(command)
     if command.dry_run:
         print(run.plan())

@@ -1,7 +1,6 @@
 """The one-step generator over a diffusers SDXL pipeline.
 
-This file, loading.py and pipeline_check.py are the only ones that know diffusers' pipelines.
-"""
+Only this file, loading.py and pipeline_check.py know diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -37,6 +36,7 @@ class OneStepGenerator:
 
     classifier = None  # a judge of samples that comes with the model
     encodings: EncodingCache | None = None  # on disk
+    prompts_kept: int = 4096  # encodings in memory
 
     def __init__(
         self, pipe: StableDiffusionXLPipeline, autocast: torch.dtype | None = None
@@ -144,7 +144,7 @@ class OneStepGenerator:
         """Side in pixels of the image that a noise of this shape makes."""
         return noise_shape[-1] * self.latent_factor
 
-    def encode_prompts(self, prompts: Sequence[str], cache_size: int = 4096) -> PromptEncoding:
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptEncoding:
         """Encode prompts as the pipeline does, each distinct one once.
 
         Prompts run one by one, so an encoding never depends on its neighbours' rounding.
@@ -159,7 +159,7 @@ class OneStepGenerator:
                 self._prompts[prompt] = kept.prompt(prompt, make) if kept else make(prompt)
             self._prompts.move_to_end(prompt)
             rows.append(self._prompts[prompt])
-        while len(self._prompts) > max(cache_size, len(prompts)):
+        while len(self._prompts) > max(self.prompts_kept, len(prompts)):
             self._prompts.popitem(last=False)
         embeds, pooled = (torch.cat(parts).to(self.device) for parts in zip(*rows, strict=True))
         return PromptEncoding(embeds, pooled)

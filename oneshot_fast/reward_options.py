@@ -85,11 +85,23 @@ class RewardTrainingOptions:
     """With --reward: NAME of a reward that is measured but not trained on, and so tells whether
     the others are over-optimised; may be given several times."""
 
-    def check(self, by_reward: bool) -> None:
-        """Raise UserError if there are options of rewards, but no reward."""
-        for field in dataclasses.fields(self):
+    def check(self, rewards: Sequence[str]) -> None:
+        """Raise UserError if a judge is among the ``rewards`` that are trained on."""
+        from oneshot_fast.rewards import parse_reward
+
+        trained = {parse_reward(spec)[0] for spec in rewards}
+        both = sorted(trained.intersection(parse_reward(spec)[0] for spec in self.judge))
+        require(
+            not both, f"{', '.join(both)} cannot judge what is trained on it; name another --judge"
+        )
+
+
+def check_no_flags_of_rewards(*groups: RewardOptions | RewardTrainingOptions) -> None:
+    """Raise UserError if there are options of rewards, where no reward is named."""
+    for group in groups:
+        for field in dataclasses.fields(group):
             require(
-                by_reward or getattr(self, field.name) == field.default,
+                getattr(group, field.name) == field.default,
                 f"--{field.name} is for training on rewards; give --reward NAME[:WEIGHT], too",
             )
 

@@ -103,7 +103,7 @@ class RewardSearch:
         options.check()
         require(
             rewards.differentiable or options.method == "best_of_n",
-            "a reward here has no gradient; use --method best_of_n",
+            "a reward here has no gradient; use --method best_of_n (em: --assign_method search)",
         )
         self.generator, self.rewards, self.options = generator, rewards, options
         self.side = resolution or generator.image_size

@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 from oneshot_fast.cli import OK, SOME_FAILED, ModelOptions, RunOptions, public, run_command
 from oneshot_fast.data import DataError, MatchedPair, load_noise, read_manifest
 from oneshot_fast.errors import UserError, require
-from oneshot_fast.reward_options import RewardOptions, RewardTrainingOptions, read_prompts
+from oneshot_fast.reward_options import (
+    RewardOptions,
+    RewardTrainingOptions,
+    check_no_flags_of_rewards,
+    read_prompts,
+)
 from oneshot_fast.sft_run import SftRun
 from oneshot_fast.training import SftOptions
 
@@ -62,9 +67,9 @@ class SftCommand:
 def execute(command: SftCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
     folder = command.output_dir
-    command.reward_training.check(bool(command.rewards.reward))
     if command.rewards.reward:
         return train_on_rewards(command)
+    _check_no_rewards(command)
     if command.manifest_path is None or (folder is None and not command.dry_run):
         raise UserError("give --manifest_path FILE and --output_dir DIR")
     command.training.check()
@@ -105,6 +110,15 @@ def execute(command: SftCommand) -> int:
     return SOME_FAILED if summary["failed"] else OK
 
 
+def _check_no_rewards(command: SftCommand) -> None:
+    check_no_flags_of_rewards(command.rewards, command.reward_training)
+    require(
+        (command.resolution, command.eval_samples) == (None, SftCommand.eval_samples),
+        "--resolution and --eval_samples are for training on rewards; pairs have the resolution of "
+        "their noises",
+    )
+
+
 def train_on_rewards(command: SftCommand) -> int:
     """The command with --reward."""
     options, folder = command.reward_training, command.output_dir
@@ -114,7 +128,12 @@ def train_on_rewards(command: SftCommand) -> int:
     )
     if options.prompt_file is None or (folder is None and not command.dry_run):
         raise UserError("with --reward, give --prompt_file FILE and --output_dir DIR")
+    options.check(command.rewards.reward)
     command.training.check()
+    require(
+        command.rewards.checkpointing != "full" or not command.training.selective_checkpointing,
+        "checkpointing full recomputes all that selective_checkpointing does; give one",
+    )
     prompts = read_prompts(options.prompt_file)
     run = _reward_run(command)
     if folder is None or command.dry_run:

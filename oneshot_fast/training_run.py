@@ -258,8 +258,9 @@ class TrainingRun:
         if not self.offloads or not encoders(self.generator, self.decodes):
             yield
             return
-        needed = {*prompts, *(self.pool.prompts if self.pool else ())}
+        needed, generator = {*prompts, *(self.pool.prompts if self.pool else ())}, self.generator
+        generator.prompts_kept = max(generator.prompts_kept, len(needed))
         for prompt in sorted(needed):
-            self.generator.encode_prompts([prompt], cache_size=len(needed))
-        with offloaded(self.generator, keep_decoder=self.decodes):
+            generator.encode_prompts([prompt])
+        with offloaded(generator, keep_decoder=self.decodes):
             yield

@@ -14,6 +14,11 @@ def darkness(images: Tensor, prompts: list[str]) -> Tensor:
 darkness.differentiable = False  # type: ignore[attr-defined]
 
 
+def contrast(images: Tensor, prompts: list[str]) -> Tensor:
+    """With a gradient, and a look at values, which a dry run's tensors do not have."""
+    return images.flatten(1).std(1) / max(images.max().item(), 0.5)
+
+
 def not_finite(images: Tensor, prompts: list[str]) -> Tensor:
     """NaN for prompts of a seven."""
     bad = torch.tensor([float("nan") if "seven" in prompt else 0.0 for prompt in prompts])

@@ -96,8 +96,18 @@ def test_prompts_do_not_depend_on_their_neighbours(tiny: OneStepGenerator) -> No
     assert torch.equal(both.embeds[0], one.embeds[0]) and torch.equal(both.embeds[0:1], one.embeds)
     assert torch.equal(both.pooled[2], one.pooled[0])
     assert not tiny.is_truncated(PROMPTS[0]) and tiny.is_truncated("a digit " * 60)
-    few = tiny.encode_prompts([f"digit {k}" for k in range(9)], cache_size=4)
-    assert len(few.pooled) == 9
+
+
+def test_prompts_are_kept_up_to_a_number(
+    tiny: OneStepGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny, "prompts_kept", 4)
+    assert len(tiny.encode_prompts([f"digit {k}" for k in range(9)]).pooled) == 9
+    tiny.encode_prompts(["digit 8", "another digit"])
+    monkeypatch.setattr(tiny, "_encode_prompt", None)  # a prompt that is not kept would need it
+    tiny.encode_prompts([f"digit {k}" for k in (6, 7, 8)])
+    with pytest.raises(TypeError):
+        tiny.encode_prompts(["digit 5"])
 
 
 def test_a_half_precision_vae_is_decoded_as_the_pipeline_does(pipe: Any) -> None:

@@ -197,6 +197,11 @@ def test_without_images_there_is_nothing_to_train_on(tmp_path: Path, call: Call)
         (["--reward", "thickness", "--eval_samples", "1"], "eval_samples"),
         (["--reward", "thickness", "--manifest_path", "x.jsonl"], "exclude each other"),
         (["--judge", "digit"], "give --reward"),
+        (["--reward", "thickness", "--judge", "thickness:2"], "cannot judge"),
+        (
+            ["--reward", "thickness", "--checkpointing", "full", "--selective_checkpointing"],
+            "give one",
+        ),
     ],
 )
 def test_bad_input(
@@ -209,16 +214,20 @@ def test_bad_input(
 
 
 def test_a_dry_run_knows_the_rewards(tmp_path: Path, prompts: Path, call: Call) -> None:
-    flags = [*FLAGS.split(), "--reward", "digit", "--prompt_file", prompts, "--dry_run"]
+    own = "python:optimize_samples.contrast"
+    flags = [*FLAGS.split(), "--reward", own, "--prompt_file", prompts, "--dry_run"]
     ended = call("sft", *flags, "--output_dir", tmp_path / "run")
     assert ended.code == 0 and not (tmp_path / "run").exists()
-    assert "weights of digit" in ended.out and "for 16 images and 8 steps" in ended.out
+    assert f"weights of {own}" in ended.out and "for 16 images and 8 steps" in ended.out
     generator, rewards = load_generator("tiny"), load_rewards(["digit", "thickness"])
     options = SftOptions(preserve_pixel_weight=0.0)
     plain = training_memory(generator, options, 64)
     judged = training_memory(generator, options, 64, by_reward=(rewards, PROMPTS[0]))
     assert judged.weights.items() > plain.weights.items()
     assert judged.activations > 1.05 * plain.activations and judged.peak > plain.peak
+    # what is kept of a prompt has values: steps are timed with it
+    kept = rewards.features(rewards.by_name["digit"], PROMPTS[:1])
+    assert kept is not None and kept.isfinite().all()
 
 
 def test_a_reward_needs_prompts(tmp_path: Path, call: Call) -> None:

@@ -107,7 +107,7 @@ def _write(
         f"{title}: {model}",
         facts,
         [section for section in sections if section is not None],
-        {**run, **settings},
+        {**settings, **run},
         read_jsonl(folder / "failures.jsonl"),
     )
     write_page(page, folder / "report.html")

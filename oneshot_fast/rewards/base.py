@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
 
 from oneshot_fast.errors import ModelError, require
@@ -212,9 +213,10 @@ class WeightedRewards(nn.Module):
         """``reward.encode(prompts)``, with prompts that came before taken from memory."""
         new = [p for p in dict.fromkeys(prompts) if (reward.name, p) not in self._features]
         if new:
-            rows = reward.encode(new)
-            for k, prompt in enumerate(new):
-                self._features[reward.name, prompt] = None if rows is None else rows[k]
+            with unset_fake_temporarily():  # a dry run keeps them for what it then times
+                rows = reward.encode(new)
+                for k, prompt in enumerate(new):
+                    self._features[reward.name, prompt] = None if rows is None else rows[k]
         found = [self._features[reward.name, prompt] for prompt in prompts]
         kept = [row for row in found if row is not None]
         return torch.stack(kept) if kept else None

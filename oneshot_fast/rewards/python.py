@@ -46,7 +46,7 @@ class PythonReward(Reward):
         """
         first = len(self._prompts)
         self._prompts += prompts
-        return torch.arange(first, len(self._prompts))
+        return torch.arange(first, len(self._prompts), device="cpu")
 
     def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
         """Scores, [B] float32, of images [B, 3, H, W] in [0, 1] RGB.
