@@ -1,6 +1,4 @@
-"""The one-step generator over a diffusers SDXL pipeline.
-
-Only this file, loading.py and pipeline_check.py know diffusers' pipelines."""
+"""The one-step generator over a diffusers SDXL pipeline, which loading.py knows, too."""
 
 from __future__ import annotations
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import json
 import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from oneshot_fast.errors import DataError
 from oneshot_fast.inputs import one_line, text_field
@@ -82,44 +80,27 @@ def read_parquet(file: str, prompt_field: str | None, image_field: str | None) -
         Exception: damage, after the rows before it; or the file cannot be read.
     """
     with open_file(file) as opened:
-        footer = extra_module("pyarrow.parquet").ParquetFile(opened)
-        groups = range(footer.num_row_groups)
-        sizes = [footer.metadata.row_group(group).num_rows for group in groups]
-        columns = footer.schema_arrow.names
-    wanted = _column(columns, prompt_field, _PROMPTS, "--prompt_field")
-    images = _column(columns, image_field, ("image",), "--image_field")
-    places = ((group, row) for group in groups for row in range(sizes[group]))
-    prompts, damage = _read_prompts(file, wanted)
-    for number, (prompt, (group, row)) in enumerate(zip(prompts, places, strict=False)):
-        try:
-            text = text_field({wanted: prompt}, wanted)
-        except DataError as error:
-            yield Sample(str(number), reason=str(error))
-        else:
-            yield Sample(str(number), text, cell_place(images, group, row))
-    if damage:
-        raise damage
+        rows = extra_module("pyarrow.parquet").ParquetFile(opened)
+        columns = rows.schema_arrow.names
+        wanted = _column(columns, prompt_field, _PROMPTS, "--prompt_field")
+        images = _column(columns, image_field, ("image",), "--image_field")
+        number = 0
+        for group in range(rows.num_row_groups):
+            for row, prompt in enumerate(_values(rows, group, wanted)):
+                try:
+                    text = text_field({wanted: prompt}, wanted)
+                except DataError as error:
+                    yield Sample(str(number), reason=str(error))
+                else:
+                    yield Sample(str(number), text, cell_place(images, group, row))
+                number += 1
 
 
-def _read_prompts(file: str, column: str) -> tuple[list[object], Exception | None]:
-    """All values of a column, or those before the damage, and the damage.
-
-    They are read at once because a process that ends while a stream of the library's is still
-    waiting hangs (datasets 5.2, pyarrow 26).
-    """
-    datasets = extra_module("datasets")
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs, it also raises
-    prompts: list[object] = []
-    try:
-        # the library takes its argument for a pattern
-        path = glob.escape(file)
-        rows = datasets.IterableDataset.from_parquet(path, columns=[column], batch_size=_ROWS)
-        with contextlib.closing(rows.iter(_ROWS)) as batches:
-            for batch in batches:
-                prompts += batch[column]
-    except Exception as error:  # damaged bytes and file systems raise nearly any class
-        return prompts, error
-    return prompts, None
+def _values(rows: Any, group: int, column: str) -> Iterator[object]:
+    """Values of a column in a row group of a ParquetFile, some at a time."""
+    # a thread that still reads when the process ends would make it hang or abort (pyarrow 26)
+    parts = rows.iter_batches(_ROWS, row_groups=[group], columns=[column], use_threads=False)
+    return (value for part in parts for value in part[column].to_pylist())
 
 
 def _column(columns: Sequence[str], wanted: str | None, defaults: Sequence[str], flag: str) -> str:

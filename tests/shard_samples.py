@@ -54,7 +54,6 @@ def samples(first: int, last: int, suffix: str = "png") -> list[tuple[str, bytes
 
 def parquet(rows: list[dict[str, Any]], group: int = 4) -> bytes:
     arrow, pq = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
-    pytest.importorskip("datasets")
     buffer = io.BytesIO()
     pq.write_table(arrow.Table.from_pylist(rows), buffer, row_group_size=group)
     return buffer.getvalue()
