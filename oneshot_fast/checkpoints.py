@@ -97,8 +97,10 @@ def ended(trainer: Trainer) -> Iterator[None]:
     # beside weights, moments and average a GPU may have no room for them
     now = {name: p.detach().to("cpu", copy=True) for name, p in trainer.parameters.items()}
     trainer.load_weights(trainer.final())
-    yield
-    trainer.load_weights(now)
+    try:
+        yield
+    finally:
+        trainer.load_weights(now)
 
 
 def _step(name: str) -> int:

@@ -1,4 +1,4 @@
-"""The one-step generator over a diffusers SDXL pipeline, which loading.py knows, too."""
+"""The one-step generator; only this file, loading.py and pipeline_check.py know the pipeline."""
 
 from __future__ import annotations
 

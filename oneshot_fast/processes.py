@@ -99,11 +99,13 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors in order, in groups of one type that are worth an exchange."""
     for _, alike in itertools.groupby(tensors, lambda tensor: tensor.dtype):
         bucket: list[Tensor] = []
+        size = 0
         for tensor in alike:
             bucket.append(tensor)
-            if sum(each.nbytes for each in bucket) >= _BUCKET:
+            size += tensor.nbytes
+            if size >= _BUCKET:
                 yield bucket
-                bucket = []
+                bucket, size = [], 0
         if bucket:
             yield bucket
 

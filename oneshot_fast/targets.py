@@ -49,7 +49,7 @@ class Targets:
         return self._latents[key]
 
     def keep(self, path: ImageRef, resize_mode: str, latent: Tensor) -> None:
-        """Take over the latent [C, h, w] float32 of an image that another process encoded."""
+        """Remember the latent [C, h, w] float32 of an image, whichever process encoded it."""
         self._latents[path, resize_mode] = latent
         if len(self._latents) * latent.nbytes > _KEPT_BYTES:
             del self._latents[next(iter(self._latents))]  # the oldest
