@@ -6,12 +6,16 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from oneshot_fast.runs import write_json, write_text
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Cells = Mapping[str, Sequence[Mapping[str, Any]]]
 _COLUMNS = (
     ("frechet_distance", "FD", 2), ("accuracy", "accuracy", 3), ("diversity", "diversity", 3),
     ("sharpness", "sharpness", 2), ("drift", "drift", 3), ("reconstruction", "reconstruction", 3),
@@ -94,44 +98,69 @@ def speed_table(results: Mapping[str, Any]) -> list[str]:
 
 
 def _plots(folder: Path, name: str, results: Mapping[str, Any]) -> list[tuple[Path, str]]:
-    from matplotlib.figure import Figure
-
     folder.mkdir(parents=True, exist_ok=True)
     cells = dict(sorted(results["cells"].items(), key=lambda item: _mean_distance(item[1])))
-    bars = Figure(figsize=(8, 0.32 * len(cells) + 1.2), layout="constrained")
-    axes = bars.add_subplot()
+    found = []
+    for plot, draw, title in (
+        ("quality", _draw_quality, "Frechet distance after each training"),
+        ("trade", _draw_trade, "what the loss of the assigned noises says about the training"),
+    ):
+        path = folder / f"{name}-{plot}.png"
+        draw(cells, results).savefig(path, dpi=130)
+        found.append((path, f"{name}: {title}"))
+    return found
+
+
+def _draw_quality(cells: Cells, results: Mapping[str, Any]) -> Figure:
+    """Mean and standard deviation of every cell's Frechet distance."""
+    figure, axes = _figure(8, 0.26 * len(cells) + 1.2)
     means = [_mean_distance(rows) for rows in cells.values()]
     errors = [stdev([r["frechet_distance"] for r in rows]) if len(rows) > 1 else 0.0
               for rows in cells.values()]  # fmt: skip
-    axes.barh([*cells], means, xerr=errors, color="#3b82f6", ecolor="#444444")
+    axes.errorbar(means, [*cells], xerr=errors, fmt="o", color="#3b82f6", ecolor="#444444")
     axes.axvline(results["base"]["frechet_distance"], color="#e8730c", label="base model")
-    axes.axvline(results["real"]["frechet_distance"], color="#14a375", label="real images")
-    axes.set_xscale("log")
-    axes.set_xlabel("Frechet distance on random noise, lower is better")
+    _logarithmic(axes, "x")
+    real = f"{results['real']['frechet_distance']:.2g}"
+    axes.set_xlabel(f"Frechet distance on random noise, lower is better; real images: {real}")
     axes.invert_yaxis()
     axes.legend()
-    trade = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = trade.add_subplot()
+    return figure
+
+
+def _draw_trade(cells: Cells, results: Mapping[str, Any]) -> Figure:
+    """Frechet distance over the loss of the assigned noises."""
+    figure, axes = _figure(10, 7)
     for cell, rows in cells.items():
         if rows[0]["matched_loss"] is not None:
             loss = fmean(row["matched_loss"] for row in rows)
             axes.scatter(loss, _mean_distance(rows), color="#3b82f6", s=18)
-            axes.annotate(cell, (loss, _mean_distance(rows)), fontsize=6)
+            axes.annotate(f" {cell}", (loss, _mean_distance(rows)), fontsize=7, rotation=15)
     axes.axhline(results["base"]["frechet_distance"], color="#e8730c", label="base model")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    for side in ("x", "y"):
+        _logarithmic(axes, side)
     axes.set_xlabel("loss of the assigned noises")
     axes.set_ylabel("Frechet distance on random noise")
     axes.legend()
-    found = []
-    for plot, figure, title in (
-        ("quality", bars, f"{name}: Frechet distance after each training"),
-        ("trade", trade, f"{name}: what the loss of the assigned noises says about the training"),
-    ):
-        path = folder / f"{name}-{plot}.png"
-        figure.savefig(path, dpi=130)
-        found.append((path, title))
-    return found
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _logarithmic(axes: Any, side: str) -> None:
+    """Make an axis logarithmic, with plain numbers."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set(**{f"{side}scale": "log"})
+    axis = getattr(axes, f"{side}axis")
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(3, 1)))
 
 
 def _mean_distance(rows: Sequence[Mapping[str, Any]]) -> float:
