@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 History = Sequence[Mapping[str, Any]]
-_COLUMNS, _GRID_SIDE = 3, 1280
+_GRID_SIDE = 1280
 _OF_THE_STEPS = ("epoch", "samples", "step", "loss", "matching", "preserve", "gradient_norm")
 _LAST = ("accuracy", "diversity", "drift")
 
@@ -131,7 +131,7 @@ def rewards_section(
         unit: After what each row was measured.
     """
     plot = Plot(
-        inline_svg(_draw)({"": rows}, unit),
+        inline_svg(_draw)({"": rows}, unit, 2),
         f"Measured after each {unit}. Bad: a reward that rises while a judge or the diversity "
         f"falls, which is over-optimisation; take fewer {unit}s, or a larger preserve weight.",
     )
@@ -172,7 +172,7 @@ def draw_histories(histories: Mapping[str, History], path: Path, unit: str = "ep
         unit: After what each row was measured.
     """
     with replacing(path) as temporary:
-        _draw(histories, unit).savefig(temporary, format="png", dpi=110)
+        _draw(histories, unit, 3).savefig(temporary, format="png", dpi=110)
 
 
 def _measures(rows: History) -> list[str]:
@@ -190,15 +190,15 @@ def _row(name: str, base: float, final: float) -> Row:
     return Row(label, [Cell(number(base)), Cell(number(final)), Cell(change, mood)])
 
 
-def _draw(histories: Mapping[str, History], unit: str) -> Figure:
+def _draw(histories: Mapping[str, History], unit: str, columns: int) -> Figure:
     """A panel per measure, a line per training."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     measures = _measures(next(iter(histories.values())))
-    rows = -(-len(measures) // _COLUMNS)
-    figure = Figure(figsize=(3.1 * _COLUMNS, 2.5 * rows), layout="constrained")
-    panels: Any = figure.subplots(rows, _COLUMNS, squeeze=False).flat
+    rows = -(-len(measures) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.5 * rows), layout="constrained")
+    panels: Any = figure.subplots(rows, columns, squeeze=False).flat
     for axes, measure in zip(panels, measures, strict=False):
         for k, (name, found) in enumerate(histories.items()):
             epochs, values = [row["epoch"] for row in found], [row[measure] for row in found]
