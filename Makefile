@@ -42,14 +42,14 @@ bench: build
 build: .venv/.built
 
 GPU_NEEDS := setuptools cmake ninja pybind11 numpy tyro matplotlib pytest pytest-timeout pytest-xdist
-GPU_TESTS := $(addprefix tests/test_,ops.py gpu.py rotation_step.py triton_kernels.py triton.py)
+GPU_TESTS := $(addprefix tests/ops/test_,ops.py gpu.py rotation_step.py triton_kernels.py triton.py)
 GPU_JOBS  ?= 8
 GPU_BENCH ?= --seconds 0.15 --budget 150
 gpu sanitize: export OSF_WITH_CUDA := on
 gpu: $(VENV)/.built-cuda
 	status=0; tests="$(BIN)/python -m pytest -m gpu --timeout 300 -p no:cacheprovider"; \
 	$$tests -n $(GPU_JOBS) -k 'not 2_31' $(GPU_TESTS) || status=1; \
-	$$tests -k 2_31 tests/test_gpu.py || status=1; \
+	$$tests -k 2_31 tests/ops/test_gpu.py || status=1; \
 	$(BIN)/python benchmarks/bench_ops.py $(GPU_BENCH) || status=1; \
 	$(BIN)/python benchmarks/plot_ops.py || status=1; \
 	$(BIN)/python benchmarks/sdxl_turbo.py --arch full --short || status=1; \
@@ -59,11 +59,11 @@ SANITIZE = compute-sanitizer --error-exitcode 1 --report-api-errors no --tool $(
            $(BIN)/python -m pytest -m gpu -p no:cacheprovider
 sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
 sanitize: $(VENV)/.built-cuda
-	$(call SANITIZE,memcheck) tests/test_ops.py \
+	$(call SANITIZE,memcheck) tests/ops/test_ops.py \
 	    -k 'value_and_gradients and cuda and float32 and (contiguous or misaligned)'
-	$(call SANITIZE,racecheck --kernel-name kns=osf) tests/test_ops.py \
+	$(call SANITIZE,racecheck --kernel-name kns=osf) tests/ops/test_ops.py \
 	    -k 'value_and_gradients and cuda and float32 and contiguous'
-	$(call SANITIZE,initcheck --kernel-name kns=osf) tests/test_gpu.py \
+	$(call SANITIZE,initcheck --kernel-name kns=osf) tests/ops/test_gpu.py \
 	    -k 'nothing_waits and cuda'
 
 # CUDA kernels for the GPU at hand, unless OSF_CUDA_ARCHITECTURES says which

@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from oneshot_fast.loading import load_generator
-from oneshot_fast.optimize_options import OptimizeOptions
-from oneshot_fast.optimize_run import samples_of
-from oneshot_fast.reward_search import RewardSearch, Sample
+from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.jobs.optimize.options import OptimizeOptions
+from oneshot_fast.jobs.optimize.run import samples_of
+from oneshot_fast.jobs.optimize.search import RewardSearch, Sample
 from oneshot_fast.rewards import load_rewards
-from oneshot_fast.seeds import gaussian
+from oneshot_fast.runtime.seeds import gaussian
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = [f"a photo of the digit {digit}" for digit in DIGITS]

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from oneshot_fast.em import main as em
-from oneshot_fast.runs import mend_jsonl, read_json
+from oneshot_fast.runtime.files import mend_jsonl, read_json
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 ROWS = (

@@ -13,11 +13,11 @@ from sdxl_models import SIZES, _text, build_pipeline, build_unet
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from oneshot_fast.decoder import Decoder
-from oneshot_fast.generator import OneStepGenerator
-from oneshot_fast.matching import AssignOptions
-from oneshot_fast.memory import StepMemory, assignment_memory, training_memory
-from oneshot_fast.training import SftOptions
+from oneshot_fast.generators.decoder import Decoder
+from oneshot_fast.generators.sdxl import OneStepGenerator
+from oneshot_fast.jobs.assign.objective import AssignOptions
+from oneshot_fast.planning.memory import StepMemory, assignment_memory, training_memory
+from oneshot_fast.training.batch import SftOptions
 
 RESOLUTION = 512
 LATENT_ONLY = {"batch_size": 1, "preserve_pixel_weight": 0.0, "gradient_checkpointing": True}

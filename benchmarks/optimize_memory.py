@@ -29,10 +29,10 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from oneshot_fast.decoder import Decoder
-from oneshot_fast.optimize_options import OptimizeOptions
-from oneshot_fast.optimize_plan import SearchMemory, search_memory
-from oneshot_fast.reward_search import RewardSearch, Sample
+from oneshot_fast.generators.decoder import Decoder
+from oneshot_fast.jobs.optimize.options import OptimizeOptions
+from oneshot_fast.jobs.optimize.plan import SearchMemory, search_memory
+from oneshot_fast.jobs.optimize.search import RewardSearch, Sample
 from oneshot_fast.rewards.base import Reward, WeightedRewards
 from oneshot_fast.rewards.clip_encoder import ClipEncoder, CosineReward
 from oneshot_fast.rewards.imagereward import ImageRewardReward

@@ -11,9 +11,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from oneshot_fast.images import save_png
-from oneshot_fast.runs import write_jsonl
-from oneshot_fast.tiny.model import build_tokenizer, random_pipeline
+from oneshot_fast.data.images import save_png
+from oneshot_fast.embedded.pipeline import build_tokenizer, random_pipeline
+from oneshot_fast.runtime.files import write_jsonl
 
 # The published sizes of SDXL-Turbo, and a model of the same shape for a CPU.
 SIZES = {

@@ -13,15 +13,15 @@ import torch
 from reference_recipe import ReferenceRecipe
 from sdxl_models import SIZES, build_pipeline, write_data
 
-from oneshot_fast.assign_run import AssignRun
-from oneshot_fast.data import read_manifest, read_pairs
-from oneshot_fast.generator import OneStepGenerator
-from oneshot_fast.matching import AssignOptions
-from oneshot_fast.runs import write_jsonl, write_safetensors
-from oneshot_fast.seeds import gaussian
-from oneshot_fast.sft_run import SftRun
-from oneshot_fast.targets import Targets
-from oneshot_fast.training import SftOptions
+from oneshot_fast.data.pairs import read_manifest, read_pairs
+from oneshot_fast.generators.sdxl import OneStepGenerator
+from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.jobs.assign.objective import AssignOptions
+from oneshot_fast.jobs.assign.run import AssignRun
+from oneshot_fast.jobs.sft.run import SftRun
+from oneshot_fast.runtime.files import write_jsonl, write_safetensors
+from oneshot_fast.runtime.seeds import gaussian
+from oneshot_fast.training.batch import SftOptions
 
 if TYPE_CHECKING:
     from sdxl_turbo import Config

@@ -22,7 +22,7 @@ from typing import Any
 import tyro
 from results import RESULTS, environment
 
-from oneshot_fast.tiny.dataset import write_default_dataset
+from oneshot_fast.embedded.digits import write_default_dataset
 
 
 @dataclass

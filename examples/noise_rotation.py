@@ -13,8 +13,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from oneshot_fast import ops
-from oneshot_fast.rotation import PatchRotation
-from oneshot_fast.tiny.model import model_path
+from oneshot_fast.embedded.pipeline import model_path
+from oneshot_fast.noise.rotation import PatchRotation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -16,8 +16,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.optimize import main as optimize
-from oneshot_fast.tiny.model import model_path
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -17,11 +17,11 @@ with the ten prompts below in digits.txt.
 import sys
 from pathlib import Path
 
-from oneshot_fast.loading import load_generator
-from oneshot_fast.report.reward_training import draw_histories, history
-from oneshot_fast.reward_training import RewardRun
+from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.jobs.sft.rewards import RewardRun
+from oneshot_fast.report.rewards import draw_histories, history
 from oneshot_fast.rewards import load_rewards
-from oneshot_fast.training import SftOptions
+from oneshot_fast.training.batch import SftOptions
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = [f"a handwritten digit {digit}" for digit in DIGITS]

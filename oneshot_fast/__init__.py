@@ -5,7 +5,7 @@ import importlib.metadata
 import torch
 
 from oneshot_fast import _C, ops
-from oneshot_fast.rotation_adam import RotationAdam
+from oneshot_fast.noise.rotation_adam import RotationAdam
 
 __version__ = importlib.metadata.version("oneshot-fast")
 __all__ = ["RotationAdam", "__version__", "build_info", "ops"]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from oneshot_fast.assign_run import AssignRun
 from oneshot_fast.cli import (
     OK,
     SOME_FAILED,
@@ -18,14 +17,15 @@ from oneshot_fast.cli import (
     public,
     run_command,
 )
-from oneshot_fast.data import Record, pair_id
+from oneshot_fast.data.pairs import Record, pair_id
 from oneshot_fast.errors import UserError, require
-from oneshot_fast.matching import AssignOptions
+from oneshot_fast.jobs.assign.objective import AssignOptions
+from oneshot_fast.jobs.assign.run import AssignRun
 
 if TYPE_CHECKING:
-    from oneshot_fast.generator import OneStepGenerator
-    from oneshot_fast.sources import Source
-    from oneshot_fast.targets import Targets
+    from oneshot_fast.data.sources import Source
+    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.target_images import Targets
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class AssignCommand:
 
 def open_data(command: AssignCommand) -> Source:
     """The data set, or the single target, that the command line names."""
-    from oneshot_fast.sources import FolderSource
+    from oneshot_fast.data.sources import FolderSource
 
     single = command.prompt is not None or command.target_image_path is not None
     if command.data.data_root is not None:
@@ -92,9 +92,9 @@ def execute(command: AssignCommand) -> int:
     if command.engine == "ray" and folder is not None and not command.dry_run:
         return _finish(command, folder, _run_on_ray(command, folder, source))
 
-    from oneshot_fast.batch_size import automatic_batch_size
-    from oneshot_fast.processes import gathered
-    from oneshot_fast.targets import Targets
+    from oneshot_fast.generators.target_images import Targets
+    from oneshot_fast.planning.batch_size import automatic_batch_size
+    from oneshot_fast.runtime.processes import gathered
 
     generator = command.model.load(command.model_id)
     targets = Targets(generator, command.data.resolution)
@@ -121,8 +121,8 @@ def execute(command: AssignCommand) -> int:
 
 
 def _run_on_ray(command: AssignCommand, folder: Path, source: Source) -> dict[str, Any]:
-    from oneshot_fast.ray_engine import run_on_ray
-    from oneshot_fast.ray_worker import Job
+    from oneshot_fast.jobs.assign.ray_driver import run_on_ray
+    from oneshot_fast.jobs.assign.ray_worker import Job
 
     job = Job(
         command.model,
@@ -146,8 +146,8 @@ def _run_on_ray(command: AssignCommand, folder: Path, source: Source) -> dict[st
 
 def _finish(command: AssignCommand, folder: Path, summary: dict[str, Any]) -> int:
     """Write the report and say what was reached."""
-    from oneshot_fast.processes import is_main
     from oneshot_fast.report import write_assign_report
+    from oneshot_fast.runtime.processes import is_main
 
     if is_main():
         write_assign_report(folder, public(command))
@@ -163,7 +163,7 @@ def print_plan(
     samples: int | None,
 ) -> None:
     """Say what the command would need."""
-    from oneshot_fast.dry_run import assign_plan
+    from oneshot_fast.planning.timing import assign_plan
 
     print(
         assign_plan(

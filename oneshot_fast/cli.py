@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from oneshot_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from oneshot_fast.data import Failure, Record
-    from oneshot_fast.generator import OneStepGenerator
-    from oneshot_fast.sources import Source
+    from oneshot_fast.data.pairs import Failure, Record
+    from oneshot_fast.data.sources import Source
+    from oneshot_fast.generators.sdxl import OneStepGenerator
 
 OK, SOME_FAILED, BAD_INPUT, NO_SPACE, INTERRUPTED = 0, 1, 2, 3, 130
 Options = TypeVar("Options")
@@ -76,7 +76,7 @@ class ModelOptions:
         import torch
         import transformers
 
-        from oneshot_fast.loading import load_generator
+        from oneshot_fast.generators.loading import load_generator
 
         if self.compile_mode != "default" and not self.compile:
             raise UserError("--compile_mode is for --compile; give both")
@@ -98,8 +98,8 @@ class ModelOptions:
         """Set decoder, memory order and compilation."""
         import torch
 
-        from oneshot_fast.encoding_cache import EncodingCache
-        from oneshot_fast.loading import load_tiny_decoder
+        from oneshot_fast.generators.cache import EncodingCache
+        from oneshot_fast.generators.loading import load_tiny_decoder
 
         auto = self.decoder_dtype == "auto"
         touched = self.decoder_id or not auto or self.decoder_checkpointing or self.decoder_tiling
@@ -154,7 +154,7 @@ class DataOptions:
 
     def open(self, data_root: str | Path) -> Source:
         """The data set in ``data_root`` as a stream, read as these options say."""
-        from oneshot_fast.sources import open_source
+        from oneshot_fast.data.sources import open_source
 
         return open_source(
             data_root,
@@ -167,7 +167,7 @@ class DataOptions:
 
     def read(self, data_root: str | Path) -> tuple[list[Record], list[Failure]]:
         """All records and failures of the data set in ``data_root``."""
-        from oneshot_fast.data import Failure, Record
+        from oneshot_fast.data.pairs import Failure, Record
 
         items = list(self.open(data_root))
         records = [item for item in items if isinstance(item, Record)]
@@ -205,8 +205,8 @@ def run_command(
     again = "everything finished is kept; repeat the command to go on"
     try:
         code = command(_parse(name, options, argv))
-        if "oneshot_fast.processes" in sys.modules:
-            sys.modules["oneshot_fast.processes"].leave()
+        if "oneshot_fast.runtime.processes" in sys.modules:
+            sys.modules["oneshot_fast.runtime.processes"].leave()
         return code
     except UserError as error:
         return _fail(BAD_INPUT, str(error))

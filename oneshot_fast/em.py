@@ -18,9 +18,9 @@ from oneshot_fast.cli import (
     public,
     run_command,
 )
-from oneshot_fast.em_options import EmOptions
-from oneshot_fast.em_run import EmRun
-from oneshot_fast.reward_options import (
+from oneshot_fast.jobs.em.options import EmOptions
+from oneshot_fast.jobs.em.targets import EmRun
+from oneshot_fast.rewards.options import (
     RewardOptions,
     RewardTrainingOptions,
     check_no_flags_of_rewards,
@@ -76,7 +76,7 @@ def execute(command: EmCommand) -> int:
     options = command.em.resolve(embedded=not own_data)
     command = dataclasses.replace(command, initial_model_id=model_id, em=options)
     if by_reward:
-        from oneshot_fast.em_rewards import execute as execute_by_reward
+        from oneshot_fast.jobs.em.rewards import execute as execute_by_reward
 
         return execute_by_reward(command)
     if command.dry_run:
@@ -84,8 +84,8 @@ def execute(command: EmCommand) -> int:
         return OK
     summary = EmRun(command).run()
 
-    from oneshot_fast.processes import is_main
     from oneshot_fast.report import write_em_report
+    from oneshot_fast.runtime.processes import is_main
 
     if is_main():
         write_em_report(command.work_dir, public(command))
@@ -98,8 +98,8 @@ def print_plan(command: EmCommand) -> None:
     em, data = command.em, command.data
     em.check()
 
-    from oneshot_fast.dry_run import assign_plan, duration, sft_plan
-    from oneshot_fast.tiny.dataset import TRAIN_PAIRS
+    from oneshot_fast.embedded.digits import TRAIN_PAIRS
+    from oneshot_fast.planning.timing import assign_plan, duration, sft_plan
 
     if data.data_root is None:
         samples = len(range(TRAIN_PAIRS)[data.start_index :][: data.max_samples])

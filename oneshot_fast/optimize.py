@@ -19,12 +19,12 @@ from oneshot_fast.cli import (
     run_command,
 )
 from oneshot_fast.errors import UserError, require
-from oneshot_fast.optimize_options import OptimizeOptions
-from oneshot_fast.reward_options import RewardOptions, read_prompts
-from oneshot_fast.reward_pairs import MANIFEST
+from oneshot_fast.jobs.optimize.options import OptimizeOptions
+from oneshot_fast.jobs.optimize.pairs import MANIFEST
+from oneshot_fast.rewards.options import RewardOptions, read_prompts
 
 if TYPE_CHECKING:
-    from oneshot_fast.reward_search import RewardSearch, Sample
+    from oneshot_fast.jobs.optimize.search import RewardSearch, Sample
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ def execute(command: OptimizeCommand) -> int:
         require(0 <= step <= last, f"save_steps names step {step}; there are 0 to {last}")
     prompts = prompts_of(command)
 
-    from oneshot_fast.optimize_run import OptimizeRun, samples_of
+    from oneshot_fast.jobs.optimize.run import OptimizeRun, samples_of
     from oneshot_fast.report.optimize import write_optimize_report
 
     search = load_search(command)
     samples = samples_of(prompts, command.num_images_per_prompt, command.run.seed, command.seeds)
     batch_size = fitting_batch_size(command, search, samples)
     if command.output_dir is None or command.dry_run:
-        from oneshot_fast.optimize_plan import optimize_plan
+        from oneshot_fast.jobs.optimize.plan import optimize_plan
 
         print("\n".join(optimize_plan(search, samples, batch_size)))
         return OK
@@ -119,9 +119,9 @@ def execute(command: OptimizeCommand) -> int:
 
 def load_search(command: OptimizeCommand) -> RewardSearch:
     """Generator and rewards, ready to search."""
-    from oneshot_fast.reward_search import RewardSearch
-    from oneshot_fast.rotation import check_patching
-    from oneshot_fast.targets import Targets
+    from oneshot_fast.generators.target_images import Targets
+    from oneshot_fast.jobs.optimize.search import RewardSearch
+    from oneshot_fast.noise.rotation import check_patching
 
     generator = command.model.load(command.model_id)
     side = Targets(generator, command.resolution).resolution  # checks it
@@ -140,8 +140,8 @@ def fitting_batch_size(
     """The batch size named, or the one that fits."""
     if command.batch_size != "auto":
         return command.batch_size
-    from oneshot_fast.batch_size import ON_CPU
-    from oneshot_fast.optimize_plan import largest_batch
+    from oneshot_fast.jobs.optimize.plan import largest_batch
+    from oneshot_fast.planning.batch_size import ON_CPU
 
     on_cpu = search.generator.device.type != "cuda"
     return ON_CPU if on_cpu else largest_batch(search, samples[0])

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot_fast.cli import OK, SOME_FAILED, ModelOptions, RunOptions, public, run_command
-from oneshot_fast.data import DataError, MatchedPair, load_noise, read_manifest
+from oneshot_fast.data.pairs import DataError, MatchedPair, load_noise, read_manifest
 from oneshot_fast.errors import UserError, require
-from oneshot_fast.reward_options import (
+from oneshot_fast.jobs.sft.run import SftRun
+from oneshot_fast.rewards.options import (
     RewardOptions,
     RewardTrainingOptions,
     check_no_flags_of_rewards,
     read_prompts,
 )
-from oneshot_fast.sft_run import SftRun
-from oneshot_fast.training import SftOptions
+from oneshot_fast.training.batch import SftOptions
 
 if TYPE_CHECKING:
-    from oneshot_fast.reward_training import RewardRun
+    from oneshot_fast.jobs.sft.rewards import RewardRun
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,15 @@ def execute(command: SftCommand) -> int:
     command.training.check()
     pairs, failures = read_manifest(command.manifest_path)
 
-    from oneshot_fast.processes import is_main
+    from oneshot_fast.generators.target_images import Targets
     from oneshot_fast.report import write_sft_report
-    from oneshot_fast.targets import Targets
+    from oneshot_fast.runtime.processes import is_main
 
     master_weights = command.training.weights_dtype == "float32"
     generator = command.model.load(command.model_id, master_weights=master_weights)
     side = generator.side_of(_noise_shape(pairs))
     if folder is None or command.dry_run:
-        from oneshot_fast.dry_run import sft_plan
+        from oneshot_fast.planning.timing import sft_plan
 
         plan = sft_plan(
             generator,
@@ -137,7 +137,7 @@ def train_on_rewards(command: SftCommand) -> int:
     prompts = read_prompts(options.prompt_file)
     run = _reward_run(command)
     if folder is None or command.dry_run:
-        from oneshot_fast.dry_run import sft_plan
+        from oneshot_fast.planning.timing import sft_plan
 
         plan = sft_plan(
             run.generator,
@@ -151,8 +151,8 @@ def train_on_rewards(command: SftCommand) -> int:
         return OK
     summary = run.run(prompts, overwrite=command.run.overwrite, report_to=command.run.report_to)
 
-    from oneshot_fast.processes import is_main
-    from oneshot_fast.report.reward_training import write_reward_report
+    from oneshot_fast.report.rewards import write_reward_report
+    from oneshot_fast.runtime.processes import is_main
 
     if is_main():
         write_reward_report(folder, public(command))
@@ -161,8 +161,8 @@ def train_on_rewards(command: SftCommand) -> int:
 
 
 def _reward_run(command: SftCommand) -> RewardRun:
-    from oneshot_fast.reward_training import RewardRun
-    from oneshot_fast.targets import Targets
+    from oneshot_fast.generators.target_images import Targets
+    from oneshot_fast.jobs.sft.rewards import RewardRun
 
     options, master_weights = command.reward_training, command.training.weights_dtype == "float32"
     generator = command.model.load(command.model_id, master_weights=master_weights)

@@ -59,7 +59,7 @@ def execute(command: TheoryCommand) -> int:
     )
 
     from oneshot_fast.report.theory import write_theory_report
-    from oneshot_fast.runs import write_json
+    from oneshot_fast.runtime.files import write_json
 
     found = measure(command)
     command.output_dir.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def execute(command: TheoryCommand) -> int:
 def measure(command: TheoryCommand) -> dict[str, Any]:
     """Statistics of drawn, rotated and chosen noises, as theory.json keeps them."""
     from oneshot_fast import ops
-    from oneshot_fast.patch_statistics import PatchStatistics
+    from oneshot_fast.noise.statistics import PatchStatistics
 
     started = time.perf_counter()
     p, shape = command.patch_size, _drawn_shape(command)
@@ -202,9 +202,9 @@ def load_rotations(path: Path, D: int) -> Tensor:
 
 def _assigned(path: Path, channels: int, p: int) -> Any:
     """Statistics of the noises of a manifest, read one after the other."""
-    from oneshot_fast.data import read_manifest
-    from oneshot_fast.manifests import load_noise
-    from oneshot_fast.patch_statistics import PatchStatistics
+    from oneshot_fast.data.manifests import load_noise
+    from oneshot_fast.data.pairs import read_manifest
+    from oneshot_fast.noise.statistics import PatchStatistics
 
     pairs, _ = read_manifest(path)
     statistics: PatchStatistics | None = None

@@ -115,7 +115,7 @@ class Ended:
 @pytest.fixture(scope="session")
 def tiny() -> Any:
     """The embedded generator; its weights must be left as they are."""
-    from oneshot_fast.loading import load_generator
+    from oneshot_fast.generators.loading import load_generator
 
     return load_generator("tiny")
 
@@ -123,7 +123,7 @@ def tiny() -> Any:
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first pairs of the default data set; for a test to change there is ``data``."""
-    from oneshot_fast.tiny.dataset import write_default_dataset
+    from oneshot_fast.embedded.digits import write_default_dataset
 
     root = tmp_path_factory.mktemp("default")
     write_default_dataset(root)
@@ -173,7 +173,7 @@ class Forks:
     def __init__(self, logs: Path) -> None:
         """Start the server; ``logs`` takes the children's output."""
         self._server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+            [sys.executable, str(Path(__file__).with_name("helpers") / "fork_server.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

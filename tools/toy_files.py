@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneshot_fast.tiny.dataset import load_digits, random_affine, random_style, render
+from oneshot_fast.embedded.digits import load_digits, random_affine, random_style, render
 
 Draw = Callable[[Tensor, torch.Generator], Tensor]
 

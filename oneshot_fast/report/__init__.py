@@ -19,7 +19,7 @@ from oneshot_fast.report.sections import (
     targets_section,
     training_section,
 )
-from oneshot_fast.runs import read_json
+from oneshot_fast.runtime.files import read_json
 
 
 def write_assign_report(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from oneshot_fast.diagnostics import LEVEL, diagnose
+from oneshot_fast.noise.checks import LEVEL, diagnose
 from oneshot_fast.report import plots
 from oneshot_fast.report.page import Cell, Plot, Row, Section, Table, number
 

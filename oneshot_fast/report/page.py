@@ -15,7 +15,7 @@ from typing import Any, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from oneshot_fast.runs import write_text
+from oneshot_fast.runtime.files import write_text
 
 # Images up to this side are few pixels shown large; larger ones are shown smooth.
 _PIXEL_ART = 128

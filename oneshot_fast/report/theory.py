@@ -18,7 +18,7 @@ from oneshot_fast.report.page import (
     write_page,
 )
 from oneshot_fast.report.plots import GREY, PALETTE, inline_svg, new_axes
-from oneshot_fast.runs import replacing
+from oneshot_fast.runtime.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oneshot_fast.embedded.classifier import digit_of, load_classifier
+from oneshot_fast.embedded.digits import IMAGE_SIZE
 from oneshot_fast.errors import UserError
 from oneshot_fast.rewards.base import Reward, Setup
 from oneshot_fast.rewards.preprocess import resize
-from oneshot_fast.tiny.classifier import digit_of, load_classifier
-from oneshot_fast.tiny.dataset import IMAGE_SIZE
 
 
 class DigitReward(Reward):

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from oneshot_fast.errors import UserError
 from oneshot_fast.rewards.base import Reward, Setup
-from oneshot_fast.user_functions import import_function
+from oneshot_fast.runtime.user_functions import import_function
 
 
 class PythonReward(Reward):

@@ -1,0 +1,1 @@
+"""The user's input: pairs, shards, manifests, images, noises."""

@@ -1,0 +1,104 @@
+"""Decode one image file of any common kind to a [3, H, W] tensor in [0, 1] RGB."""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from oneshot_fast.data.image_refs import ImageRef
+from oneshot_fast.data.records import one_line
+from oneshot_fast.errors import DataError
+
+# A fixed list, since Pillow would hand some other formats (EPS) to external programs.
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+
+
+def load_image(path: ImageRef, height: int, width: int, resize_mode: str = "crop") -> Tensor:
+    """Decode an image file and resize it with Pillow's antialiased Lanczos filter.
+
+    EXIF rotation is applied, transparency is composited over white, of an animation the first frame
+    is taken, and grey deeper than 8 bits keeps its depth (65535 becomes 1.0). Floating-point images
+    must hold values in [0, 1]. Colour profiles are ignored; CMYK is converted by Pillow's formula.
+
+    Args:
+        path: PNG, JPEG, WebP, TIFF, BMP, GIF, PPM, JPEG 2000 or AVIF file, whatever its suffix; or
+            such a file inside a shard.
+        height: H of the result, pixels.
+        width: W of the result, pixels.
+        resize_mode: "crop" scales to cover H x W and cuts the centre; "squash" changes the aspect.
+
+    Returns:
+        [3, H, W] float32, [0, 1] RGB, contiguous.
+
+    Raises:
+        DataError: the file is missing, damaged, too large, not an image, or `resize_mode` is wrong.
+    """
+    if resize_mode not in ("crop", "squash"):
+        raise DataError(f"resize_mode is '{resize_mode}': use crop or squash")
+    if isinstance(path, Path) and not os.path.isfile(path):
+        raise DataError(f"{path}: no such image file")
+    try:
+        image = _decode(path)
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: not an image in a known format ({', '.join(_FORMATS)})") from None
+    except Exception as error:  # on damaged bytes Pillow's decoders raise nearly any class
+        raise DataError(f"{path}: cannot be decoded: {one_line(error)}") from error
+    if resize_mode == "crop":
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    else:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
+    if image.mode == "F":  # Lanczos overshoots at edges; Pillow clips this for 8 bits only
+        return pixels.clamp(0, 1).expand(3, -1, -1).contiguous()
+    return pixels.permute(2, 0, 1).div(255).contiguous()
+
+
+def _decode(path: ImageRef) -> Image.Image:
+    """First frame, upright and opaque: mode "RGB", or "F" in [0, 1] for grey deeper than 8 bits."""
+    source = path if isinstance(path, Path) else io.BytesIO(path.read())
+    with Image.open(source, formats=_FORMATS) as image:
+        image.load()  # damaged pixels raise here; below, only the EXIF block can be at fault
+        with contextlib.suppress(Exception):  # a broken EXIF block does not spoil the picture
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I") or image.mode == "F":
+            return Image.fromarray(_deep_grey(path, image))
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        opaque = Image.new("RGBA", image.size, "white")
+        opaque.alpha_composite(image.convert("RGBA"))
+        return opaque.convert("RGB")
+
+
+def _deep_grey(path: ImageRef, image: Image.Image) -> npt.NDArray[np.float32]:
+    """[H, W] float32 in [0, 1] of a grey image with 12, 16 or 32 bits per pixel."""
+    # Pillow unpacks the bits of a TIFF but neither scales nor inverts deep grey.
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_TIFF_BITS, (16,))[0]
+    white = 1.0 if image.mode == "F" else float((1 << min(bits, 16)) - 1)
+    grey = np.asarray(image).astype(np.float32) / np.float32(white)
+    # Rounding of a float image may pass the ends by a little; anything more is another value range.
+    if not (grey.min() >= -1e-3 and grey.max() <= 1 + 1e-3):  # also false for NaN
+        raise DataError(
+            f"{path}: pixel values outside 0..{white:g}: save it with 8 or 16 bits per channel"
+        )
+    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 1 - grey
+    if "transparency" in image.info:  # PNG: the one grey value that is see-through
+        grey[grey == np.float32(image.info["transparency"]) / np.float32(white)] = 1
+    return grey.clip(0, 1)
+
+
+def save_png(path: Path, image: Tensor) -> None:
+    """Write an image [3, H, W] in [0, 1] RGB as an 8-bit PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    Image.fromarray(array.cpu().numpy()).save(path)

@@ -1,0 +1,133 @@
+"""Matched pairs back from manifests, ours and the reference workflow's."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from oneshot_fast.data.image_refs import ImageRef, image_ref, image_text
+from oneshot_fast.data.noise_files import read_noise
+from oneshot_fast.data.records import (
+    Failure,
+    claim_id,
+    find_file,
+    nothing_usable,
+    pair_id,
+    read_objects,
+    text_field,
+)
+from oneshot_fast.errors import DataError
+from oneshot_fast.runtime.files import mend_jsonl, write_jsonl
+
+
+@dataclass(frozen=True)
+class MatchedPair:
+    """One (prompt, target image, noise) of a manifest; paths are absolute."""
+
+    id: str
+    prompt: str
+    image_path: ImageRef
+    noise_path: Path  # .safetensors, or .pt from the reference workflow
+    noise_index: int | None  # row of tensor "z" in a safetensors shard; None: a file of one noise
+    resize_mode: str = "crop"  # how the target was brought to the model's resolution
+    image_sha256: str | None = None  # of the target when the noise was assigned
+
+
+def read_manifest(path: Path) -> tuple[list[MatchedPair], list[Failure]]:
+    """Read a manifest of matched pairs, of `oneshot_fast.assign` or of the reference workflow.
+
+    Lines of ours hold id, prompt, target_image_path, noise_path and noise_index; their paths are
+    relative to the manifest's folder. Lines of the reference workflow hold prompt,
+    target_image_path and best_input_noise_path; their paths are relative to the manifest's folder
+    or else to the working directory. Absolute paths are taken as they are. A line without an id
+    gets the id that `Record` describes; a repeated id gets "-1", "-2", ... in file order.
+
+    Returns:
+        The pairs and the failures, each in file order.
+
+    Raises:
+        DataError: no such file, or no usable line in it.
+    """
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: no such manifest file; give the path of a manifest.jsonl")
+    used: dict[str, int] = {}
+    found = [_parse_match(number, item, path.parent, used) for number, item in read_objects(path)]
+    pairs = [item for item in found if isinstance(item, MatchedPair)]
+    failures = [item for item in found if isinstance(item, Failure)]
+    if not pairs:
+        raise nothing_usable(
+            path, failures, '{"prompt": ..., "target_image_path": ..., "noise_path": ...}'
+        )
+    return pairs, failures
+
+
+def merge_manifests(old: Path, new: Path, merged: Path) -> None:
+    """Write the lines of ``old``, each replaced by the line of ``new`` with its id, if any.
+
+    All are manifests of ours; the paths are made relative to the folder of ``merged``.
+    """
+    home = merged.parent.resolve()
+    lines: dict[str, dict[str, object]] = {}
+    for path in (old, new):
+        for row in mend_jsonl(path):
+            image = image_ref(row["target_image_path"], path.parent.resolve())
+            noise = path.parent.resolve() / row["noise_path"]
+            lines[row["id"]] = row | {
+                "target_image_path": image_text(image, home),
+                "noise_path": os.path.relpath(noise, home),
+            }
+    write_jsonl(merged, lines.values())
+
+
+def load_noise(pair: MatchedPair) -> Tensor:
+    """Load the noise of one matched pair; of a shard, only its row is read.
+
+    Returns:
+        [C, h, w] float32 on the CPU, finite.
+
+    Raises:
+        DataError: the file is damaged or no plain tensor; the noise has a wrong shape or values.
+    """
+    return read_noise(pair.noise_path, pair.noise_index)
+
+
+def _parse_match(
+    line: int, item: dict[str, object] | str, folder: Path, used: dict[str, int]
+) -> MatchedPair | Failure:
+    name = prompt = image = None
+    try:
+        if isinstance(item, str):
+            raise DataError(item)
+        image = text_field(item, "target_image_path")
+        prompt = text_field(item, "prompt")
+        wanted = pair_id(image, prompt) if item.get("id") is None else text_field(item, "id")
+        name = claim_id(wanted, used)
+        reference = "noise_path" not in item and "best_input_noise_path" in item
+        noise = text_field(item, "best_input_noise_path" if reference else "noise_path")
+        index = _noise_index(item, noise)
+        folders = [folder, Path.cwd()] if reference else [folder]
+        image_path = image_ref(image, *folders)
+        noise_path = find_file(noise, folders)
+        mode = text_field(item, "resize_mode") if "resize_mode" in item else "crop"
+        digest = text_field(item, "image_sha256") if "image_sha256" in item else None
+        return MatchedPair(name, prompt, image_path, noise_path, index, mode, digest)
+    except DataError as error:
+        return Failure(str(error), line, name, prompt, image)
+
+
+def _noise_index(item: dict[str, object], noise: str) -> int | None:
+    """Checked `noise_index` of a manifest line, whose noise file must be of a known kind."""
+    index = item.get("noise_index")
+    suffix = Path(noise).suffix
+    if suffix not in (".safetensors", ".pt"):
+        raise DataError(f"noise file '{noise}' is neither .safetensors nor .pt")
+    if index is None:
+        return None
+    if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+        raise DataError("'noise_index' must be a whole number, 0 or more, or null")
+    if suffix == ".pt":
+        raise DataError("'noise_index' needs a .safetensors noise file: a .pt file holds one noise")
+    return index

@@ -1,0 +1,82 @@
+"""Read one noise from a safetensors shard or from a .pt file, tensors only."""
+
+import pickle
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from oneshot_fast.data.records import one_line
+from oneshot_fast.errors import DataError
+
+
+def read_noise(path: Path, index: int | None) -> Tensor:
+    """Read one noise; of a safetensors shard, only its row.
+
+    Args:
+        path: .safetensors file with a tensor "z", or a torch.save file of one tensor or of a dict
+            that holds exactly one noise. Code in a pickle is never run.
+        index: row of "z" [N, C, h, w]; None where the file holds one noise, [C, h, w] or
+            [1, C, h, w].
+
+    Returns:
+        [C, h, w] float32 on the CPU, finite.
+
+    Raises:
+        DataError: the file is damaged or no plain tensor; the noise has a wrong shape or values.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            noise = _only_noise(path, _read_row(path, index))
+        else:
+            noise = _only_noise(path, torch.load(path, map_location="cpu", weights_only=True))
+    except DataError:
+        raise
+    except pickle.UnpicklingError:  # torch's own message advises to run the pickled code
+        raise DataError(
+            f"{path}: holds more than tensors, or is damaged; pickled code is never run: "
+            "save the noise again with torch.save(tensor, path)"
+        ) from None
+    except Exception as error:  # damaged bytes make torch.load and safetensors raise many classes
+        raise DataError(f"{path}: cannot be read as tensors: {one_line(error)}") from error
+    noise = noise.detach().to(torch.float32).contiguous()
+    if not noise.isfinite().all():
+        row = "" if index is None else f" in row {index}"
+        raise DataError(f"{path}: NaN or infinite noise{row}; assign this target again")
+    return noise
+
+
+def _read_row(path: Path, index: int | None) -> Tensor:
+    """Row `index` of the shard's tensor "z", or all of "z", through a memory map."""
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        if "z" not in names:
+            raise DataError(f"{path}: has no tensor 'z' but {', '.join(names) or 'nothing'}")
+        if index is None:
+            return cast(Tensor, file.get_tensor("z"))
+        rows = file.get_slice("z")
+        shape = rows.get_shape()
+        if not shape or index >= shape[0]:
+            raise DataError(f"{path}: has no row {index}: tensor 'z' is {shape}")
+        return cast(Tensor, rows[index])
+
+
+def _only_noise(path: Path, value: object) -> Tensor:
+    """The one [C, h, w] or [1, C, h, w] float tensor that `value` is or, as a dict, holds."""
+    items = value.values() if isinstance(value, dict) else [value]
+    tensors = [item for item in items if isinstance(item, Tensor)]
+    noises = [tensor for tensor in tensors if _is_noise(tensor)]
+    if len(noises) != 1:
+        found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in tensors) or "no tensor"
+        raise DataError(
+            f"{path}: expected one float noise [C, h, w] or [1, C, h, w], found {found}"
+        )
+    return noises[0].reshape(noises[0].shape[-3:])
+
+
+def _is_noise(tensor: Tensor) -> bool:
+    one = tensor.ndim == 3 or (tensor.ndim == 4 and tensor.shape[0] == 1)
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return one and plain and tensor.is_floating_point() and tensor.numel() > 0

@@ -1,0 +1,120 @@
+"""Which files a data root names: a folder of shards, one shard, or a pattern, local or remote."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from oneshot_fast.data.records import one_line
+from oneshot_fast.errors import DataError
+
+SUFFIXES = (".tar", ".parquet")
+_WILDCARD = re.compile(r"[*?[]")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a data set."""
+
+    file: str  # absolute path, symlinks resolved, or fsspec URL
+    name: str  # from the data set's folder
+    size: int | None  # bytes
+
+
+def find_shards(root: str) -> list[Shard]:
+    """Files that a data root names, without reading them; [] for what is no data set of shards.
+
+    Args:
+        root: folder, file, or pattern with *, ?, [a-z], {000..123} or {a,b}; a path or fsspec URL.
+            A local path that exists is no pattern, whatever its name.
+
+    Returns:
+        The shards, those of each wildcard sorted by name.
+
+    Raises:
+        DataError: a pattern or URL that names no shard, or files of both kinds.
+    """
+    is_local = os.path.exists(root)
+    if is_local and not _holds_shards(root):
+        return []
+    patterns = [root] if is_local else expand_braces(root)
+    if not is_local and patterns == [root] and not _WILDCARD.search(root) and "://" not in root:
+        return []
+    try:
+        shards = _find([(pattern, not is_local) for pattern in patterns])
+    except FileNotFoundError as error:
+        raise DataError(f"{root}: no such file or folder: {one_line(error)}") from None
+    except Exception as error:  # each of fsspec's file systems has errors of its own
+        raise DataError(f"{root}: cannot be listed: {one_line(error)}") from error
+    if not shards:
+        raise DataError(f"{root}: there is no .tar or .parquet file; check data_root")
+    if len({os.path.splitext(shard.file)[1] for shard in shards}) > 1:
+        raise DataError(f"{root}: holds both .tar and .parquet files; name one kind, as DIR/*.tar")
+    return shards
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The patterns that {a,b} and {000..123} stand for, in order; numbers keep their zeros."""
+    found = _BRACES.search(pattern)
+    if not found:
+        return [pattern]
+    choices = found[1].split(",")
+    if numbers := _NUMBERS.fullmatch(found[1]):
+        values = range(int(numbers[1]), int(numbers[2]) + 1)
+        choices = [str(value).zfill(len(numbers[1])) for value in values]
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [text for choice in choices for text in expand_braces(before + choice + after)]
+
+
+def _holds_shards(path: str) -> bool:
+    """Whether a local path is a shard, or a folder that holds some and no list of pairs."""
+    if not os.path.isdir(path):
+        return path.endswith(SUFFIXES)
+    names = os.listdir(path)
+    if "pairs.jsonl" in names or "metadata.jsonl" in names:
+        return False
+    return any(name.endswith(SUFFIXES) for name in names)
+
+
+def _find(patterns: list[tuple[str, bool]]) -> list[Shard]:
+    """Shards of patterns, each with whether its wildcards count; a file named twice counts once."""
+    from fsspec.core import url_to_fs
+
+    found: dict[str, Shard] = {}
+    roots = []
+    for pattern, wildcards in patterns:
+        fs, path = url_to_fs(pattern)
+        magic = _WILDCARD.search(path) if wildcards else None
+        files: dict[str, Any]
+        if magic:
+            roots.append(path[: magic.start()].rpartition("/")[0])
+            files = fs.glob(path, detail=True)
+        elif fs.isdir(path):
+            roots.append(path.rstrip("/"))
+            files = {info["name"]: info for info in fs.ls(path, detail=True)}
+        else:
+            roots.append(path.rpartition("/")[0])
+            files = {path: fs.info(path)}
+        for name in sorted(files):
+            if name.endswith(SUFFIXES) and files[name]["type"] == "file":
+                file = _address(fs, name)
+                found.setdefault(file, Shard(file, name, files[name].get("size")))
+    folder = _common_folder(roots)
+    return [Shard(s.file, s.name.removeprefix(folder).lstrip("/"), s.size) for s in found.values()]
+
+
+def _address(fs: Any, path: str) -> str:
+    """Local path, or URL, by which a file is found again."""
+    protocols = [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
+    return os.path.realpath(path) if "file" in protocols else str(fs.unstrip_protocol(path))
+
+
+def _common_folder(folders: list[str]) -> str:
+    try:
+        return os.path.commonpath(folders)
+    except ValueError:  # of several file systems
+        return ""

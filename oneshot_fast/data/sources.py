@@ -1,0 +1,220 @@
+"""Data sets to go through once: folders, WebDataset tar shards and Parquet, local or remote.
+
+A `Source` gives records and failures in a fixed order, as often as it is asked. Shards are read
+while it is iterated, one after another, so that work starts without a pass over everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+from oneshot_fast.data.image_refs import Member
+from oneshot_fast.data.pairs import DataError, Failure, Record, check_range, read_pairs
+from oneshot_fast.data.records import claim_id, one_line, pair_id
+from oneshot_fast.data.shard_files import Shard, find_shards
+from oneshot_fast.data.shards import Sample, read_parquet, read_tar
+from oneshot_fast.runtime.seeds import derived_seed
+
+_READERS = {".tar": read_tar, ".parquet": read_parquet}
+_ID_DIGITS = 16
+_FIRST = 20  # samples, one of which must be usable before any work starts
+
+
+class Source(Protocol):
+    """A data set as a stream."""
+
+    @property
+    def identity(self) -> str:
+        """Changes when the data set, its fields or its range change; cheap."""
+
+    @property
+    def total(self) -> int | None:
+        """Number of records, where it is known without a pass over the data."""
+
+    def __iter__(self) -> Iterator[Record | Failure]:
+        """Records and failures, from the first, in the same order each time."""
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Pairs of a .jsonl file, which is read as a whole."""
+
+    records: list[Record]
+    failures: list[Failure]
+
+    @property
+    def identity(self) -> str:
+        """Hash of the ids."""
+        return f"{derived_seed(0, *(record.id for record in self.records)):016x}"
+
+    @property
+    def total(self) -> int:
+        """Number of records."""
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record | Failure]:
+        """In the file's order."""
+        items: list[Record | Failure] = [*self.records, *self.failures]
+        return iter(sorted(items, key=lambda item: item.line or 0))
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """Samples of tar shards or Parquet files.
+
+    A record's `image` is "shard/key", and its `line` the sample's number in the shard, from 1. Its
+    id is the first 16 hex digits of sha256(`image` + NUL + prompt), enough to tell 10^8 samples
+    apart; the second and later samples of a shard with the same pair get "-1", "-2", ... Only the
+    ids of one shard are held in memory for that.
+    """
+
+    root: str
+    shards: list[Shard]
+    prompt_field: str | None = None
+    image_field: str | None = None
+    start_index: int = 0
+    max_samples: int | None = None
+
+    @property
+    def identity(self) -> str:
+        """Hash of the shards' names and sizes, of the fields and of the range."""
+        fields = (self.prompt_field, self.image_field, self.start_index, self.max_samples)
+        text = json.dumps([*fields, [(shard.name, shard.size) for shard in self.shards]])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def total(self) -> None:
+        """Not known before the last shard was read."""
+        return None
+
+    def __iter__(self) -> Iterator[Record | Failure]:
+        """Shard by shard.
+
+        Raises:
+            DataError: at the end, if there was no usable record in the range.
+        """
+        stop = None if self.max_samples is None else self.start_index + self.max_samples
+        first, usable = None, False
+        for item in islice(self._samples(), self.start_index, stop):
+            first, usable = first or item, usable or isinstance(item, Record)
+            yield item
+        if first is None:
+            raise DataError(f"{self.root} has no sample number {self.start_index} (start_index)")
+        if not usable:
+            raise self._nothing_usable(first)
+
+    def check(self) -> None:
+        """Look at the first samples only.
+
+        Raises:
+            DataError: none of them can be used, for instance because a column has another name.
+        """
+        first = list(islice(self._samples(), 1))
+        if not first:
+            raise DataError(f"{self.root}: its shards are empty")
+        if not any(isinstance(item, Record) for item in islice(self._samples(), _FIRST)):
+            raise self._nothing_usable(first[0])
+
+    def _samples(self) -> Iterator[Record | Failure]:
+        for shard in self.shards:
+            used: dict[str, int] = {}
+            read = _READERS[os.path.splitext(shard.file)[1]]
+            number = 0
+            try:
+                for sample in read(shard.file, self.prompt_field, self.image_field):
+                    number += 1
+                    yield _record(shard, number, sample, used)
+            except Exception as error:  # damaged bytes and file systems raise nearly any class
+                reason = f"{shard.name}, after {number} samples: {one_line(error)}"
+                yield Failure(reason, number + 1, image=shard.name)
+
+    def _nothing_usable(self, first: Record | Failure) -> DataError:
+        reason = f"{first.image}: {first.reason}" if isinstance(first, Failure) else ""
+        return DataError(f"{self.root}: no usable sample; the first, {reason}")
+
+
+def open_source(
+    data_root: str | Path,
+    *,
+    prompt_field: str | None = None,
+    image_field: str | None = None,
+    start_index: int = 0,
+    max_samples: int | None = None,
+    allow_outside_root: bool = False,
+) -> Source:
+    """Open a data set of any layout; the arguments are those of `read_pairs`.
+
+    Args:
+        data_root: what `read_pairs` takes; or a folder with *.tar or *.parquet, such a file, or a
+            pattern of such files with *, ?, [a-z], {000..123} or {a,b}; each a path or an fsspec
+            URL such as hf://datasets/user/name/data or s3://bucket/shards/{000..123}.tar.
+        prompt_field: see `read_pairs`, `read_tar` and `read_parquet`.
+        image_field: the same.
+        start_index: samples to skip; a bad one counts.
+        max_samples: most samples to read; None reads all.
+        allow_outside_root: for a folder of images.
+
+    Raises:
+        DataError: no such data set, no usable sample among its first, or a bad range.
+    """
+    check_range(start_index, max_samples)
+    root = str(data_root)
+    shards = find_shards(root)
+    if shards:
+        source = ShardSource(root, shards, prompt_field, image_field, start_index, max_samples)
+        source.check()
+        return source
+    records, failures = read_pairs(
+        Path(root),
+        prompt_field=prompt_field,
+        image_field=image_field,
+        start_index=start_index,
+        max_samples=max_samples,
+        allow_outside_root=allow_outside_root,
+    )
+    return FolderSource(records, failures)
+
+
+def pending(
+    source: Source, done: Container[str], size: int
+) -> Iterator[list[tuple[int, Record] | Failure]]:
+    """Cut a data set into batches and leave out what is done.
+
+    Batches are cut before, so that a resumed run solves the same targets together.
+
+    Args:
+        source: The data set.
+        done: Ids of the records to leave out.
+        size: Records per batch; failures come on top.
+
+    Yields:
+        Records with their places in the data set, and failures.
+    """
+    batch: list[tuple[int, Record] | Failure] = []
+    index = 0
+    for item in source:
+        if isinstance(item, Failure):
+            batch.append(item)
+            continue
+        if item.id not in done:
+            batch.append((index, item))
+        index += 1
+        if index % size == 0:
+            yield batch
+            batch = []
+    yield batch
+
+
+def _record(shard: Shard, number: int, sample: Sample, used: dict[str, int]) -> Record | Failure:
+    image = f"{shard.name}/{sample.key}"
+    if sample.prompt is None:
+        return Failure(sample.reason or "", number, image=image)
+    name = claim_id(pair_id(image, sample.prompt, _ID_DIGITS), used)
+    return Record(name, number, sample.prompt, image, Member(shard.file, sample.place))

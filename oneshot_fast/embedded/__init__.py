@@ -1,0 +1,1 @@
+"""The example in the package: drawn digits, their classifier, the weights of the tiny generator."""

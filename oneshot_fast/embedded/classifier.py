@@ -1,0 +1,70 @@
+"""A small classifier of handwritten digits: the judge of samples and the features of distances."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from oneshot_fast.embedded.digits import digit_of
+
+__all__ = ["DigitClassifier", "classifier_path", "digit_of", "load_classifier"]
+
+NUM_FEATURES = 64
+
+
+class DigitClassifier(nn.Module):
+    """Convolutional network with two heads: the digit, and the style it is drawn in.
+
+    The style head (ink and paper colour, thickness) is used in training only: it keeps in the
+    features what a classifier alone would discard, so that a distance between features sees style.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 16, 32, 64, 64)
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in pairwise(widths):
+            layers += [nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1), nn.BatchNorm2d(fan_out)]
+            layers += [nn.SiLU()]
+        layers += [nn.Flatten(), nn.Linear(16 * widths[-1], NUM_FEATURES), nn.SiLU()]
+        self.body = nn.Sequential(*layers)
+        self.digit_head = nn.Linear(NUM_FEATURES, 10)
+        self.style_head = nn.Linear(NUM_FEATURES, 7)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Penultimate features.
+
+        Args:
+            images: [B, 3, 64, 64], [0, 1] RGB.
+
+        Returns:
+            [B, 64].
+        """
+        return self.body(2 * images - 1)
+
+    def label_of(self, prompt: str) -> int | None:
+        """The digit that ``prompt`` names, None if it names none."""
+        return digit_of(prompt)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of the ten digits, [B, 10], of images [B, 3, 64, 64] in [0, 1] RGB."""
+        return self.digit_head(self.features(images))
+
+
+def classifier_path() -> Path:
+    """The packaged weights."""
+    return Path(__file__).with_name("classifier.safetensors")
+
+
+def load_classifier(path: Path | None = None) -> DigitClassifier:
+    """The trained classifier in evaluation mode, fp32, on the CPU, its weights frozen.
+
+    Args:
+        path: a safetensors file; None is the packaged one.
+    """
+    classifier = DigitClassifier()
+    classifier.load_state_dict(load_file(path or classifier_path()))
+    return classifier.eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Prompts and noise in, images out; one file per kind of model."""

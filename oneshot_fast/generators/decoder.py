@@ -1,0 +1,134 @@
+"""Latents to images, differentiably: a VAE's decoder, or a tiny one in its place."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import AbstractContextManager
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor, nn
+
+from oneshot_fast.errors import ModelError, require
+from oneshot_fast.generators.precision import gradient_scale, scale_gradient
+
+
+class Decoder:
+    """Decodes scaled latents in the type of the decoder's weights, or under autocast."""
+
+    def __init__(
+        self, vae: AutoencoderKL | AutoencoderTiny, autocast: torch.dtype | None = None
+    ) -> None:
+        """Wrap ``vae``, whose weights must be frozen.
+
+        Args:
+            vae: SDXL's, or a tiny autoencoder for the same latents.
+            autocast: Compute in this type over float32 weights.
+        """
+        self._vae, self._autocast, self._tile = vae, autocast, 0
+        self.is_tiny = isinstance(vae, AutoencoderTiny)
+
+    @property
+    def computes_in(self) -> torch.dtype:
+        """Type of its arithmetic."""
+        return self._autocast or self.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the decoder's weights."""
+        return next(iter(self._vae.decoder.parameters())).dtype
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Decode in ``dtype`` from now on; the encoder stays as it is.
+
+        Raises:
+            ModelError: For float16, if the VAE overflows in it.
+        """
+        if dtype == torch.float16 and self._vae.config.force_upcast:
+            raise ModelError(
+                "its VAE overflows in float16 (force_upcast); decode in bfloat16 or float32, or "
+                "use a model with the fixed VAE"
+            )
+        self._autocast = None
+        self._vae.decoder.to(dtype)
+        if getattr(self._vae, "post_quant_conv", None) is not None:
+            self._vae.post_quant_conv.to(dtype)
+
+    def fingerprint(self) -> str:
+        """Text that differs where images do; empty for the VAE's decoder as it was loaded."""
+        if not self.is_tiny:
+            return "" if not self._tile else f"tile {self._tile}"
+        digest = hashlib.sha256()
+        update_digest(digest, "decoder", self._vae.decoder)
+        return digest.hexdigest()
+
+    def checkpoint(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        self._vae.enable_gradient_checkpointing()
+
+    def tile(self, side: int) -> None:
+        """Decode in overlapping tiles of ``side`` latent pixels, blended at their seams.
+
+        Memory is saved by tiles together with ``checkpoint``; the image differs a little.
+
+        Raises:
+            UserError: If ``side`` is no multiple of 4, or the decoder is a tiny one.
+        """
+        require(
+            side > 0 and side % 4 == 0,
+            f"decoder_tiling is {side}; give a multiple of 4 latent pixels, or 0 for none",
+        )
+        require(not self.is_tiny, "decoder_tiling is not for a tiny decoder; leave one of them out")
+        self._tile = side
+        factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        self._vae.tile_latent_min_size, self._vae.tile_sample_min_size = side, side * factor
+
+    def raw(self, latents: Tensor) -> Tensor:
+        """Images before clamping, differentiable.
+
+        Args:
+            latents: [B, C, h, w] float32, scaled latents.
+
+        Returns:
+            [B, 3, H, W] float32, RGB in about [-1, 1].
+        """
+        shift, scale = latent_affine(self._vae, latents)
+        s = gradient_scale(self.computes_in, 3 * 8 * 8 * latents[0, 0].numel())
+        raw = scale_gradient(latents * scale + shift, 1 / s).to(self.dtype)
+        with computing(latents.device, self._autocast):
+            return scale_gradient(self._decode(raw).float(), s)
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if self._tile and max(latents.shape[-2:]) > self._tile:
+            decoded: Tensor = self._vae.tiled_decode(latents, return_dict=False)[0]
+        else:
+            decoded = self._vae.decode(latents, return_dict=False)[0]
+        return decoded
+
+
+def computing(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Autocast to ``dtype``, or none."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def latent_affine(
+    vae: AutoencoderKL | AutoencoderTiny, like: Tensor
+) -> tuple[Tensor | float, Tensor | float]:
+    """Shift and scale from the UNet's latents to the VAE's own."""
+    config = vae.config
+    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return 0.0, 1.0 / config.scaling_factor
+    mean, std = (
+        torch.tensor(v, device=like.device, dtype=like.dtype).view(-1, 1, 1) for v in (mean, std)
+    )
+    return mean, std / config.scaling_factor
+
+
+def update_digest(digest: hashlib._Hash, part: str, module: nn.Module) -> None:
+    """Hash name, shape and up to 1024 evenly spaced values of every tensor in float32."""
+    for name, value in sorted(module.state_dict().items()):
+        flat = value.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 1024)].float().cpu()
+        digest.update(f"{part}.{name}{tuple(value.shape)}".encode())
+        digest.update(sample.numpy().tobytes())

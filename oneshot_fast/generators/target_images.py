@@ -1,0 +1,78 @@
+"""Target images and their latents, each decoded and encoded once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oneshot_fast.data.pairs import ImageRef, load_image
+from oneshot_fast.errors import require
+from oneshot_fast.generators.sdxl import OneStepGenerator
+
+_KEPT_BYTES = 4 << 30  # 65,536 latents of 512 x 512 pixels: a data set may be a long stream
+
+
+class Targets:
+    """Images of one size and their latents, by path; the last 4 GB of latents are kept in memory.
+
+    Images are encoded one by one, so a latent never depends on its neighbours' rounding.
+    """
+
+    def __init__(self, generator: OneStepGenerator, resolution: int | None = None) -> None:
+        """Bind the generator's encoder.
+
+        Args:
+            generator: Its VAE encodes; it is not trained.
+            resolution: Image side in pixels; default the generator's own.
+
+        Raises:
+            UserError: If the resolution is not a multiple of the VAE's factor.
+        """
+        factor = generator.latent_factor
+        self.resolution = generator.image_size if resolution is None else resolution
+        require(
+            self.resolution > 0 and self.resolution % factor == 0,
+            f"resolution {self.resolution} is not a positive multiple of {factor}",
+        )
+        self._generator = generator
+        self._latents: dict[tuple[ImageRef, str], Tensor] = {}
+
+    def latent(self, path: ImageRef, resize_mode: str) -> Tensor:
+        """Scaled latent [C, h, w] float32 of the image at ``path``, on the CPU.
+
+        Raises:
+            DataError: If the image cannot be read.
+        """
+        key = (path, resize_mode)
+        if key not in self._latents:
+            self.keep(path, resize_mode, self._encode(path, resize_mode))
+        return self._latents[key]
+
+    def keep(self, path: ImageRef, resize_mode: str, latent: Tensor) -> None:
+        """Remember the latent [C, h, w] float32 of an image, whichever process encoded it."""
+        self._latents[path, resize_mode] = latent
+        if len(self._latents) * latent.nbytes > _KEPT_BYTES:
+            del self._latents[next(iter(self._latents))]  # the oldest
+
+    def _encode(self, path: ImageRef, resize_mode: str) -> Tensor:
+        def encode() -> Tensor:
+            return self._generator.encode_image(self.image(path, resize_mode)).cpu()
+
+        kept = self._generator.encodings
+        return kept.latent(path, resize_mode, self.resolution, encode) if kept else encode()
+
+    def image(self, path: ImageRef, resize_mode: str) -> Tensor:
+        """Image [3, H, W] float32 in [0, 1] at the working resolution, on the CPU.
+
+        Raises:
+            DataError: If the image cannot be read.
+        """
+        return load_image(path, self.resolution, self.resolution, resize_mode)
+
+    def latents(self, paths: list[tuple[ImageRef, str]]) -> Tensor:
+        """Latents [B, C, h, w] of (path, resize mode) pairs, on the generator's device."""
+        return torch.stack([self.latent(*pair) for pair in paths]).to(self._generator.device)
+
+    def images(self, paths: list[tuple[ImageRef, str]]) -> Tensor:
+        """Images [B, 3, H, W] of (path, resize mode) pairs, on the generator's device."""
+        return torch.stack([self.image(*pair) for pair in paths]).to(self._generator.device)

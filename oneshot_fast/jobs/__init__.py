@@ -1,0 +1,1 @@
+"""Resumable jobs over a folder; one folder per command."""

@@ -1,0 +1,1 @@
+"""Assign: the noise of every target."""

@@ -1,0 +1,194 @@
+"""Targets made ready for the search: read, encoded and on the device, ahead of their turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from oneshot_fast.data.noise_files import read_noise
+from oneshot_fast.data.pairs import DataError, Failure, Record, file_sha256
+from oneshot_fast.jobs.assign.features import features_of, target_features
+from oneshot_fast.runtime.files import mend_jsonl
+from oneshot_fast.runtime.seeds import derived_seed, gaussian
+from oneshot_fast.search.gradient import Problem
+
+if TYPE_CHECKING:
+    from oneshot_fast.generators.sdxl import OneStepGenerator, PromptEncoding
+    from oneshot_fast.generators.target_images import Targets
+    from oneshot_fast.jobs.assign.objective import AssignOptions
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target with all that its search needs, on the generator's device.
+
+    Attributes:
+        index: Place in the data set.
+        record: Prompt and image.
+        seed: Seed of the base noise.
+        image_sha256: Of the image file.
+        is_truncated: Whether the prompt is too long for the text encoders.
+        eps: Base noise, [C, h, w] float32.
+        prompt: Encoding of the one prompt.
+        latent: [C, h, w] float32.
+        image: [3, H, W] float32 in [0, 1]; None without a pixel loss.
+        features: Of the image, [F] float32; None without their loss.
+        candidates: Random noises among which ``eps`` was chosen; 0: it was not.
+        first_loss: Loss of one of them taken blindly; None without a choice.
+        start: Noise that gradients begin at, [C, h, w] float32; None: at ``eps``.
+    """
+
+    index: int
+    record: Record
+    seed: int
+    image_sha256: str
+    is_truncated: bool
+    eps: Tensor
+    prompt: PromptEncoding
+    latent: Tensor
+    image: Tensor | None
+    features: Tensor | None = None
+    candidates: int = 0
+    first_loss: float | None = None
+    start: Tensor | None = None
+
+
+class Preparer:
+    """Makes targets ready, a batch at a time."""
+
+    def __init__(
+        self,
+        generator: OneStepGenerator,
+        targets: Targets,
+        *,
+        seed: int,
+        resize_mode: str,
+        needs_images: bool,
+        features: str | None = None,
+        previous: Path | None = None,
+    ) -> None:
+        """Bind what all targets share.
+
+        Args:
+            generator: Encodes the prompts.
+            targets: Reads and encodes the images.
+            seed: Seed of the run.
+            resize_mode: "crop" or "squash".
+            needs_images: Keep the images, for a pixel loss.
+            features: Function of the images' features, python:module.function; None: none needed.
+            previous: Manifest of an earlier assignment of the same targets, to begin with its
+                noises.
+        """
+        self._generator, self._targets, self._seed = generator, targets, seed
+        self._resize_mode, self._needs_images = resize_mode, needs_images
+        self._features = features
+        rows = [] if previous is None else mend_jsonl(previous)
+        self._previous = {
+            row["id"]: (row["seed"], previous.parent / row["noise_path"], row["noise_index"])
+            for row in rows
+            if previous is not None
+        }
+
+    def prepare(
+        self, batch: Sequence[tuple[int, Record] | Failure]
+    ) -> tuple[list[Target], list[Failure]]:
+        """Targets of (index, record) pairs; failures are passed on, with those of reading."""
+        readable, failures = [], []
+        for item in batch:
+            if isinstance(item, Failure):
+                failures.append(item)
+                continue
+            index, record = item
+            try:
+                latent = self._targets.latent(record.image_path, self._resize_mode)
+                features = self._features_of(record)
+                sha256 = file_sha256(record.image_path)
+                readable.append((index, record, latent, features, sha256))
+            except DataError as error:
+                failures.append(failure(record, str(error)))
+        if not readable:
+            return [], failures
+        generator, device = self._generator, self._generator.device
+        prompts = generator.encode_prompts([record.prompt for _, record, *_ in readable])
+        seeds = [self._seed_of(record) for _, record, *_ in readable]
+        latents = torch.stack([latent for _, _, latent, *_ in readable]).to(device)
+        side = self._targets.resolution
+        eps = gaussian(seeds, generator.noise_shape(side, side)).to(device)
+        paths = [(record.image_path, self._resize_mode) for _, record, *_ in readable]
+        images = self._targets.images(paths) if self._needs_images else None
+        ready = [
+            Target(
+                index,
+                record,
+                seeds[k],
+                sha256,
+                generator.is_truncated(record.prompt),
+                eps[k],
+                prompts.row(k),
+                latents[k],
+                None if images is None else images[k],
+                features,
+                start=self._start_of(record),
+            )
+            for k, (index, record, _, features, sha256) in enumerate(readable)
+        ]
+        return ready, failures
+
+    def _features_of(self, record: Record) -> Tensor | None:
+        if self._features is None:
+            return None
+        [image] = self._targets.images([(record.image_path, self._resize_mode)])
+        return target_features(image, self._features)
+
+    def _seed_of(self, record: Record) -> int:
+        if record.id in self._previous:
+            return int(self._previous[record.id][0])
+        return derived_seed(self._seed, record.id)
+
+    def _start_of(self, record: Record) -> Tensor | None:
+        if record.id not in self._previous:
+            return None
+        _, path, index = self._previous[record.id]
+        return read_noise(path, index).to(self._generator.device)
+
+
+def problem_of(targets: Sequence[Target]) -> Problem:
+    """The batch of ``targets``."""
+    prompts = targets[0].prompt.cat([target.prompt for target in targets])
+    images = [target.image for target in targets if target.image is not None]
+    features = [target.features for target in targets if target.features is not None]
+    starts = [target.eps if target.start is None else target.start for target in targets]
+    return Problem(
+        torch.stack([target.eps for target in targets]),
+        prompts,
+        torch.stack([target.latent for target in targets]),
+        torch.stack(images) if images else None,
+        torch.stack(features) if features else None,
+        torch.stack(starts),
+    )
+
+
+@torch.no_grad()
+def random_problem(
+    generator: OneStepGenerator, options: AssignOptions, resolution: int, count: int
+) -> Problem:
+    """A batch of ``count`` random targets with all that their search needs, on the device."""
+    with torch.device(generator.device):
+        eps = torch.randn(count, *generator.noise_shape(resolution, resolution))
+        latents = torch.randn(count, *generator.latent_shape(resolution, resolution))
+        prompts = generator.blank_prompts(count)
+        images = torch.rand(count, 3, resolution, resolution) if options.decodes else None
+    features = None
+    if options.features is not None and images is not None:
+        features = features_of(images, options.features)
+    return Problem(eps, prompts, latents, images if options.pixel_l1_weight else None, features)
+
+
+def failure(record: Record, reason: str) -> Failure:
+    """The failure of ``record`` for ``reason``."""
+    return Failure(reason, record.line, record.id, record.prompt, record.image)

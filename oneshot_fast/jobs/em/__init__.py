@@ -1,0 +1,1 @@
+"""EM: alternate assignment and training."""

@@ -1,0 +1,212 @@
+"""Options of the main job: how the two steps alternate, and how each works."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from oneshot_fast.errors import require
+from oneshot_fast.jobs.assign.objective import AssignMethod, AssignOptions
+from oneshot_fast.training.batch import SftOptions
+
+
+@dataclass(frozen=True)
+class EmOptions:
+    """How often and how thoroughly the two steps alternate."""
+
+    num_cycles: int = 2
+    """Cycles of one E-step and one M-step."""
+    em_schedule: str | None = None
+    """Instead of num_cycles, assign_steps and train_epochs: E:M of every cycle, as in
+    "40:10,20:5,20:5", with E the gradient steps (search and pool: candidates) and M the epochs."""
+    patience: int = 0
+    """Stop when the Frechet distance on random noise has not fallen for so many cycles; 0: never.
+    It is measured where a classifier knows the prompts."""
+    assign_fraction: float = 1.0
+    """E-step: share of the targets that get a new noise in a cycle, in turns; the others keep
+    theirs. In the first cycle all do."""
+    pool_refresh: int = 1
+    """E-step: draw new random noises every so many cycles; 0: the same ones in all cycles."""
+    warm_start: bool = False
+    """E-step: begin at the noise of the last cycle; search and pool have it among the candidates.
+    Not for rotations."""
+    assign_method: AssignMethod = "sphere"
+    """E-step: search or pool choose among random noises; rotation, sphere or white move a noise by
+    gradients; search+sphere and the like do one after the other. See assign --help."""
+    assign_candidates: int = 32
+    """E-step: random noises per target of search and pool."""
+    pool_matching: Literal["one_to_one", "nearest"] = "one_to_one"
+    """E-step: whether a noise of a pool serves at most once."""
+    assign_steps: int = 40
+    """E-step: gradient steps per target."""
+    assign_lr: float | Literal["auto"] = "auto"
+    """E-step: radians by which a gradient step turns the noise; auto: found on the way."""
+    max_angle: float | None = 0.6
+    """E-step: keep noises within so many radians of their random base noises (None: anywhere). A
+    noise that is pushed far is rare under the Gaussian, and what is learnt there does not reach
+    ordinary noise: see docs/study.md."""
+    shift_weight: float = 0.0
+    """E-step: weight of what the noises of a batch have in common."""
+    assign_batch_size: int = 16
+    """E-step: targets solved at once."""
+    sphere_optimizer: Literal["adam", "lbfgs"] = "adam"
+    """E-step: how noises move on the sphere, and with white; lbfgs reaches lower losses, which
+    makes no better generator: see docs/study.md."""
+    rotation_optimizer: Literal["riemannian", "raw_adam"] = "riemannian"
+    """E-step: how rotations are optimised."""
+    patch_size: int = 2
+    """E-step: side of the rotated patches in latent pixels."""
+    rotation_groups: int = 1
+    """E-step: G x G tiles of the latent with a rotation each."""
+    feature_weight: float = 0.0
+    """E-step: weight of the mean squared error between the images' --features; decodes."""
+    features: str | None = None
+    """E-step: python:module.function; see assign --help."""
+    drift_reg_weight: float = 0.0
+    """E-step: weight of the mean squared distance between the noise and its base noise."""
+    train_epochs: int = 10
+    """M-step: passes over the matched pairs per cycle."""
+    train_batch_size: int = 8
+    """M-step: matched pairs per step."""
+    train_lr: float | None = None
+    """M-step: AdamW's learning rate; by default 1e-5, for the embedded data 1e-4."""
+    train_weight_decay: float = 0.01
+    """M-step: AdamW's decoupled weight decay."""
+    train_max_grad_norm: float = 1.0
+    """M-step: gradients are scaled down to this norm: all together, with
+    --train_optimizer_in_backward the gradient of each weight tensor for itself."""
+    train_gradient_accumulation_steps: int = 1
+    """M-step: parts that every batch is computed in: less memory; the same gradient to rounding,
+    which AdamW can magnify."""
+    train_gradient_checkpointing: bool = False
+    """M-step: recompute the UNet's activations in the backward pass; less memory, same gradient."""
+    train_selective_checkpointing: bool = False
+    """M-step: recompute only what is cheap: between the two, in memory and in time."""
+    train_optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """M-step: adamw8bit keeps the moments in 8 bits (torchao: pip install torchao)."""
+    train_weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """M-step: type of the weights; bfloat16 rounds stochastically, and needs adamw8bit, or with
+    --train_lora_rank is the type of the frozen weights."""
+    train_optimizer_in_backward: bool = False
+    """M-step: apply and free each weight's gradient as soon as the backward pass has it."""
+    train_lora_rank: int = 0
+    """M-step: train only a LoRA adapter of this rank on the UNet's attention projections, a new one
+    in every cycle, merged into the generator at its end; 0 trains all weights. The adapters are in
+    cycle-XX/sft/lora-final; all together, each with weight 1, make the initial model the final one.
+    """
+    train_lora_alpha: float | None = None
+    """M-step: the adapter is scaled by train_lora_alpha / train_lora_rank; by default 1."""
+    train_use_ema: bool = False
+    """M-step: end with an exponential moving average of the weights."""
+    latent_loss_weight: float = 1.0
+    """Both steps: weight of the mean squared error between the latents."""
+    pixel_l1_weight: float = 0.0
+    """Both steps: weight of the mean absolute error between the images; 0 never decodes."""
+    preserve_latent_weight: float | None = None
+    """M-step: weight of the latent distance to the initial generator on random noise; by default
+    0.5, for the embedded data 0, since all of its targets are in the new style."""
+    preserve_pixel_weight: float | None = None
+    """M-step: the same in pixels, by default 0.05 and 0; 0 never decodes."""
+    preserve_batch_size: int | None = None
+    """M-step: random noises per step for the preserve losses; by default train_batch_size."""
+    preserve_pool_size: int = 512
+    """M-step: random noises whose initial outputs are computed once."""
+
+    def resolve(self, embedded: bool) -> EmOptions:
+        """Fill in the defaults that differ between the embedded data and a user's own."""
+        defaults = {
+            "train_lr": 1e-4 if embedded else 1e-5,
+            "preserve_latent_weight": 0.0 if embedded else 0.5,
+            "preserve_pixel_weight": 0.0 if embedded else 0.05,
+        }
+        missing: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        return dataclasses.replace(self, **missing)
+
+    def schedule(self) -> list[tuple[int, int]]:
+        """Gradient steps or candidates of the E-step, and epochs of the M-step, of every cycle.
+
+        Raises:
+            UserError: If em_schedule is no such list.
+        """
+        if self.em_schedule is None:
+            plain = AssignOptions(self.assign_method)
+            effort = self.assign_steps if plain.gradient_method else self.assign_candidates
+            return [(effort, self.train_epochs)] * self.num_cycles
+        cycles = [re.fullmatch(r"(\d+):(\d+)", part) for part in self.em_schedule.split(",")]
+        numbers = [(int(m[1]), int(m[2])) for m in cycles if m]
+        require(
+            len(numbers) == len(cycles) and all(min(pair) >= 1 for pair in numbers),
+            f'em_schedule is "{self.em_schedule}"; give numbers above 0, as in 40:10,20:5',
+        )
+        return numbers
+
+    def check(self) -> None:
+        """Raise UserError for values that make no sense."""
+        require(self.num_cycles >= 1, "num_cycles must be at least 1")
+        require(0 < self.assign_fraction <= 1, "assign_fraction must be above 0 and at most 1")
+        require(self.patience >= 0, "patience must not be negative")
+        require(self.pool_refresh >= 0, "pool_refresh must not be negative")
+        for cycle in range(1, len(self.schedule()) + 1):
+            self.assign(cycle).check()
+            self.sft(cycles=[cycle]).check()
+        require(
+            not (self.warm_start and self.assign().gradient_method == "rotation"),
+            "warm_start does not work with rotations; use sphere, white, search or pool",
+        )
+
+    def assign(self, cycle: int = 1) -> AssignOptions:
+        """Options of the E-step of a cycle, from 1."""
+        effort = self.schedule()[cycle - 1][0]
+        plain = AssignOptions(
+            assign_method=self.assign_method,
+            candidates=self.assign_candidates,
+            pool_matching=self.pool_matching,
+            steps=effort,
+            lr=self.assign_lr,
+            max_angle=self.max_angle,
+            shift_weight=self.shift_weight,
+            sphere_optimizer=self.sphere_optimizer,
+            rotation_optimizer=self.rotation_optimizer,
+            patch_size=self.patch_size,
+            rotation_groups=self.rotation_groups,
+            latent_loss_weight=self.latent_loss_weight,
+            pixel_l1_weight=self.pixel_l1_weight,
+            feature_weight=self.feature_weight,
+            features=self.features,
+            drift_reg_weight=self.drift_reg_weight,
+        )
+        return plain if plain.gradient_method else dataclasses.replace(plain, candidates=effort)
+
+    def sft(
+        self, noise: Literal["matched", "random"] = "matched", cycles: Sequence[int] = (1,)
+    ) -> SftOptions:
+        """Options of the M-steps of ``cycles``, from 1, all in one; resolved."""
+        assert self.train_lr is not None
+        assert self.preserve_latent_weight is not None
+        assert self.preserve_pixel_weight is not None
+        return SftOptions(
+            epochs=sum(self.schedule()[cycle - 1][1] for cycle in cycles),
+            batch_size=self.train_batch_size,
+            lr=self.train_lr,
+            weight_decay=self.train_weight_decay,
+            max_grad_norm=self.train_max_grad_norm,
+            latent_loss_weight=self.latent_loss_weight,
+            pixel_l1_weight=self.pixel_l1_weight,
+            preserve_latent_weight=self.preserve_latent_weight,
+            preserve_pixel_weight=self.preserve_pixel_weight,
+            preserve_batch_size=self.preserve_batch_size,
+            preserve_pool_size=self.preserve_pool_size,
+            gradient_accumulation_steps=self.train_gradient_accumulation_steps,
+            gradient_checkpointing=self.train_gradient_checkpointing,
+            selective_checkpointing=self.train_selective_checkpointing,
+            optimizer=self.train_optimizer,
+            weights_dtype=self.train_weights_dtype,
+            optimizer_in_backward=self.train_optimizer_in_backward,
+            lora_rank=self.train_lora_rank,
+            lora_alpha=self.train_lora_alpha,
+            use_ema=self.train_use_ema,
+            noise=noise,
+        )

@@ -1,0 +1,59 @@
+"""What a job works on: its data, the targets that have their turn in a cycle, the last cycle."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from oneshot_fast.runtime.processes import is_main, main_first
+from oneshot_fast.runtime.seeds import derived_seed
+
+if TYPE_CHECKING:
+    from oneshot_fast.em import EmCommand
+
+T = TypeVar("T")
+
+
+def data_roots(command: EmCommand) -> tuple[str | Path, Path | None]:
+    """Where the pairs and the held-out pairs are; without data of the user's, it writes its own."""
+    if command.data.data_root is not None:
+        return command.data.data_root, command.heldout_root
+
+    from oneshot_fast.embedded.digits import write_default_dataset
+
+    data = command.work_dir / "data"
+    main_first(lambda: write_default_dataset(data))
+    return data / "train", command.heldout_root or data / "heldout"
+
+
+def turn(records: Sequence[T], cycle: int, fraction: float) -> list[T]:
+    """The records that get a new noise in ``cycle``, from 1: all at first, then parts in turn."""
+    parts = round(1 / fraction)
+    if cycle == 1 or parts == 1:
+        return [*records]
+    return [*records[(cycle - 2) % parts :: parts]]
+
+
+def cycle_seeds(seed: int, cycle: int, pool_refresh: int) -> tuple[int, int]:
+    """Of a cycle, from 1, and of its random noises, which are new every ``pool_refresh`` cycles."""
+    drawn = 1 + ((cycle - 1) // pool_refresh if pool_refresh else 0)
+    return derived_seed(seed, "cycle", cycle), derived_seed(seed, "cycle", drawn)
+
+
+def is_stuck(distances: Sequence[float | None], patience: int) -> bool:
+    """Whether the last ``patience`` cycles brought no lower Frechet distance; 0: never.
+
+    Args:
+        distances: Of the base model and after each cycle; None where it cannot be measured.
+        patience: Cycles.
+    """
+    if not patience or len(distances) <= patience:
+        return False
+    known = [distance for distance in distances if distance is not None]
+    if len(known) < len(distances) or min(known[-patience:]) < min(known[:-patience]):
+        return False
+    if is_main():
+        print(f"no lower Frechet distance in {patience} cycles: stopping", file=sys.stderr)
+    return True

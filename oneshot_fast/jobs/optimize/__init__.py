@@ -1,0 +1,1 @@
+"""Optimise: the noise of a prompt that scores highest."""

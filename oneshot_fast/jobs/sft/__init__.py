@@ -1,0 +1,1 @@
+"""SFT: train on matched pairs or on rewards."""

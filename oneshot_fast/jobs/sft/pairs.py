@@ -1,0 +1,89 @@
+"""The matched pairs of a training, read and encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from oneshot_fast.data.pairs import DataError, Failure, MatchedPair, file_sha256, load_noise
+from oneshot_fast.errors import UserError
+from oneshot_fast.runtime.processes import shared
+
+if TYPE_CHECKING:
+    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.target_images import Targets
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Everything the training reads, on the CPU.
+
+    Attributes:
+        pairs: n matched pairs.
+        noises: [n, C, h, w] float32.
+        latents: Target latents, [n, C, h, w] float32.
+    """
+
+    pairs: list[MatchedPair]
+    noises: Tensor
+    latents: Tensor
+
+    @classmethod
+    def load(
+        cls,
+        generator: OneStepGenerator,
+        targets: Targets,
+        pairs: Sequence[MatchedPair],
+        failures: list[Failure],
+    ) -> Examples:
+        """Read the noises of ``pairs`` and encode their targets; each process does its part of it.
+
+        Args:
+            generator: Gives the shape of a noise.
+            targets: Reads and encodes the target images.
+            pairs: What to read.
+            failures: Takes the pairs that cannot be read.
+
+        Raises:
+            UserError: If no pair can be used.
+        """
+        shape = generator.noise_shape(targets.resolution, targets.resolution)
+
+        def read(k: int) -> tuple[Tensor, Tensor] | str:
+            try:
+                return _read(pairs[k], targets, shape)
+            except DataError as error:
+                return str(error)
+
+        usable, noises, latents = [], [], []
+        for pair, found in zip(pairs, shared(read, len(pairs)), strict=True):
+            if isinstance(found, str):
+                failures.append(Failure(found, id=pair.id, prompt=pair.prompt))
+                continue
+            usable.append(pair)
+            noises.append(found[0])
+            latents.append(found[1])
+            targets.keep(pair.image_path, pair.resize_mode, found[1])
+        if not usable:
+            raise UserError(f"no pair of the manifest can be used; the first: {failures[0].reason}")
+        return cls(usable, torch.stack(noises), torch.stack(latents))
+
+
+def _read(pair: MatchedPair, targets: Targets, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Noise, of ``shape``, and target latent of one pair, [C, h, w] float32 on the CPU.
+
+    Raises:
+        DataError: If one of them cannot be read, or does not fit.
+    """
+    noise = load_noise(pair)
+    if noise.shape != shape:
+        raise DataError(
+            f"{pair.noise_path}: the noise is {list(noise.shape)}, the model takes {list(shape)}"
+        )
+    if pair.image_sha256 not in (None, file_sha256(pair.image_path)):
+        raise DataError(f"{pair.image_path} changed after its noise was assigned")
+    return noise, targets.latent(pair.image_path, pair.resize_mode)

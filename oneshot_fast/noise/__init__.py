@@ -1,0 +1,1 @@
+"""The Gaussian law: rotations, priors, tests, diagnostics."""

@@ -1,0 +1,1 @@
+"""How the small generators are made; experiments with the jobs."""

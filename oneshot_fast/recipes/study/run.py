@@ -1,0 +1,135 @@
+"""The study's runs: every training, its measures, and how fast each method lowers the loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from oneshot_fast.data.pairs import read_manifest
+from oneshot_fast.generators.sdxl import OneStepGenerator
+from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.toy import ToyGenerator
+from oneshot_fast.jobs.assign.objective import AssignOptions, assign_batch
+from oneshot_fast.jobs.assign.run import AssignRun
+from oneshot_fast.jobs.assign.targets import Preparer, problem_of
+from oneshot_fast.jobs.sft.run import SftRun
+from oneshot_fast.noise.checks import diagnose
+from oneshot_fast.recipes.study.cells import Cell
+from oneshot_fast.recipes.study.subjects import Subject
+from oneshot_fast.runtime.files import read_json, write_json
+from oneshot_fast.runtime.seeds import derived_seed
+
+_KEPT = ("mean noise", "mean patch", "patch covariance", "nearest noises")
+RECONSTRUCTION = AssignOptions(steps=20, sphere_optimizer="adam")
+
+
+def kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The JSON at ``path``; where it is not there yet, what ``compute`` gives is written first."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, compute())
+    return dict(read_json(path))
+
+
+def measured(subject: Subject, generator: ToyGenerator, samples: int) -> dict[str, Any]:
+    """Quality on five sets of random noises, mean and deviation of the Frechet distance."""
+    rows = [subject.quality(generator, samples, seed) for seed in range(5)]
+    result: dict[str, Any] = {key: sum(row[key] for row in rows) / 5 for key in rows[0]}
+    distances = torch.tensor([row["frechet_distance"] for row in rows])
+    return result | {"noise": distances.std().item(), "frechet_distances": distances.tolist()}
+
+
+def train(
+    subject: Subject, cell: Cell, folder: Path, *, seed: int, budget: int, samples: int
+) -> dict[str, Any]:
+    """Train from the base model as ``cell`` says and measure the result.
+
+    Args:
+        subject: The generator and its data.
+        cell: How to train.
+        folder: For the runs of the E- and M-steps; removed in the end.
+        seed: Of noises and batches.
+        budget: Generator evaluations per target, assignment included.
+        samples: Random noises per measure.
+    """
+    toy = subject.base()
+    generator = cast(OneStepGenerator, toy)
+    targets = Targets(generator)
+    result: dict[str, Any] = {"nfe": 0.0, "matched_loss": None}
+    for cycle in range(cell.cycles):
+        noises = derived_seed(seed, cycle) if cell.new_noise else seed
+        # without an E-step the pairs still need some noise, which is not used
+        options = cell.assign or AssignOptions(assign_method="search", candidates=1)
+        found = AssignRun(
+            generator, targets, folder / f"assign-{cycle}", options, seed=noises, num_images=0,
+            batch_size=64,
+        ).run(subject.records)  # fmt: skip
+        trained = SftRun(
+            generator, targets, folder / f"sft-{cycle}", cell.training(budget), seed=noises,
+            save_minutes=1e9,
+        ).run(read_manifest(folder / f"assign-{cycle}" / "manifest.jsonl")[0])  # fmt: skip
+        if cell.assign is not None:
+            result["nfe"] += found["nfe"]
+            result["matched_loss"] = found["best_loss"]
+            checks = diagnose(folder / f"assign-{cycle}")["checks"]
+            result["typicality"] = {c["name"]: c for c in checks if c["name"] in _KEPT}
+        result["nfe"] += 3 * cell.training(budget).epochs * (2 if cell.preserve else 1)
+        result["steps"] = result.get("steps", 0) + trained["steps"]
+    result |= measured(subject, toy, samples)
+    result["reconstruction"] = reconstruction(subject, toy)
+    shutil.rmtree(folder)
+    return result
+
+
+def reconstruction(subject: Subject, toy: ToyGenerator) -> float:
+    """Mean loss of held-out images after a short assignment with this generator."""
+    return sum(curve(subject, toy, RECONSTRUCTION, subject.heldout)[-1:])
+
+
+def curve(
+    subject: Subject, toy: ToyGenerator, options: AssignOptions, records: Sequence[Any]
+) -> list[float]:
+    """Mean over the records of the best loss so far, after every step."""
+    generator = cast(OneStepGenerator, toy)
+    preparer = Preparer(
+        generator, Targets(generator), seed=0, resize_mode="crop", needs_images=False
+    )
+    problem = problem_of(preparer.prepare([*enumerate(records)])[0])
+    losses = assign_batch(
+        generator, problem.eps, problem.prompts, problem.latents, None, options
+    ).losses
+    return losses.cummin(0).values.mean(1).tolist()
+
+
+def speeds(subject: Subject, steps: int, count: int) -> dict[str, list[float]]:
+    """Loss curves of the gradient methods: at several fixed step sizes and with ``lr auto``."""
+    recipe = subject.recipe
+    plain = AssignOptions(steps=steps, patch_size=recipe.patch_size)
+    methods: dict[str, dict[str, Any]] = {
+        "rotation, raw Adam": {"assign_method": "rotation", "rotation_optimizer": "raw_adam"},
+        "rotation, Riemannian": {"assign_method": "rotation"},
+        "sphere": {"assign_method": "sphere", "sphere_optimizer": "adam"},
+        "sphere, L-BFGS": {"assign_method": "sphere"},
+        "white": {"assign_method": "white", "sphere_optimizer": "adam"},
+        "white, L-BFGS": {"assign_method": "white"},
+    }
+    if recipe.tiles > 1:
+        for tiles in (2, recipe.tiles):
+            changes = {"assign_method": "rotation", "rotation_groups": tiles}
+            methods[f"rotation, Riemannian, {tiles} x {tiles} tiles"] = changes
+    base, found = subject.base(), {}
+    for name, changes in methods.items():
+        rates: list[float | str] = [0.05, 0.1, 0.2, 0.4, 0.8, "auto"]
+        if "raw" in name:
+            rates.insert(0, recipe.usual_step)
+        for lr in rates:
+            settings: dict[str, Any] = {"lr": lr, **changes}
+            options = dataclasses.replace(plain, **settings)
+            label = "usual" if lr == recipe.usual_step else lr
+            found[f"{name} | {label}"] = curve(subject, base, options, subject.records[:count])
+    return found

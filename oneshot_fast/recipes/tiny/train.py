@@ -1,0 +1,122 @@
+"""The recipe that made the packaged weights: VAE, teacher, one-step distillation, classifier.
+
+Each stage writes one file to the output folder and is skipped where that file exists. The same seed
+and number of threads give the same weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from oneshot_fast.embedded.classifier import DigitClassifier
+from oneshot_fast.embedded.digits import load_digits, random_affine, random_style, render
+from oneshot_fast.embedded.pipeline import random_pipeline
+from oneshot_fast.recipes.tiny.autoencoder import set_scaling_factor, train_vae
+from oneshot_fast.recipes.tiny.config import TrainConfig
+from oneshot_fast.recipes.tiny.diffusion import make_pairs, train_student, train_teacher
+from oneshot_fast.recipes.tiny.fitting import fit
+
+
+def train_classifier(config: TrainConfig) -> DigitClassifier:
+    """Train the classifier on the training writers' digits in random styles.
+
+    Loss: cross-entropy of the digit plus 10 times the squared error of ink, paper and level.
+    """
+    generator = torch.Generator().manual_seed(config.seed + 3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + 3)
+        classifier = DigitClassifier().train()
+    digits, labels = load_digits("train")
+    batch = config.batch_size
+
+    def loss_of_step(_: int) -> Tensor:
+        index = torch.randint(len(digits), (batch,), generator=generator)
+        style = random_style(batch, generator)
+        images = render(digits[index], style, random_affine(batch, 1.5, generator))
+        images = images + 0.03 * torch.randn(images.shape, generator=generator)
+        features = classifier.features(images)
+        look = torch.cat([style.ink, style.paper, style.level[:, None]], 1)
+        wrong = F.cross_entropy(
+            classifier.digit_head(features), labels[index], label_smoothing=0.05
+        )
+        return wrong + 10 * F.mse_loss(classifier.style_head(features), look)
+
+    fit("classifier", classifier.parameters(), loss_of_step, config.classifier_steps, lr=2e-3)
+    return classifier.eval()
+
+
+def run_stage(path: Path, modules: nn.ModuleDict, train: Callable[[], None]) -> None:
+    """Train and save a stage, or load it where it is finished.
+
+    The file is written under a temporary name and renamed, so that it is complete or absent.
+
+    Args:
+        path: the stage's safetensors file.
+        modules: what the stage trains.
+        train: trains them in place.
+    """
+    if path.is_file():
+        modules.load_state_dict(load_file(path))
+        return
+    train()
+    write_tensors(path, modules.state_dict())
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file under a temporary name, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def save_pipeline(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
+    """Write the pipeline as it is packaged: UNet and VAE in fp16, text encoders in fp32.
+
+    transformers gives a model the type of its file, diffusers fp32: so all of it loads as fp32.
+    """
+    pipeline.unet.half()
+    pipeline.vae.half()
+    pipeline.save_pretrained(folder)
+    pipeline.unet.float()
+    pipeline.vae.float()
+
+
+def train(config: TrainConfig) -> None:
+    """Run the stages up to `config.stage` and write `pipeline/` and `classifier.safetensors`."""
+    torch.set_num_threads(config.threads)
+    folder, pipeline = config.output_dir, random_pipeline(config.seed)
+    if config.stage in ("classifier", "all"):
+        path = folder / "classifier.safetensors"
+        if not path.is_file():
+            write_tensors(path, train_classifier(config).state_dict())
+    if config.stage == "classifier":
+        return
+    vae = nn.ModuleDict({"vae": pipeline.vae})
+    run_stage(folder / "vae.safetensors", vae, lambda: train_vae(config, pipeline.vae))
+    set_scaling_factor(pipeline.vae)
+    if config.stage == "vae":
+        return
+    names = ("unet", "text_encoder", "text_encoder_2")
+    teacher = nn.ModuleDict({name: getattr(pipeline, name) for name in names})
+    run_stage(folder / "teacher.safetensors", teacher, lambda: train_teacher(config, pipeline))
+    if config.stage == "teacher":
+        return
+    pairs = folder / "pairs.safetensors"
+    if not pairs.is_file():
+        write_tensors(pairs, make_pairs(config, pipeline))
+    student = nn.ModuleDict({"unet": pipeline.unet})
+    run_stage(
+        folder / "student.safetensors",
+        student,
+        lambda: train_student(config, pipeline, load_file(pairs)),
+    )
+    save_pipeline(pipeline, folder / "pipeline")

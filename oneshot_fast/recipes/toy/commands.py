@@ -1,0 +1,296 @@
+"""What ``python -m oneshot_fast.toy`` does: prepare data, then call the package's own commands."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from oneshot_fast.assign import AssignCommand
+from oneshot_fast.assign import execute as execute_assign
+from oneshot_fast.cli import OK, DataOptions, ModelOptions, RunOptions
+from oneshot_fast.em import EmCommand
+from oneshot_fast.em import execute as execute_em
+from oneshot_fast.errors import require
+from oneshot_fast.jobs.assign.objective import AssignOptions
+from oneshot_fast.jobs.em.options import EmOptions
+from oneshot_fast.recipes.toy.data import LabelledImages
+from oneshot_fast.recipes.toy.datasets import RECIPES, DatasetName, Recipe
+from oneshot_fast.runtime.files import write_folder
+from oneshot_fast.sft import SftCommand
+from oneshot_fast.sft import execute as execute_sft
+from oneshot_fast.training.batch import SftOptions
+
+_SFT = SftOptions(epochs=20, batch_size=16, lr=1e-4)
+
+
+@dataclass(frozen=True)
+class ToyOptions:
+    """What all of them take."""
+
+    dataset: DatasetName = "digits"
+    """digits and shapes need no files; mnist and cifar10 are read from --data_root."""
+    data_root: Path | None = None
+    """Folder that holds MNIST/raw (IDX .gz files) or cifar-10-batches-py (the Python batches)."""
+    work_dir: Path | None = None
+    """Folder of all results; by default runs/toy/DATASET."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The data set's."""
+        return RECIPES[self.dataset]
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return self.work_dir or Path("runs/toy") / self.dataset
+
+    @property
+    def model_id(self) -> str:
+        """The trained generator.
+
+        Raises:
+            UserError: If there is none.
+        """
+        folder = self.folder / "train" / "model"
+        command = f"python -m oneshot_fast.toy train --dataset {self.dataset}"
+        require(folder.is_dir(), f"no generator in {folder}; train it first: {command}")
+        return str(folder)
+
+
+@dataclass(frozen=True)
+class TrainCommand(ToyOptions):
+    """Train a small label-conditioned one-step generator, and the classifier that judges it."""
+
+    steps: int | None = None
+    """Training steps of the generator; by default the data set's."""
+    width: int | None = None
+    """Channels at the full resolution; by default the data set's."""
+    eval_samples: int = 1000
+    """Random noises on which the generator is measured."""
+    seed: int = 0
+    """Seed of weights, batches and noises."""
+    overwrite: bool = False
+    """Train anew where there is another generator."""
+
+
+@dataclass(frozen=True)
+class PairOptions(ToyOptions):
+    """Which images are the targets."""
+
+    test_split: bool = False
+    """Take the targets from the test split instead of the training split. Give this and num_pairs
+    to all commands alike: images that were targets are left out of the comparison."""
+    num_pairs: int = 256
+    """Targets, drawn at random."""
+    run: RunOptions = RunOptions()
+    device: str | None = None
+    """cuda, cpu, ...; by default cuda where there is one."""
+
+    @property
+    def model(self) -> ModelOptions:
+        """Options of the generator."""
+        return ModelOptions(device=self.device)
+
+    def pairs(self) -> Path:
+        """Folder with the targets, written where it is not there."""
+        return self._write("heldout" if self.test_split else "train", 0, self.num_pairs)
+
+    def heldout(self, count: int) -> Path:
+        """Folder with other images of the test split."""
+        start = self.num_pairs if self.test_split else 0
+        return self._write("heldout", start, start + count)
+
+    def _write(self, split: str, start: int, stop: int) -> Path:
+        name = "test" if split == "heldout" else split
+        folder = self.folder / "data" / f"{name}-{start}-{stop}"
+
+        def write() -> None:
+            if folder.exists():
+                return
+            images = self.recipe.images(split, self.data_root)
+            require(
+                0 <= start < min(stop, len(images.images)),
+                f"of the {len(images.images)} images of the {name} split, {start} to {stop} are "
+                "wanted; change --num_pairs",
+            )
+            with write_folder(folder) as temporary:
+                images.write_pairs(temporary, stop - start, start=start)
+
+        from oneshot_fast.runtime.processes import main_first
+
+        main_first(write)
+        return folder
+
+    def real(self) -> LabelledImages:
+        """At most 1000 images of the test split that are no targets."""
+        start = self.num_pairs if self.test_split else 0
+        return self.recipe.images("heldout", self.data_root).sample(1000, start=start)
+
+    def patch(self, size: int) -> int:
+        """The patch side ``size``, but 1 where the noise is a plain vector."""
+        return min(size, self.recipe.noise_shape[-1])
+
+
+@dataclass(frozen=True)
+class AssignToyCommand(PairOptions):
+    """Find the noise of every target: ``python -m oneshot_fast.assign`` on a small generator."""
+
+    batch_size: int | Literal["auto"] = "auto"
+    """Targets solved at once; see python -m oneshot_fast.assign."""
+    num_images: int = 16
+    """Targets whose images before and after are saved and shown in the report; -1 for all."""
+    dry_run: bool = False
+    """Print memory, disk and time needed; nothing but the data is written."""
+    search: AssignOptions = AssignOptions()
+
+
+@dataclass(frozen=True)
+class SftToyCommand(PairOptions):
+    """Train the generator on the assigned noises: ``python -m oneshot_fast.sft``."""
+
+    save_minutes: float = 5.0
+    """Minutes between saved training states; 0 saves after every step."""
+    dry_run: bool = False
+    """Print memory, disk and time needed; nothing is written."""
+    training: SftOptions = _SFT
+
+
+@dataclass(frozen=True)
+class DirectSftToyCommand(SftToyCommand):
+    """The baseline: train on the same targets with new random noise at every step."""
+
+
+@dataclass(frozen=True)
+class EmToyCommand(PairOptions):
+    """Alternate both: ``python -m oneshot_fast.em`` on a small generator."""
+
+    num_heldout: int = 144
+    """Images of the test split, no targets, that are measured against and assigned."""
+    eval_samples: int = 500
+    """Random noises on which the generator is measured before, between and after the cycles."""
+    compare_direct: bool = False
+    """Also train directly on random noise, with as many steps, and show it beside EM."""
+    num_images: int = 16
+    """Targets per E-step whose images are saved and shown; -1 for all."""
+    save_minutes: float = 5.0
+    """Minutes between saved training states; 0 saves after every step."""
+    dry_run: bool = False
+    """Print memory, disk and time needed; nothing but the data is written."""
+    em: EmOptions = EmOptions(train_epochs=_SFT.epochs, train_batch_size=16, train_lr=_SFT.lr)
+
+
+def train(command: TrainCommand) -> int:
+    """Run ``toy train``."""
+    from oneshot_fast.recipes.toy.train_run import train as train_into
+
+    recipe = command.recipe
+    changes: dict[str, Any] = {"steps": command.steps, "width": command.width}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    require(all(value >= 1 for value in changes.values()), "steps and width must be at least 1")
+    require(command.eval_samples >= 10, "eval_samples must be at least 10")
+    train_set, heldout = (recipe.images(split, command.data_root) for split in ("train", "heldout"))
+    folder = command.folder / "train"
+    summary = train_into(
+        folder,
+        dataclasses.replace(recipe, **changes),
+        train_set,
+        heldout,
+        seed=command.seed,
+        samples=command.eval_samples,
+        overwrite=command.overwrite,
+    )
+    print_table({name: summary[name] for name in ("generator", "real images")})
+    print(f"\ntook {summary['seconds']:.0f} s; generator: {folder / 'model'}")
+    print(f"samples: {folder / 'eval' / 'base.png'}")
+    return OK
+
+
+def assign(command: AssignToyCommand) -> int:
+    """Run ``toy assign``."""
+    search = command.search
+    return execute_assign(
+        AssignCommand(
+            model_id=command.model_id,
+            output_root=command.folder / "assign",
+            batch_size=command.batch_size,
+            num_images=command.num_images,
+            dry_run=command.dry_run,
+            search=dataclasses.replace(search, patch_size=command.patch(search.patch_size)),
+            data=DataOptions(data_root=str(command.pairs())),
+            model=command.model,
+            run=command.run,
+        )
+    )
+
+
+def sft(command: SftToyCommand) -> int:
+    """Run ``toy sft`` or, with its command, ``toy direct_sft``, and compare all that is there."""
+    is_direct = isinstance(command, DirectSftToyCommand)
+    training = dataclasses.replace(command.training, noise="random" if is_direct else "matched")
+    manifest = command.folder / "assign" / "manifest.jsonl"
+    again = f"python -m oneshot_fast.toy assign --dataset {command.dataset}"
+    require(manifest.is_file(), f"no such file: {manifest}; assign first: {again}")
+    real = command.real()
+    code = execute_sft(
+        SftCommand(
+            manifest_path=manifest,
+            model_id=command.model_id,
+            output_dir=command.folder / ("direct_sft" if is_direct else "sft"),
+            save_minutes=command.save_minutes,
+            dry_run=command.dry_run,
+            training=training,
+            model=command.model,
+            run=command.run,
+        )
+    )
+    return code if command.dry_run else _compare(command, real, code)
+
+
+def em(command: EmToyCommand) -> int:
+    """Run ``toy em`` and compare all that is there."""
+    options, real = command.em, command.real()
+    code = execute_em(
+        EmCommand(
+            work_dir=command.folder / "em",
+            initial_model_id=command.model_id,
+            heldout_root=command.heldout(command.num_heldout),
+            eval_samples=command.eval_samples,
+            compare_direct=command.compare_direct,
+            num_images=command.num_images,
+            save_minutes=command.save_minutes,
+            dry_run=command.dry_run,
+            em=dataclasses.replace(options, patch_size=command.patch(options.patch_size)),
+            data=DataOptions(data_root=str(command.pairs())),
+            model=command.model,
+            run=command.run,
+        )
+    )
+    return code if command.dry_run else _compare(command, real, code)
+
+
+def _compare(command: PairOptions, real: LabelledImages, code: int) -> int:
+    """Print what there is side by side, on the same noises, and return ``code``."""
+    from oneshot_fast.recipes.toy.compare import compare
+    from oneshot_fast.runtime.processes import is_main
+
+    if not is_main():
+        return code
+    print("\nOn 1000 random noises, beside real images that are no targets:")
+    print_table(compare(command.folder, real, seed=command.run.seed))
+    print(f"samples: {command.folder / 'comparison'}")
+    return code
+
+
+def print_table(columns: dict[str, dict[str, float]]) -> None:
+    """Print measures of several generators side by side."""
+    print(f"{'':18}" + "".join(f"{name:>13}" for name in columns))
+    for key, label in (
+        ("accuracy", "prompt accuracy"),
+        ("frechet_distance", "Frechet distance"),
+        ("diversity", "diversity"),
+        ("drift", "drift from base"),
+    ):
+        cells = [f"{c[key]:13.3f}" if key in c else f"{'-':>13}" for c in columns.values()]
+        print(f"{label:18}" + "".join(cells))

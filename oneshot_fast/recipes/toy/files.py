@@ -1,0 +1,132 @@
+"""MNIST and CIFAR-10, read from the files that their authors publish."""
+
+from __future__ import annotations
+
+import _codecs
+import gzip
+import math
+import pickle
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oneshot_fast.data.records import one_line
+from oneshot_fast.embedded.digits import DIGIT_WORDS
+from oneshot_fast.errors import DataError
+from oneshot_fast.recipes.toy.data import LabelledImages
+
+_CIFAR_CLASSES = (
+    "an airplane", "an automobile", "a bird", "a cat", "a deer", "a dog", "a frog", "a horse",
+    "a ship", "a truck",
+)  # fmt: skip
+_WANTED = "--data_root is the folder that holds MNIST/raw or cifar-10-batches-py, unpacked"
+
+
+def mnist(split: str, root: Path) -> LabelledImages:
+    """MNIST, white on black, padded to 32 x 32 pixels.
+
+    Source: http://yann.lecun.com/exdb/mnist, LeCun, Cortes and Burges.
+
+    Args:
+        split: "train" or "heldout".
+        root: Folder that holds MNIST/raw with the four IDX files, each as .gz or unpacked.
+
+    Raises:
+        DataError: If a file is missing or broken.
+    """
+    name = "train" if split == "train" else "t10k"
+    folder = root / "MNIST" / "raw"
+    images = _read_idx(folder / f"{name}-images-idx3-ubyte.gz", (None, 28, 28))
+    labels = _read_idx(folder / f"{name}-labels-idx1-ubyte.gz", (len(images),))
+    grey = F.pad(images, (2, 2, 2, 2))[:, None].float().div_(255)
+    prompts = tuple(f"a handwritten digit {word}" for word in DIGIT_WORDS)
+    return _checked(grey.expand(-1, 3, 32, 32), labels.long(), prompts, folder)
+
+
+def _read_idx(path: Path, shape: tuple[int | None, ...]) -> Tensor:
+    """Bytes of an IDX file: 0, 0, type 8 (bytes), number of sizes, sizes as big-endian int32.
+
+    Args:
+        path: The file, as .gz; without this suffix it serves, too.
+        shape: Sizes it must have, None for any.
+    """
+    found = path if path.exists() else path.with_suffix("")
+    try:
+        data = found.read_bytes()
+        data = gzip.decompress(data) if found == path else data
+    except FileNotFoundError:
+        raise DataError(f"no such file: {path} ({_WANTED})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{found}: {one_line(error)}") from None
+    start = 4 + 4 * len(shape)
+    is_idx = data[:4] == bytes((0, 0, 8, len(shape))) and len(data) >= start
+    sizes = struct.unpack(f">{len(shape)}I", data[4:start]) if is_idx else ()
+    fits = is_idx and all(want in (None, size) for want, size in zip(shape, sizes, strict=True))
+    if not fits or len(data) - start != math.prod(sizes):
+        raise DataError(f"{found}: is no IDX file of bytes of the right shape, or cut off")
+    values = numpy.frombuffer(data, numpy.uint8, offset=start)
+    return torch.from_numpy(values.reshape(sizes).copy())  # a copy: the bytes are read-only
+
+
+def cifar10(split: str, root: Path) -> LabelledImages:
+    """CIFAR-10, 32 x 32 pixels.
+
+    Source: https://www.cs.toronto.edu/~kriz/cifar.html, Krizhevsky 2009.
+
+    Args:
+        split: "train" or "heldout".
+        root: Folder that holds cifar-10-batches-py.
+
+    Raises:
+        DataError: If a file is missing or broken.
+    """
+    folder = root / "cifar-10-batches-py"
+    names = [f"data_batch_{k}" for k in range(1, 6)] if split == "train" else ["test_batch"]
+    parts = [_read_batch(folder / name) for name in names]
+    images = torch.cat([part[0] for part in parts]).float().div_(255)
+    prompts = tuple(f"a photo of {name}" for name in _CIFAR_CLASSES)
+    return _checked(images, torch.cat([part[1] for part in parts]), prompts, folder)
+
+
+def _read_batch(path: Path) -> tuple[Tensor, Tensor]:
+    """Images [N, 3, 32, 32] uint8 and labels [N] int64."""
+    try:
+        with path.open("rb") as file:
+            found = _ArraysOnly(file, encoding="bytes").load()
+        pixels, labels = numpy.asarray(found[b"data"]), found[b"labels"]
+        images = torch.from_numpy(pixels.astype(numpy.uint8).reshape(len(labels), 3, 32, 32))
+        return images, torch.tensor(labels, dtype=torch.int64)
+    except FileNotFoundError:
+        raise DataError(f"no such file: {path} ({_WANTED})") from None
+    except Exception as error:  # a broken pickle raises almost anything
+        raise DataError(f"{path}: is no batch of CIFAR-10: {one_line(error)}") from None
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles NumPy arrays and plain values; a pickle that asks for anything else is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        # the function that remakes an array has moved between NumPy's modules
+        allowed = {
+            "_reconstruct": numpy.empty(0).__reduce__()[0],
+            "ndarray": numpy.ndarray,
+            "dtype": numpy.dtype,
+            "encode": _codecs.encode,
+        }
+        if module.split(".")[0] in ("numpy", "_codecs") and name in allowed:
+            return allowed[name]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _checked(
+    images: Tensor, labels: Tensor, prompts: tuple[str, ...], folder: Path
+) -> LabelledImages:
+    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= len(prompts):
+        raise DataError(f"{folder}: has labels that are not 0 to {len(prompts) - 1}")
+    return LabelledImages(images, labels, prompts)

@@ -1,0 +1,132 @@
+"""The training of one small generator into a folder, in stages that are kept."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from oneshot_fast.data.images import save_png
+from oneshot_fast.evaluation.measures import (
+    RandomNoiseMeasure,
+    frechet_distance,
+    real_measures,
+    tile,
+)
+from oneshot_fast.generators.toy import ToyGenerator
+from oneshot_fast.generators.toy_networks import ToyClassifier
+from oneshot_fast.recipes.toy.data import LabelledImages
+from oneshot_fast.recipes.toy.datasets import Recipe
+from oneshot_fast.recipes.toy.train import train_classifier, train_generator
+from oneshot_fast.runtime.files import RunFolder, read_json, write_json, write_safetensors
+
+OUTPUTS = ("classifier.safetensors", "model", "eval", "real.png", "summary.json")
+
+
+def train(
+    folder: Path,
+    recipe: Recipe,
+    train_set: LabelledImages,
+    heldout: LabelledImages,
+    *,
+    seed: int = 0,
+    samples: int = 1000,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train classifier and generator and measure them; what is finished is kept.
+
+    Args:
+        folder: Gets classifier.safetensors, model/ (see ``ToyGenerator.save``), eval/ with samples,
+            real.png and summary.json.
+        recipe: Sizes and number of steps.
+        train_set: What both learn from.
+        heldout: What they are measured against.
+        seed: Of weights, batches and noises.
+        samples: Random noises, and held-out images at most, for the measures.
+        overwrite: Start anew.
+
+    Returns:
+        The summary, as in summary.json.
+    """
+    settings = {
+        "command": "toy train",
+        "prompts": list(train_set.prompts),
+        "noise_shape": recipe.noise_shape,
+        "steps": recipe.steps,
+        "width": recipe.width,
+        "images": [*train_set.images.shape, len(heldout.images)],
+        "seed": seed,
+        "samples": samples,
+    }
+    with RunFolder(folder, settings, OUTPUTS, overwrite):
+        if not (folder / "summary.json").exists():
+            started = time.perf_counter()
+            generator = _generator(folder, recipe, train_set, seed)
+            seconds = time.perf_counter() - started
+            measures = _measure(folder, generator, train_set, heldout, seed, samples)
+            write_json(folder / "summary.json", measures | {"seconds": round(seconds, 1)})
+        return dict(read_json(folder / "summary.json"))
+
+
+def _generator(folder: Path, recipe: Recipe, data: LabelledImages, seed: int) -> ToyGenerator:
+    """The trained generator with its classifier, each trained or, where it is finished, read."""
+    if (folder / "model").exists():
+        return ToyGenerator.load(folder / "model")
+    path = folder / "classifier.safetensors"
+    if path.exists():
+        classifier = ToyClassifier(data.prompts, data.images.shape[-1])
+        classifier.load_state_dict(load_file(path))
+        classifier.requires_grad_(False).eval()
+    else:
+        classifier = train_classifier(data, steps=min(1500, recipe.steps), seed=seed)
+        write_safetensors(path, classifier.state_dict(), {})
+    generator = train_generator(
+        data,
+        recipe.noise_shape,
+        steps=recipe.steps,
+        against=recipe.against,
+        batch_size=recipe.batch_size,
+        width=recipe.width,
+        seed=seed,
+    )
+    generator.classifier = classifier
+    generator.save(folder / "model")
+    return generator
+
+
+@torch.no_grad()
+def _measure(
+    folder: Path,
+    generator: ToyGenerator,
+    train_set: LabelledImages,
+    heldout: LabelledImages,
+    seed: int,
+    samples: int,
+) -> dict[str, Any]:
+    """Quality on random noise beside that of real images.
+
+    ``frechet_distance`` of real images is that of training images to held-out ones: what a perfect
+    generator would get.
+    """
+    classifier = generator.classifier
+    assert classifier is not None
+    real = heldout.sample(samples)
+    side = generator.image_size
+    measure = RandomNoiseMeasure(
+        heldout.prompts,
+        generator.noise_shape(side, side),
+        samples=samples,
+        seed=seed,
+        classifier=classifier,
+        real=real.images,
+    )
+    made = measure.measure(generator, folder / "eval" / "base")  # type: ignore[arg-type]
+    prompts = [real.prompts[k] for k in real.labels.tolist()]
+    found = real_measures(real.images, prompts, classifier)
+    some = train_set.sample(samples).images
+    found["frechet_distance"] = frechet_distance(*map(classifier.features, (some, real.images)))
+    save_png(folder / "real.png", tile(real.images[:80], 16))
+    return {"generator": made, "real images": found}

@@ -1,0 +1,135 @@
+"""By what images are judged: the flags of every command that takes rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tyro.conf import UseAppendAction
+
+from oneshot_fast.errors import DataError, require
+
+if TYPE_CHECKING:
+    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.rewards import WeightedRewards
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """By what images are judged."""
+
+    reward: UseAppendAction[tuple[str, ...]] = ()
+    """NAME[:WEIGHT], such as clip:0.01, or python:module.function[:WEIGHT]; may be given several
+    times: the weighted sum is raised."""
+    models_dir: Path = Path("models")
+    """Folder of the rewards' models, see python -m oneshot_fast.download."""
+    reward_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type the rewards' networks compute in; auto is float32 on the CPU, bfloat16 on a GPU."""
+    checkpointing: Literal["auto", "none", "rewards", "full"] = "auto"
+    """Recompute in the backward pass instead of keeping activations: of rewards and decoder, or
+    (full) of the UNet, too; auto: rewards on a GPU, none on the CPU."""
+
+    def load(
+        self, generator: OneStepGenerator, specs: Sequence[str] | None = None
+    ) -> WeightedRewards:
+        """Load the rewards beside ``generator``, whose checkpointing is set as well.
+
+        Args:
+            generator: Gives the device.
+            specs: Other rewards than ``reward``, such as judges.
+        """
+        import torch
+
+        from oneshot_fast.rewards import load_rewards
+
+        name = self.reward_dtype
+        if name == "auto":
+            name = "bfloat16" if generator.device.type == "cuda" else "float32"
+        return load_rewards(
+            self.reward if specs is None else specs,
+            models_dir=self.models_dir,
+            device=generator.device,
+            dtype=getattr(torch, name),
+            checkpointing=self.set_checkpointing(generator),
+        )
+
+    def set_checkpointing(self, generator: OneStepGenerator) -> bool:
+        """Set that of decoder and UNet; returns whether rewards recompute theirs as well."""
+        level = self.checkpointing
+        if level == "auto":
+            level = "rewards" if generator.device.type == "cuda" else "none"
+        if level != "none" and generator.decoder is not None:
+            generator.decoder.checkpoint()
+        if level == "full":
+            generator.unet.enable_gradient_checkpointing()
+        return level != "none"
+
+    @property
+    def names(self) -> list[str]:
+        """How the rewards were named and computed, for a run's settings."""
+        return [*self.reward, f"computed in {self.reward_dtype}"]
+
+
+@dataclass(frozen=True)
+class RewardTrainingOptions:
+    """Training on rewards: of which images, and what is measured."""
+
+    prompt_file: Path | None = None
+    """With --reward: text file with a prompt per line, or .jsonl with a field "prompt"."""
+    images_per_prompt: int = 8
+    """With --reward: random noises of each prompt, new ones in every epoch or cycle."""
+    judge: UseAppendAction[tuple[str, ...]] = ()
+    """With --reward: NAME of a reward that is measured but not trained on, and so tells whether
+    the others are over-optimised; may be given several times."""
+
+    def check(self, rewards: Sequence[str]) -> None:
+        """Raise UserError if a judge is among the ``rewards`` that are trained on."""
+        from oneshot_fast.rewards import parse_reward
+
+        trained = {parse_reward(spec)[0] for spec in rewards}
+        both = sorted(trained.intersection(parse_reward(spec)[0] for spec in self.judge))
+        require(
+            not both, f"{', '.join(both)} cannot judge what is trained on it; name another --judge"
+        )
+
+
+def check_no_flags_of_rewards(*groups: RewardOptions | RewardTrainingOptions) -> None:
+    """Raise UserError if there are options of rewards, where no reward is named."""
+    for group in groups:
+        for field in dataclasses.fields(group):
+            require(
+                getattr(group, field.name) == field.default,
+                f"--{field.name} is for training on rewards; give --reward NAME[:WEIGHT], too",
+            )
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a text file, one per line, or of JSON lines.
+
+    Raises:
+        DataError: If the file cannot be read, a line is no prompt, or there is none.
+    """
+    from oneshot_fast.data.records import read_objects, text_field
+
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    found = []
+    if path.suffix == ".jsonl":
+        for number, item in read_objects(path):
+            if isinstance(item, str):
+                raise DataError(f"{path}: line {number}: {item}")
+            try:
+                found.append(text_field(item, "prompt"))
+            except DataError as error:
+                raise DataError(f"{path}: line {number}: {error}") from None
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: is no UTF-8 text; save it as UTF-8") from None
+        found = [line.strip() for line in lines if line.strip()]
+    require(bool(found), f"{path}: has no prompt")
+    return found

@@ -1,0 +1,1 @@
+"""What every job stands on: files, folders, processes, seeds, progress."""

@@ -1,0 +1,1 @@
+"""Noises by any objective."""

@@ -1,0 +1,51 @@
+"""``python -m oneshot_fast.toy train|assign|sft|direct_sft|em``: every idea in minutes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from tyro.conf import OmitSubcommandPrefixes, subcommand
+
+from oneshot_fast.cli import run_command
+from oneshot_fast.recipes.toy import commands
+
+_RUN: dict[type[Any], Callable[[Any], int]] = {
+    commands.TrainCommand: commands.train,
+    commands.AssignToyCommand: commands.assign,
+    commands.SftToyCommand: commands.sft,
+    commands.DirectSftToyCommand: commands.sft,
+    commands.EmToyCommand: commands.em,
+}
+
+
+@dataclass(frozen=True)
+class ToyCommand:
+    """Small label-conditioned one-step generators, trained in minutes on a CPU.
+
+    train first; assign and then sft (or direct_sft), or em, are the package's own commands on it.
+    """
+
+    command: OmitSubcommandPrefixes[
+        Annotated[commands.TrainCommand, subcommand("train")]
+        | Annotated[commands.AssignToyCommand, subcommand("assign")]
+        | Annotated[commands.SftToyCommand, subcommand("sft")]
+        | Annotated[commands.DirectSftToyCommand, subcommand("direct_sft")]
+        | Annotated[commands.EmToyCommand, subcommand("em")]
+    ]
+
+
+def execute(command: ToyCommand) -> int:
+    """Run the chosen command; see ``run_command`` for exit codes."""
+    return _RUN[type(command.command)](command.command)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of ``python -m oneshot_fast.toy``."""
+    return run_command("toy", ToyCommand, execute, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The measures: Frechet distance, diversity, accuracy, and the measure on random noise."""
+
+import math
+
+import pytest
+import scipy.linalg
+import torch
+
+from oneshot_fast.evaluation.measures import (
+    RandomNoiseMeasure,
+    frechet_distance,
+    pairwise_diversity,
+    prompt_accuracy,
+    shrink,
+    tile,
+)
+from oneshot_fast.generators.loading import load_generator
+
+
+def test_frechet_distance_equals_the_formula_with_a_matrix_root():
+    torch.manual_seed(0)
+    a, b = torch.randn(200, 5).double() * 2 + 1, torch.randn(300, 5).double()
+    cov_a, cov_b = torch.cov(a.T).numpy(), torch.cov(b.T).numpy()
+    root = scipy.linalg.sqrtm(cov_a @ cov_b).real
+    expected = (a.mean(0) - b.mean(0)).square().sum().item()
+    expected += (cov_a + cov_b - 2 * root).trace()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_of_fewer_samples_than_features():
+    a = torch.eye(4, 8)
+    assert frechet_distance(a, a + 1) == pytest.approx(8, rel=1e-9)
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (3, 5)), ((1, 4), (3, 4)), ((3,), (3, 4))])
+def test_frechet_distance_rejects(shapes):
+    with pytest.raises(ValueError, match="expected"):
+        frechet_distance(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_diversity_is_the_mean_over_labels_of_pairwise_distances():
+    images = torch.zeros(5, 3, 2, 2)
+    images[1], images[3] = 0.5, 1.0
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    assert pairwise_diversity(images, labels) == pytest.approx(0.75)
+    assert math.isnan(pairwise_diversity(images[:1], labels[:1]))
+
+
+def test_accuracy():
+    logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0], [3.0, 1.0]])
+    assert prompt_accuracy(logits, torch.tensor([0, 1, 0, 1])) == 0.5
+
+
+def test_tile_places_images_row_by_row():
+    images = torch.arange(3.0)[:, None, None, None].expand(3, 3, 2, 2)
+    grid = tile(images, columns=2)
+    assert grid.shape == (3, 4, 4)
+    assert grid[0, ::2, ::2].tolist() == [[0, 1], [2, 1]]  # the gap is white
+
+
+def test_shrink_keeps_small_images_and_averages_large_ones():
+    images = torch.rand(2, 3, 8, 8)
+    assert shrink(images, 8) is images
+    torch.testing.assert_close(shrink(images, 4)[:, :, 0, 0], images[:, :, :2, :2].mean((2, 3)))
+
+
+def test_measure_is_seeded_kept_and_measures_drift_from_the_first_generator(tmp_path):
+    generator = load_generator("tiny", device="cpu")
+    prompts = ["a handwritten digit one", "a handwritten digit two"]
+    measure = RandomNoiseMeasure(prompts * 3, (4, 8, 8), samples=12, seed=1)
+    base = measure.measure(generator, tmp_path / "base")
+    assert base["samples"] == 12
+    assert base["drift"] == 0
+    assert base["diversity"] > 0
+    with torch.no_grad():
+        generator.pipe.unet.conv_out.bias.add_(1)
+    moved = measure.measure(generator, tmp_path / "moved")
+    assert moved["drift"] == pytest.approx(generator.step.sigma, rel=1e-4)
+    assert measure.measure(generator, tmp_path / "base") == base  # kept, not measured again
+    other = RandomNoiseMeasure(prompts, (4, 8, 8), samples=12, seed=2)
+    assert not torch.equal(other.eps, measure.eps)

@@ -1,0 +1,30 @@
+"""Shared by tests: parts of test_methods."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from oneshot_fast.generators.base import PromptEncoding
+from oneshot_fast.jobs.assign.targets import Target
+
+
+def no_prompts(count: int) -> PromptEncoding:
+    return PromptEncoding(torch.zeros(count, 1), torch.zeros(count, 1))
+
+
+def of_one_prompt(targets: list[Target]) -> list[Target]:
+    record = targets[0].record
+    return [
+        dataclasses.replace(
+            t, prompt=targets[0].prompt, record=dataclasses.replace(t.record, prompt=record.prompt)
+        )
+        for t in targets
+    ]
+
+
+def pool_seed(targets: list[Target], k: int) -> int:
+    from oneshot_fast.runtime.seeds import derived_seed
+
+    return derived_seed(0, "pool", targets[0].record.id, k)

@@ -1,0 +1,167 @@
+"""Runs of the E-step as streams: early stopping, interruptions, reading ahead, errors."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from assign_samples import noises_of, rows_of, same_results
+from search_samples import FULL, PATIENT, Limited
+from torch import Tensor
+
+from oneshot_fast.data.pairs import Record, read_pairs
+from oneshot_fast.generators.sdxl import OneStepGenerator, PromptEncoding
+from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.jobs.assign.objective import AssignOptions
+from oneshot_fast.jobs.assign.run import AssignRun
+
+SMALL_STEPS = (
+    "--assign_method rotation --rotation_optimizer raw_adam --lr 0.155 --steps 12 "
+    "--stop_patience 2 --stop_improvement 0.045"
+)
+
+
+def run_of(
+    generator: Any, folder: Path, options: AssignOptions, batch_size: int = 3, **more: Any
+) -> AssignRun:
+    return AssignRun(
+        generator, Targets(generator), folder, options, batch_size=batch_size, num_images=1, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def patient(tiny: OneStepGenerator, small_data: Path, tmp_path_factory: Any) -> Path:
+    """A finished run with early stopping."""
+    folder: Path = tmp_path_factory.mktemp("patient")
+    run_of(tiny, folder, PATIENT).run(read_pairs(small_data)[0])
+    return folder
+
+
+def test_a_run_with_early_stopping_has_all_results_and_a_report(
+    patient: Path, small_data: Path, tmp_path: Path, call: Any
+) -> None:
+    rows = rows_of(patient / "manifest.jsonl")
+    assert [row["index"] for row in rows] == list(range(6))
+    assert all(row["nfe"] == 3 * len(row["losses"]) - 2 for row in rows)
+    assert len(noises_of(patient)) == 6 and len([*(patient / "noises").iterdir()]) == 2
+    flags = f"{SMALL_STEPS} --batch_size 4 --num_images 0"
+    ended = call(
+        "assign", "--data_root", small_data, "--output_root", tmp_path / "run",
+        "--model_id", "tiny", *flags.split(),
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    same_results(patient, tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_ctrl_c_keeps_what_has_finished(
+    tiny: OneStepGenerator, patient: Path, small_data: Path, tmp_path: Path
+) -> None:
+    records = read_pairs(small_data)[0]
+    longest = max(len(row["losses"]) for row in rows_of(patient / "manifest.jsonl"))
+
+    class Interrupted(Limited):
+        def predict(self, eps: Tensor, prompts: PromptEncoding) -> tuple[Tensor, Tensor]:
+            if len(self.sizes) == longest:
+                raise KeyboardInterrupt
+            return super().predict(eps, prompts)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_of(Interrupted(tiny, 9), tmp_path, PATIENT).run(records)
+    kept = {row["id"] for row in rows_of(tmp_path / "manifest.jsonl")}
+    assert 0 < len(kept) < 6
+    run_of(tiny, tmp_path, PATIENT).run(records)
+    same_results(patient, tmp_path)
+
+
+def test_a_killed_run_with_early_stopping_is_completed(
+    forks: Any, patient: Path, small_data: Path, tmp_path: Path
+) -> None:
+    flags = f"{SMALL_STEPS} --batch_size 1 --num_images 0"
+    argv = [
+        "--data_root", small_data, "--output_root", tmp_path / "run", "--model_id", "tiny",
+        *flags.split(),
+    ]  # fmt: skip
+    for at in (12, 27):
+        killed = forks.run("assign", argv, tmp_path / "run", at=at)
+        assert killed.code == -signal.SIGKILL
+    assert forks.run("assign", argv, tmp_path / "run").code == 0
+    same_results(patient, tmp_path / "run")
+
+
+def test_reading_ahead_changes_nothing(tiny: OneStepGenerator, data: Path, tmp_path: Path) -> None:
+    records = read_pairs(data)[0]
+    records[3].image_path.write_bytes(b"not an image")  # type: ignore[union-attr]
+    for name in ("ahead", "inline"):
+        run = run_of(tiny, tmp_path / name, FULL, 2, read_ahead=name == "ahead")
+        assert run.run(records)["failed"] == 1
+    files = [*(tmp_path / "inline").rglob("*.safetensors"), *(tmp_path / "inline").rglob("*.png")]
+    assert len(files) == 3 + 3
+    for path in (*files, tmp_path / "inline/failures.jsonl", tmp_path / "inline/manifest.jsonl"):
+        twin = tmp_path / "ahead" / path.relative_to(tmp_path / "inline")
+        assert path.read_bytes() == twin.read_bytes()
+
+
+@pytest.mark.parametrize("read_ahead", [True, False])
+def test_errors_of_reading_and_writing_are_raised(
+    tiny: OneStepGenerator, small_data: Path, tmp_path: Path, read_ahead: bool
+) -> None:
+    class Stream:
+        identity, total = "stream", 6
+
+        def __iter__(self) -> Iterator[Record]:
+            yield from read_pairs(small_data)[0][:3]
+            raise ConnectionError("the data went away")
+
+    run = run_of(tiny, tmp_path / "a", FULL, 2, read_ahead=read_ahead)
+    with pytest.raises(ConnectionError, match="went away"):
+        run.run(Stream())
+    (tmp_path / "b").mkdir()
+    run = run_of(tiny, tmp_path / "b", FULL, 2, read_ahead=read_ahead)
+    original: Callable[..., Any] = run.targets.image
+    run.targets.image = lambda path, mode: (  # type: ignore[method-assign]
+        (tmp_path / "b" / "images").write_text("a file in the folder's place"),
+        original(path, mode),
+    )[1]
+    with pytest.raises(OSError, match="images"):
+        run.run(read_pairs(small_data)[0])
+
+
+def test_a_stream_is_resumed(tiny: OneStepGenerator, small_data: Path, tmp_path: Path) -> None:
+    records = read_pairs(small_data)[0]
+
+    class Stream:
+        identity, total, passes = "stream", None, 0
+
+        def __iter__(self) -> Iterator[Record]:
+            self.passes += 1
+            yield from records[: 3 if self.passes == 1 else 6]
+            if self.passes == 1:
+                raise ConnectionError
+
+    stream = Stream()
+    with pytest.raises(ConnectionError):
+        run_of(tiny, tmp_path / "a", FULL, 2).run(stream)
+    assert run_of(tiny, tmp_path / "a", FULL, 2).run(stream)["samples"] == 6
+    run_of(tiny, tmp_path / "b", FULL, 2).run(records)
+    same_results(tmp_path / "a", tmp_path / "b")
+    run_of(tiny, tmp_path / "a", FULL, 2).run(stream)
+    assert stream.passes == 2
+
+
+def test_a_dry_run_writes_nothing(small_data: Path, tmp_path: Path, call: Any) -> None:
+    flags = ["--data_root", small_data, "--model_id", "tiny", "--dry_run"]
+    before = sorted(small_data.rglob("*"))
+    ended = call("assign", *flags, "--output_root", tmp_path / "run", "--pixel_l1_weight", 1)
+    assert ended.code == 0 and not (tmp_path / "run").exists()
+    assert sorted(small_data.rglob("*")) == before
+    for part in ("parameters of unet: 2.6 million", "weights of vae", "in all, for 6 targets"):
+        assert part in ended.out
+    sizes = []
+    for more in ([], ["--pixel_l1_weight", 1], ["--pixel_l1_weight", 1, "--decoder_checkpointing"]):
+        said = call("assign", *flags, *more).out
+        sizes.append(float(said.split("activations: ")[1].split(" MB")[0]))
+    assert sizes[0] < sizes[2] < sizes[1]

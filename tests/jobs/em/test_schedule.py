@@ -1,0 +1,100 @@
+"""Schedules of the main job: effort per cycle, partial E-steps, warm starts, an early end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oneshot_fast.data.pairs import load_noise, read_manifest
+from oneshot_fast.errors import UserError
+from oneshot_fast.jobs.em.options import EmOptions
+
+Call = Callable[..., Any]
+SMALL = (
+    "--max_samples 6 --eval_samples 10 --train_lr 2e-5 --preserve_latent_weight 0 "
+    "--preserve_pixel_weight 0 --num_images 0"
+)
+
+
+def rows_of(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
+
+
+def test_partial_warm_cycles_of_a_schedule(tmp_path: Path, call: Call) -> None:
+    flags = (
+        "--em_schedule 3:2,2:1,2:1 --assign_fraction 0.5 --warm_start --pool_refresh 0 "
+        "--assign_method sphere"
+    )
+    assert call("em", "--work_dir", tmp_path, *SMALL.split(), *flags.split()).code == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [len(row["assign"]["losses"]) for row in summary["cycles"]] == [4, 3, 3]
+    first, second, third = (
+        rows_of(tmp_path / f"cycle-0{k}" / "assign/manifest.jsonl") for k in (1, 2, 3)
+    )
+    assert len(first) == 6 and len(second) == len(third) == 3
+    assert second.keys() | third.keys() == first.keys()
+    for rows in (second, third):  # the same base noises, and the search begins where it ended
+        for name, row in rows.items():
+            assert row["seed"] == first[name]["seed"]
+            assert row["initial_loss"] < first[name]["initial_loss"]
+    pairs = {pair.id: pair for pair in read_manifest(tmp_path / "cycle-03/manifest.jsonl")[0]}
+    assert pairs.keys() == first.keys()
+    for name, pair in pairs.items():
+        newest = third if name in third else second
+        folder = tmp_path / ("cycle-03" if name in third else "cycle-02") / "assign"
+        assert pair.noise_path.resolve() == (folder / newest[name]["noise_path"]).resolve()
+        assert load_noise(pair).shape == (4, 8, 8)
+    steps = [json.loads((tmp_path / f"cycle-0{k}/sft/summary.json").read_text())["steps"]
+             for k in (1, 2, 3)]  # fmt: skip
+    assert steps == [2, 1, 1]
+    again = call("em", "--work_dir", tmp_path, *SMALL.split(), *flags.split())
+    assert again.code == 0 and json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_a_warm_search_keeps_or_betters_the_noise(tmp_path: Path, call: Call) -> None:
+    flags = "--em_schedule 4:1,4:1 --assign_method search --warm_start --train_lr 1e-12"
+    assert call("em", "--work_dir", tmp_path, *SMALL.split(), *flags.split()).code == 0
+    first, second = (rows_of(tmp_path / f"cycle-0{k}" / "assign/manifest.jsonl") for k in (1, 2))
+    for name, row in second.items():
+        assert row["best_loss"] <= first[name]["best_loss"] * (1 + 1e-3)
+    assert any(row["seed"] != first[name]["seed"] for name, row in second.items())
+
+
+def test_it_stops_when_the_measure_does(tmp_path: Path, call: Call) -> None:
+    # a training that changes nothing does not lower the Frechet distance either
+    flags = "--num_cycles 4 --assign_steps 1 --train_epochs 1 --train_lr 1e-30 --patience 2"
+    ended = call("em", "--work_dir", tmp_path, *SMALL.split(), *flags.split())
+    assert ended.code == 0 and "no lower Frechet distance in 2 cycles" in ended.err
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["cycle"] for row in summary["cycles"]] == [1, 2]
+    assert (tmp_path / "checkpoint-final").resolve().parent.parent.name == "cycle-02"
+
+
+def test_efforts_of_a_schedule() -> None:
+    options = EmOptions(em_schedule="40:10,20:5").resolve(embedded=True)
+    assert [options.assign(k).gradient_steps for k in (1, 2)] == [40, 20]
+    assert [options.sft(cycles=[k]).epochs for k in (1, 2)] == [10, 5]
+    assert options.sft("random", [1, 2]).epochs == 15
+    pool = EmOptions(em_schedule="8:1,4:1", assign_method="pool").resolve(embedded=True)
+    assert [pool.assign(k).candidates for k in (1, 2)] == [8, 4]
+    plain = EmOptions(num_cycles=3, assign_steps=7, train_epochs=2)
+    assert plain.schedule() == [(7, 2)] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"em_schedule": "40-10"}, 'em_schedule is "40-10"'),
+        ({"em_schedule": "40:0"}, 'em_schedule is "40:0"'),
+        ({"num_cycles": 0}, "num_cycles must be at least 1"),
+        ({"assign_fraction": 0.0}, "assign_fraction must be above 0"),
+        ({"warm_start": True, "assign_method": "rotation"}, "warm_start does not work"),
+    ],
+)
+def test_senseless_schedules_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        EmOptions(**changes).resolve(embedded=True).check()

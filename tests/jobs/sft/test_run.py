@@ -1,0 +1,245 @@
+"""The M-step end to end on the embedded model: what is trained, kept, resumed and refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from oneshot_fast.data.pairs import load_noise, read_manifest
+from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.generators.sdxl import OneStepGenerator
+from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.jobs.sft.run import SftRun
+from oneshot_fast.runtime.seeds import derived_seed, gaussian
+from oneshot_fast.training.batch import Batch, PreservePool, SftOptions, batches, sft_losses
+from oneshot_fast.training.trainer import Trainer
+
+Call = Callable[..., Any]
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def flags(manifest: Path, folder: Path, *more: object) -> list[object]:
+    fixed = "--model_id tiny --epochs 2 --batch_size 4 --lr 2e-5 --preserve_pool_size 8"
+    return ["--manifest_path", manifest, "--output_dir", folder, *fixed.split(), *more]
+
+
+def unet_of(checkpoint: Path) -> dict[str, Tensor]:
+    return load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, assigned: Path) -> Path:
+    """A finished training on the shared assignment."""
+    from oneshot_fast.sft import main
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert main([str(v) for v in flags(assigned / "manifest.jsonl", folder)]) == 0
+    return folder
+
+
+def test_a_run_has_its_files_and_its_loss_falls(trained: Path, assigned: Path) -> None:
+    names = {path.name for path in trained.iterdir()} - {".lock"}
+    files = "failures.jsonl history.jsonl preserve.safetensors report.html run.json summary.json"
+    assert names == {*files.split(), "checkpoint-best", "checkpoint-final"}
+    summary, history = (
+        json.loads((trained / "summary.json").read_text()),
+        rows_of(trained / "history.jsonl"),
+    )
+    assert {"samples": 6, "steps": 4, "failed": 0}.items() <= summary.items()
+    before = json.loads((assigned / "summary.json").read_text())["best_loss"]
+    assert summary["matched_loss_before"] == pytest.approx(before, rel=1e-4)
+    assert summary["matched_loss_after"] < 0.99 * before
+    assert [row["step"] for row in history] == [2, 4]
+    assert history[1]["matching"] < history[0]["matching"]
+    assert summary["best_epoch"] == 1 + (history[1]["loss"] < history[0]["loss"])
+
+
+def test_checkpoints_are_pipelines_with_the_trained_unet(
+    trained: Path, tiny: OneStepGenerator
+) -> None:
+    final = trained / "checkpoint-final"
+    generator = load_generator(final, variant="fp16")
+    pipe = StableDiffusionXLPipeline.from_pretrained(final)
+    pipe.set_progress_bar_config(disable=True)
+    assert equal(pipe.unet.state_dict(), unet_of(final))
+    assert not equal(tiny.unet.state_dict(), unet_of(final))
+    assert equal(tiny.pipe.vae.state_dict(), pipe.vae.state_dict())
+    eps, prompt = gaussian([3], (4, 8, 8)), "a handwritten digit one"
+    with torch.no_grad():
+        ours = generator.latents(eps, generator.encode_prompts([prompt]))
+    theirs = pipe(prompt, num_inference_steps=1, guidance_scale=0.0, latents=eps,
+                  output_type="latent").images  # fmt: skip
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["best_epoch"] == 2  # so the best weights are the last ones
+    assert equal(unet_of(trained / "checkpoint-best"), unet_of(final))
+    assert load_generator(trained / "checkpoint-best").fingerprint() == generator.fingerprint()
+
+
+def test_the_best_epoch_is_kept_when_training_diverges(assigned: Path, tmp_path: Path) -> None:
+    pairs, _ = read_manifest(assigned / "manifest.jsonl")
+
+    def train(name: str, epochs: int) -> dict[str, Any]:
+        generator = load_generator("tiny", master_weights=True)
+        options = SftOptions(
+            epochs=epochs, lr=0.05, preserve_latent_weight=0.0, preserve_pixel_weight=0.0
+        )
+        summary = SftRun(generator, Targets(generator), tmp_path / name, options).run(pairs)
+        assert equal(generator.unet.state_dict(), unet_of(tmp_path / name / "checkpoint-final"))
+        return summary
+
+    best = train("whole", 3)["best_epoch"]
+    assert best < 3
+    train("short", best)
+    kept, short = (tmp_path / f for f in ("whole/checkpoint-best", "short/checkpoint-final"))
+    assert equal(unet_of(kept), unet_of(short))
+
+
+def test_the_reference_workflow_gives_the_same_training(
+    trained: Path, assigned: Path, tmp_path: Path, call: Call
+) -> None:
+    lines = []
+    for pair in read_manifest(assigned / "manifest.jsonl")[0]:
+        torch.save({"z": load_noise(pair)[None]}, tmp_path / f"{pair.id}.pt")
+        lines.append({"prompt": pair.prompt, "target_image_path": str(pair.image_path),
+                      "best_input_noise_path": str(tmp_path / f"{pair.id}.pt")})  # fmt: skip
+    (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert call("sft", *flags(tmp_path / "manifest.jsonl", tmp_path / "run")).code == 0
+    assert equal(unet_of(tmp_path / "run/checkpoint-final"), unet_of(trained / "checkpoint-final"))
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (os.environ["HARM"],)
+
+
+def test_pickled_code_is_not_run_and_the_rest_is_trained(
+    assigned: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARM", str(tmp_path / "harm"))
+    pairs, _ = read_manifest(assigned / "manifest.jsonl")
+    torch.save({"z": load_noise(pairs[0])}, tmp_path / "good.pt")
+    torch.save({"z": load_noise(pairs[0]), "more": Harmful()}, tmp_path / "bad.pt")
+    torch.save(torch.zeros(4, 6, 6), tmp_path / "small.pt")
+    pair = {"prompt": pairs[0].prompt, "target_image_path": str(pairs[0].image_path)}
+    lines = [pair | {"best_input_noise_path": f"{name}.pt"} for name in ("bad", "good", "small")]
+    (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    ended = call("sft", *flags(tmp_path / "manifest.jsonl", tmp_path / "run"))
+    assert ended.code == 1 and "2 pairs failed" in ended.err
+    assert not (tmp_path / "harm").exists()
+    reasons = [row["reason"] for row in rows_of(tmp_path / "run" / "failures.jsonl")]
+    assert "pickled code is never run" in reasons[0]
+    assert "[4, 6, 6], the model takes [4, 8, 8]" in reasons[1]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["samples"] == 1
+
+
+def test_a_moved_run_still_trains(small_data: Path, tmp_path: Path, call: Call) -> None:
+    shutil.copytree(small_data, tmp_path / "here" / "data")
+    root = tmp_path / "here"
+    places = ("--data_root", root / "data", "--output_root", root / "runs" / "a")
+    assert call("assign", *places, "--model_id", "tiny", "--steps", 1, "--max_samples", 2).code == 0
+    root.rename(tmp_path / "there")
+    manifest = tmp_path / "there" / "runs" / "a" / "manifest.jsonl"
+    assert str(tmp_path) not in manifest.read_text()
+    assert call("sft", *flags(manifest, tmp_path / "there" / "s", "--epochs", 1)).code == 0
+
+
+def pool_and_batch(generator: OneStepGenerator, path: Path, count: int) -> Batch:
+    prompts = ["a handwritten digit one", "a handwritten digit two"]
+    pool = PreservePool.build(generator, prompts, (4, 8, 8), 20, 0, path)
+    drawn = pool.draw(count, 5)
+    encoding = generator.encode_prompts([pool.prompts[k] for k in drawn])
+    noise = gaussian([pool.seeds[k] for k in drawn], (4, 8, 8))
+    return Batch(noise, encoding, pool.latents[drawn], None, matched=1)
+
+
+def test_the_preserve_loss_starts_at_zero_and_sees_any_change(tmp_path: Path) -> None:
+    generator = load_generator("tiny", master_weights=True)
+    options = SftOptions(preserve_latent_weight=0.5, preserve_pixel_weight=0.5)
+    batch = pool_and_batch(generator, tmp_path / "pool.safetensors", 7)
+    with torch.no_grad():
+        assert 0 <= sft_losses(generator, batch, options)[1].item() < 1e-5
+        next(iter(generator.unet.parameters())).add_(0.01)
+        assert sft_losses(generator, batch, options)[1].item() > 1e-4
+    # The pool on disk is of the base generator, so a resumed run is held to the same targets.
+    again = pool_and_batch(generator, tmp_path / "pool.safetensors", 7)
+    assert torch.equal(again.latents, batch.latents)
+
+
+def test_random_noise_and_pixels_train_differently(
+    trained: Path, assigned: Path, tmp_path: Path, call: Call
+) -> None:
+    manifest = assigned / "manifest.jsonl"
+    more = {"random": ("--noise", "random"), "pixels": ("--pixel_l1_weight", 1.0)}
+    results = [unet_of(trained / "checkpoint-final")]
+    for name, extra in more.items():
+        assert call("sft", *flags(manifest, tmp_path / name, *extra)).code == 0
+        results.append(unet_of(tmp_path / name / "checkpoint-final"))
+    assert not any(equal(results[k], results[k - 1]) for k in range(3))
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 5])
+def test_a_resumed_training_equals_the_uninterrupted_one(
+    assigned: Path, tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, _ = read_manifest(assigned / "manifest.jsonl")
+    options = SftOptions(
+        epochs=3, batch_size=4, lr=1e-4, lr_warmup_steps=5, preserve_pool_size=6, noise="matched"
+    )
+
+    def train(folder: Path) -> OneStepGenerator:
+        generator = load_generator("tiny", master_weights=True)
+        targets = Targets(generator)
+        SftRun(generator, targets, folder, options, seed=1, save_minutes=0).run(pairs)
+        return generator
+
+    whole = train(tmp_path / "whole")
+    update = Trainer.update
+
+    def dying(self: Trainer) -> None:
+        if self.step == killed_at:
+            raise KeyboardInterrupt
+        update(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "update", dying)
+        train(tmp_path / "parts")
+    resumed = train(tmp_path / "parts")
+    for name in ("best", "final"):
+        old, new = (unet_of(tmp_path / f / f"checkpoint-{name}") for f in ("whole", "parts"))
+        assert equal(old, new)
+    assert equal(resumed.unet.state_dict(), whole.unet.state_dict())
+    history = [(tmp_path / f / "history.jsonl").read_bytes() for f in ("whole", "parts")]
+    assert history[0] == history[1]
+    assert not (tmp_path / "parts" / "state.safetensors").exists()
+    again = train(tmp_path / "parts")  # finished: nothing is trained, the weights are taken over
+    assert equal(again.unet.state_dict(), whole.unet.state_dict())
+
+
+def test_every_epoch_takes_every_pair_once_and_a_resumed_one_goes_on() -> None:
+    all_steps = list(batches(10, 4, 0, 0, 9))
+    for epoch in range(3):
+        taken = itertools.chain(*all_steps[3 * epoch : 3 * epoch + 3])
+        assert sorted(taken) == list(range(10))
+    assert all_steps[:3] != all_steps[3:6]
+    assert list(batches(10, 4, 0, 4, 9)) == all_steps[4:]
+    assert list(batches(10, 4, 1, 0, 9)) != all_steps
+    assert derived_seed(0, "a", 1) != derived_seed(0, "a1")

@@ -1,0 +1,77 @@
+"""The Triton kernels without a GPU: their values in the interpreter, their machine code by ptxas.
+
+Both run in processes of their own: Triton decides at import whether it interprets.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+ROOT = Path(__file__).parents[2]
+# Triton 3.6's interpreter turns arrays of one element into integers, which NumPy 2.4 refuses
+NUMPY_TOO_NEW = "only 0-dimensional arrays can be converted to Python scalars"
+
+
+def run(*arguments: str, **environment: str) -> None:
+    """Run Python in the checkout; show the end of what it printed if it fails."""
+    ended = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    if NUMPY_TOO_NEW in ended.stdout:
+        pytest.skip("the interpreter of this Triton does not work with this NumPy")
+    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-2000:]
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # what an import of it finds
+import torch
+from oneshot_fast import ops
+assert "triton" not in ops.backends()
+x, a = torch.randn(2, 4, 8, 8, device="{device}"), torch.zeros(2, 16, 16, device="{device}")
+a.requires_grad_()
+z = ops.patch_rotate(x, ops.skew_exp(a), 2)
+torch.testing.assert_close(z, x)
+ops.latent_mse(z, x, x, 1.0).sum().backward()
+assert a.grad.device == x.device
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_ops_work_without_triton(device):
+    run("-c", WITHOUT_TRITON.format(device=device))
+
+
+@needs_triton
+@pytest.mark.slow
+def test_kernels_agree_with_the_references_in_the_interpreter():
+    run(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider"),
+        *("tests/test_triton_kernels.py", "tests/test_ops.py"),
+        # what is Python's work, not the kernels', is tested without the interpreter
+        *("-k", "interpreter and not consistent and not opcheck and not compile and not cayley"),
+        TRITON_INTERPRET="1",
+    )
+
+
+@needs_triton
+@pytest.mark.slow
+def test_kernels_compile_without_spills(tmp_path):
+    """One kernel in all its forms; the tool without arguments does all of them."""
+    run(
+        "tools/check_triton.py",
+        *("--arch", "90", "--dtype", "float32", "bfloat16", "--kernel", "patch_outer"),
+        TRITON_CACHE_DIR=str(tmp_path),
+        TRITON_INTERPRET="0",
+    )

@@ -1,0 +1,91 @@
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command, **env) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | {k: str(v) for k, v in env.items()},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_importing_the_ops_imports_no_heavy_library():
+    heavy = "{'diffusers', 'transformers', 'accelerate', 'matplotlib', 'PIL', 'tyro', 'triton'}"
+    check = run("-c", f"import sys, oneshot_fast.ops; print({heavy} & set(sys.modules))")
+    assert check.stdout.strip() == "set()", check.stdout + check.stderr
+
+
+def test_importing_the_ops_takes_less_than_300_ms():
+    code = (
+        "import time, torch; start = time.perf_counter(); import oneshot_fast.ops;"
+        "print(time.perf_counter() - start)"
+    )
+    assert min(float(run("-c", code).stdout) for _ in range(3)) < 0.3
+
+
+def test_ops_work_without_triton():
+    code = (
+        "import importlib.util as util; find = util.find_spec;"
+        "util.find_spec = lambda name, *more: None if name == 'triton' else find(name, *more);"
+        "import sys; sys.modules['triton'] = None; import torch; from oneshot_fast import ops;"
+        "print(ops.skew_exp(torch.zeros(2, 2)).trace().item(), 'triton' in ops.backends())"
+    )
+    ended = run("-c", code)
+    assert ended.stdout.split() == ["2.0", "False"], ended.stderr
+
+
+@pytest.fixture
+def bare_python(tmp_path) -> Path:
+    """An interpreter without torch."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    return tmp_path / "bare" / "bin" / "python"
+
+
+@pytest.mark.parametrize(
+    ("version", "message"), [(None, "install torch >= 2.11"), ("2.10.1+cpu", "found 2.10.1+cpu")]
+)
+def test_build_names_a_missing_or_old_torch_in_one_line(bare_python, tmp_path, version, message):
+    if version:
+        site = next((tmp_path / "bare" / "lib").glob("python*/site-packages"))
+        (site / "torch").mkdir()
+        (site / "torch" / "__init__.py").touch()
+        (site / "torch" / "version.py").write_text(f"__version__ = {version!r}\n")
+    target = tmp_path / "out"
+    build = run("setup.py", "-q", "build", "-b", target, OSF_TORCH_PYTHON=bare_python)
+    assert build.returncode != 0
+    assert message in build.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in build.stderr
+
+
+@pytest.mark.slow
+def test_sdist_installs_and_computes(tmp_path):
+    """From the sdist alone, through a wheel, against the torch that is installed."""
+    files = [f for f in (ROOT / "oneshot_fast").rglob("*") if f.suffix not in (".pyc", ".so")]
+    files += (ROOT / "oneshot_fast" / "kernels").glob("*.py")  # rglob may skip symbolic links
+    built = run("setup.py", "-q", "sdist", "-d", tmp_path)
+    assert built.returncode == 0, built.stderr
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        assert not [name for name in archive.getnames() if name.endswith((".so", ".pyc"))]
+    site = tmp_path / "site"
+    pip = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
+    installed = run(*pip, "--target", site, sdist)
+    assert installed.returncode == 0, installed.stderr
+    missing = [f for f in files if f.is_file() and not (site / f.relative_to(ROOT)).is_file()]
+    assert not missing
+    compute = (
+        "import torch, oneshot_fast; from oneshot_fast import ops;"
+        "print(oneshot_fast.__file__, ops.skew_exp(torch.zeros(3, 3)).trace().item())"
+    )
+    used = run("-c", compute, PYTHONPATH=site, PYTHONSAFEPATH=1)
+    assert used.stdout.split() == [str(site / "oneshot_fast" / "__init__.py"), "3.0"], used.stderr

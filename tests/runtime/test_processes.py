@@ -1,0 +1,226 @@
+"""Several processes on one job give what one process gives, and lose nothing when one is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from oneshot_fast.data.pairs import read_manifest
+from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.jobs.sft.pairs import Examples
+from oneshot_fast.runtime.processes import claims, gathered, is_main, shared
+
+# What a process knows after reading the pairs, and how many images it encoded for that.
+READER = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+import oneshot_fast.runtime.processes
+from oneshot_fast.data.pairs import read_manifest
+from oneshot_fast.jobs.sft.pairs import Examples
+from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.runtime.files import write_json
+from oneshot_fast.generators.target_images import Targets
+
+oneshot_fast.runtime.processes._AT_ONCE = 2
+generator, encoded = load_generator("tiny"), []
+generator.pipe.vae.encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
+pairs, failures = read_manifest(Path(sys.argv[1]))
+found = Examples.load(generator, Targets(generator), pairs, failures)
+here = oneshot_fast.runtime.processes.processes()
+place = Path(sys.argv[2]) / str(here.process_index)
+save_file({"noises": found.noises, "latents": found.latents}, place.with_suffix(".safetensors"))
+reasons = [failure.reason for failure in failures]
+ids = [pair.id for pair in found.pairs]
+shared = oneshot_fast.runtime.processes.shared(lambda k: (k, here.process_index), 7)
+oneshot_fast.runtime.processes._BUCKET = 40
+kinds = (torch.float32, torch.float64)
+numbers = [torch.arange(n).to(kind) for kind in kinds for n in (3, 9, 2, 1)]
+numbers.append(torch.arange(4.0).view(2, 2).t())
+oneshot_fast.runtime.processes.add_up(numbers)
+added = [tensor.tolist() for tensor in numbers]
+write_json(place.with_suffix(".json"), [ids, reasons, len(encoded), shared, added])
+oneshot_fast.runtime.processes.leave()
+"""
+EM = (
+    "--num_cycles 1 --assign_steps 2 --assign_batch_size 2 --train_epochs 1 --eval_samples 10 "
+    "--max_samples 10 --num_images 0"
+)
+
+
+def start(processes: int, command: str, *flags: object) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--nproc_per_node", str(processes), "-m"]
+    return subprocess.Popen(
+        [*launcher, f"oneshot_fast.{command}", *map(str, flags)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(processes: int, command: str, *flags: object) -> str:
+    job = start(processes, command, *flags)
+    out, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, out[-4000:]
+    return out
+
+
+def rows(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def results(folder: Path) -> list[tuple[object, ...]]:
+    """What was found for each target, and its noise, in the order of the manifest."""
+    found = []
+    for row in rows(folder):
+        with safe_open(folder / str(row["noise_path"]), framework="pt") as file:
+            z = file.get_slice("z")[row["noise_index"]]
+        found.append((row["id"], row["index"], row["losses"], z.tolist()))
+    return found
+
+
+def test_one_process_is_the_main_one():
+    assert is_main()
+    assert gathered([1, 2]) == [1, 2]
+    numbers = claims("job")
+    assert [next(numbers) for _ in range(3)] == [0, 1, 2]
+    assert shared(lambda k: k * k, 150) == [k * k for k in range(150)]
+
+
+@pytest.fixture
+def damaged(tmp_path: Path, assigned: Path, small_data: Path) -> Path:
+    """Manifest of an assignment with one changed image and one damaged noise."""
+    folder, data = tmp_path / "assigned", tmp_path / "data"
+    shutil.copytree(assigned, folder)
+    shutil.copytree(small_data, data)
+    for k, row in enumerate(found := rows(folder)):
+        row["target_image_path"] = str(data / "images" / Path(str(row["target_image_path"])).name)
+        if k == 4:
+            row["noise_index"] = 99
+    first = Path(str(found[1]["target_image_path"]))
+    first.write_bytes(first.read_bytes() + b"changed")
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return manifest
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many threads as the other processes have, for the same bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_each_process_encodes_its_part_and_knows_all(tmp_path, damaged, tiny, one_thread):
+    script = tmp_path / "reader.py"
+    script.write_text(READER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    ended = subprocess.run(
+        [*command, str(damaged), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    pairs, failures = read_manifest(damaged)
+    one = Examples.load(tiny, Targets(tiny), pairs, failures)
+    assert len(one.pairs) == 4 and len(failures) == 2
+    for process in ("0", "1"):
+        tensors = load_file(tmp_path / f"{process}.safetensors")
+        assert torch.equal(tensors["latents"], one.latents)
+        assert torch.equal(tensors["noises"], one.noises)
+        kept = json.loads((tmp_path / f"{process}.json").read_text())
+        ids, reasons, encoded, numbers, added = kept
+        assert ids == [pair.id for pair in one.pairs]
+        assert reasons == [failure.reason for failure in failures]
+        assert encoded == 2
+        assert numbers == [[k, k % 2] for k in range(7)]
+        assert added[:8] == 2 * [[2 * k for k in range(n)] for n in (3, 9, 2, 1)]
+        assert added[8] == [[0, 4], [2, 6]]
+
+
+@pytest.mark.slow
+def test_sft_with_two_processes_equals_one_and_goes_on_with_one(
+    tmp_path, damaged, call, one_thread
+):
+    fixed = "--model_id tiny --epochs 3 --batch_size 2 --preserve_pool_size 20"
+    flags = ["--manifest_path", damaged, *fixed.split(), "--save_minutes", "0"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert call("sft", *flags, "--output_dir", one).code == 1
+    job = start(2, "sft", *flags, "--output_dir", two)
+    deadline = time.monotonic() + 120
+    while not (two / "state.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    kill_one_of(job)
+    out, _ = job.communicate(timeout=300)
+    assert job.returncode != 0 and not (two / "summary.json").exists(), out
+    assert call("sft", *flags, "--output_dir", two).code == 1
+    for name in ("failures.jsonl", "preserve.safetensors"):
+        assert (two / name).read_bytes() == (one / name).read_bytes()
+    found = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
+    assert found[1]["matched_loss_before"] == found[0]["matched_loss_before"]
+    expected = pytest.approx(found[0]["matched_loss_after"], rel=1e-4)
+    assert found[1]["matched_loss_after"] == expected
+
+
+def kill_one_of(job: subprocess.Popen[str]) -> None:
+    """Kill the last process that the launcher ``job`` started."""
+    workers = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_em_with_two_processes_equals_one(tmp_path):
+    flags = EM.split()
+    run(1, "em", "--work_dir", tmp_path / "one", *flags)
+    out = run(2, "em", "--work_dir", tmp_path / "two", *flags)
+    assert out.count("report: ") == 1  # one of them speaks
+    cycle = Path("cycle-01") / "assign"
+    assert results(tmp_path / "two" / cycle) == results(tmp_path / "one" / cycle)
+    one, two = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "two"))
+    assert two["random_noise"]["base"] == one["random_noise"]["base"]
+    for key in ("matched_loss_before", "matched_loss_after"):
+        assert two["cycles"][0]["sft"][key] == pytest.approx(one["cycles"][0]["sft"][key], rel=1e-4)
+    assert "no result" not in run(1, "em", "--work_dir", tmp_path / "two", *flags)  # goes on alone
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_nothing(tmp_path, small_data):
+    flags = f"--data_root {small_data} --model_id tiny --num_images 0 --batch_size 1"
+    steps = ("--steps", 150)
+    run(1, "assign", *flags.split(), *steps, "--output_root", tmp_path / "one")
+    job = start(3, "assign", *flags.split(), *steps, "--output_root", tmp_path / "many")
+    noises = tmp_path / "many" / "noises"
+    deadline = time.monotonic() + 120
+    while not list(noises.glob("*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    kill_one_of(job)
+    out, _ = job.communicate(timeout=300)
+    assert job.returncode != 0, out
+    left = len(list(noises.glob("*.safetensors")))
+    assert 0 < left < len(rows(tmp_path / "one"))
+    run(2, "assign", *flags.split(), *steps, "--output_root", tmp_path / "many")
+    assert results(tmp_path / "many") == results(tmp_path / "one")
+    assert json.loads((tmp_path / "many" / "summary.json").read_text())["samples"] == 6
