@@ -22,7 +22,7 @@ import tyro
 from results import RESULTS, environment, slug
 from sdxl_variants import Bench
 
-from oneshot_fast.cli import silence_imports
+from oneshot_fast.runtime.progress import silence_imports
 
 
 @dataclass

@@ -8,19 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from oneshot_fast.cli import (
-    OK,
-    SOME_FAILED,
-    DataOptions,
-    ModelOptions,
-    RunOptions,
-    public,
-    run_command,
-)
+from oneshot_fast.cli import OK, SOME_FAILED, public, run_command
+from oneshot_fast.data.options import DataOptions
 from oneshot_fast.data.pairs import Record, pair_id
 from oneshot_fast.errors import UserError, require
+from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.assign.objective import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
+from oneshot_fast.runtime.options import RunOptions
 
 if TYPE_CHECKING:
     from oneshot_fast.data.sources import Source

@@ -9,15 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oneshot_fast.cli import (
-    OK,
-    SOME_FAILED,
-    DataOptions,
-    ModelOptions,
-    RunOptions,
-    public,
-    run_command,
-)
+from oneshot_fast.cli import OK, SOME_FAILED, public, run_command
+from oneshot_fast.data.options import DataOptions
+from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.targets import EmRun
 from oneshot_fast.rewards.options import (
@@ -25,6 +19,7 @@ from oneshot_fast.rewards.options import (
     RewardTrainingOptions,
     check_no_flags_of_rewards,
 )
+from oneshot_fast.runtime.options import RunOptions
 
 
 @dataclass(frozen=True)

@@ -21,3 +21,8 @@ def require(condition: bool, message: str) -> None:
     """Raise UserError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise UserError(message)
+
+
+def one_line(message: object) -> str:
+    """First 200 characters of a message on one line; of an error without one, its class name."""
+    return (" ".join(str(message).split()) or type(message).__name__)[:200]

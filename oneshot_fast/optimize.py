@@ -10,18 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import UseAppendAction
 
-from oneshot_fast.cli import (
-    OK,
-    SOME_FAILED,
-    ModelOptions,
-    RunOptions,
-    public,
-    run_command,
-)
+from oneshot_fast.cli import OK, SOME_FAILED, public, run_command
+from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.errors import UserError, require
+from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.pairs import MANIFEST
-from oneshot_fast.rewards.options import RewardOptions, read_prompts
+from oneshot_fast.rewards.options import RewardOptions
+from oneshot_fast.runtime.options import RunOptions
 
 if TYPE_CHECKING:
     from oneshot_fast.jobs.optimize.search import RewardSearch, Sample

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot_fast.cli import OK, SOME_FAILED, ModelOptions, RunOptions, public, run_command
+from oneshot_fast.cli import OK, SOME_FAILED, public, run_command
 from oneshot_fast.data.pairs import DataError, MatchedPair, load_noise, read_manifest
+from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.errors import UserError, require
+from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.rewards.options import (
     RewardOptions,
     RewardTrainingOptions,
     check_no_flags_of_rewards,
-    read_prompts,
 )
+from oneshot_fast.runtime.options import RunOptions
 from oneshot_fast.training.batch import SftOptions
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from typing import Annotated
 import torch
 import tyro
 
-from oneshot_fast.cli import silence_imports
 from oneshot_fast.embedded.classifier import load_classifier
 from oneshot_fast.embedded.digits import to_pil, write_default_dataset
 from oneshot_fast.recipes.tiny.config import TrainConfig
+from oneshot_fast.runtime.progress import silence_imports
 
 
 @dataclass(frozen=True)

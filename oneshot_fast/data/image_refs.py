@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 from urllib.parse import quote, unquote
 
-from oneshot_fast.data.records import find_file, one_line
-from oneshot_fast.errors import DataError
+from oneshot_fast.data.records import find_file
+from oneshot_fast.errors import DataError, one_line
 
 _SPAN = re.compile(r"(\d{1,18})\+(\d{1,18})")
 _CELL = re.compile(r"([^#:]+):(\d{1,18}):(\d{1,18})")

@@ -12,8 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from oneshot_fast.data.image_refs import ImageRef
-from oneshot_fast.data.records import one_line
-from oneshot_fast.errors import DataError
+from oneshot_fast.errors import DataError, one_line
 
 # A fixed list, since Pillow would hand some other formats (EPS) to external programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")

@@ -8,8 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from oneshot_fast.data.records import one_line
-from oneshot_fast.errors import DataError
+from oneshot_fast.errors import DataError, one_line
 
 
 def read_noise(path: Path, index: int | None) -> Tensor:

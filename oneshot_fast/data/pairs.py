@@ -15,12 +15,11 @@ from oneshot_fast.data.records import (
     Failure,
     claim_id,
     nothing_usable,
-    one_line,
     pair_id,
     read_objects,
     text_field,
 )
-from oneshot_fast.errors import DataError
+from oneshot_fast.errors import DataError, one_line
 
 __all__ = [
     "DataError",

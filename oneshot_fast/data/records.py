@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from oneshot_fast.errors import DataError
+from oneshot_fast.errors import DataError, one_line
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,6 @@ class Failure:
     id: str | None = None
     prompt: str | None = None
     image: str | None = None
-
-
-def one_line(message: object) -> str:
-    """First 200 characters of a message on one line; of an error without one, its class name."""
-    return (" ".join(str(message).split()) or type(message).__name__)[:200]
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, object] | str]]:

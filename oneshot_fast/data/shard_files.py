@@ -7,8 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from oneshot_fast.data.records import one_line
-from oneshot_fast.errors import DataError
+from oneshot_fast.errors import DataError, one_line
 
 SUFFIXES = (".tar", ".parquet")
 _WILDCARD = re.compile(r"[*?[]")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from oneshot_fast.data.image_refs import cell_place, extra_module, open_file
-from oneshot_fast.data.records import one_line, text_field
-from oneshot_fast.errors import DataError
+from oneshot_fast.data.records import text_field
+from oneshot_fast.errors import DataError, one_line
 
 _PROMPTS = ("prompt", "text", "caption")
 _IMAGES = ("jpg", "jpeg", "png", "webp")

@@ -17,9 +17,10 @@ from typing import Protocol
 
 from oneshot_fast.data.image_refs import Member
 from oneshot_fast.data.pairs import DataError, Failure, Record, check_range, read_pairs
-from oneshot_fast.data.records import claim_id, one_line, pair_id
+from oneshot_fast.data.records import claim_id, pair_id
 from oneshot_fast.data.shard_files import Shard, find_shards
 from oneshot_fast.data.shards import Sample, read_parquet, read_tar
+from oneshot_fast.errors import one_line
 from oneshot_fast.runtime.seeds import derived_seed
 
 _READERS = {".tar": read_tar, ".parquet": read_parquet}

@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from oneshot_fast.data.records import one_line
-from oneshot_fast.errors import ModelError, UserError
+from oneshot_fast.errors import ModelError, UserError, one_line
 from oneshot_fast.generators.base import PromptEncoding
 from oneshot_fast.generators.decoder import update_digest
 from oneshot_fast.generators.toy_networks import ToyClassifier, ToyConfig, ToyNetwork

@@ -3,12 +3,13 @@
 CPU tensors always take the C++ kernels; devices that are neither take the references.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import oneshot_fast._C as _C
-
+# by its name: to import it from the package is to import all that the package has
+_C = importlib.import_module("oneshot_fast._C")
 _AVAILABLE = tuple(
     name
     for name, found in (

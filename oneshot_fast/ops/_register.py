@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import oneshot_fast._C as _C  # loading it registers torch.ops.oneshot_fast
-from oneshot_fast.ops._backends import backend
+from oneshot_fast.ops._backends import _C, backend
 
 
 @dataclass(frozen=True)

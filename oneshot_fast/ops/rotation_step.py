@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import oneshot_fast._C as _C
-from oneshot_fast.ops._backends import backend
+from oneshot_fast.ops._backends import _C, backend
 from oneshot_fast.ops._checks import check_like, check_square
 from oneshot_fast.ops.skew_exp import skew_exp
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,3 +46,12 @@ def end_tracking(accelerator: Accelerator) -> None:
     """Close the trackers; ``Accelerator.end_training`` would also end the process group."""
     for tracker in accelerator.trackers:
         tracker.finish()
+
+
+def silence_imports() -> None:
+    """Keep diffusers and transformers from warning when they are imported.
+
+    Without it each command starts with, say, that torchvision, which we do not use, is missing.
+    """
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")

@@ -8,8 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from oneshot_fast.data.records import one_line
-from oneshot_fast.errors import UserError
+from oneshot_fast.errors import UserError, one_line
 
 
 def import_function(name: str, what: str) -> Callable[..., Any]:

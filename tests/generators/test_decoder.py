@@ -10,9 +10,9 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
-from oneshot_fast.cli import ModelOptions
 from oneshot_fast.errors import ModelError, UserError
 from oneshot_fast.generators.decoder import Decoder
+from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.generators.precision import gradient_scale, scale_gradient
 from oneshot_fast.generators.sdxl import OneStepGenerator
 

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot_fast.cli import silence_imports
 from oneshot_fast.data.pairs import Failure
 from oneshot_fast.data.sources import Source, pending
 from oneshot_fast.errors import UserError, require
@@ -27,7 +26,7 @@ from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.planning.batch_size import ON_CPU, automatic_batch_size
 from oneshot_fast.runtime.files import write_jsonl
 from oneshot_fast.runtime.processes import processes
-from oneshot_fast.runtime.progress import progress
+from oneshot_fast.runtime.progress import progress, silence_imports
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 
-from oneshot_fast.cli import ModelOptions, silence_imports
 from oneshot_fast.data.pairs import Failure, Record
 from oneshot_fast.errors import UserError
+from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.generators.target_images import Targets
 from oneshot_fast.jobs.assign.candidates import Chooser
 from oneshot_fast.jobs.assign.objective import AssignOptions
@@ -23,6 +23,7 @@ from oneshot_fast.jobs.assign.shards import ShardWriter, shard_path
 from oneshot_fast.jobs.assign.targets import Preparer, Target
 from oneshot_fast.runtime.background import ahead
 from oneshot_fast.runtime.files import read_metadata
+from oneshot_fast.runtime.progress import silence_imports
 from oneshot_fast.search.solver import Solved, Solver
 
 if TYPE_CHECKING:

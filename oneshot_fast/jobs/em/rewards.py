@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from oneshot_fast.cli import OK, SOME_FAILED, DataOptions, public
+from oneshot_fast.cli import OK, SOME_FAILED, public
+from oneshot_fast.data.options import DataOptions
+from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.errors import require
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.schedule import cycle_seeds
 from oneshot_fast.jobs.em.targets import EmRun
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.pairs import MANIFEST
-from oneshot_fast.rewards.options import read_prompts
 from oneshot_fast.runtime.files import read_json
 from oneshot_fast.runtime.processes import is_main, wait
 from oneshot_fast.runtime.seeds import derived_seed

@@ -9,15 +9,18 @@ from typing import Any, Literal
 
 from oneshot_fast.assign import AssignCommand
 from oneshot_fast.assign import execute as execute_assign
-from oneshot_fast.cli import OK, DataOptions, ModelOptions, RunOptions
+from oneshot_fast.cli import OK
+from oneshot_fast.data.options import DataOptions
 from oneshot_fast.em import EmCommand
 from oneshot_fast.em import execute as execute_em
 from oneshot_fast.errors import require
+from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.assign.objective import AssignOptions
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.recipes.toy.data import LabelledImages
 from oneshot_fast.recipes.toy.datasets import RECIPES, DatasetName, Recipe
 from oneshot_fast.runtime.files import write_folder
+from oneshot_fast.runtime.options import RunOptions
 from oneshot_fast.sft import SftCommand
 from oneshot_fast.sft import execute as execute_sft
 from oneshot_fast.training.batch import SftOptions

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneshot_fast.data.records import one_line
 from oneshot_fast.embedded.digits import DIGIT_WORDS
-from oneshot_fast.errors import DataError
+from oneshot_fast.errors import DataError, one_line
 from oneshot_fast.recipes.toy.data import LabelledImages
 
 _CIFAR_CLASSES = (

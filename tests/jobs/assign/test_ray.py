@@ -20,10 +20,10 @@ import torch
 from assign_samples import same_results
 from search_samples import FULL, PATIENT
 
-from oneshot_fast.cli import ModelOptions
 from oneshot_fast.data.pairs import Failure, Record, read_pairs
 from oneshot_fast.data.sources import pending
 from oneshot_fast.errors import ModelError, UserError
+from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.generators.target_images import Targets
 from oneshot_fast.jobs.assign.ray_worker import Actor, Job, Worker
 from oneshot_fast.jobs.assign.run import AssignRun

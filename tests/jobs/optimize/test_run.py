@@ -16,13 +16,13 @@ from torch import Tensor
 
 from oneshot_fast.data.images import load_image
 from oneshot_fast.data.pairs import read_manifest, read_pairs
+from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.generators.sdxl import OneStepGenerator
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.plan import search_memory
 from oneshot_fast.jobs.optimize.run import OptimizeRun, samples_of
 from oneshot_fast.jobs.optimize.search import Optimized, RewardSearch, Sample
 from oneshot_fast.rewards import load_rewards
-from oneshot_fast.rewards.options import read_prompts
 from oneshot_fast.runtime.seeds import gaussian
 from oneshot_fast.search.movers.free import FreeNoise
 

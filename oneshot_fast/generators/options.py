@@ -1,0 +1,109 @@
+"""How a generator is loaded: the flags of every command that takes one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from oneshot_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from oneshot_fast.generators.sdxl import OneStepGenerator
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the generator is loaded, and where it runs."""
+
+    variant: str | None = None
+    """Weight variant, such as fp16; plain weights serve where the model has none."""
+    revision: str | None = None
+    """Hub revision."""
+    model_config: str | None = None
+    """Folder or hub id with the pipeline's configs; only for a .safetensors file."""
+    device: str | None = None
+    """cuda, cuda:1, cpu, ...; by default cuda where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type the UNet computes in; auto is float32 on the CPU, bfloat16 on a GPU. Noise, rotation
+    and losses are float32."""
+    channels_last: bool = False
+    """Keep weights in channels_last order, which suits convolutions in half precision on a GPU."""
+    compile: bool = False
+    """Compile the UNet (torch.compile), once per batch size; the first start takes minutes, later
+    ones read torch's cache on disk."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """For --compile; reduce-overhead replays CUDA graphs, which helps small batches."""
+    decoder_id: str | None = None
+    """Tiny decoder (AutoencoderTiny: folder or hub id) that takes the VAE's place wherever latents
+    are decoded: the pixel loss, and images shown."""
+    decoder_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type the decoder computes in; auto is the UNet's, but float32 for a VAE that overflows."""
+    decoder_checkpointing: bool = False
+    """Pixel loss: recompute the decoder's activations in the backward pass, for less memory."""
+    decoder_tiling: int = 0
+    """Pixel loss: decode in overlapping tiles of so many latent pixels (32, say); 0: as a whole."""
+    cache_dir: Path | None = None
+    """Folder that keeps encoded prompts and target images (safetensors, named by content) for other
+    runs and commands too; by default each run encodes them anew."""
+
+    def load(self, model_id: str, master_weights: bool = False) -> OneStepGenerator:
+        """Load a generator.
+
+        Args:
+            model_id: Folder in diffusers layout, hub id, .safetensors file, or "tiny".
+            master_weights: Keep float32 weights and compute in ``dtype`` through autocast.
+        """
+        import diffusers
+        import torch
+        import transformers
+
+        from oneshot_fast.generators.loading import load_generator
+
+        if self.compile_mode != "default" and not self.compile:
+            raise UserError("--compile_mode is for --compile; give both")
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        generator = load_generator(
+            model_id,
+            device=self.device,
+            dtype=None if self.dtype == "auto" else getattr(torch, self.dtype),
+            master_weights=master_weights,
+            variant=self.variant,
+            revision=self.revision,
+            model_config=self.model_config,
+        )
+        self._tune(generator)
+        return generator
+
+    def _tune(self, generator: OneStepGenerator) -> None:
+        """Set decoder, memory order and compilation."""
+        import torch
+
+        from oneshot_fast.generators.cache import EncodingCache
+        from oneshot_fast.generators.loading import load_tiny_decoder
+
+        auto = self.decoder_dtype == "auto"
+        touched = self.decoder_id or not auto or self.decoder_checkpointing or self.decoder_tiling
+        if touched and generator.decoder is None:
+            raise UserError("this model has no decoder; leave the decoder's options out")
+        if self.decoder_id is not None:
+            dtype = generator.decoder.dtype if auto else getattr(torch, self.decoder_dtype)
+            channels = generator.latent_shape(8, 8)[0]
+            generator.decoder = load_tiny_decoder(
+                self.decoder_id, generator.device, dtype, channels
+            )
+        elif not auto:
+            generator.decoder.set_dtype(getattr(torch, self.decoder_dtype))
+        if self.decoder_checkpointing:
+            generator.decoder.checkpoint()
+        if self.decoder_tiling:
+            generator.decoder.tile(self.decoder_tiling)
+        if self.cache_dir is not None:
+            if generator.decoder is None:
+                raise UserError("this model encodes nothing; leave --cache_dir out")
+            generator.encodings = EncodingCache(self.cache_dir, generator)
+        if self.channels_last:
+            generator.use_channels_last()
+        if self.compile:
+            generator.compile(self.compile_mode)
