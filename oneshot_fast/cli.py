@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import tyro
 from safetensors import SafetensorError
 
-from oneshot_fast.errors import UserError
+from oneshot_fast.errors import UserError, require
 from oneshot_fast.runtime.progress import silence_imports
 
 OK, SOME_FAILED, BAD_INPUT, NO_SPACE, INTERRUPTED = 0, 1, 2, 3, 130
@@ -101,6 +101,24 @@ def _parse(name: str, options: type[Options], argv: Sequence[str] | None) -> Opt
         said = " ".join(itertools.takewhile(bool, below_title)).removeprefix("Error parsing ")
         said = said or "these arguments make no sense"
         raise UserError(f"{said} (python -m oneshot_fast.{name} --help)") from None
+
+
+def check_defaults(*groups: Any, needs: str) -> None:
+    """Refuse flags that would do nothing.
+
+    Args:
+        *groups: Groups of flags, all of which should have been left out.
+        needs: The flag that is missing, and without which they have no effect.
+
+    Raises:
+        UserError: If one of them was given.
+    """
+    for group in groups:
+        for field in dataclasses.fields(group):
+            require(
+                getattr(group, field.name) == field.default,
+                f"--{field.name} has no effect without {needs}; give {needs}, too",
+            )
 
 
 def public(options: Any) -> dict[str, Any]:

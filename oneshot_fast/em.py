@@ -9,16 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oneshot_fast.cli import OK, SOME_FAILED, public, run_command
+from oneshot_fast.cli import OK, SOME_FAILED, check_defaults, public, run_command
 from oneshot_fast.data.options import DataOptions
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.targets import EmRun
-from oneshot_fast.rewards.options import (
-    RewardOptions,
-    RewardTrainingOptions,
-    check_no_flags_of_rewards,
-)
+from oneshot_fast.rewards.options import RewardOptions, RewardTrainingOptions
 from oneshot_fast.runtime.options import RunOptions
 
 
@@ -65,7 +61,7 @@ def execute(command: EmCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
     by_reward = bool(command.rewards.reward)
     if not by_reward:
-        check_no_flags_of_rewards(command.rewards, command.reward_training)
+        check_defaults(command.rewards, command.reward_training, needs="--reward")
     own_data = command.data.data_root is not None or by_reward
     model_id = command.initial_model_id or ("stabilityai/sdxl-turbo" if own_data else "tiny")
     options = command.em.resolve(embedded=not own_data)

@@ -9,17 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot_fast.cli import OK, SOME_FAILED, public, run_command
+from oneshot_fast.cli import OK, SOME_FAILED, check_defaults, public, run_command
 from oneshot_fast.data.pairs import DataError, MatchedPair, load_noise, read_manifest
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.sft.run import SftRun
-from oneshot_fast.rewards.options import (
-    RewardOptions,
-    RewardTrainingOptions,
-    check_no_flags_of_rewards,
-)
+from oneshot_fast.rewards.options import RewardOptions, RewardTrainingOptions
 from oneshot_fast.runtime.options import RunOptions
 from oneshot_fast.training.batch import SftOptions
 
@@ -113,7 +109,7 @@ def execute(command: SftCommand) -> int:
 
 
 def _check_no_rewards(command: SftCommand) -> None:
-    check_no_flags_of_rewards(command.rewards, command.reward_training)
+    check_defaults(command.rewards, command.reward_training, needs="--reward")
     require(
         (command.resolution, command.eval_samples) == (None, SftCommand.eval_samples),
         "--resolution and --eval_samples are for training on rewards; pairs have the resolution of "

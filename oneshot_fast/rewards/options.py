@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,13 +93,3 @@ class RewardTrainingOptions:
         require(
             not both, f"{', '.join(both)} cannot judge what is trained on it; name another --judge"
         )
-
-
-def check_no_flags_of_rewards(*groups: RewardOptions | RewardTrainingOptions) -> None:
-    """Raise UserError if there are options of rewards, where no reward is named."""
-    for group in groups:
-        for field in dataclasses.fields(group):
-            require(
-                getattr(group, field.name) == field.default,
-                f"--{field.name} is for training on rewards; give --reward NAME[:WEIGHT], too",
-            )

@@ -1,9 +1,15 @@
-"""How a run is kept and shown: the flags of every resumable command."""
+"""The flags of every resumable command, and options that are made of other options."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -16,3 +22,21 @@ class RunOptions:
     """Start anew in a folder that holds another run, instead of resuming."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Also log losses to this tracker."""
+
+
+def pick(kind: type[Options], source: DataclassInstance, prefix: str = "", **given: Any) -> Options:
+    """Options of another kind, filled with the fields that ``source`` has, too.
+
+    Args:
+        kind: Dataclass to make; fields that are not found keep their defaults.
+        source: A field ``name`` of ``kind`` has its value from the field ``prefix + name`` here, or
+            else from ``name``.
+        prefix: Such as "train_".
+        **given: Values that go before those of ``source``.
+    """
+    names = {field.name for field in dataclasses.fields(source)}
+    for field in dataclasses.fields(kind):
+        for name in (prefix + field.name, field.name):
+            if name in names:
+                given.setdefault(field.name, getattr(source, name))
+    return kind(**given)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from oneshot_fast.errors import require
 from oneshot_fast.jobs.assign.objective import AssignMethod, AssignOptions
+from oneshot_fast.runtime.options import pick
 from oneshot_fast.training.batch import SftOptions
 
 
@@ -160,53 +161,12 @@ class EmOptions:
     def assign(self, cycle: int = 1) -> AssignOptions:
         """Options of the E-step of a cycle, from 1."""
         effort = self.schedule()[cycle - 1][0]
-        plain = AssignOptions(
-            assign_method=self.assign_method,
-            candidates=self.assign_candidates,
-            pool_matching=self.pool_matching,
-            steps=effort,
-            lr=self.assign_lr,
-            max_angle=self.max_angle,
-            shift_weight=self.shift_weight,
-            sphere_optimizer=self.sphere_optimizer,
-            rotation_optimizer=self.rotation_optimizer,
-            patch_size=self.patch_size,
-            rotation_groups=self.rotation_groups,
-            latent_loss_weight=self.latent_loss_weight,
-            pixel_l1_weight=self.pixel_l1_weight,
-            feature_weight=self.feature_weight,
-            features=self.features,
-            drift_reg_weight=self.drift_reg_weight,
-        )
+        plain = pick(AssignOptions, self, "assign_", steps=effort)
         return plain if plain.gradient_method else dataclasses.replace(plain, candidates=effort)
 
     def sft(
         self, noise: Literal["matched", "random"] = "matched", cycles: Sequence[int] = (1,)
     ) -> SftOptions:
         """Options of the M-steps of ``cycles``, from 1, all in one; resolved."""
-        assert self.train_lr is not None
-        assert self.preserve_latent_weight is not None
-        assert self.preserve_pixel_weight is not None
-        return SftOptions(
-            epochs=sum(self.schedule()[cycle - 1][1] for cycle in cycles),
-            batch_size=self.train_batch_size,
-            lr=self.train_lr,
-            weight_decay=self.train_weight_decay,
-            max_grad_norm=self.train_max_grad_norm,
-            latent_loss_weight=self.latent_loss_weight,
-            pixel_l1_weight=self.pixel_l1_weight,
-            preserve_latent_weight=self.preserve_latent_weight,
-            preserve_pixel_weight=self.preserve_pixel_weight,
-            preserve_batch_size=self.preserve_batch_size,
-            preserve_pool_size=self.preserve_pool_size,
-            gradient_accumulation_steps=self.train_gradient_accumulation_steps,
-            gradient_checkpointing=self.train_gradient_checkpointing,
-            selective_checkpointing=self.train_selective_checkpointing,
-            optimizer=self.train_optimizer,
-            weights_dtype=self.train_weights_dtype,
-            optimizer_in_backward=self.train_optimizer_in_backward,
-            lora_rank=self.train_lora_rank,
-            lora_alpha=self.train_lora_alpha,
-            use_ema=self.train_use_ema,
-            noise=noise,
-        )
+        epochs = sum(self.schedule()[cycle - 1][1] for cycle in cycles)
+        return pick(SftOptions, self, "train_", epochs=epochs, noise=noise)
