@@ -89,13 +89,13 @@ def execute(command: AssignCommand) -> int:
 
     from oneshot_fast.generators.target_images import Targets
     from oneshot_fast.planning.batch_size import automatic_batch_size
-    from oneshot_fast.runtime.processes import gathered
+    from oneshot_fast.runtime.processes import gather_objects
 
     generator = command.model.load(command.model_id)
     targets = Targets(generator, command.data.resolution)
     if command.batch_size == "auto":
         fits = automatic_batch_size(generator, command.search, targets.resolution)
-        batch_size = min(gathered([fits]))  # batches are the same for all processes
+        batch_size = min(gather_objects([fits]))  # batches are the same for all processes
     else:
         batch_size = command.batch_size
     if folder is None or command.dry_run:

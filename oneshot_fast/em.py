@@ -90,7 +90,8 @@ def print_plan(command: EmCommand) -> None:
     em.check()
 
     from oneshot_fast.embedded.digits import TRAIN_PAIRS
-    from oneshot_fast.planning.timing import assign_plan, duration, sft_plan
+    from oneshot_fast.planning.timing import assign_plan, sft_plan
+    from oneshot_fast.runtime.units import duration
 
     if data.data_root is None:
         samples = len(range(TRAIN_PAIRS)[data.start_index :][: data.max_samples])

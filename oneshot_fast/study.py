@@ -48,7 +48,7 @@ def execute(command: StudyCommand) -> int:
         command = dataclasses.replace(command, seeds=1, samples=200)
 
     from oneshot_fast.recipes.study.tables import write_study
-    from oneshot_fast.runtime.files import RunFolder
+    from oneshot_fast.runtime.folder import RunFolder
 
     settings = {"command": "study", **dataclasses.asdict(command)}
     for key in ("output_dir", "overwrite", "datasets"):

@@ -180,7 +180,7 @@ def load_rotations(path: Path, D: int) -> Tensor:
     import torch
 
     from oneshot_fast import ops
-    from oneshot_fast.rewards.weights import read_pickle, read_safetensors
+    from oneshot_fast.runtime.tensor_files import read_pickle, read_safetensors
 
     require(path.is_file(), f"no such adapter: {path}")
     tensors = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)

@@ -21,7 +21,7 @@ from oneshot_fast.data.records import claim_id, pair_id
 from oneshot_fast.data.shard_files import Shard, find_shards
 from oneshot_fast.data.shards import Sample, read_parquet, read_tar
 from oneshot_fast.errors import one_line
-from oneshot_fast.runtime.seeds import derived_seed
+from oneshot_fast.runtime.seeds import content_id
 
 _READERS = {".tar": read_tar, ".parquet": read_parquet}
 _ID_DIGITS = 16
@@ -53,7 +53,7 @@ class FolderSource:
     @property
     def identity(self) -> str:
         """Hash of the ids."""
-        return f"{derived_seed(0, *(record.id for record in self.records)):016x}"
+        return content_id(*(record.id for record in self.records))
 
     @property
     def total(self) -> int:

@@ -13,7 +13,7 @@ from diffusers import (
 )
 
 from oneshot_fast.embedded.pipeline import model_path
-from oneshot_fast.errors import ModelError
+from oneshot_fast.errors import ModelError, one_line
 from oneshot_fast.generators.decoder import Decoder
 from oneshot_fast.generators.sdxl import OneStepGenerator
 from oneshot_fast.generators.toy import ToyGenerator, is_toy
@@ -81,7 +81,7 @@ def load_tiny_decoder(
     try:
         vae = AutoencoderTiny.from_pretrained(decoder_id, torch_dtype=dtype)
     except Exception as error:  # diffusers raises many types for a broken or absent model
-        raise ModelError(f"cannot use decoder {decoder_id}: {_first_line(error)}") from None
+        raise ModelError(f"cannot use decoder {decoder_id}: {one_line(error)}") from None
     if vae.config.latent_channels != latent_channels:
         raise ModelError(
             f"cannot use decoder {decoder_id}: it is for {vae.config.latent_channels} latent "
@@ -101,7 +101,7 @@ def _usable_device(name: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (AssertionError, RuntimeError) as error:  # torch raises either
-        raise ModelError(f"cannot use device {name}: {_first_line(error)}") from None
+        raise ModelError(f"cannot use device {name}: {one_line(error)}") from None
 
 
 def _check_complete(pipe: StableDiffusionXLPipeline) -> None:
@@ -126,10 +126,10 @@ def _load_folder(
         except Exception as error:  # diffusers raises many types for a broken or absent model
             errors.append(error)
     if is_local:
-        raise ModelError(_first_line(errors[0]))
+        raise ModelError(one_line(errors[0]))
     raise ModelError(
         "it is no local folder, and the hub did not give it; download it first, or check the "
-        f"name and the network ({_first_line(errors[0]):.150})"
+        f"name and the network ({one_line(errors[0]):.150})"
     )
 
 
@@ -142,14 +142,10 @@ def _load_single_file(
         pipe = StableDiffusionXLPipeline.from_single_file(str(path), config=model_config, **options)
     except Exception as error:  # diffusers raises many types here, bare Exception among them
         hint = "" if model_config else " (offline? name a folder of configs with --model_config)"
-        raise ModelError(_first_line(error) + hint) from error
+        raise ModelError(one_line(error) + hint) from error
     # A single file carries no scheduler: diffusers then takes SDXL base's, which has leading
     # spacing. SDXL-Turbo's own scheduler is this one.
     pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(
         pipe.scheduler.config, timestep_spacing="trailing"
     )
     return pipe
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

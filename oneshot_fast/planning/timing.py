@@ -16,6 +16,7 @@ from oneshot_fast.jobs.assign.objective import AssignOptions, objective
 from oneshot_fast.jobs.assign.targets import random_problem
 from oneshot_fast.jobs.optimize.objective import reward_losses
 from oneshot_fast.planning.memory import StepMemory, training_batch, training_memory
+from oneshot_fast.runtime.units import count_text, duration, size_text
 from oneshot_fast.search.gradient import Search
 from oneshot_fast.training.batch import SftOptions, sft_losses
 from oneshot_fast.training.memory import checkpoint_activations
@@ -74,7 +75,7 @@ def assign_plan(
     lines, memory = [], {}
     for part, network in generator.networks.items():
         tensors = [*network.parameters()]
-        lines.append(f"parameters of {part}: {_count(sum(t.numel() for t in tensors))}")
+        lines.append(f"parameters of {part}: {count_text(sum(t.numel() for t in tensors))}")
         memory[f"weights of {part}"] = sum(tensor.nbytes for tensor in tensors)
     memory["noises, rotations, targets"] = search.bytes
     memory["activations"] = _activations(generator, search)
@@ -116,8 +117,8 @@ def sft_plan(
     lines = []
     for part, network in generator.networks.items():
         count = sum(p.numel() for p in network.parameters())
-        lines.append(f"parameters of {part}: {_count(count)}")
-    lines.append(f"trained parameters: {_count(memory.trained)}")
+        lines.append(f"parameters of {part}: {count_text(count)}")
+    lines.append(f"trained parameters: {count_text(memory.trained)}")
     lines += _memory_lines(memory)
     seconds = _training_seconds(generator, options, resolution, by_reward)
     kind = "images" if by_reward else "pairs"
@@ -253,28 +254,5 @@ def _activations(generator: OneStepGenerator, search: Search) -> int:
     return sum(size for place, size in kept.items() if place not in weights)
 
 
-def duration(seconds: float) -> str:
-    """A time in two or three digits, as people say it."""
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    for unit, length, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 72)):
-        if seconds < limit * length:
-            value = seconds / length
-            return f"{value:.1f} {unit}" if value < 10 and unit != "min" else f"{value:.0f} {unit}"
-    return f"{seconds / 86400:.1f} days"
-
-
-def _count(value: int) -> str:
-    return f"{value / 1e6:.1f} million" if value >= 1e6 else f"{value / 1e3:.1f} thousand"
-
-
 def _bytes(network: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in network.parameters())
-
-
-def size_text(value: int) -> str:
-    """Bytes as people say them."""
-    for unit, length in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= length:
-            return f"{value / length:.{1 if value < 100 * length else 0}f} {unit}"
-    return f"{value} bytes"

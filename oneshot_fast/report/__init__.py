@@ -9,17 +9,15 @@ from typing import Any
 from oneshot_fast.report.noise import noise_section
 from oneshot_fast.report.page import Page, Section, duration, write_page
 from oneshot_fast.report.sections import (
-    Json,
     cycles_section,
     examples_section,
     fit_section,
     heldout_section,
     random_noise_section,
-    read_jsonl,
     targets_section,
     training_section,
 )
-from oneshot_fast.runtime.files import read_json
+from oneshot_fast.runtime.files import Json, read_json, read_jsonl
 
 
 def write_assign_report(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -22,8 +22,8 @@ from oneshot_fast.report.page import (
     write_page,
 )
 from oneshot_fast.report.plots import PALETTE, inline_svg
-from oneshot_fast.report.sections import read_jsonl, training_section
-from oneshot_fast.runtime.files import read_json, replacing
+from oneshot_fast.report.sections import training_section
+from oneshot_fast.runtime.files import read_json, read_jsonl, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from oneshot_fast.report import plots
 from oneshot_fast.report.page import (
@@ -21,16 +19,10 @@ from oneshot_fast.report.page import (
     percent,
     picture,
 )
+from oneshot_fast.runtime.files import Json, read_jsonl
 
-Json = dict[str, Any]
 _SHOWN = 16
 _EXAMPLE_SIDE, _GRID_SIDE = 192, 1280
-
-
-def read_jsonl(path: Path) -> list[Json]:
-    """Rows of a JSON lines file; none if it is absent."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def random_noise_section(folder: Path, summary: Json) -> Section | None:

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from oneshot_fast.rewards.base import EmbeddingReward, Setup
 from oneshot_fast.rewards.clip_encoder import VIT_L, ClipEncoder, load_clip
-from oneshot_fast.rewards.weights import linear_head, read_pickle
+from oneshot_fast.rewards.weights import linear_head
+from oneshot_fast.runtime.tensor_files import read_pickle
 
 HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneshot_fast.errors import ModelError
+from oneshot_fast.errors import ModelError, one_line
 from oneshot_fast.rewards.base import EmbeddingReward, ImageEncoder, Setup
 from oneshot_fast.rewards.preprocess import preprocess
-from oneshot_fast.rewards.weights import build, first_line, read_config, read_safetensors
+from oneshot_fast.rewards.weights import build, read_config
+from oneshot_fast.runtime.tensor_files import read_safetensors
 
 VIT_L = "CLIP-ViT-L-14"
 
@@ -105,4 +106,4 @@ def load_tokenizer(setup: Setup, model: str) -> Any:
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many types for broken files
-        raise ModelError(f"cannot use the tokenizer in {folder}: {first_line(error)}") from None
+        raise ModelError(f"cannot use the tokenizer in {folder}: {one_line(error)}") from None

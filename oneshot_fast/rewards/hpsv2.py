@@ -13,7 +13,8 @@ from oneshot_fast.errors import ModelError
 from oneshot_fast.rewards.base import Setup
 from oneshot_fast.rewards.clip_encoder import ClipEncoder, CosineReward, load_tokenizer
 from oneshot_fast.rewards.preprocess import preprocess_padded
-from oneshot_fast.rewards.weights import build, read_pickle
+from oneshot_fast.rewards.weights import build
+from oneshot_fast.runtime.tensor_files import read_pickle
 
 MODEL = "HPSv2"
 FILES = {

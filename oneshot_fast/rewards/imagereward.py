@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oneshot_fast.errors import ModelError
+from oneshot_fast.errors import ModelError, one_line
 from oneshot_fast.rewards.base import Reward, Setup
 from oneshot_fast.rewards.preprocess import preprocess
-from oneshot_fast.rewards.weights import build, first_line, linear_head, read_pickle
+from oneshot_fast.rewards.weights import build, linear_head
+from oneshot_fast.runtime.tensor_files import read_pickle
 
 MODEL, FILE = "ImageReward", "ImageReward.pt"
 # shift and scale of the raw score, as published with the checkpoint's code
@@ -176,4 +177,4 @@ def _load_tokenizer(folder: Path) -> Any:
     try:
         return BertTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many types for broken files
-        raise ModelError(f"cannot use the tokenizer in {folder}: {first_line(error)}") from None
+        raise ModelError(f"cannot use the tokenizer in {folder}: {one_line(error)}") from None

@@ -7,46 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from oneshot_fast.errors import ModelError
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file.
-
-    Raises:
-        ModelError: If it is damaged.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ModelError(f"cannot read {path}: {first_line(error)}; download it anew") from None
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .pt or .pth file, on the CPU; code in the file is never run.
-
-    Returns:
-        The tensors by key; those under ``state_dict`` where the file has that.
-
-    Raises:
-        ModelError: If the file is damaged or holds more than tensors.
-    """
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises many types for a broken file
-        raise ModelError(
-            f"cannot read the tensors of {path}, damaged or more than tensors: {first_line(error)}"
-        ) from None
-    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(v) for v in tensors.values()):
-        raise ModelError(f"{path} is no checkpoint: expected tensors by name")
-    return tensors
+from oneshot_fast.errors import ModelError, one_line
 
 
 def read_config(kind: Any, path: Path) -> Any:
@@ -58,7 +21,7 @@ def read_config(kind: Any, path: Path) -> Any:
     try:
         return kind.from_json_file(path)
     except Exception as error:  # transformers raises many types for broken files
-        raise ModelError(f"cannot use {path}: {first_line(error)}") from None
+        raise ModelError(f"cannot use {path}: {one_line(error)}") from None
 
 
 def build(
@@ -95,7 +58,7 @@ def build(
             **options,
         )
     except Exception as error:  # transformers raises many types here
-        raise ModelError(f"{path} has another layout: {first_line(error)}") from None
+        raise ModelError(f"{path} has another layout: {one_line(error)}") from None
     wrong = [f"no {key}" for key in sorted(info["missing_keys"])]
     wrong += [f"unknown {key}" for key in sorted(info["unexpected_keys"])]
     if wrong:
@@ -129,11 +92,6 @@ def linear_head(tensors: Mapping[str, Tensor], path: Path) -> nn.Sequential:
         try:
             layer.load_state_dict({"weight": weight, "bias": bias})
         except RuntimeError as error:
-            raise ModelError(f"{path} has another layout: {first_line(error)}") from None
+            raise ModelError(f"{path} has another layout: {one_line(error)}") from None
         head.append(layer)
     return head
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Run folders: files that survive a kill, one writer, resumed only with equal settings."""
+"""Files that survive a kill: each is replaced as a whole, or appended to and mended."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import filelock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from oneshot_fast.errors import RunError
-
+Json = dict[str, Any]
 TEMPORARY = ".tmp-"
 # Readers that split text into lines end them at these, too; JSON leaves them as they are.
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
@@ -60,9 +57,9 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             raise
 
 
-def mend_jsonl(path: Path) -> list[dict[str, Any]]:
+def mend_jsonl(path: Path) -> list[Json]:
     """Rows of a JSON lines file that we appended to; a torn last line is cut off."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     if not path.exists():
         return rows
     for line in path.read_bytes().split(b"\n"):
@@ -72,6 +69,12 @@ def mend_jsonl(path: Path) -> list[dict[str, Any]]:
             break
     write_jsonl(path, rows)
     return rows
+
+
+def read_jsonl(path: Path) -> list[Json]:
+    """Rows of a JSON lines file; none if it is absent."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def read_json(path: Path) -> Any:
@@ -146,97 +149,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class RunFolder:
-    """Exclusive use of one output folder, bound to one set of settings.
-
-    ``run.json`` keeps the settings. Entering locks the folder (the lock dies with the process) and
-    compares; a finished or interrupted run goes on only with equal settings.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        settings: Mapping[str, Any],
-        outputs: Sequence[str],
-        overwrite: bool = False,
-    ) -> None:
-        """Describe the run; nothing is touched before ``with``.
-
-        Args:
-            path: The folder; made if absent.
-            settings: Whatever a result depends on; JSON values.
-            outputs: Names inside ``path`` that the run owns and ``overwrite`` removes.
-            overwrite: Start anew instead of resuming.
-        """
-        self.path = Path(path)
-        self._settings = json.loads(json.dumps(settings))
-        self._outputs = (*outputs, "run.json")
-        self._overwrite = overwrite
-        self._lock = filelock.FileLock(self.path / ".lock")
-
-    def __enter__(self) -> RunFolder:
-        """Lock the folder and compare settings.
-
-        Raises:
-            RunError: If the folder is in use or holds other files or a different run.
-            OSError: If it cannot be written.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise RunError(f"{self.path} is in use by another process; choose another") from None
-        try:
-            self._prepare()
-        except BaseException:
-            self._lock.release()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Release the lock."""
-        self._lock.release()
-
-    def _prepare(self) -> None:
-        run_json = self.path / "run.json"
-        present = [name for name in self._outputs if os.path.lexists(self.path / name)]
-        if present and not run_json.exists():
-            raise RunError(
-                f"{self.path} holds {', '.join(present)}, which no run of ours wrote; choose "
-                "another folder"
-            )
-        for name in self._outputs:
-            path, doomed = self.path / name, self.path / (TEMPORARY + name)
-            for leftover in (*self.path.glob(f"{TEMPORARY}*{name}"), *path.glob(TEMPORARY + "*")):
-                _remove(leftover)
-            if self._overwrite and os.path.lexists(path):
-                path.rename(doomed)  # a kill leaves nothing half removed
-                _remove(doomed)
-        if not run_json.exists():
-            write_json(run_json, self._settings)
-            return
-        changes = _differences(read_json(run_json), self._settings)
-        if changes:
-            raise RunError(
-                f"{self.path} holds a run with other settings ({'; '.join(changes)}); "
-                "repeat the old ones to resume, or start anew with --overwrite"
-            )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return [f"{key}: {old.get(key)} then, {new.get(key)} now" for key in keys]

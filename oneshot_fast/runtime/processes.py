@@ -38,7 +38,7 @@ def is_main() -> bool:
     return bool(processes().is_main_process)
 
 
-def wait() -> None:
+def barrier() -> None:
     """Wait until every process has come here."""
     processes().wait_for_everyone()
 
@@ -47,9 +47,9 @@ def wait() -> None:
 def kept_by_main(folder: contextlib.AbstractContextManager[object]) -> Iterator[None]:
     """Enter ``folder`` in the main process, and let all begin and end together."""
     with folder if is_main() else contextlib.nullcontext():
-        wait()
+        barrier()
         yield
-        wait()
+        barrier()
 
 
 def main_first(work: Callable[[], T]) -> T:
@@ -58,7 +58,7 @@ def main_first(work: Callable[[], T]) -> T:
         return work()
 
 
-def gathered(items: Sequence[T]) -> list[T]:
+def gather_objects(items: Sequence[T]) -> list[T]:
     """The items of all processes, in the order of the processes."""
     if processes().num_processes == 1:
         return list(items)
@@ -67,7 +67,7 @@ def gathered(items: Sequence[T]) -> list[T]:
     return list(gather_object(list(items)))
 
 
-def shared(work: Callable[[int], T], count: int) -> list[T]:
+def map_over_processes(work: Callable[[int], T], count: int) -> list[T]:
     """``work(0)`` to ``work(count - 1)``, each done by one process and known to all.
 
     Args:
@@ -78,12 +78,12 @@ def shared(work: Callable[[int], T], count: int) -> list[T]:
     n = here.num_processes
     for start in range(0, count, _AT_ONCE * n):
         these = range(start, min(count, start + _AT_ONCE * n))
-        parts = gathered([[work(k) for k in these[here.process_index :: n]]])
+        parts = gather_objects([[work(k) for k in these[here.process_index :: n]]])
         done += [parts[k % n][k // n] for k in range(len(these))]
     return done
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
+def all_reduce(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over the processes, the same bits everywhere."""
     if processes().num_processes == 1:
         return
@@ -131,5 +131,5 @@ def claims(job: str) -> Iterator[int]:
 def leave() -> None:
     """Leave the others at the end of a command; a process that just exits can abort them."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        wait()
+        barrier()
         torch.distributed.destroy_process_group()

@@ -15,6 +15,11 @@ def derived_seed(seed: int, *names: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def content_id(*values: object) -> str:
+    """Sixteen hex digits that change with any of ``values``, for a run's settings."""
+    return f"{derived_seed(0, *values):016x}"
+
+
 def gaussian(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """One N(0, 1) sample per seed, [len(seeds), *shape] float32.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from oneshot_fast import ops
 from oneshot_fast.errors import require
 from oneshot_fast.runtime.files import read_metadata, write_safetensors
-from oneshot_fast.runtime.processes import is_main, shared
+from oneshot_fast.runtime.processes import is_main, map_over_processes
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
 if TYPE_CHECKING:
@@ -190,7 +190,9 @@ class PreservePool:
             eps = gaussian(seeds[part], shape).to(generator.device)
             return generator.latents(eps, generator.encode_prompts(pool_prompts[part])).cpu()
 
-        pool = cls(pool_prompts, seeds, torch.cat(shared(latents, math.ceil(size / _ROWS))))
+        pool = cls(
+            pool_prompts, seeds, torch.cat(map_over_processes(latents, math.ceil(size / _ROWS)))
+        )
         if is_main():
             kept = {"prompts": pool_prompts, "seeds": seeds}
             write_safetensors(path, {"latents": pool.latents}, {"pool": kept})

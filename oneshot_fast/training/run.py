@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.errors import require
-from oneshot_fast.runtime.files import RunFolder, read_json, write_json, write_jsonl
-from oneshot_fast.runtime.interrupts import Interrupts
+from oneshot_fast.runtime.concurrency import Interrupts
+from oneshot_fast.runtime.files import read_json, write_json, write_jsonl
+from oneshot_fast.runtime.folder import RunFolder
 from oneshot_fast.runtime.processes import is_main, kept_by_main, processes
 from oneshot_fast.runtime.progress import end_tracking, progress, start_tracking
 from oneshot_fast.runtime.seeds import derived_seed, gaussian

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.errors import UserError
-from oneshot_fast.runtime.processes import add_up, processes
+from oneshot_fast.runtime.processes import all_reduce, processes
 from oneshot_fast.training.batch import Batch, SftOptions, sft_losses
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class TrainingStep:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if processes().num_processes > 1:
-            add_up(self._trainer.gradients())
+            all_reduce(self._trainer.gradients())
         self._trainer.update()
 
     def _backward(self, batch: Batch) -> bool:

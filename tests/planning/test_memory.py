@@ -19,7 +19,7 @@ from oneshot_fast.planning.memory import (
     training_batch,
     training_memory,
 )
-from oneshot_fast.planning.timing import duration, size_text
+from oneshot_fast.runtime.units import duration, size_text
 from oneshot_fast.search.gradient import Problem
 from oneshot_fast.training.batch import SftOptions
 from oneshot_fast.training.memory import checkpoint_activations

@@ -34,7 +34,8 @@ from oneshot_fast.download import SHA256
 from oneshot_fast.errors import UserError
 from oneshot_fast.rewards import load_rewards
 from oneshot_fast.rewards.aesthetic import HEAD_FILE
-from oneshot_fast.rewards.weights import linear_head, read_pickle
+from oneshot_fast.rewards.weights import linear_head
+from oneshot_fast.runtime.tensor_files import read_pickle
 
 # of ImageReward.pt: BLIP's contrastive heads and a buffer, which its score does not use
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oneshot_fast.rewards import WeightedRewards, load_rewards
 from oneshot_fast.rewards.aesthetic import HEAD_FILE
-from oneshot_fast.rewards.weights import read_pickle
+from oneshot_fast.runtime.tensor_files import read_pickle
 
 PROMPTS = ["a red boat", "the water on a boat on the red water", "a red boat"]
 MODEL_OF = {

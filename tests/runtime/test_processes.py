@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from oneshot_fast.data.pairs import read_manifest
 from oneshot_fast.generators.target_images import Targets
 from oneshot_fast.jobs.sft.pairs import Examples
-from oneshot_fast.runtime.processes import claims, gathered, is_main, shared
+from oneshot_fast.runtime.processes import claims, gather_objects, is_main, map_over_processes
 
 # What a process knows after reading the pairs, and how many images it encoded for that.
 READER = """
@@ -45,12 +45,12 @@ place = Path(sys.argv[2]) / str(here.process_index)
 save_file({"noises": found.noises, "latents": found.latents}, place.with_suffix(".safetensors"))
 reasons = [failure.reason for failure in failures]
 ids = [pair.id for pair in found.pairs]
-shared = oneshot_fast.runtime.processes.shared(lambda k: (k, here.process_index), 7)
+shared = oneshot_fast.runtime.processes.map_over_processes(lambda k: (k, here.process_index), 7)
 oneshot_fast.runtime.processes._BUCKET = 40
 kinds = (torch.float32, torch.float64)
 numbers = [torch.arange(n).to(kind) for kind in kinds for n in (3, 9, 2, 1)]
 numbers.append(torch.arange(4.0).view(2, 2).t())
-oneshot_fast.runtime.processes.add_up(numbers)
+oneshot_fast.runtime.processes.all_reduce(numbers)
 added = [tensor.tolist() for tensor in numbers]
 write_json(place.with_suffix(".json"), [ids, reasons, len(encoded), shared, added])
 oneshot_fast.runtime.processes.leave()
@@ -97,10 +97,10 @@ def results(folder: Path) -> list[tuple[object, ...]]:
 
 def test_one_process_is_the_main_one():
     assert is_main()
-    assert gathered([1, 2]) == [1, 2]
+    assert gather_objects([1, 2]) == [1, 2]
     numbers = claims("job")
     assert [next(numbers) for _ in range(3)] == [0, 1, 2]
-    assert shared(lambda k: k * k, 150) == [k * k for k in range(150)]
+    assert map_over_processes(lambda k: k * k, 150) == [k * k for k in range(150)]
 
 
 @pytest.fixture

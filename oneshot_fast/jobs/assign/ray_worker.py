@@ -21,7 +21,7 @@ from oneshot_fast.jobs.assign.candidates import Chooser
 from oneshot_fast.jobs.assign.objective import AssignOptions
 from oneshot_fast.jobs.assign.shards import ShardWriter, shard_path
 from oneshot_fast.jobs.assign.targets import Preparer, Target
-from oneshot_fast.runtime.background import ahead
+from oneshot_fast.runtime.concurrency import ahead
 from oneshot_fast.runtime.files import read_metadata
 from oneshot_fast.runtime.progress import silence_imports
 from oneshot_fast.search.solver import Solved, Solver

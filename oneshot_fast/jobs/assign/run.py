@@ -22,16 +22,23 @@ from oneshot_fast.jobs.assign.objective import AssignOptions
 from oneshot_fast.jobs.assign.shards import ShardWriter
 from oneshot_fast.jobs.assign.targets import Preparer, Target
 from oneshot_fast.noise.rotation import check_patching
-from oneshot_fast.runtime.background import Background, ahead
+from oneshot_fast.runtime.concurrency import Background, ahead
 from oneshot_fast.runtime.files import (
-    RunFolder,
     mend_jsonl,
     read_json,
     read_metadata,
     write_json,
     write_jsonl,
 )
-from oneshot_fast.runtime.processes import claims, gathered, is_main, kept_by_main, processes, wait
+from oneshot_fast.runtime.folder import RunFolder
+from oneshot_fast.runtime.processes import (
+    barrier,
+    claims,
+    gather_objects,
+    is_main,
+    kept_by_main,
+    processes,
+)
 from oneshot_fast.runtime.progress import end_tracking, progress, start_tracking
 from oneshot_fast.search.solver import Solved, Solver
 
@@ -133,7 +140,7 @@ class AssignRun:
         settings = self.settings(source)
         with kept_by_main(RunFolder(self.folder, settings, OUTPUTS, overwrite)):
             done = self._done()
-            wait()  # until all have seen the same
+            barrier()  # until all have seen the same
             if isinstance(source, FolderSource):
                 self._check_unchanged(source.records, done)
             if self._is_complete(source, done):
@@ -144,10 +151,10 @@ class AssignRun:
                 mend_jsonl(self.folder / "history.jsonl")
             self._solve(source, done, failed, tracker)
             end_tracking(tracker)
-            failed = gathered(failed)
+            failed = gather_objects(failed)
             if is_main():
                 self._finish(self._done(), failed)
-            wait()
+            barrier()
             return self._summary()
 
     def _done(self) -> dict[str, dict[str, Any]]:

@@ -20,8 +20,8 @@ from oneshot_fast.jobs.em.targets import EmRun
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.pairs import MANIFEST
 from oneshot_fast.runtime.files import read_json
-from oneshot_fast.runtime.processes import is_main, wait
-from oneshot_fast.runtime.seeds import derived_seed
+from oneshot_fast.runtime.processes import barrier, is_main
+from oneshot_fast.runtime.seeds import content_id
 
 if TYPE_CHECKING:
     from oneshot_fast.em import EmCommand
@@ -105,7 +105,7 @@ class RewardEmRun(EmRun):
             "model": self.generator.fingerprint(),
             "device": self.generator.device.type,
             "samples": len(self.prompts) * options.images_per_prompt,
-            "prompts": f"{derived_seed(0, *self.prompts):016x}",
+            "prompts": content_id(*self.prompts),
         }
 
     def _measure(self) -> RandomNoiseMeasure:
@@ -165,7 +165,7 @@ class RewardEmRun(EmRun):
             )
             if is_main():
                 run.run(self._samples(noise_seed))
-            wait()
+            barrier()
             found = read_json(folder / "metrics_summary.json")
         with self._stage(f"cycle-{cycle:02d}/sft") as home:
             trained = self._train(home, folder / MANIFEST, em.sft(cycles=[cycle]), seed, pool)

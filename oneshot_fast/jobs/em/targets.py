@@ -22,16 +22,16 @@ from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.em.schedule import cycle_seeds, data_roots, is_stuck, turn
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime.files import (
-    RunFolder,
     append_jsonl,
     mend_jsonl,
     read_json,
     write_json,
     write_jsonl,
 )
-from oneshot_fast.runtime.processes import is_main, kept_by_main, main_first, wait
+from oneshot_fast.runtime.folder import RunFolder
+from oneshot_fast.runtime.processes import barrier, is_main, kept_by_main, main_first
 from oneshot_fast.runtime.progress import end_tracking, start_tracking
-from oneshot_fast.runtime.seeds import derived_seed
+from oneshot_fast.runtime.seeds import content_id
 from oneshot_fast.training.batch import PreservePool, SftOptions
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ class EmRun:
             "model": self.generator.fingerprint(),
             "device": self.generator.device.type,
             "samples": len(self.records),
-            "data": f"{derived_seed(0, *(record.id for record in self.records)):016x}",
-            "heldout": f"{derived_seed(0, *(record.id for record in self.heldout)):016x}",
+            "data": content_id(*(record.id for record in self.records)),
+            "heldout": content_id(*(record.id for record in self.heldout)),
         }
 
     def run(self) -> dict[str, Any]:
@@ -254,7 +254,7 @@ class EmRun:
             ).run(turn(self.records, cycle, em.assign_fraction), self.failures)
         if previous is not None and em.assign_fraction < 1 and is_main():
             merge_manifests(previous, folder / "manifest.jsonl", self._manifest(cycle))
-        wait()
+        barrier()
         with self._stage(f"{_name(cycle)}/sft") as folder:
             options = em.sft(cycles=[cycle])
             trained = self._train(folder, self._manifest(cycle), options, seed, pool)

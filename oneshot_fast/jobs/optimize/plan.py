@@ -17,7 +17,8 @@ from oneshot_fast.planning.memory import (
     tensors_of,
     weights_by_part,
 )
-from oneshot_fast.planning.timing import shortest, size_text
+from oneshot_fast.planning.timing import shortest
+from oneshot_fast.runtime.units import size_text
 
 if TYPE_CHECKING:
     from oneshot_fast.jobs.optimize.search import RewardSearch, Sample

@@ -20,7 +20,6 @@ from oneshot_fast.errors import require
 from oneshot_fast.jobs.optimize.pairs import write_training_pairs
 from oneshot_fast.jobs.optimize.search import Optimized, RewardSearch, Sample
 from oneshot_fast.runtime.files import (
-    RunFolder,
     append_jsonl,
     mend_jsonl,
     read_json,
@@ -29,8 +28,9 @@ from oneshot_fast.runtime.files import (
     write_jsonl,
     write_safetensors,
 )
+from oneshot_fast.runtime.folder import RunFolder
 from oneshot_fast.runtime.progress import end_tracking, progress, start_tracking
-from oneshot_fast.runtime.seeds import derived_seed
+from oneshot_fast.runtime.seeds import content_id, derived_seed
 
 Row = dict[str, Any]
 OUTPUTS = (
@@ -103,7 +103,7 @@ class OptimizeRun:
             "model": generator.fingerprint(),
             "device": generator.device.type,
             "samples": len(samples),
-            "prompts": f"{derived_seed(0, *[(s.prompt, s.seed) for s in samples]):x}",
+            "prompts": content_id(*((s.prompt, s.seed) for s in samples)),
         }
 
     def run(

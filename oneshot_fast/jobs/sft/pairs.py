@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oneshot_fast.data.pairs import DataError, Failure, MatchedPair, file_sha256, load_noise
 from oneshot_fast.errors import UserError
-from oneshot_fast.runtime.processes import shared
+from oneshot_fast.runtime.processes import map_over_processes
 
 if TYPE_CHECKING:
     from oneshot_fast.generators.sdxl import OneStepGenerator
@@ -60,7 +60,7 @@ class Examples:
                 return str(error)
 
         usable, noises, latents = [], [], []
-        for pair, found in zip(pairs, shared(read, len(pairs)), strict=True):
+        for pair, found in zip(pairs, map_over_processes(read, len(pairs)), strict=True):
             if isinstance(found, str):
                 failures.append(Failure(found, id=pair.id, prompt=pair.prompt))
                 continue

@@ -21,7 +21,7 @@ from oneshot_fast.errors import require
 from oneshot_fast.evaluation.measures import RandomNoiseMeasure, classifier_for
 from oneshot_fast.jobs.optimize.objective import reward_losses
 from oneshot_fast.runtime.processes import main_first
-from oneshot_fast.runtime.seeds import derived_seed, gaussian
+from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, SftOptions
 from oneshot_fast.training.checkpoints import ended
 from oneshot_fast.training.run import TrainingRun
@@ -112,7 +112,7 @@ class RewardRun(TrainingRun):
             "images_per_prompt": self.images_per_prompt,
             "eval_samples": self.eval_samples,
             "samples": len(prompts),
-            "prompts": f"{derived_seed(0, *prompts):016x}",
+            "prompts": content_id(*prompts),
         }
 
     def run(

@@ -14,8 +14,8 @@ from oneshot_fast import ops
 from oneshot_fast.data.pairs import Failure, MatchedPair, file_sha256
 from oneshot_fast.jobs.sft.pairs import Examples
 from oneshot_fast.runtime.files import write_jsonl
-from oneshot_fast.runtime.processes import is_main, shared
-from oneshot_fast.runtime.seeds import derived_seed, gaussian
+from oneshot_fast.runtime.processes import is_main, map_over_processes
+from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, PreservePool, SftOptions
 from oneshot_fast.training.run import TrainingRun
 from oneshot_fast.training.trainer import Trainer
@@ -59,7 +59,7 @@ class SftRun(TrainingRun):
         """Everything the result depends on."""
         # in the same order in every process
         paths = list(dict.fromkeys(path for p in pairs for path in (p.image_path, p.noise_path)))
-        hashes = shared(lambda k: file_sha256(paths[k]), len(paths))
+        hashes = map_over_processes(lambda k: file_sha256(paths[k]), len(paths))
         files = dict(zip(paths, hashes, strict=True))
         contents: dict[str, list[tuple[object, ...]]] = {
             "prompts": [(pair.id, pair.prompt) for pair in pairs],
@@ -71,7 +71,7 @@ class SftRun(TrainingRun):
             **dataclasses.asdict(self.options),
             **self._common_settings(),
             "samples": len(pairs),
-            **{key: f"{derived_seed(0, *value):016x}" for key, value in contents.items()},
+            **{key: content_id(*value) for key, value in contents.items()},
         }
 
     def run(
@@ -147,4 +147,8 @@ class SftRun(TrainingRun):
             target = examples.latents[part].to(generator.device)
             return ops.latent_mse(eps_hat, x, target, generator.step.sigma).cpu()
 
-        return torch.cat(shared(losses, math.ceil(len(examples.pairs) / rows))).mean().item()
+        return (
+            torch.cat(map_over_processes(losses, math.ceil(len(examples.pairs) / rows)))
+            .mean()
+            .item()
+        )

@@ -21,7 +21,8 @@ from oneshot_fast.generators.toy_networks import ToyClassifier
 from oneshot_fast.recipes.toy.data import LabelledImages
 from oneshot_fast.recipes.toy.datasets import Recipe
 from oneshot_fast.recipes.toy.train import train_classifier, train_generator
-from oneshot_fast.runtime.files import RunFolder, read_json, write_json, write_safetensors
+from oneshot_fast.runtime.files import read_json, write_json, write_safetensors
+from oneshot_fast.runtime.folder import RunFolder
 
 OUTPUTS = ("classifier.safetensors", "model", "eval", "real.png", "summary.json")
 

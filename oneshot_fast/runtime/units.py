@@ -1,0 +1,27 @@
+"""Times, counts and bytes as people say them."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """A time in two or three digits, as people say it."""
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    for unit, length, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 72)):
+        if seconds < limit * length:
+            value = seconds / length
+            return f"{value:.1f} {unit}" if value < 10 and unit != "min" else f"{value:.0f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def count_text(value: int) -> str:
+    """A large number as people say it."""
+    return f"{value / 1e6:.1f} million" if value >= 1e6 else f"{value / 1e3:.1f} thousand"
+
+
+def size_text(value: int) -> str:
+    """Bytes as people say them."""
+    for unit, length in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= length:
+            return f"{value / length:.{1 if value < 100 * length else 0}f} {unit}"
+    return f"{value} bytes"

@@ -1,0 +1,80 @@
+"""Run folders: one writer, equal settings, no leftovers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from oneshot_fast.errors import RunError
+from oneshot_fast.runtime.files import read_json
+from oneshot_fast.runtime.folder import RunFolder
+
+OUTPUTS = ("results", "summary.json")
+
+
+def test_other_settings_are_named_and_refused(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, {"lr": 0.1, "steps": 3, "sides": (1, 2)}, OUTPUTS):
+        (tmp_path / "results").mkdir()
+    with RunFolder(tmp_path, {"lr": 0.1, "steps": 3, "sides": (1, 2)}, OUTPUTS):
+        pass
+    with (
+        pytest.raises(RunError, match=r"\(lr: 0.1 then, 0.2 now; seed: None then, 5 now\).*over"),
+        RunFolder(tmp_path, {"lr": 0.2, "steps": 3, "sides": (1, 2), "seed": 5}, OUTPUTS),
+    ):
+        pass
+    assert (tmp_path / "results").exists()
+
+
+def test_overwrite_removes_what_the_run_owns_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").touch()
+    (tmp_path / ".tmp-mine").mkdir()
+    with RunFolder(tmp_path, {"lr": 1}, OUTPUTS):
+        (tmp_path / "results" / "sub").mkdir(parents=True)
+        (tmp_path / "summary.json").symlink_to(tmp_path / "mine.txt")
+    with RunFolder(tmp_path, {"lr": 2}, OUTPUTS, overwrite=True):
+        assert sorted(os.listdir(tmp_path)) == [".lock", ".tmp-mine", "mine.txt", "run.json"]
+    assert read_json(tmp_path / "run.json") == {"lr": 2}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_others_are_neither_mixed_in_nor_removed(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "results").mkdir()
+    folder = RunFolder(tmp_path, {}, OUTPUTS, overwrite)
+    with pytest.raises(RunError, match="results, which no run of ours wrote"), folder:
+        pass
+    assert (tmp_path / "results").exists() and not (tmp_path / "run.json").exists()
+
+
+def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, {}, OUTPUTS):
+        (tmp_path / "results").mkdir()
+    for name in (".tmp-run.json", ".tmp-old-results", ".tmp-summary.json", "results/.tmp-0"):
+        (tmp_path / name).touch()
+    with RunFolder(tmp_path, {}, OUTPUTS):
+        assert sorted(os.listdir(tmp_path)) == [".lock", "results", "run.json"]
+        assert not os.listdir(tmp_path / "results")
+
+
+def test_a_second_writer_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+        "print('locked', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / ".lock")], stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"locked\n"
+        with (
+            pytest.raises(RunError, match="in use by another process"),
+            RunFolder(tmp_path, {}, OUTPUTS),
+        ):
+            pass
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        with RunFolder(tmp_path, {}, OUTPUTS):
+            assert (tmp_path / "run.json").exists()
