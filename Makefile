@@ -27,6 +27,7 @@ check: build
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
 	    xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 	$(MAKE) .venv/.kernels
 
@@ -37,7 +38,9 @@ check: build
 	@touch $@
 
 bench: build
-	$(BIN)/python benchmarks/bench_ops.py
+	$(BIN)/python -m pytest benchmarks/ops --benchmark-only --benchmark-autosave \
+	    --benchmark-max-time 0.3
+	$(BIN)/python -m benchmarks.ops.bench
 
 build: .venv/.built
 
@@ -50,9 +53,9 @@ gpu: $(VENV)/.built-cuda
 	status=0; tests="$(BIN)/python -m pytest -m gpu --timeout 300 -p no:cacheprovider"; \
 	$$tests -n $(GPU_JOBS) -k 'not 2_31' $(GPU_TESTS) || status=1; \
 	$$tests -k 2_31 tests/ops/test_gpu.py || status=1; \
-	$(BIN)/python benchmarks/bench_ops.py $(GPU_BENCH) || status=1; \
-	$(BIN)/python benchmarks/plot_ops.py || status=1; \
-	$(BIN)/python benchmarks/sdxl_turbo.py --arch full --short || status=1; \
+	$(BIN)/python -m benchmarks.ops.bench $(GPU_BENCH) || status=1; \
+	$(BIN)/python -m benchmarks.ops.plot || status=1; \
+	$(BIN)/python -m benchmarks.sdxl.turbo --arch full --short || status=1; \
 	exit $$status
 
 SANITIZE = compute-sanitizer --error-exitcode 1 --report-api-errors no --tool $(1) \

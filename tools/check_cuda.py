@@ -104,7 +104,16 @@ def test(site: Path) -> bool:
         "not slow",
     ]
     run = subprocess.run(
-        [*pytest, "-q", "-p", "no:cacheprovider", *select, "tests/ops/test_ops.py"],
+        [
+            *pytest,
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "pythonpath=tests/helpers",
+            *select,
+            "tests/ops/test_ops.py",
+        ],
         env=os.environ | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"},
         cwd=ROOT,
         capture_output=True,

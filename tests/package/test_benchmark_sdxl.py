@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.sdxl.models import build_unet
 
 ROOT = Path(__file__).parents[2]
 
@@ -14,9 +17,9 @@ ROOT = Path(__file__).parents[2]
 def test_sdxl_turbo_at_the_smallest_size(tmp_path):
     output = tmp_path / "result.json"
     flags = "--arch tiny --device cpu --steps 2 --images 2 --batch-sizes 2 --rounds 1"
-    command = [sys.executable, ROOT / "benchmarks" / "sdxl_turbo.py", *flags.split()]
+    command = [sys.executable, "-m", "benchmarks.sdxl.turbo", *flags.split()]
     command += ["--no-memory", "--options", "--output", output]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
     rows = json.loads(output.read_text())["rows"]
     names = [(row["kind"], row["variant"]) for row in rows]
@@ -36,11 +39,6 @@ def test_sdxl_turbo_at_the_smallest_size(tmp_path):
 
 
 def test_the_full_architecture_has_the_published_size():
-    code = (
-        "import torch; from sdxl_models import build_unet\n"
-        "with torch.device('meta'): unet = build_unet('full')\n"
-        "print(sum(p.numel() for p in unet.parameters()))"
-    )
-    command = [sys.executable, "-c", code]
-    ended = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True)
-    assert ended.stdout.strip() == "2567463684", ended.stderr[-2000:]
+    with torch.device("meta"):
+        unet = build_unet("full")
+    assert sum(p.numel() for p in unet.parameters()) == 2567463684

@@ -7,30 +7,20 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+import oneshot_fast
+from benchmarks.ops import plot
+from benchmarks.ops.compare import judge
+from benchmarks.ops.results import columns
 
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-
-def bench(*flags):
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "bench_ops.py"),
-        "--device",
-        "cpu",
-        *map(str, flags),
-    ]
-    return subprocess.run(command, capture_output=True, text=True)
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_a_short_run(tmp_path):
     output, picture = tmp_path / "ops-here.json", tmp_path / "ops.png"
     few = ["--ops", "latent_mse", "--threads", 1, "--seconds", 0.01, "--compile", "none"]
-    ended = bench(*few, "--output", output)
+    command = [sys.executable, "-m", "benchmarks.ops.bench", "--device", "cpu", *map(str, few)]
+    ended = subprocess.run([*command, "--output", output], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     results = json.loads(output.read_text())
     assert {record["pass"] for record in results["records"]} == {"forward", "both"}
@@ -42,15 +32,27 @@ def test_a_short_run(tmp_path):
     rows = [r for r in output.with_suffix(".md").read_text().splitlines() if "latent_mse" in r]
     assert len(rows) == len(results["records"])
 
-    import plot_ops
-
-    assert plot_ops.main([str(output), "--output", str(picture)]) == 0
+    assert plot.main([str(output), "--output", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_ops_with_failing_or_missing_tests_are_refused(tmp_path):
-    from compare import judge
+@pytest.mark.slow
+def test_the_variants_of_a_case_are_one_group_of_pytest_benchmark(tmp_path):
+    command = [sys.executable, "-m", "pytest", "benchmarks/ops", "-p", "no:cacheprovider"]
+    command += ["-k", "latent_mse and forward and not compile", "--benchmark-only"]
+    command += ["--benchmark-max-time", "0.01", "--benchmark-json", tmp_path / "speed.json"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout
+    results = json.loads((tmp_path / "speed.json").read_text())
+    groups = {}
+    for row in results["benchmarks"]:
+        assert row["stats"]["median"] > 0
+        groups.setdefault(row["group"], []).append(row["params"]["name"])
+    assert list(groups.values()) == 2 * [["ours", "eager"]]
+    assert results["machine_info"]["oneshot_fast"]["build"] == oneshot_fast.build_info()
 
+
+def test_ops_with_failing_or_missing_tests_are_refused(tmp_path):
     report = tmp_path / "report.xml"
     report.write_text(
         """<testsuites><testsuite>
@@ -67,8 +69,6 @@ def test_ops_with_failing_or_missing_tests_are_refused(tmp_path):
 
 def test_columns_of_a_gpu():
     """By arithmetic: half of the copy bandwidth is reached, and the launch allows no more."""
-    from results import columns
-
     times = {"triton": 10.0, "eager": 40.0, "clone": 5.0}
     record = {
         "op": "patch_rotate",

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.jobs.optimize import markdown, measure
 from oneshot_fast.data.images import load_image
 from oneshot_fast.data.pairs import read_manifest, read_pairs
 from oneshot_fast.data.prompts import read_prompts
@@ -287,11 +288,8 @@ def test_images_are_saved_as_they_were_scored(tiny: OneStepGenerator, tmp_path: 
         assert picture.size == (64, 64)
 
 
-def test_the_usual_script_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_usual_script_finds_the_same() -> None:
     """The benchmark's script, in plain torch and diffusers, takes the steps of our ``free``."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
-    from bench_optimize import markdown, measure
-
     found = measure(prompts=2, steps=3, batch_size=2, rounds=1)
     rewards = {name: row["best_reward"] for name, row in found.items()}
     assert rewards["ours, free"] == pytest.approx(rewards["usual script"], rel=0.01)

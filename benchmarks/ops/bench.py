@@ -20,9 +20,12 @@ from typing import Any, Literal
 import torch
 import torch._functorch.config
 import tyro
-from compare import compare, failing_ops
-from results import RESULTS, environment, header, markdown, row
-from timing import (
+from torch import Tensor
+
+from benchmarks.common import RESULTS
+from benchmarks.ops.compare import compare, failing_ops
+from benchmarks.ops.results import about, header, markdown, row
+from benchmarks.ops.timing import (
     Job,
     Times,
     copy_bandwidth,
@@ -31,8 +34,6 @@ from timing import (
     input_sets,
     launch_microseconds,
 )
-from torch import Tensor
-
 from oneshot_fast import ops
 from oneshot_fast.ops import OPS
 from oneshot_fast.ops._register import OpSpec
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.base:
         compare(config, config.base)
         return 1 if failing else 0
-    results = environment(config.device, config.seed)
+    results = about(config.device, config.seed)
     if config.device == "cuda":
         with torch.cuda.stream(torch.cuda.Stream()):  # the default stream cannot be captured
             results |= {"copy_bandwidth": copy_bandwidth(), "launch": launch_microseconds()}
@@ -131,16 +132,16 @@ def run(config: Config, results: dict[str, Any]) -> list[dict[str, Any]]:
             compiled = config.compile == "all" or (config.compile == "targets" and target)
             torch.compiler.reset()
             for threads in config.threads if config.device == "cpu" else [None]:
-                about = {"op": spec.name, "case": repr(case), "dtype": dtype}
+                named = {"op": spec.name, "case": repr(case), "dtype": dtype}
                 if threads:
                     torch.set_num_threads(threads)
-                    about["threads"] = threads
+                    named["threads"] = threads
                 try:
                     for record in bench_case(spec, case, dtype, config, compiled and spent < 0.75):
-                        records.append(about | record)
+                        records.append(named | record)
                         print(row(records[-1], results), flush=True)
                 except RuntimeError as error:  # of one case, some of them torch's own
-                    print(f"{' '.join(map(str, about.values()))} fails: {error}", flush=True)
+                    print(f"{' '.join(map(str, named.values()))} fails: {error}", flush=True)
     if left_out:
         print(f"out of time: {left_out} cases are not measured")
     return records
@@ -161,11 +162,7 @@ def bench_case(
     spec: OpSpec, case: tuple[Any, ...], dtype: str, config: Config, compiled: bool
 ) -> Iterator[dict[str, Any]]:
     """A record for each pass."""
-    torch.manual_seed(config.seed)
-    args = [
-        a.to(config.device, getattr(torch, dtype)) if isinstance(a, Tensor) else a
-        for a in spec.inputs(*case)
-    ]
+    args = arguments(spec, case, dtype, config.device, config.seed)
     with torch.no_grad():
         cotangent = torch.randn_like(spec.reference(*args))
     read = sum(a.nbytes for a in args if isinstance(a, Tensor))
@@ -176,7 +173,7 @@ def bench_case(
         "both": read + 2 * cotangent.nbytes + gradients,
     }
     sets = [
-        ([_leaf(a, i < spec.trained) for i, a in enumerate(args)], cotangent.clone())
+        ([leaf(a, i < spec.trained) for i, a in enumerate(args)], cotangent.clone())
         for _ in range(input_sets(config.device, read))
     ]
     measure = cpu_times if config.device == "cpu" else cuda_times
@@ -187,13 +184,20 @@ def bench_case(
         yield {"pass": name, "bytes": moved[name], "sets": len(sets), **times}
 
 
-def _leaf(a: Any, trained: bool) -> Any:
+def arguments(spec: OpSpec, case: tuple[Any, ...], dtype: str, device: str, seed: int) -> list[Any]:
+    """The arguments of a case, random by ``seed``."""
+    torch.manual_seed(seed)
+    return [
+        a.to(device, getattr(torch, dtype)) if isinstance(a, Tensor) else a
+        for a in spec.inputs(*case)
+    ]
+
+
+def leaf(a: Any, trained: bool) -> Any:
     return a.clone().requires_grad_(trained) if isinstance(a, Tensor) else a
 
 
-def variants(
-    spec: OpSpec, device: str, compiled: bool
-) -> dict[str, tuple[Callable[..., Any], Any]]:
+def variants(spec: OpSpec, device: str, compiled: bool) -> dict[str, Variant]:
     """What is timed: functions and the contexts they need; ours first."""
     names = getattr(ops, "backends", tuple)() if getattr(spec, "native", True) else ()
     backends = [name for name in names if name != "reference"] if device == "cuda" else []

@@ -6,16 +6,14 @@ follow ReNO's recipe (SGD, lr 5, Nesterov momentum 0.9, clip 0.1, 50 steps, prio
 the same noises, with the embedded generator and rewards; rounds alternate in one process, on one
 thread.
 
-python benchmarks/bench_optimize.py [--output benchmarks/results/optimize.json]
+python -m benchmarks.jobs.optimize [--output benchmarks/results/optimize.json]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import commit, processor
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.run import samples_of
@@ -131,7 +130,7 @@ def markdown(found: dict[str, Any]) -> str:
     """The table, with what it holds for."""
     run = found["settings"]
     lines = [
-        f"`python benchmarks/bench_optimize.py` on {found['device']}, {run['threads']} thread, "
+        f"`python -m benchmarks.jobs.optimize` on {found['device']}, {run['threads']} thread, "
         f"torch {found['torch']}, commit {found['commit']}, {found['date']}, seed 0. "
         f"{run['prompts']} prompts on the embedded generator, {run['steps']} steps, rewards "
         f"{' + '.join(REWARDS)}, all in float32; ours in batches of {run['batch_size']}, "
@@ -149,14 +148,6 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def processor() -> str:
-    """Name of the processor as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure and write ``output`` and, beside it, the table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -168,11 +159,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=None)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     found = {
         "device": processor(),
         "torch": torch.__version__,
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "settings": {k: v for k, v in vars(args).items() if k != "output"},
         "results": measure(args.prompts, args.steps, args.batch_size, args.rounds),

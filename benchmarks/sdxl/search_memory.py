@@ -3,7 +3,7 @@
 All models have their published sizes, in bfloat16, and are built from fake tensors, which hold no
 data.
 
-python benchmarks/optimize_memory.py [--output benchmarks/results/optimize_memory.md]
+python -m benchmarks.sdxl.search_memory [--output benchmarks/results/search_memory.md]
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory_estimate import full_generator
 from torch import nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,6 +28,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from benchmarks.sdxl.training_memory import full_generator
 from oneshot_fast.generators.decoder import Decoder
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.plan import SearchMemory, search_memory

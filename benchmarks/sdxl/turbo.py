@@ -13,63 +13,34 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
-from results import RESULTS, environment, slug
-from sdxl_variants import Bench
 
+from benchmarks.common import RESULTS, ROOT, environment, slug
+from benchmarks.sdxl.config import Config
+from benchmarks.sdxl.variants import Bench
 from oneshot_fast.runtime.progress import silence_imports
-
-
-@dataclass
-class Config:
-    """What to run."""
-
-    arch: Literal["full", "small", "tiny"] = "tiny"
-    """full: SDXL-Turbo's sizes at 512 pixels; small: 57 million parameters at 256; tiny: the
-    embedded sizes at 128."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run."""
-    steps: int = 10
-    """Gradient steps per image."""
-    reference_lr: float = 0.02
-    """Step size of the usual recipe's Adam; ours finds its own."""
-    images: int = 16
-    """Images of the data set; ours takes them in one batch, or in several."""
-    batch_sizes: tuple[int, ...] = (1, 16)
-    """Batch sizes of ours."""
-    options: tuple[Literal["bf16", "compiled"], ...] = ("bf16", "compiled")
-    """Variants of ours at the largest batch size, beside the plain one (which on a GPU is in bf16);
-    a compiled UNet is compiled in the first turn, which is not counted."""
-    rounds: int = 3
-    """How often each variant takes its turn."""
-    sft_steps: int = 4
-    """Training steps per turn; 0 leaves the training out."""
-    short: bool = False
-    """One round, few images: under four minutes on a GPU."""
-    memory: bool = True
-    """Also measure peak memory, each variant in a process of its own."""
-    threads: int | None = None
-    """CPU threads."""
-    seed: int = 0
-    """Seed."""
-    output: Path | None = None
-    """JSON file; by default in benchmarks/results."""
-    only: str | None = None
-    """One turn of one variant, for the peak memory of a process of its own."""
 
 
 def peak_memory(config: Config, kind: str, name: str) -> int | None:
     """Peak bytes of one turn in a process of its own: the GPU's allocations, or resident memory."""
-    command = [sys.executable, __file__, "--only", f"{kind}: {name}", "--arch", config.arch]
-    command += ["--device", config.device, "--steps", "2", "--images", str(config.images)]
+    command = [sys.executable, "-m", "benchmarks.sdxl.turbo", "--only", f"{kind}: {name}"]
+    command += [
+        "--arch",
+        config.arch,
+        "--device",
+        config.device,
+        "--steps",
+        "2",
+        "--images",
+        str(config.images),
+    ]
     command += ["--sft-steps", "1", "--batch-sizes", *map(str, config.batch_sizes)]
     command += ["--options", *config.options]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = [line for line in ended.stdout.splitlines() if line.startswith("peak ")]
     return int(lines[-1].split()[1]) if ended.returncode == 0 and lines else None
 
@@ -116,7 +87,7 @@ def measure(config: Config, bench: Bench) -> list[dict[str, Any]]:
 def markdown(results: dict[str, Any]) -> str:
     """Tables of both steps, each with its ratio to the reference."""
     lines = [
-        f"`benchmarks/sdxl_turbo.py --arch {results['arch']}` on {results['device']}, torch "
+        f"`python -m benchmarks.sdxl.turbo --arch {results['arch']}` on {results['device']}, torch "
         f"{results['build']['torch_running']}, commit {results['commit']}, seed {results['seed']}, "
         f"{results['side']} pixels, {results['steps']} steps per image, "
         f"{results['threads']} CPU threads. Medians of {results['rounds']} turns each, in turn. "

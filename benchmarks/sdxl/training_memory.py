@@ -1,6 +1,6 @@
 """Estimated peak memory of full-size SDXL-Turbo; builds it from fake tensors, which hold no data.
 
-python benchmarks/memory_estimate.py [--output benchmarks/results/memory_estimate.md]
+python -m benchmarks.sdxl.training_memory [--output benchmarks/results/training_memory.md]
 """
 
 import argparse
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from sdxl_models import SIZES, _text, build_pipeline, build_unet
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from benchmarks.sdxl.models import SIZES, build_pipeline, build_unet, clip_config
 from oneshot_fast.generators.decoder import Decoder
 from oneshot_fast.generators.sdxl import OneStepGenerator
 from oneshot_fast.jobs.assign.objective import AssignOptions
@@ -46,8 +46,8 @@ def full_generator(dtype: torch.dtype) -> OneStepGenerator:
                 force_upcast=True,
             )
             unet = build_unet("full")
-            text = CLIPTextModel(_text(tokenizer, *texts[0], "quick_gelu"))
-            text_2 = CLIPTextModelWithProjection(_text(tokenizer, *texts[1], "gelu"))
+            text = CLIPTextModel(clip_config(tokenizer, *texts[0], "quick_gelu"))
+            text_2 = CLIPTextModelWithProjection(clip_config(tokenizer, *texts[1], "gelu"))
         finally:
             torch.set_default_dtype(previous)
     generator = OneStepGenerator(pipe, autocast=torch.bfloat16)
@@ -99,7 +99,8 @@ def markdown(found: dict[str, tuple[StepMemory, str]]) -> str:
     lines = [
         "Estimate, not measured on a GPU. Peak memory in GB (1e9 bytes) of SDXL-Turbo at "
         f"{RESOLUTION} x {RESOLUTION} pixels, one pair and one preserve noise per step, computed "
-        "in bfloat16, with latent losses: `python benchmarks/memory_estimate.py`. `step` is the "
+        "in bfloat16, with latent losses: `python -m benchmarks.sdxl.training_memory`. "
+        "`step` is the "
         "most that gradients, activations and temporary tensors take together; `peak, UNet only` "
         "is with the text encoders and the VAE off the GPU, as SFT on a GPU has them by default, "
         "`peak` with them on it (`--offload_encoders False`). Left out: what the allocator "

@@ -1,4 +1,4 @@
-"""The variants of benchmarks/sdxl_turbo.py: what each does in one turn."""
+"""The variants of benchmarks/sdxl/turbo.py: what each does in one turn."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from reference_recipe import ReferenceRecipe
-from sdxl_models import SIZES, build_pipeline, write_data
 
+from benchmarks.sdxl.config import Config
+from benchmarks.sdxl.models import SIZES, build_pipeline, write_data
+from benchmarks.sdxl.reference_recipe import ReferenceRecipe
 from oneshot_fast.data.pairs import read_manifest, read_pairs
 from oneshot_fast.generators.sdxl import OneStepGenerator
 from oneshot_fast.generators.target_images import Targets
@@ -22,9 +23,6 @@ from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime.files import write_jsonl, write_safetensors
 from oneshot_fast.runtime.seeds import gaussian
 from oneshot_fast.training.batch import SftOptions
-
-if TYPE_CHECKING:
-    from sdxl_turbo import Config
 
 
 class Bench:

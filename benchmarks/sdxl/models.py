@@ -87,9 +87,9 @@ def build_pipeline(arch: str, device: str, dtype: torch.dtype) -> StableDiffusio
                     latent_channels=4,
                     force_upcast=True,
                 ),
-                text_encoder=CLIPTextModel(_text(tokenizer, *size["text"][0], "quick_gelu")),
+                text_encoder=CLIPTextModel(clip_config(tokenizer, *size["text"][0], "quick_gelu")),
                 text_encoder_2=CLIPTextModelWithProjection(
-                    _text(tokenizer, *size["text"][1], "gelu")
+                    clip_config(tokenizer, *size["text"][1], "gelu")
                 ),
                 tokenizer=tokenizer,
                 tokenizer_2=build_tokenizer(),
@@ -109,7 +109,7 @@ def build_pipeline(arch: str, device: str, dtype: torch.dtype) -> StableDiffusio
     return pipe
 
 
-def _text(
+def clip_config(
     tokenizer: CLIPTokenizer, width: int, layers: int, heads: int, activation: str
 ) -> CLIPTextConfig:
     return CLIPTextConfig(

@@ -12,10 +12,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from results import OURS, labels
+from benchmarks.common import ROOT
+from benchmarks.ops.results import OURS, labels
 
-ROOT = Path(__file__).resolve().parents[1]
-TESTS = ROOT / "tests" / "test_ops.py"
+TESTS = ROOT / "tests" / "ops" / "test_ops.py"
 
 
 def failing_ops(names: list[str], device: str) -> dict[str, str]:
@@ -72,20 +72,26 @@ def built(revision: str) -> Iterator[Path]:
 
 
 def measure(tree: Path, config: Any, output: Path) -> list[dict[str, Any]]:
-    """Records of this benchmark in a process that imports the package from ``tree``."""
+    """Records of this benchmark in a process that imports the package from ``tree``.
+
+    It runs in the folder of ``output``, which has these benchmarks and no package.
+    """
+    folder = output.parent
+    if not (folder / "benchmarks").exists():
+        (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
     flags = [*("--ops", *config.ops), "--device", config.device, "--no-tests"]
     flags += ["--seconds", str(config.seconds / config.rounds), "--compile", "none"]
     flags += ["--budget", str(config.budget / config.rounds / 2), "--cases", config.cases]
     flags += ["--threads", *map(str, config.threads), "--seed", str(config.seed)]
     flags += ["--dtypes", *config.dtypes] if config.dtypes else []
-    script = Path(__file__).with_name("bench_ops.py")
     env = {**os.environ, "PYTHONPATH": str(tree)}
     where = [sys.executable, "-c", "import oneshot_fast; print(oneshot_fast.__file__)"]
-    package = subprocess.check_output(where, cwd=script.parent, env=env, text=True).strip()
+    package = subprocess.check_output(where, cwd=folder, env=env, text=True).strip()
     if not Path(package).resolve().is_relative_to(tree.resolve()):
         raise RuntimeError(f"this would measure {package} instead of {tree}")
     subprocess.run(
-        [sys.executable, str(script), *flags, "--output", str(output)],
+        [sys.executable, "-m", "benchmarks.ops.bench", *flags, "--output", str(output)],
+        cwd=folder,
         env=env,
         stdout=subprocess.DEVNULL,
         check=True,

@@ -1,7 +1,7 @@
-"""Draw how many times faster than plain torch the ops are, from a result of bench_ops.py.
+"""Draw how many times faster than plain torch the ops are, from a result of the op benchmarks.
 
-``plot_ops.py benchmarks/results/<device>.json`` writes docs/images/ops-<device>.svg; without a
-file it takes the newest.
+``python -m benchmarks.ops.plot benchmarks/results/<device>.json`` writes
+docs/images/ops-<device>.svg; without a file it takes the newest.
 """
 
 import json
@@ -17,9 +17,11 @@ import tyro
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from results import RESULTS, medians, ours
 
-IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
+from benchmarks.common import RESULTS, ROOT
+from benchmarks.ops.results import medians, ours
+
+IMAGES = ROOT / "docs" / "images"
 COLOURS = {"forward": "#1f77b4", "both": "#d95f02"}
 MARKERS = {"eager": "o", "compile": "D"}
 PASSES = {"forward": "forward", "both": "forward + backward"}
@@ -33,7 +35,7 @@ class Config:
     """What to draw."""
 
     results: tyro.conf.Positional[Path | None] = None
-    """A JSON file of bench_ops.py; by default the newest."""
+    """A JSON file of benchmarks.ops.bench; by default the newest."""
     output: Path | None = None
     """SVG or PNG file; by default docs/images/ops-<device>.svg."""
     dtype: str = "float32"

@@ -1,60 +1,20 @@
 """What the op benchmarks print and write."""
 
-import platform
-import re
-import shutil
-import subprocess
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-import torch
-
 import oneshot_fast
+from benchmarks.common import environment, slug
 
-RESULTS = Path(__file__).parent / "results"
 OURS = ("ours", "cuda", "triton")
 OTHERS = ("eager", "compile", "clone")
 
 
-def environment(device: str, seed: int) -> dict[str, Any]:
-    """What the numbers hold for."""
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    build = oneshot_fast.build_info()
-    about = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
-        "name": f"ops-{build['cpu_isa']}",
-        "commit": commit or None,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seed": seed,
-        "build": build,
-    }
+def about(device: str, seed: int) -> dict[str, Any]:
+    """What the numbers hold for, the name of the files they go to and, on a GPU, what serves."""
+    found = environment(device, seed)
     if device == "cuda":
-        about |= {"name": slug(about["device"]), "driver": driver(), "ours": ours_by_default()}
-    return about
-
-
-def processor() -> str:
-    """Name of the processor as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
-
-
-def slug(name: str) -> str:
-    """``name`` as a part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def driver() -> str | None:
-    """Version of the NVIDIA driver."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
-    return lines[0].strip() if lines else None
+        return found | {"name": slug(found["device"]), "ours": ours_by_default()}
+    return found | {"name": f"ops-{found['build']['cpu_isa']}"}
 
 
 def ours_by_default() -> dict[str, str]:

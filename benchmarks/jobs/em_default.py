@@ -6,7 +6,6 @@ Writes summary.json, report.html, README.md (the table) and the before/after pic
 from __future__ import annotations
 
 import argparse
-import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.common import ROOT, processor
 from oneshot_fast.em import main as em
 from oneshot_fast.runtime.files import mend_jsonl, read_json
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = ROOT / "docs"
 ROWS = (
     ("prompt accuracy", "accuracy", "{:.1%}"),
     ("Frechet distance to the held-out targets", "frechet_distance", "{:.2f}"),
@@ -34,7 +34,7 @@ def write_table(summary: dict[str, Any], path: Path) -> None:
     columns = {"base": "base", "final": "after EM", "direct": "direct SFT", "real": "real held-out"}
     lines = [
         "# The embedded default, one committed run",
-        f"`python benchmarks/em_default.py`, seed {summary['settings']['seed']}, torch "
+        f"`python -m benchmarks.jobs.em_default`, seed {summary['settings']['seed']}, torch "
         f"{torch.__version__}, {torch.get_num_threads()} threads of {processor()}; "
         f"{summary['seconds']:.0f} s in all, the direct-SFT baseline included. "
         "The whole [report](report.html) and [summary.json](summary.json) lie here.",
@@ -65,17 +65,6 @@ def write_table(summary: dict[str, Any], path: Path) -> None:
         f"with the final one ({change:+.0%}).",
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def processor() -> str:
-    """Name of the processor as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2].strip()
-        for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
-        if line.startswith("model name")
-    ]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def draw_before_after(work: Path, path: Path, columns: int = 10) -> None:

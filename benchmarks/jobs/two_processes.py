@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from results import RESULTS, environment
 
+from benchmarks.common import RESULTS, environment
 from oneshot_fast.embedded.digits import write_default_dataset
 
 
@@ -118,7 +118,8 @@ def markdown(results: dict[str, Any]) -> str:
     """The table, with what it holds for."""
     config, loads = results["config"], results["loads"]
     lines = [
-        f"`benchmarks/two_processes.py` on {results['device']}, {results['cpus']} CPUs, "
+        f"`python -m benchmarks.jobs.two_processes` on "
+        f"{results['device']}, {results['cpus']} CPUs, "
         f"{results['threads_per_core']} threads per core as the system tells (virtual CPUs may be "
         f"threads of one core all the same), torch {results['build']['torch_running']}, commit "
         f"{results['commit']}, {results['date'][:10]}. Tiny model, {config['samples']} targets in "

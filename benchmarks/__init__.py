@@ -1,0 +1,1 @@
+"""Benchmarks; each file says how it is run."""

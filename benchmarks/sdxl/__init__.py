@@ -1,0 +1,1 @@
+"""SDXL-Turbo's architecture: speed and memory of the jobs."""
