@@ -5,10 +5,9 @@ from oneshot_fast.ops.cayley import SPEC as _CAYLEY
 from oneshot_fast.ops.cayley import cayley
 from oneshot_fast.ops.latent_mse import SPEC as _LATENT_MSE
 from oneshot_fast.ops.latent_mse import latent_mse
-from oneshot_fast.ops.patch_outer import SPEC as _PATCH_OUTER
-from oneshot_fast.ops.patch_outer import patch_outer
-from oneshot_fast.ops.patch_rotate import SPEC as _PATCH_ROTATE
-from oneshot_fast.ops.patch_rotate import patch_rotate
+from oneshot_fast.ops.patches import OUTER as _PATCH_OUTER
+from oneshot_fast.ops.patches import ROTATE as _PATCH_ROTATE
+from oneshot_fast.ops.patches import patch_outer, patch_rotate
 from oneshot_fast.ops.pixel_l1 import SPEC as _PIXEL_L1
 from oneshot_fast.ops.pixel_l1 import pixel_l1
 from oneshot_fast.ops.rotation_step import rotation_step

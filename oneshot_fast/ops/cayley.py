@@ -1,12 +1,12 @@
 """cayley: the orthogonal matrix (I - S)^-1 (I + S) of a skew S."""
 
-from typing import Any
+import dataclasses
 
 import torch
 from torch import Tensor
 
 from oneshot_fast.ops._checks import check_square
-from oneshot_fast.ops._register import OpSpec
+from oneshot_fast.ops.skew_exp import SPEC as _SKEW_EXP
 
 
 def cayley(a: Tensor) -> Tensor:
@@ -50,26 +50,12 @@ def _generator(a: Tensor) -> tuple[Tensor, Tensor]:
     return (b - b.mT) / 2, torch.eye(a.shape[-1], dtype=b.dtype, device=b.device)
 
 
-def _inputs(shape: tuple[int, ...], norm: float) -> tuple[Any, ...]:
-    a = torch.randn(*shape, dtype=torch.float64)
-    return (a * (norm / (a - a.mT).abs().sum(-1).max()) if a.numel() else a,)
-
-
-SPEC = OpSpec(
+# the same matrices as for the other way from a skew matrix to a rotation
+SPEC = dataclasses.replace(
+    _SKEW_EXP,
     name="cayley",
     fn=cayley,
     reference=reference,
-    inputs=_inputs,
-    small=[
-        ((3, 16, 16), 0.05),
-        ((3, 16, 16), 1.0),
-        ((2, 2, 16, 16), 21.0),
-        ((2, 5, 5), 3.0),
-        ((37, 37), 9.0),
-        ((1, 2, 2), 100.0),
-        ((0, 8, 8), 1.0),
-    ],
     large=[((B, D, D), 1.0) for D in (16, 64, 256) for B in (1, 64)],
-    trained=1,
     native=False,
 )
