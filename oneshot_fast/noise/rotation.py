@@ -1,4 +1,4 @@
-"""The patch-wise rotation of a base noise as an nn.Module."""
+"""Patch-wise rotations of noise: as an nn.Module, the closest one, and the angles of found ones."""
 
 from __future__ import annotations
 
@@ -68,3 +68,44 @@ def check_patching(size: Sequence[int], patch_size: int, groups: int) -> None:
         groups in tiles,
         f"rotation_groups {groups} does not divide the {h} x {w} patches; use one of {tiles}",
     )
+
+
+def towards(pattern: Tensor, eps: Tensor, p: int) -> Tensor:
+    """Orthogonal matrices that turn the patches of each noise closest to those of ``pattern``.
+
+    The orthogonal Procrustes problem: with sum t e^T = U S V^T over the patches, q = U V^T.
+    Source: Schoenemann 1966, A generalized solution of the orthogonal Procrustes problem.
+
+    Args:
+        pattern: [C, H, W] float32.
+        eps: Noises, [B, C, H, W] float32.
+        p: Patch side, latent pixels.
+
+    Returns:
+        q, [B, D, D] float32.
+    """
+    sums = ops.patch_outer(pattern.expand_as(eps).contiguous(), eps, p, (len(eps),))
+    left, _, right = torch.linalg.svd(sums)
+    return left @ right
+
+
+def rotation_angles(q: Tensor) -> Tensor:
+    """RMS rotation angle of each image: sqrt(mean theta^2) over the eigenvalues e^(i theta) of q.
+
+    0 leaves the noise as it is; uniformly random rotations have about 104 degrees (pi / sqrt(3)).
+    The cosines are the eigenvalues of q's symmetric part, since q is normal.
+
+    Args:
+        q: Orthogonal, [B, D, D] or [B, G, G, D, D].
+
+    Returns:
+        Degrees, [B].
+    """
+    cosines = torch.linalg.eigvalsh((q + q.mT) / 2).clamp(-1, 1)
+    return cosines.acos().square().flatten(1).mean(1).sqrt().rad2deg()
+
+
+def angles_between(z: Tensor, eps: Tensor) -> Tensor:
+    """Angles in degrees, [B], between noises [B, C, H, W]; accurate for small ones."""
+    a, b = (x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True) for x in (z, eps))
+    return 2 * torch.atan2((a - b).norm(dim=1), (a + b).norm(dim=1)).rad2deg()

@@ -1,10 +1,9 @@
-"""Is a stream of noises iid N(0, 1)? Tests on sums over their patches; no noise is kept."""
+"""Sums over a stream of noises, and tests of their law on them; no noise is kept."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import scipy.stats
@@ -16,18 +15,125 @@ from oneshot_fast import ops
 from oneshot_fast.noise.checks import (
     LEVEL,
     QUANTILE,
+    Check,
+    check_law,
+    covariance_check,
     eigenvalue_band,
-    eigenvalue_check,
-    moment_checks,
-    moments_of,
-    shift_checks,
+    rms_check,
 )
 
 _BINS = 60
 _TAIL = 1e-3  # probability of each outermost bin of a histogram, about
 
-Check = dict[str, Any]
-_band = functools.lru_cache(eigenvalue_band)  # a simulation
+
+class PatchSums:
+    """Sums over noises of one shape: their moments, mean and patch covariance follow.
+
+    Attributes:
+        shape: (C, H, W) of a noise.
+        p: Patch side, latent pixels.
+        D: Elements of a patch.
+        patches: Patches of a noise.
+        noises: Noises counted.
+    """
+
+    def __init__(self, shape: Sequence[int], patch_size: int) -> None:
+        """Start with no noise.
+
+        Args:
+            shape: [C, H, W] of a noise.
+            patch_size: Patch side p, latent pixels; divides H and W.
+        """
+        C, H, W = self.shape = tuple(shape)
+        self.p, self.D = patch_size, C * patch_size**2
+        self.patches, self.noises = H // patch_size * (W // patch_size), 0
+        self._powers = torch.zeros(4, dtype=torch.float64)
+        self._total = torch.zeros(self.shape, dtype=torch.float64)
+        self._outer = torch.zeros(self.D, self.D, dtype=torch.float64)
+
+    def add(self, z: Tensor) -> None:
+        """Count noises [B, C, H, W], float32 or float64."""
+        square = z * z
+        powers = (z, square, square * z, square * square)
+        self._powers += torch.stack([x.sum(dtype=torch.float64) for x in powers])
+        self._total += z.sum(0, dtype=torch.float64)
+        self._outer += ops.patch_outer(z, z, self.p).double()
+        self.noises += len(z)
+
+    @property
+    def vectors(self) -> int:
+        """Patches counted."""
+        return self.noises * self.patches
+
+    @property
+    def moments(self) -> dict[str, float]:
+        """Mean, variance, skewness and excess kurtosis of all elements."""
+        mean, second, third, fourth = (self._powers / (self.vectors * self.D)).tolist()
+        variance = second - mean**2
+        cubes = third - 3 * mean * second + 2 * mean**3
+        fourths = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
+        return {
+            "mean": mean,
+            "variance": variance,
+            "skewness": cubes / variance**1.5,
+            "kurtosis": fourths / variance**2 - 3,
+        }
+
+    @property
+    def shift(self) -> Tensor:
+        """Mean noise in standard errors, [C, H, W] float64."""
+        return self._total / self.noises**0.5
+
+    @property
+    def covariance(self) -> Tensor:
+        """Of the patches about the mean 0, [D, D] float64."""
+        return self._outer / self.vectors
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Of the patches' covariance, [D] float64, descending."""
+        return torch.linalg.eigvalsh(self.covariance).flip(0)
+
+    def eigenvalue_range(self) -> dict[str, list[float]]:
+        """Ends "low" and "high" of what is allowed to each eigenvalue, [D]."""
+        mean, deviation, width = eigenvalue_band(self.vectors, self.D)
+        low, high = (mean - width * deviation).clamp_min(0), mean + width * deviation
+        return {"low": low.tolist(), "high": high.tolist()}
+
+    def checks(self) -> list[Check]:
+        """Tests of the moments, of the mean noise and patch, and of the patches' covariance."""
+        return [*self._moment_checks(), *self._shift_checks(), self._eigenvalue_check()]
+
+    def _moment_checks(self) -> list[Check]:
+        """Standard errors of the moments of N normal values: sqrt(1, 2, 6, 24 / N)."""
+        moments, count = self.moments, self.vectors * self.D
+        laws = (
+            ("mean", "mean of all elements", 0.0, 1),
+            ("variance", "variance of all elements; no rotation changes the energy", 1.0, 2),
+            ("skewness", "asymmetry of all elements", 0.0, 6),
+            ("kurtosis", "excess kurtosis of all elements; above 0 means heavy tails", 0.0, 24),
+        )
+        return [
+            check_law(name, meaning, moments[name], scipy.stats.norm(mean, (c / count) ** 0.5))
+            for name, meaning, mean, c in laws
+        ]
+
+    def _shift_checks(self) -> list[Check]:
+        """RMS standard errors of the mean noise, per latent element and per patch element."""
+        (C, H, W), p, noise = self.shape, self.p, self.shift
+        patch = noise.view(C, H // p, p, W // p, p).sum((1, 3)) / self.patches**0.5
+        of_noise = f"RMS of the mean of {self.noises} noises, in standard errors"
+        of_patch = "RMS of the mean over all patches, in standard errors"
+        return [rms_check("mean noise", of_noise, noise), rms_check("mean patch", of_patch, patch)]
+
+    def _eigenvalue_check(self) -> Check:
+        """Largest departure of an eigenvalue from its mean; the p-value is Bonferroni's bound."""
+        mean, deviation, width = eigenvalue_band(self.vectors, self.D)
+        # with fewer patches than dimensions the smallest eigenvalues are exactly 0
+        value = ((self.eigenvalues - mean) / deviation.clamp_min(1e-9)).abs().max().item()
+        p_value = min(1.0, float(2 * self.D * scipy.stats.norm.sf(value)))
+        meaning = "largest departure of a patch covariance eigenvalue, in standard deviations"
+        return Check("patch covariance", meaning, value, 0.0, width, p_value)
 
 
 class Histogram:
@@ -53,7 +159,7 @@ class Histogram:
         """Pearson's chi-square test (Pearson 1900) of the counts against the law."""
         expected = self.counts.sum() * self.probabilities()
         value = ((self.counts - expected).square() / expected).sum().item()
-        return chi_square_check(name, meaning, value, _BINS - 1)
+        return check_law(name, meaning, value, scipy.stats.chi2(_BINS - 1), one_sided=True)
 
     def result(self) -> dict[str, Any]:
         """For a plot: edges, densities measured and expected, and the latter's allowed width."""
@@ -68,41 +174,21 @@ class Histogram:
         }
 
 
-class PatchStatistics:
-    """Sums over noises of one shape, from which tests of their law follow."""
+class PatchStatistics(PatchSums):
+    """Sums and histograms of noises of one shape, and whether they are iid N(0, 1)."""
 
     def __init__(self, shape: Sequence[int], patch_size: int) -> None:
-        """Start with no noise.
-
-        Args:
-            shape: [C, H, W] of a noise.
-            patch_size: Patch side p, latent pixels; divides H and W.
-        """
-        C, H, W = self.shape = tuple(shape)
-        self.p, self.D = patch_size, C * patch_size**2
-        self.patches, self.noises = H // patch_size * (W // patch_size), 0
-        self.powers = torch.zeros(4, dtype=torch.float64)
-        self.total = torch.zeros(self.shape, dtype=torch.float64)
-        self.outer = torch.zeros(self.D, self.D, dtype=torch.float64)
+        """Start with no noise; see ``PatchSums``."""
+        super().__init__(shape, patch_size)
         energy = scipy.stats.chi2(self.D, scale=1 / self.D)
         self.values = Histogram(-3.1, 3.1, scipy.stats.norm())
         self.norms = Histogram(float(energy.ppf(_TAIL)), float(energy.isf(_TAIL)), energy)
 
     def add(self, z: Tensor) -> None:
         """Count noises [B, C, H, W] float32."""
-        square = z * z
-        powers = (z, square, square * z, square * square)
-        self.powers += torch.stack([x.sum(dtype=torch.float64) for x in powers])
-        self.total += z.sum(0, dtype=torch.float64)
-        self.outer += ops.patch_outer(z, z, self.p).double()
+        super().add(z)
         self.values.add(z)
-        self.norms.add(F.avg_pool2d(square.mean(1, keepdim=True), self.p))
-        self.noises += len(z)
-
-    @property
-    def vectors(self) -> int:
-        """Patches counted."""
-        return self.noises * self.patches
+        self.norms.add(F.avg_pool2d(z.square().mean(1, keepdim=True), self.p))
 
     def result(self) -> dict[str, Any]:
         """JSON values: moments, curves for plots, checks with p-values, and how far from N(0, I).
@@ -111,100 +197,39 @@ class PatchStatistics:
         N(0, I), ``kl_by_chance`` what sampling noise gives on average, and ``mean_shift`` the RMS
         over the noise's elements of their mean, in units of the noise's deviation.
         """
-        m, D = self.vectors, self.D
-        covariance = self.outer / m
-        eigenvalues = torch.linalg.eigvalsh(covariance).flip(0)
-        band = _band(m, D)
-        moments = moments_of(self.powers, m * D)
+        m, D, eigenvalues = self.vectors, self.D, self.eigenvalues
         kl = (eigenvalues.sum() - eigenvalues.log().sum() - D).item() / 2
-        shift = self.total / self.noises**0.5
-        means, variances = self._per_element(covariance)
+        means, variances = self._per_element()
+        checks = [
+            *self.checks(),
+            self.values.check("values", "chi-square of the histogram of all elements"),
+            self.norms.check("norms", "chi-square of the histogram of the patches' norms"),
+            covariance_check(kl, m, D),
+        ]
         return {
             "noises": self.noises,
             "patches": m,
             "dimensions": D,
-            "moments": moments,
+            "moments": self.moments,
             "kl": kl,
             "kl_by_chance": D * (D + 1) / (4 * m),
-            "mean_shift": (self.total / self.noises).square().mean().sqrt().item(),
+            "mean_shift": (self._total / self.noises).square().mean().sqrt().item(),
             "mean_shift_by_chance": self.noises**-0.5,
-            "eigenvalues": {
-                "measured": eigenvalues.tolist(),
-                "low": (band[0] - band[2] * band[1]).clamp_min(0).tolist(),
-                "high": (band[0] + band[2] * band[1]).tolist(),
-            },
+            "eigenvalues": {"measured": eigenvalues.tolist(), **self.eigenvalue_range()},
             "means": means,
             "variances": variances,
             "values": self.values.result(),
             "norms": self.norms.result(),
-            "checks": [
-                *_with_p(moment_checks(moments, m * D), _normal_p),
-                self.values.check("values", "chi-square of the histogram of all elements"),
-                self.norms.check("norms", "chi-square of the histogram of the patches' norms"),
-                *_shift_checks(shift, self.p, self.noises),
-                *_with_p(
-                    [eigenvalue_check(eigenvalues, *band)], lambda check: _largest_p(check, D)
-                ),
-                covariance_check(kl, m, D),
-            ],
+            "checks": [check.row() for check in checks],
         }
 
-    def _per_element(self, covariance: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _per_element(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Mean and variance of each of a patch's elements, with their allowed ranges."""
         C, H, W = self.shape
         m, D, p = self.vectors, self.D, self.p
-        sums = self.total.view(C, H // p, p, W // p, p).sum((1, 3)).flatten()
+        sums = self._total.view(C, H // p, p, W // p, p).sum((1, 3)).flatten()
         tail = LEVEL / (2 * D)  # Bonferroni: all D stay inside with probability 1 - LEVEL
         width = float(scipy.stats.norm.isf(tail)) / math.sqrt(m)
         low, high = (scipy.stats.chi2.ppf([tail, 1 - tail], m) / m).tolist()
         means = {"measured": (sums / m).tolist(), "low": -width, "high": width}
-        return means, {"measured": covariance.diagonal().tolist(), "low": low, "high": high}
-
-
-def chi_square_check(name: str, meaning: str, value: float, freedom: int) -> Check:
-    """A statistic that has the chi-square law; only large values speak against it."""
-    law = scipy.stats.chi2(freedom)
-    high, p = float(law.isf(LEVEL)), float(law.sf(value))
-    return {
-        "name": name, "meaning": meaning, "value": value, "low": 0.0, "high": high,
-        "ok": value <= high, "p_value": p,
-    }  # fmt: skip
-
-
-def covariance_check(kl: float, m: int, D: int) -> Check:
-    """Likelihood ratio test that ``m`` vectors of known mean 0 have covariance I.
-
-    m (tr S - ln |S| - D) = 2 m kl is chi-square with D (D + 1) / 2 degrees of freedom after
-    Bartlett's correction. Source: Anderson 2003, An Introduction to Multivariate Statistical
-    Analysis, section 10.8.
-    """
-    correction = 1 - (2 * D**2 + 3 * D - 1) / (6 * m * (D + 1))
-    meaning = "likelihood ratio of the patch covariance to I"
-    return chi_square_check("covariance is I", meaning, 2 * m * kl * correction, D * (D + 1) // 2)
-
-
-def _with_p(checks: Sequence[Check], p_value: Callable[[Check], float]) -> list[Check]:
-    return [{**check, "p_value": p_value(check)} for check in checks]
-
-
-def _normal_p(check: Check) -> float:
-    """Two-sided, of a check whose range is that of a normal law."""
-    middle, half = (check["low"] + check["high"]) / 2, (check["high"] - check["low"]) / 2
-    return float(2 * scipy.stats.norm.sf(QUANTILE * abs(check["value"] - middle) / half))
-
-
-def _largest_p(check: Check, count: int) -> float:
-    """Of the largest of ``count`` departures in standard deviations (Bonferroni)."""
-    return min(1.0, float(2 * count * scipy.stats.norm.sf(check["value"])))
-
-
-def _shift_checks(shift: Tensor, p: int, noises: int) -> list[Check]:
-    """The mean noise and the mean patch, whose squared standard errors are chi-square."""
-    found = shift_checks(shift, p, noises)
-    checks = []
-    for check, count in zip(found, (shift.numel(), shift.shape[0] * p * p), strict=True):
-        law = scipy.stats.chi2(count)
-        energy = count * check["value"] ** 2
-        tail = 2 * min(float(law.cdf(energy)), float(law.sf(energy)))
-        checks.append({**check, "p_value": min(1.0, tail)})
-    return checks
+        return means, {"measured": self.covariance.diagonal().tolist(), "low": low, "high": high}

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from oneshot_fast.noise.checks import LEVEL, diagnose
+from oneshot_fast.noise.checks import LEVEL
+from oneshot_fast.noise.diagnose import diagnose
 from oneshot_fast.report import plots
 from oneshot_fast.report.page import Cell, Plot, Row, Section, Table, number
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.jobs.optimize.objective import Objective
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
-from oneshot_fast.noise.checks import angles_between
+from oneshot_fast.noise.rotation import angles_between
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.search.gradient import Problem, Search
 from oneshot_fast.search.movers.free import FreeNoise

@@ -18,7 +18,7 @@ from oneshot_fast.jobs.assign.objective import AssignOptions, assign_batch
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.assign.targets import Preparer, problem_of
 from oneshot_fast.jobs.sft.run import SftRun
-from oneshot_fast.noise.checks import diagnose
+from oneshot_fast.noise.diagnose import diagnose
 from oneshot_fast.recipes.study.cells import Cell
 from oneshot_fast.recipes.study.subjects import Subject
 from oneshot_fast.runtime.files import read_json, write_json
