@@ -13,7 +13,7 @@ from oneshot_fast.data.options import DataOptions
 from oneshot_fast.data.pairs import Record, pair_id
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
-from oneshot_fast.jobs.assign.objective import AssignOptions
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.runtime.options import RunOptions
 

@@ -121,7 +121,7 @@ def load_search(command: OptimizeCommand) -> RewardSearch:
 
     generator = command.model.load(command.model_id)
     side = Targets(generator, command.resolution).resolution  # checks it
-    if command.search.method == "rotation":
+    if command.search.mover == "rotation":
         size = generator.noise_shape(side, side)[1:]
         check_patching(size, command.search.patch_size, command.search.rotation_groups)
     rewards = command.rewards.load(generator)

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from benchmarks.sdxl.models import SIZES, build_pipeline, build_unet, clip_config
 from oneshot_fast.generators.decoder import Decoder
 from oneshot_fast.generators.sdxl import OneStepGenerator
-from oneshot_fast.jobs.assign.objective import AssignOptions
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.planning.memory import StepMemory, assignment_memory, training_memory
 from oneshot_fast.training.batch import SftOptions
 

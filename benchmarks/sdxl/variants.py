@@ -17,7 +17,7 @@ from benchmarks.sdxl.reference_recipe import ReferenceRecipe
 from oneshot_fast.data.pairs import read_manifest, read_pairs
 from oneshot_fast.generators.sdxl import OneStepGenerator
 from oneshot_fast.generators.target_images import Targets
-from oneshot_fast.jobs.assign.objective import AssignOptions
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime.files import write_jsonl, write_safetensors

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from oneshot_fast.jobs.assign.objective import AssignOptions, objective
+from oneshot_fast.jobs.assign.objective import objective
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.targets import random_problem
 from oneshot_fast.search.gradient import Search
 

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from oneshot_fast.generators.adapters import add_adapter
-from oneshot_fast.jobs.assign.objective import AssignOptions, objective
+from oneshot_fast.jobs.assign.objective import objective
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.targets import random_problem
 from oneshot_fast.jobs.optimize.objective import reward_losses
 from oneshot_fast.training.batch import Batch, SftOptions, sft_losses

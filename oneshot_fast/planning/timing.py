@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from oneshot_fast.jobs.assign.objective import AssignOptions, objective
+from oneshot_fast.jobs.assign.objective import objective
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.targets import random_problem
 from oneshot_fast.jobs.optimize.objective import reward_losses
 from oneshot_fast.planning.memory import StepMemory, training_batch, training_memory
@@ -197,7 +198,7 @@ def _device_peak() -> int:
 
 def _step_worths(options: AssignOptions) -> float:
     """Work per target in gradient steps; a candidate's forward pass is about a third of one."""
-    candidates = options.candidates if options.choice else 0
+    candidates = options.draws if options.choice else 0
     return options.gradient_steps + 1 + candidates / 3
 
 

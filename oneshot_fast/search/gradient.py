@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from oneshot_fast.search.movers.mover import Method, method_of
+from oneshot_fast.search.movers.mover import Mover, mover_of
+from oneshot_fast.search.options import SearchOptions
 
 if TYPE_CHECKING:
     from oneshot_fast.generators.sdxl import PromptEncoding
-    from oneshot_fast.jobs.assign.objective import AssignOptions
 
 # lr auto: the step size of a target grows while its loss falls and shrinks when it has risen
 _GROWTH, _SHRINKAGE = 1.05, 0.8
@@ -80,9 +80,9 @@ class Search:
     def __init__(
         self,
         problem: Problem,
-        options: AssignOptions,
+        options: SearchOptions,
         objective: Callable[[Tensor, Problem], Tensor],
-        method: Method | None = None,
+        mover: Mover | None = None,
     ) -> None:
         """Start every search at its base noise.
 
@@ -90,21 +90,21 @@ class Search:
             problem: B targets.
             options: Method, steps, step size, when to stop.
             objective: Loss per target, [B], of the noises [B, C, h, w].
-            method: How noises move; by default the one that ``options`` name.
+            mover: How noises move; by default the one that ``options`` name.
         """
         self._options, self._objective, self._prompts = options, objective, problem.prompts
-        self._method = method or method_of(options)
+        self._mover = mover or mover_of(options)
         self._state = self._start(problem)
 
     def _start(self, problem: Problem) -> dict[str, Tensor]:
         """State of new searches; every tensor has a row per search."""
         B, device = len(problem.eps), problem.eps.device
-        searching = self._method.start(problem.eps, problem.start)
+        searching = self._mover.start(problem.eps, problem.start)
         self._moving = [*searching]
         far = torch.full((B,), float("inf"), device=device)
         start = torch.zeros(B, dtype=torch.int64, device=device)
         lr = self._options.lr
-        first = self._method.first_step if lr == "auto" else float(lr)
+        first = self._mover.first_step if lr == "auto" else float(lr)
         return problem.tensors() | {
             **searching,
             "best_point": searching["point"].clone(),
@@ -133,7 +133,7 @@ class Search:
     def shard_bytes(self) -> int:
         """Size of the noises and rotations that are found."""
         point = self._state["point"]
-        q = self._method.rotation(point)
+        q = self._mover.rotation(point)
         return self._state["eps"].nbytes + (0 if q is None else q.nbytes)
 
     @property
@@ -167,7 +167,7 @@ class Search:
         s = self._state
         with torch.set_grad_enabled(not is_last):
             point = s["point"].detach().requires_grad_(not is_last)
-            z = self._method.noise(s["eps"], point)
+            z = self._mover.noise(s["eps"], point)
             loss = self._objective(z, self.problem)
         gradient = None if is_last else torch.autograd.grad(loss.sum(), point)[0]
         loss = loss.detach()
@@ -205,13 +205,13 @@ class Search:
         s["running"] = on
 
     def _move(self, gradient: Tensor, loss: Tensor) -> None:
-        """One step of the method for all searches that go on."""
+        """One step of the mover for all searches that go on."""
         s, running = self._state, self._state["running"]
-        if self._options.lr == "auto":
+        if self._options.lr == "auto" and self._mover.adapts:
             s["rate"] = s["rate"] * torch.where(loss > s["before"], _SHRINKAGE, _GROWTH)
             s["before"] = loss
         moving = {name: s[name] for name in self._moving}
-        moved = self._method.move(moving, s["eps"], gradient, s["step"], s["rate"])
+        moved = self._mover.move(moving, s["eps"], gradient, s["step"], s["rate"])
         for name, value in moved.items():
             s[name] = torch.where(_per_row(running, value), value, s[name])
         s["step"] = s["step"] + running
@@ -223,8 +223,8 @@ class Search:
             index = torch.tensor(slots, device=self._state["step"].device)
             names = ("eps", "best_point", "losses", "best_loss", "best_step", "step")
             s = {name: s[name].index_select(0, index) for name in names}
-        z = self._method.noise(s["eps"], s["best_point"])
-        q, losses = self._method.rotation(s["best_point"]), s["losses"].T.contiguous()
+        z = self._mover.noise(s["eps"], s["best_point"])
+        q, losses = self._mover.rotation(s["best_point"]), s["losses"].T.contiguous()
         return Assignment(z, q, losses, s["best_loss"], s["best_step"], s["step"])
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.errors import UserError
-from oneshot_fast.jobs.assign.objective import AssignOptions, objective
+from oneshot_fast.jobs.assign.objective import objective
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.targets import Target, problem_of
 from oneshot_fast.search.gradient import Assignment, Search
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.generators.sdxl import OneStepGenerator, PromptEncoding
-from oneshot_fast.jobs.assign.objective import AssignOptions
+from oneshot_fast.jobs.assign.options import AssignOptions
 
 STEPS = 12
 FULL = AssignOptions("rotation", rotation_optimizer="raw_adam", lr=0.155, steps=STEPS)

@@ -12,7 +12,8 @@ import torch
 
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.sdxl import OneStepGenerator
-from oneshot_fast.jobs.assign.objective import AssignOptions, objective
+from oneshot_fast.jobs.assign.objective import objective
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.planning.memory import (
     LiveMemory,
     assignment_memory,

@@ -9,9 +9,9 @@ import torch
 from candidate_samples import no_prompts
 from torch import Tensor
 
-from oneshot_fast.jobs.assign.objective import Assignment, AssignOptions
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.runtime.seeds import gaussian
-from oneshot_fast.search.gradient import Problem, Search
+from oneshot_fast.search.gradient import Assignment, Problem, Search
 from oneshot_fast.search.movers.lbfgs import newton_direction
 
 CURVATURE = torch.tensor([1.0, 10.0, 100.0]).repeat(86)[:256].view(4, 8, 8)

@@ -18,7 +18,8 @@ from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.sdxl import OneStepGenerator
 from oneshot_fast.generators.target_images import Targets
-from oneshot_fast.jobs.assign.objective import AssignOptions, assign_batch, matching_loss
+from oneshot_fast.jobs.assign.objective import assign_batch, matching_loss
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.targets import Preparer, Target
 from oneshot_fast.noise.rotation import PatchRotation
 from oneshot_fast.planning.batch_size import largest_fit

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.jobs.assign.features import features_of
-from oneshot_fast.jobs.assign.objective import AssignOptions, objective
+from oneshot_fast.jobs.assign.objective import objective
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.targets import Target, problem_of
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
@@ -25,7 +26,7 @@ _ROWS = 64  # noises generated, or compared, at once
 
 
 class Chooser:
-    """Replaces the base noises of targets by chosen ones, as ``options.assign_method`` says."""
+    """Replaces the base noises of targets by chosen ones, as ``options.method`` says."""
 
     def __init__(
         self,
@@ -43,13 +44,13 @@ class Chooser:
             on_evaluations: Called with how many evaluations were done.
         """
         self._generator, self._seed = generator, seed
-        self._options = dataclasses.replace(options, shift_weight=0.0)
+        self._options = options
         self._on_evaluations = on_evaluations
 
     @torch.no_grad()
     def choose(self, targets: list[Target]) -> list[Target]:
         """The same targets with chosen noises; without a choice, as they are."""
-        if self._options.choice == "search":
+        if self._options.choice == "best_of_n":
             parts = (targets[k : k + _ROWS] for k in range(0, len(targets), _ROWS))
             return [found for part in parts for found in self._search(part)]
         if self._options.choice == "pool":
@@ -65,7 +66,7 @@ class Chooser:
         problem = problem_of(targets)
         best = torch.full((len(targets),), float("inf"), device=problem.eps.device)
         first, chosen = best, torch.zeros_like(best, dtype=torch.int64)
-        for k in range(self._options.candidates):
+        for k in range(self._options.draws):
             eps = problem.eps if k == 0 else self._noises(self._seeds(targets, k), problem.eps)
             loss = objective(
                 self._generator, self._options, eps, dataclasses.replace(problem, eps=eps)
@@ -96,7 +97,7 @@ class Chooser:
                 seed=seeds[k],
                 eps=noises[k],
                 start=None,
-                candidates=self._options.candidates,
+                candidates=self._options.draws,
                 first_loss=first[k],
             )
             for k, target in enumerate(targets)
@@ -110,7 +111,7 @@ class Chooser:
         estimation (Li and Malik 2018, arXiv 1809.09087); dropping noises that are near already is
         RS-IMLE (Vashist et al. 2024, arXiv 2409.17439).
         """
-        count = len(targets) * self._options.candidates
+        count = len(targets) * self._options.draws
         key = targets[0].record.id
         own = [t.seed for t in targets if t.start is not None]  # of an earlier assignment
         fresh = [derived_seed(self._seed, "pool", key, k) for k in range(count - len(own))]

@@ -50,8 +50,8 @@ def features_of(images: Tensor, name: str) -> Tensor:
     needs_gradient = images.requires_grad and torch.is_grad_enabled()
     require(
         found.requires_grad or not needs_gradient,
-        f"features {name} carry no gradient; make them differentiable, or use --assign_method "
-        "search or pool",
+        f"features {name} carry no gradient; make them differentiable, or use --method "
+        "best_of_n or pool",
     )
     return found.float().flatten(1) if found.ndim > 1 else found.float()[:, None]
 

@@ -18,7 +18,7 @@ from oneshot_fast.errors import UserError
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.generators.target_images import Targets
 from oneshot_fast.jobs.assign.candidates import Chooser
-from oneshot_fast.jobs.assign.objective import AssignOptions
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.shards import ShardWriter, shard_path
 from oneshot_fast.jobs.assign.targets import Preparer, Target
 from oneshot_fast.runtime.concurrency import ahead

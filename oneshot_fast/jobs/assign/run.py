@@ -18,7 +18,7 @@ from oneshot_fast.data.pairs import Failure, Record, file_sha256
 from oneshot_fast.data.sources import FolderSource, Source, pending
 from oneshot_fast.errors import RunError, require
 from oneshot_fast.jobs.assign.candidates import Chooser
-from oneshot_fast.jobs.assign.objective import AssignOptions
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.shards import ShardWriter
 from oneshot_fast.jobs.assign.targets import Preparer, Target
 from oneshot_fast.noise.rotation import check_patching
@@ -93,7 +93,7 @@ class AssignRun:
         options.check()
         require(batch_size >= 1, f"batch_size is {batch_size}; give at least 1")
         side = targets.resolution
-        if options.gradient_method == "rotation":
+        if options.mover == "rotation":
             size = generator.noise_shape(side, side)[1:]
             check_patching(size, options.patch_size, options.rotation_groups)
         self.generator, self.targets, self.folder = generator, targets, Path(folder)
@@ -210,7 +210,7 @@ class AssignRun:
             mine = -(-(source.total - len(done)) // processes().num_processes)
             total = mine * (self.options.gradient_steps + 1)
             if self.options.choice:
-                total += mine * self.options.candidates
+                total += mine * self.options.draws
         with (
             progress(total, "assign", "eval") as bar,
             Background(functools.partial(writer.write, done=done)) as writing,

@@ -20,7 +20,7 @@ from oneshot_fast.search.gradient import Problem
 if TYPE_CHECKING:
     from oneshot_fast.generators.sdxl import OneStepGenerator, PromptEncoding
     from oneshot_fast.generators.target_images import Targets
-    from oneshot_fast.jobs.assign.objective import AssignOptions
+    from oneshot_fast.jobs.assign.options import AssignOptions
 
 
 @dataclass(frozen=True)

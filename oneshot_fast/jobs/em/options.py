@@ -6,10 +6,12 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from oneshot_fast.errors import require
-from oneshot_fast.jobs.assign.objective import AssignMethod, AssignOptions
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.runtime.options import pick
 from oneshot_fast.training.batch import SftOptions
 
@@ -22,7 +24,7 @@ class EmOptions:
     """Cycles of one E-step and one M-step."""
     em_schedule: str | None = None
     """Instead of num_cycles, assign_steps and train_epochs: E:M of every cycle, as in
-    "40:10,20:5,20:5", with E the gradient steps (search and pool: candidates) and M the epochs."""
+    "40:10,20:5,20:5", with E the gradient steps (best_of_n, pool: candidates) and M the epochs."""
     patience: int = 0
     """Stop when the Frechet distance on random noise has not fallen for so many cycles; 0: never.
     It is measured where a classifier knows the prompts."""
@@ -32,13 +34,15 @@ class EmOptions:
     pool_refresh: int = 1
     """E-step: draw new random noises every so many cycles; 0: the same ones in all cycles."""
     warm_start: bool = False
-    """E-step: begin at the noise of the last cycle; search and pool have it among the candidates.
-    Not for rotations."""
-    assign_method: AssignMethod = "sphere"
-    """E-step: search or pool choose among random noises; rotation, sphere or white move a noise by
-    gradients; search+sphere and the like do one after the other. See assign --help."""
-    assign_candidates: int = 32
-    """E-step: random noises per target of search and pool."""
+    """E-step: begin at the noise of the last cycle; best_of_n and pool have it among their
+    candidates. Not for rotations."""
+    assign_method: str = "sphere"
+    """E-step: best_of_n (or search) or pool choose among random noises; rotation, sphere, white or
+    free move a noise by gradients; best_of_n+sphere and the like do one after the other. See assign
+    --help."""
+    assign_candidates: int | None = None
+    """E-step: random noises to choose from, or to choose the start from; by default 32 for
+    best_of_n and pool, else 1."""
     pool_matching: Literal["one_to_one", "nearest"] = "one_to_one"
     """E-step: whether a noise of a pool serves at most once."""
     assign_steps: int = 40
@@ -49,8 +53,6 @@ class EmOptions:
     """E-step: keep noises within so many radians of their random base noises (None: anywhere). A
     noise that is pushed far is rare under the Gaussian, and what is learnt there does not reach
     ordinary noise: see docs/study.md."""
-    shift_weight: float = 0.0
-    """E-step: weight of what the noises of a batch have in common."""
     assign_batch_size: int = 16
     """E-step: targets solved at once."""
     sphere_optimizer: Literal["adam", "lbfgs"] = "adam"
@@ -66,8 +68,10 @@ class EmOptions:
     """E-step: weight of the mean squared error between the images' --features; decodes."""
     features: str | None = None
     """E-step: python:module.function; see assign --help."""
-    drift_reg_weight: float = 0.0
+    noise_l2_weight: Annotated[float, arg(aliases=["--drift_reg_weight"])] = 0.0
     """E-step: weight of the mean squared distance between the noise and its base noise."""
+    prior_weight: float | None = None
+    """E-step, free: weight of the prior on the noise's norm; by default 0.01."""
     train_epochs: int = 10
     """M-step: passes over the matched pairs per cycle."""
     train_batch_size: int = 8
@@ -133,8 +137,8 @@ class EmOptions:
             UserError: If em_schedule is no such list.
         """
         if self.em_schedule is None:
-            plain = AssignOptions(self.assign_method)
-            effort = self.assign_steps if plain.gradient_method else self.assign_candidates
+            plain = AssignOptions(self.assign_method, self.assign_candidates)
+            effort = self.assign_steps if plain.mover else plain.draws
             return [(effort, self.train_epochs)] * self.num_cycles
         cycles = [re.fullmatch(r"(\d+):(\d+)", part) for part in self.em_schedule.split(",")]
         numbers = [(int(m[1]), int(m[2])) for m in cycles if m]
@@ -154,15 +158,15 @@ class EmOptions:
             self.assign(cycle).check()
             self.sft(cycles=[cycle]).check()
         require(
-            not (self.warm_start and self.assign().gradient_method == "rotation"),
-            "warm_start does not work with rotations; use sphere, white, search or pool",
+            not (self.warm_start and self.assign().mover == "rotation"),
+            "warm_start does not work with rotations; use another method",
         )
 
     def assign(self, cycle: int = 1) -> AssignOptions:
         """Options of the E-step of a cycle, from 1."""
         effort = self.schedule()[cycle - 1][0]
         plain = pick(AssignOptions, self, "assign_", steps=effort)
-        return plain if plain.gradient_method else dataclasses.replace(plain, candidates=effort)
+        return plain if plain.mover else dataclasses.replace(plain, candidates=effort)
 
     def sft(
         self, noise: Literal["matched", "random"] = "matched", cycles: Sequence[int] = (1,)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from oneshot_fast.training.batch import PreservePool
 
 _OF_TARGETS = (
-    "patience", "assign_fraction", "warm_start", "pool_matching", "shift_weight", "feature_weight",
+    "patience", "assign_fraction", "warm_start", "pool_matching", "feature_weight",
     "sphere_optimizer", "rotation_optimizer",
 )  # fmt: skip
 
@@ -47,16 +47,17 @@ def search_options(em: EmOptions, cycle: int) -> OptimizeOptions:
             f"{name} is for assigning noises to targets; leave it out with --reward",
         )
     plain = em.assign(cycle)
-    require(plain.choice != "pool", "a pool needs targets; with --reward use search")
+    require(plain.choice != "pool", "a pool needs targets; with --reward use best_of_n")
     options = OptimizeOptions(
-        method=plain.gradient_method or "best_of_n",  # type: ignore[arg-type]
+        method=plain.method,
         steps=plain.steps,
         lr=plain.lr,
-        candidates=plain.candidates if plain.choice else None,
+        candidates=plain.candidates,
         max_angle=plain.max_angle,
         patch_size=plain.patch_size,
         rotation_groups=plain.rotation_groups,
-        noise_l2_weight=plain.drift_reg_weight,
+        noise_l2_weight=plain.noise_l2_weight,
+        prior_weight=plain.prior_weight,
     )
     options.check()
     return options

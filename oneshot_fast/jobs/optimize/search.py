@@ -17,7 +17,6 @@ from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.noise.rotation import angles_between
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.search.gradient import Problem, Search
-from oneshot_fast.search.movers.free import FreeNoise
 
 if TYPE_CHECKING:
     from oneshot_fast.generators.sdxl import OneStepGenerator
@@ -102,8 +101,8 @@ class RewardSearch:
         """
         options.check()
         require(
-            rewards.differentiable or options.method == "best_of_n",
-            "a reward here has no gradient; use --method best_of_n (em: --assign_method search)",
+            rewards.differentiable or options.mover is None,
+            "a reward here has no gradient; use --method best_of_n (em: --assign_method best_of_n)",
         )
         self.generator, self.rewards, self.options = generator, rewards, options
         self.side = resolution or generator.image_size
@@ -164,8 +163,7 @@ class RewardSearch:
 
     def start(self, problem: Problem, objective: Objective) -> Search:
         """The search by gradients."""
-        method = FreeNoise() if self.options.method == "free" else None
-        return Search(problem, self.options.search(), objective, method)
+        return Search(problem, self.options, objective)
 
     @torch.no_grad()
     def _draw(self, samples: Sequence[Sample], problem: Problem) -> tuple[Objective, list[int]]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from oneshot_fast.jobs.assign.objective import AssignMethod, AssignOptions
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.recipes.study.subjects import Recipe
 from oneshot_fast.training.batch import SftOptions
 
@@ -37,7 +37,7 @@ class Cell:
         """Generator evaluations per target that the E-steps take."""
         if self.assign is None:
             return 0
-        chosen = self.assign.candidates if self.assign.choice else 0
+        chosen = self.assign.draws if self.assign.choice else 0
         return self.cycles * (chosen + 3 * self.assign.gradient_steps + 1)
 
     def epochs(self, budget: int) -> int:
@@ -71,9 +71,9 @@ def cells(recipe: Recipe, quick: bool) -> list[Cell]:
 
 
 def _by_gradients(recipe: Recipe) -> Iterator[Cell]:
-    def options(method: AssignMethod, **changes: object) -> AssignOptions:
+    def options(method: str, **changes: object) -> AssignOptions:
         plain = AssignOptions(
-            assign_method=method,
+            method=method,
             steps=_STEPS,
             patch_size=recipe.patch_size,
             sphere_optimizer="adam",
@@ -97,25 +97,24 @@ def _by_gradients(recipe: Recipe) -> Iterator[Cell]:
     newton = options("sphere", sphere_optimizer="lbfgs")
     yield Cell("sphere, L-BFGS", newton)
     yield Cell("sphere, L-BFGS, 0.6 rad", dataclasses.replace(newton, max_angle=0.6))
-    yield Cell("sphere, shift", options("sphere", shift_weight=0.05))
-    both = options("search+sphere", candidates=32, steps=10, max_angle=0.3)
+    both = options("best_of_n+sphere", candidates=32, steps=10, max_angle=0.3)
     yield Cell("search 32, then sphere 0.3 rad", both)
     yield Cell("EM, sphere 0.4 rad, 3 cycles", options("sphere", steps=10, max_angle=0.4), 3)
 
 
 def _by_choice() -> Iterator[Cell]:
-    def options(method: AssignMethod, candidates: int, **changes: object) -> AssignOptions:
-        plain = AssignOptions(assign_method=method, candidates=candidates)
+    def options(method: str, candidates: int, **changes: object) -> AssignOptions:
+        plain = AssignOptions(method=method, candidates=candidates)
         return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
     for count in (8, 32, 96):
-        yield Cell(f"search {count}", options("search", count))
-    yield Cell("search 32, preserve", options("search", 32), preserve=0.5)
+        yield Cell(f"search {count}", options("best_of_n", count))
+    yield Cell("search 32, preserve", options("best_of_n", 32), preserve=0.5)
     for count in (8, 32):
         yield Cell(f"pool {count}", options("pool", count))
     yield Cell("pool 32, nearest", options("pool", 32, pool_matching="nearest"))
-    yield Cell("EM, search 8, 6 cycles", options("search", 8), 6)
-    yield Cell("EM, search 8, 6 cycles, same noise", options("search", 8), 6, new_noise=False)
+    yield Cell("EM, search 8, 6 cycles", options("best_of_n", 8), 6)
+    yield Cell("EM, search 8, 6 cycles, same noise", options("best_of_n", 8), 6, new_noise=False)
     yield Cell("EM, pool 8, 6 cycles", options("pool", 8), 6)
     yield Cell("EM, pool 16, 6 cycles", options("pool", 16), 6)
     yield Cell("EM, pool 8, 6 cycles, preserve", options("pool", 8), 6, preserve=0.5)

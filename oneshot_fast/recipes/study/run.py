@@ -14,7 +14,8 @@ from oneshot_fast.data.pairs import read_manifest
 from oneshot_fast.generators.sdxl import OneStepGenerator
 from oneshot_fast.generators.target_images import Targets
 from oneshot_fast.generators.toy import ToyGenerator
-from oneshot_fast.jobs.assign.objective import AssignOptions, assign_batch
+from oneshot_fast.jobs.assign.objective import assign_batch
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.assign.targets import Preparer, problem_of
 from oneshot_fast.jobs.sft.run import SftRun
@@ -64,7 +65,7 @@ def train(
     for cycle in range(cell.cycles):
         noises = derived_seed(seed, cycle) if cell.new_noise else seed
         # without an E-step the pairs still need some noise, which is not used
-        options = cell.assign or AssignOptions(assign_method="search", candidates=1)
+        options = cell.assign or AssignOptions("best_of_n", 1)
         found = AssignRun(
             generator, targets, folder / f"assign-{cycle}", options, seed=noises, num_images=0,
             batch_size=64,
@@ -111,16 +112,16 @@ def speeds(subject: Subject, steps: int, count: int) -> dict[str, list[float]]:
     recipe = subject.recipe
     plain = AssignOptions(steps=steps, patch_size=recipe.patch_size)
     methods: dict[str, dict[str, Any]] = {
-        "rotation, raw Adam": {"assign_method": "rotation", "rotation_optimizer": "raw_adam"},
-        "rotation, Riemannian": {"assign_method": "rotation"},
-        "sphere": {"assign_method": "sphere", "sphere_optimizer": "adam"},
-        "sphere, L-BFGS": {"assign_method": "sphere"},
-        "white": {"assign_method": "white", "sphere_optimizer": "adam"},
-        "white, L-BFGS": {"assign_method": "white"},
+        "rotation, raw Adam": {"method": "rotation", "rotation_optimizer": "raw_adam"},
+        "rotation, Riemannian": {"method": "rotation"},
+        "sphere": {"method": "sphere", "sphere_optimizer": "adam"},
+        "sphere, L-BFGS": {"method": "sphere"},
+        "white": {"method": "white", "sphere_optimizer": "adam"},
+        "white, L-BFGS": {"method": "white"},
     }
     if recipe.tiles > 1:
         for tiles in (2, recipe.tiles):
-            changes = {"assign_method": "rotation", "rotation_groups": tiles}
+            changes = {"method": "rotation", "rotation_groups": tiles}
             methods[f"rotation, Riemannian, {tiles} x {tiles} tiles"] = changes
     base, found = subject.base(), {}
     for name, changes in methods.items():

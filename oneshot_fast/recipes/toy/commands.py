@@ -15,7 +15,7 @@ from oneshot_fast.em import EmCommand
 from oneshot_fast.em import execute as execute_em
 from oneshot_fast.errors import require
 from oneshot_fast.generators.options import ModelOptions
-from oneshot_fast.jobs.assign.objective import AssignOptions
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.recipes.toy.data import LabelledImages
 from oneshot_fast.recipes.toy.datasets import RECIPES, DatasetName, Recipe

@@ -1,7 +1,6 @@
-"""How ReNO moves a noise: freely, by gradient descent, with a prior on its norm.
+"""Noises moved freely, off the Gaussian shell, too; a prior on their norm is the objective's part.
 
-Source of everything here: Eyring et al. 2024 (ReNO, arXiv 2406.04312). The rewards there are
-5 HPSv2 + 1 ImageReward + 0.01 CLIP + 0.05 PickScore, over 50 steps, and the best iterate is kept.
+What that does to the noise's law is in docs/noise.md.
 """
 
 from __future__ import annotations
@@ -9,26 +8,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oneshot_fast.search.movers.adam import State
+from oneshot_fast.search.movers.adam import State, at_rest, direction, moments, per_row
+from oneshot_fast.search.movers.sphere import within_angle_of
 
-LR, MOMENTUM, CLIP, PRIOR_WEIGHT = 5.0, 0.9, 0.1, 0.01
+_MOMENTUM, _CLIP = 0.9, 0.1
 
 
-class FreeNoise:
-    """The noise itself moves: SGD with Nesterov momentum on clipped gradients.
+class Free:
+    """The noise itself moves, by Adam (Kingma and Ba 2015, arXiv 1412.6980)."""
 
-    With g the gradient of one image's loss, shortened to a norm of at most 0.1:
-    v <- 0.9 v + g, z <- z - lr (g + 0.9 v), with lr 5: torch's SGD with ``nesterov=True``.
-    """
+    first_step = 0.3
+    adapts = True
 
-    first_step = LR
+    def __init__(self, max_angle: float | None = None) -> None:
+        """Bound the direction of the noise; its norm stays free.
+
+        Args:
+            max_angle: Largest angle to the base noise in radians; None for any.
+        """
+        self.max_angle = max_angle
 
     def start(self, eps: Tensor, at: Tensor | None = None) -> State:
-        """The noises, at rest."""
-        return {"point": (eps if at is None else at).clone(), "velocity": torch.zeros_like(eps)}
+        """The noises [B, C, h, w] themselves, at rest."""
+        return at_rest((eps if at is None else at).clone())
 
     def noise(self, eps: Tensor, point: Tensor) -> Tensor:
-        """The point itself."""
+        """The point itself, [B, C, h, w]."""
         return point
 
     def rotation(self, point: Tensor) -> Tensor | None:
@@ -38,9 +43,42 @@ class FreeNoise:
     def move(
         self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
     ) -> State:
-        """A step of SGD."""
+        """A step of Adam for noises [B, C, h, w]."""
+        found = moments(state, gradient, step)
+        moved = state["point"] - per_row(rate, gradient) * direction(found, step)
+        return {"point": self._bounded(eps, moved), **found}
+
+    def _bounded(self, eps: Tensor, z: Tensor) -> Tensor:
+        """Noises [B, C, h, w], turned back to ``max_angle`` from ``eps`` at their own norm."""
+        if self.max_angle is None:
+            return z
+        base, flat = eps.flatten(1), z.flatten(1)
+        norm = flat.norm(dim=-1, keepdim=True)
+        return within_angle_of(base, flat, self.max_angle, norm).view_as(z)
+
+
+class FreeSgd(Free):
+    """As ReNO moves it (Eyring et al. 2024, arXiv 2406.04312): SGD with Nesterov momentum.
+
+    With g the gradient of one image's loss, shortened to a norm of at most 0.1:
+    v <- 0.9 v + g, z <- z - lr (g + 0.9 v), with lr 5: torch's SGD with ``nesterov=True``. The
+    rewards there are 5 HPSv2 + 1 ImageReward + 0.01 CLIP + 0.05 PickScore, over 50 steps, and the
+    best iterate is kept.
+    """
+
+    first_step = 5.0
+    adapts = False
+
+    def start(self, eps: Tensor, at: Tensor | None = None) -> State:
+        """The noises [B, C, h, w], at rest."""
+        return {"point": (eps if at is None else at).clone(), "velocity": torch.zeros_like(eps)}
+
+    def move(
+        self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
+    ) -> State:
+        """A step of SGD for noises [B, C, h, w]."""
         length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
-        clipped = gradient * (CLIP / length).clamp_max(1).view(-1, 1, 1, 1)
-        velocity = MOMENTUM * state["velocity"] + clipped
-        ahead = clipped + MOMENTUM * velocity
-        return {"point": state["point"] - rate.view(-1, 1, 1, 1) * ahead, "velocity": velocity}
+        clipped = gradient * per_row((_CLIP / length).clamp_max(1), gradient)
+        velocity = _MOMENTUM * state["velocity"] + clipped
+        moved = state["point"] - per_row(rate, gradient) * (clipped + _MOMENTUM * velocity)
+        return {"point": self._bounded(eps, moved), "velocity": velocity}

@@ -1,14 +1,86 @@
-"""Limited-memory BFGS with a memory of its own for each search."""
+"""Limited-memory BFGS with a memory of its own for each search, and noises moved by it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from oneshot_fast.search.movers.adam import TINY
+from oneshot_fast.search.movers.adam import TINY, State, per_row, scaled
+from oneshot_fast.search.movers.sphere import Sphere, tangent
 
-PAIRS = 20  # steps and changes of the gradient that are remembered
+_PAIRS = 20  # steps and changes of the gradient that are remembered
+_NEAR = 1e-3  # radians from the largest angle that count as at it
 _CURVED = 1e-6  # cosine between the two of a pair from which it counts as curvature
+
+
+class QuasiNewtonSphere(Sphere):
+    """``Sphere`` by L-BFGS (Liu and Nocedal 1989), with vectors carried along by projection.
+
+    After Huang, Gallivan and Absil 2015 (SIAM J. Optim. 25) for manifolds, without their line
+    search: no evaluation is spent on it. A step is at most ``rate`` radians long, and where the
+    loss rises it goes on from there, with the curvature that this step has shown. A noise at the
+    largest angle that would go further moves along the boundary.
+    """
+
+    first_step = 0.5
+
+    def start(self, eps: Tensor, at: Tensor | None = None) -> State:
+        """The noises as blocks [B, K, n], and no pairs yet."""
+        point = super().start(eps, at)["point"]
+        B, K, n = point.shape
+        pairs = point.new_zeros(B, _PAIRS, K, n)
+        return {
+            "point": point,
+            "scale": point.new_ones(B),
+            "last_point": point.clone(),
+            "last_gradient": torch.zeros_like(point),
+            "moves": pairs,
+            "changes": pairs.clone(),
+        }
+
+    def move(
+        self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
+    ) -> State:
+        """A step along great circles, for a gradient [B, K, n]."""
+        y = state["point"]
+        radius = y.norm(dim=-1, keepdim=True)
+        unit = y / radius
+        gradient, scale = scaled(tangent(gradient, unit), state, step)
+        moved = y - state["last_point"]  # 0 at the first step: no pair
+        changed = gradient - state["last_gradient"]
+        moves, changes = (
+            tangent(torch.cat([state[name][:, 1:], new[:, None]], 1), unit[:, None])
+            for name, new in (("moves", moved), ("changes", changed))
+        )
+        longest = rate * radius.square().sum((1, 2)).sqrt()
+        barred = self._barred(eps, unit, gradient)
+        free = tangent(gradient, barred)
+        first = longest / free.flatten(1).norm(dim=1).clamp_min(TINY)
+        pairs = [tangent(x, barred[:, None]) for x in (moves, changes)]
+        way = -tangent(newton_direction(free, pairs[0], pairs[1], first), unit)
+        shorter = (longest / way.flatten(1).norm(dim=1).clamp_min(TINY)).clamp_max(1)
+        angle = way.norm(dim=-1, keepdim=True) * per_row(shorter, way) / radius
+        return {
+            "point": self.turned(eps, unit, way, angle, radius),
+            "scale": scale,
+            "last_point": y,
+            "last_gradient": gradient,
+            "moves": moves,
+            "changes": changes,
+        }
+
+    def _barred(self, eps: Tensor, unit: Tensor, gradient: Tensor) -> Tensor:
+        """Unit vectors away from the base noise where descent would leave the bound, else 0."""
+        if self.max_angle is None:
+            return torch.zeros_like(unit)
+        base = self.blocks(eps)
+        base = base / base.norm(dim=-1, keepdim=True)
+        away = -tangent(base, unit)
+        sine = away.norm(dim=-1, keepdim=True)
+        away = away / sine.clamp_min(TINY)
+        at_bound = torch.atan2(sine, (unit * base).sum(-1, keepdim=True)) > self.max_angle - _NEAR
+        leaves = (gradient * away).sum(-1, keepdim=True) < 0
+        return away.where(at_bound & leaves, torch.zeros_like(away))
 
 
 def newton_direction(gradient: Tensor, moves: Tensor, changes: Tensor, first: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class Rotation:
     """
 
     first_step = 0.3
+    adapts = True
 
     def __init__(self, patch_size: int, groups: int = 1, max_angle: float | None = None) -> None:
         """Bind the patches.
@@ -39,7 +40,7 @@ class Rotation:
         self.patch_size, self.groups, self.max_angle = patch_size, groups, max_angle
 
     def start(self, eps: Tensor, at: Tensor | None = None) -> State:
-        """Identities."""
+        """Identities, [B, D, D] or [B, G, G, D, D], at rest."""
         check_patching(eps.shape[-2:], self.patch_size, self.groups)
         D = eps.shape[1] * self.patch_size**2
         tiles = () if self.groups == 1 else (self.groups, self.groups)
@@ -47,17 +48,20 @@ class Rotation:
         return at_rest(q)
 
     def noise(self, eps: Tensor, point: Tensor) -> Tensor:
-        """Rotated base noises."""
+        """Base noises [B, C, h, w], rotated by ``point``."""
         return ops.patch_rotate(eps, point, self.patch_size)
 
     def rotation(self, point: Tensor) -> Tensor | None:
-        """The point itself."""
+        """The point itself, [B, D, D] or [B, G, G, D, D]."""
         return point
 
     def move(
         self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
     ) -> State:
-        """A step of Riemannian Adam. An element of the generator counts sqrt(D - 1) times less."""
+        """A step of Riemannian Adam, for a gradient with respect to q.
+
+        An element of the generator counts sqrt(D - 1) times less.
+        """
         g = gradient @ state["point"].mT
         tangent, scale = scaled((g - g.mT) / 2, state, step)
         q, m, v = (state[name].clone() for name in ("point", "exp_avg", "exp_avg_sq"))
@@ -77,15 +81,15 @@ class RawRotation(Rotation):
     """
 
     def start(self, eps: Tensor, at: Tensor | None = None) -> State:
-        """Zeros."""
+        """Zeros, [B, D, D] or [B, G, G, D, D], at rest."""
         return at_rest(torch.zeros_like(super().start(eps, at)["point"]))
 
     def noise(self, eps: Tensor, point: Tensor) -> Tensor:
-        """Rotated base noises."""
+        """Base noises [B, C, h, w], rotated by exp(a - a^T)."""
         return super().noise(eps, ops.skew_exp(point))
 
     def rotation(self, point: Tensor) -> Tensor | None:
-        """exp(a - a^T)."""
+        """exp(a - a^T), like ``point``."""
         return ops.skew_exp(point)
 
     def move(

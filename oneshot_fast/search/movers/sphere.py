@@ -13,13 +13,9 @@ from oneshot_fast.search.movers.adam import (
     at_rest,
     direction,
     moments,
-    per_row,
-    scaled,
 )
-from oneshot_fast.search.movers.lbfgs import PAIRS, newton_direction
 
 _LONGEST = 1.0  # radians that no step of a sphere exceeds
-_NEAR = 1e-3  # radians from the largest angle that count as at it
 
 
 class Sphere:
@@ -32,6 +28,7 @@ class Sphere:
     """
 
     first_step = 0.7
+    adapts = True
 
     def __init__(self, max_angle: float | None = None, white: bool = False) -> None:
         """Choose the manifold.
@@ -43,10 +40,10 @@ class Sphere:
         self.max_angle, self.white = max_angle, white
 
     def start(self, eps: Tensor, at: Tensor | None = None) -> State:
-        """The noises, as blocks."""
-        return at_rest(self._blocks(eps if at is None else at))
+        """The noises as blocks [B, K, n], at rest."""
+        return at_rest(self.blocks(eps if at is None else at))
 
-    def _blocks(self, eps: Tensor) -> Tensor:
+    def blocks(self, eps: Tensor) -> Tensor:
         """Noises [B, C, h, w] as blocks [B, K, n] whose norms are kept."""
         if not self.white:
             return eps.flatten(1)[:, None].clone()
@@ -57,7 +54,7 @@ class Sphere:
         return parts.permute(0, 1, 3, 5, 2, 4, 6).reshape(B, -1, c * p * r)
 
     def noise(self, eps: Tensor, point: Tensor) -> Tensor:
-        """The noises that the blocks are made of."""
+        """The noises [B, C, h, w] that blocks [B, K, n] are made of."""
         if not self.white:
             return point.view(eps.shape)
         B, C, h, w = eps.shape
@@ -76,107 +73,60 @@ class Sphere:
         y = state["point"]
         radius = y.norm(dim=-1, keepdim=True)
         unit = y / radius
-        moving = state | {"exp_avg": _tangent(state["exp_avg"], unit)}
-        found = moments(moving, _tangent(gradient, unit), step)
-        way = -_tangent(direction(found, step), unit)
+        moving = state | {"exp_avg": tangent(state["exp_avg"], unit)}
+        found = moments(moving, tangent(gradient, unit), step)
+        way = -tangent(direction(found, step), unit)
         angle = rate.view(-1, 1, 1) * way.square().mean(-1, keepdim=True).sqrt()
         return {"point": self.turned(eps, unit, way, angle, radius), **found}
 
     def turned(
         self, eps: Tensor, unit: Tensor, way: Tensor, angle: Tensor, radius: Tensor
     ) -> Tensor:
-        """Blocks of length ``radius`` at ``unit``, turned towards ``way`` as far as allowed."""
-        y = _along(unit, way, angle.clamp_max(_LONGEST)) * radius
-        return y if self.max_angle is None else self._within(self._blocks(eps), y)
+        """Blocks turned along great circles, no further from their base noise than allowed.
 
-    def _within(self, base: Tensor, y: Tensor) -> Tensor:
-        """Blocks ``y`` moved back along great circles to at most ``max_angle`` from ``base``."""
-        assert self.max_angle is not None
-        radius = base.norm(dim=-1, keepdim=True)
-        unit = base / radius
-        away = _tangent(y, unit)
-        angle = torch.atan2(away.norm(dim=-1, keepdim=True), (y * unit).sum(-1, keepdim=True))
-        back = _along(unit, away, torch.full_like(angle, self.max_angle)) * radius
-        return torch.where(angle > self.max_angle, back, y)
+        Args:
+            eps: Base noises, [B, C, h, w].
+            unit: Where the blocks are, of length 1, [B, K, n].
+            way: Tangent there, of any length, [B, K, n].
+            angle: By how much they turn, in radians, [B, K, 1].
+            radius: Their lengths, [B, K, 1].
 
-
-class QuasiNewtonSphere(Sphere):
-    """``Sphere`` by L-BFGS (Liu and Nocedal 1989), with vectors carried along by projection.
-
-    After Huang, Gallivan and Absil 2015 (SIAM J. Optim. 25) for manifolds, without their line
-    search: no evaluation is spent on it. A step is at most ``rate`` radians long, and where the
-    loss rises it goes on from there, with the curvature that this step has shown. A noise at the
-    largest angle that would go further moves along the boundary.
-    """
-
-    first_step = 0.5
-
-    def start(self, eps: Tensor, at: Tensor | None = None) -> State:
-        """The noises, as blocks, and no pairs yet."""
-        point = super().start(eps, at)["point"]
-        B, K, n = point.shape
-        pairs = point.new_zeros(B, PAIRS, K, n)
-        return {
-            "point": point,
-            "scale": point.new_ones(B),
-            "last_point": point.clone(),
-            "last_gradient": torch.zeros_like(point),
-            "moves": pairs,
-            "changes": pairs.clone(),
-        }
-
-    def move(
-        self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
-    ) -> State:
-        """A step along great circles."""
-        y = state["point"]
-        radius = y.norm(dim=-1, keepdim=True)
-        unit = y / radius
-        gradient, scale = scaled(_tangent(gradient, unit), state, step)
-        moved = y - state["last_point"]  # 0 at the first step: no pair
-        changed = gradient - state["last_gradient"]
-        moves, changes = (
-            _tangent(torch.cat([state[name][:, 1:], new[:, None]], 1), unit[:, None])
-            for name, new in (("moves", moved), ("changes", changed))
-        )
-        longest = rate * radius.square().sum((1, 2)).sqrt()
-        barred = self._barred(eps, unit, gradient)
-        free = _tangent(gradient, barred)
-        first = longest / free.flatten(1).norm(dim=1).clamp_min(TINY)
-        pairs = [_tangent(x, barred[:, None]) for x in (moves, changes)]
-        way = -_tangent(newton_direction(free, pairs[0], pairs[1], first), unit)
-        shorter = (longest / way.flatten(1).norm(dim=1).clamp_min(TINY)).clamp_max(1)
-        angle = way.norm(dim=-1, keepdim=True) * per_row(shorter, way) / radius
-        return {
-            "point": self.turned(eps, unit, way, angle, radius),
-            "scale": scale,
-            "last_point": y,
-            "last_gradient": gradient,
-            "moves": moves,
-            "changes": changes,
-        }
-
-    def _barred(self, eps: Tensor, unit: Tensor, gradient: Tensor) -> Tensor:
-        """Unit vectors away from the base noise where descent would leave the bound, else 0."""
+        Returns:
+            Blocks [B, K, n] of length ``radius``.
+        """
+        y = along(unit, way, angle.clamp_max(_LONGEST)) * radius
         if self.max_angle is None:
-            return torch.zeros_like(unit)
-        base = self._blocks(eps)
-        base = base / base.norm(dim=-1, keepdim=True)
-        away = -_tangent(base, unit)
-        sine = away.norm(dim=-1, keepdim=True)
-        away = away / sine.clamp_min(TINY)
-        at_bound = torch.atan2(sine, (unit * base).sum(-1, keepdim=True)) > self.max_angle - _NEAR
-        leaves = (gradient * away).sum(-1, keepdim=True) < 0
-        return away.where(at_bound & leaves, torch.zeros_like(away))
+            return y
+        base = self.blocks(eps)
+        return within_angle_of(base, y, self.max_angle, base.norm(dim=-1, keepdim=True))
 
 
-def _tangent(x: Tensor, unit: Tensor) -> Tensor:
-    """``x`` without its part along ``unit``, of length 1 or 0; both [..., K, n]."""
+def within_angle_of(base: Tensor, y: Tensor, max_angle: float, radius: Tensor) -> Tensor:
+    """Vectors moved back along great circles to at most ``max_angle`` from others.
+
+    Args:
+        base: The others, [..., n].
+        y: Vectors, [..., n].
+        max_angle: Radians.
+        radius: Length of a vector that was moved back, [..., 1].
+
+    Returns:
+        Like ``y``, which stays as it is within the angle.
+    """
+    unit = base / base.norm(dim=-1, keepdim=True)
+    away = tangent(y, unit)
+    angle = torch.atan2(away.norm(dim=-1, keepdim=True), (y * unit).sum(-1, keepdim=True))
+    back = along(unit, away, torch.full_like(angle, max_angle)) * radius
+    return torch.where(angle > max_angle, back, y)
+
+
+def tangent(x: Tensor, unit: Tensor) -> Tensor:
+    """``x`` without its part along ``unit``, of length 1 or 0; both [..., n]."""
     return x - (x * unit).sum(-1, keepdim=True) * unit
 
 
-def _along(unit: Tensor, direction: Tensor, angle: Tensor) -> Tensor:
-    """Unit vectors turned by ``angle`` towards the tangent ``direction``."""
+def along(unit: Tensor, direction: Tensor, angle: Tensor) -> Tensor:
+    """Unit vectors [..., n] turned by ``angle`` [..., 1] towards tangents ``direction``."""
     length = direction.norm(dim=-1, keepdim=True)
     turned = angle.cos() * unit + angle.sin() * direction / length.clamp_min(TINY)
     return turned / turned.norm(dim=-1, keepdim=True)

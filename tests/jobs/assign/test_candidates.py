@@ -18,12 +18,13 @@ from oneshot_fast.errors import UserError
 from oneshot_fast.generators.sdxl import OneStepGenerator
 from oneshot_fast.generators.target_images import Targets
 from oneshot_fast.jobs.assign.candidates import Chooser
-from oneshot_fast.jobs.assign.objective import AssignOptions, assign_batch, matching_loss
+from oneshot_fast.jobs.assign.objective import assign_batch, matching_loss
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.targets import Preparer, Target, problem_of
 from oneshot_fast.ops import skew_exp
 from oneshot_fast.runtime.seeds import gaussian
 from oneshot_fast.search.gradient import Problem, Search
-from oneshot_fast.search.movers.mover import method_of
+from oneshot_fast.search.movers.mover import mover_of
 from oneshot_fast.search.movers.rotation import within_angle
 from oneshot_fast.search.movers.sphere import Sphere
 
@@ -151,17 +152,6 @@ def test_the_sphere_is_faster_than_a_shared_rotation_and_l_bfgs_than_adam(
     assert newton < 0.93 * adam
 
 
-def test_a_penalty_on_what_noises_share_keeps_their_mean_small(
-    tiny: OneStepGenerator, targets: list[Target]
-) -> None:
-    same = [dataclasses.replace(targets[0], eps=t.eps) for t in targets]
-    free, bound = (
-        solve(tiny, same, dataclasses.replace(GRADIENT["sphere"], steps=20, shift_weight=w)).z
-        for w in (0.0, 0.1)
-    )
-    assert bound.mean(0).square().mean() < 0.9 * free.mean(0).square().mean()
-
-
 def losses_of(tiny: OneStepGenerator, targets: list[Target]) -> Tensor:
     problem = problem_of(targets)
     with torch.no_grad():
@@ -173,9 +163,9 @@ def losses_of(tiny: OneStepGenerator, targets: list[Target]) -> Tensor:
 def test_search_takes_the_best_candidate_of_each_target(
     tiny: OneStepGenerator, targets: list[Target]
 ) -> None:
-    single = losses_of(tiny, Chooser(tiny, AssignOptions("search", 1), 0).choose(targets))
+    single = losses_of(tiny, Chooser(tiny, AssignOptions("best_of_n", 1), 0).choose(targets))
     torch.testing.assert_close(single, losses_of(tiny, targets))
-    few, many = (Chooser(tiny, AssignOptions("search", k), 0).choose(targets) for k in (4, 16))
+    few, many = (Chooser(tiny, AssignOptions("best_of_n", k), 0).choose(targets) for k in (4, 16))
     assert (losses_of(tiny, few) <= single).all() and losses_of(tiny, few).sum() < single.sum()
     assert (losses_of(tiny, many) <= losses_of(tiny, few) + 1e-6).all()
     for before, after, first in zip(targets, many, single.tolist(), strict=True):
@@ -203,12 +193,12 @@ def test_a_pool_is_matched_one_to_one_at_least_total_loss(
     assert losses_of(tiny, found).sum().item() == pytest.approx(
         losses[rows, columns].sum().item(), rel=1e-4
     )
-    nearest = Chooser(tiny, AssignOptions("pool", 3, "nearest"), 0).choose(same)
+    nearest = Chooser(tiny, AssignOptions("pool", 3, pool_matching="nearest"), 0).choose(same)
     torch.testing.assert_close(losses_of(tiny, nearest), losses.amin(1), rtol=1e-4, atol=0)
     limit = losses.min().item() * 1.01
-    far = Chooser(tiny, AssignOptions("pool", 3, "nearest", pool_reject_below=limit), 0).choose(
-        same
-    )
+    far = Chooser(
+        tiny, AssignOptions("pool", 3, pool_matching="nearest", pool_reject_below=limit), 0
+    ).choose(same)
     assert losses_of(tiny, far).min() > limit
 
 
@@ -223,9 +213,9 @@ def test_different_prompts_have_pools_of_their_own(
 def test_gradients_go_on_from_the_chosen_noise(
     tiny: OneStepGenerator, targets: list[Target]
 ) -> None:
-    options = AssignOptions("search+sphere", 8, steps=5)
+    options = AssignOptions("best_of_n+sphere", 8, steps=5)
     chosen = Chooser(tiny, options, 0).choose(targets)
-    assert options.choice == "search" and options.gradient_method == "sphere"
+    assert options.choice == "best_of_n" and options.mover == "sphere"
     result = solve(tiny, chosen, options)
     torch.testing.assert_close(result.losses[0], losses_of(tiny, chosen), rtol=1e-4, atol=0)
     assert (result.best_loss < result.losses[0]).all()
@@ -238,7 +228,7 @@ def test_a_search_can_begin_at_an_earlier_noise(
     again = [dataclasses.replace(t, start=z) for t, z in zip(targets, first.z, strict=True)]
     search = Search(problem_of(again), GRADIENT["sphere"], quadratic(first.z))
     assert search.advance().max() < 1e-6
-    assert method_of(GRADIENT["sphere"]).noise(first.z, first.z.flatten(1)[:, None]) is not None
+    assert mover_of(GRADIENT["sphere"]).noise(first.z, first.z.flatten(1)[:, None]) is not None
 
 
 @pytest.mark.parametrize(
@@ -247,7 +237,9 @@ def test_a_search_can_begin_at_an_earlier_noise(
         ({"lr": 0.0}, "lr is 0.0"),
         ({"candidates": 0}, "candidates is 0"),
         ({"max_angle": -1.0}, "max_angle is -1.0"),
-        ({"shift_weight": 1.0, "stop_patience": 3}, "shift_weight needs targets"),
+        ({"prior_weight": 0.1}, "prior_weight is for the method free; sphere keeps"),
+        ({"method": "sphere+free"}, "only best_of_n and pool go on"),
+        ({"method": "pool+nothing"}, "give one of best_of_n, pool, sphere, white"),
         ({"pool_window": 0}, "pool_window is 0"),
     ],
 )

@@ -19,7 +19,8 @@ from oneshot_fast.errors import UserError
 from oneshot_fast.generators.sdxl import OneStepGenerator
 from oneshot_fast.generators.target_images import Targets
 from oneshot_fast.jobs.assign.candidates import Chooser
-from oneshot_fast.jobs.assign.objective import AssignOptions, objective
+from oneshot_fast.jobs.assign.objective import objective
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.targets import Preparer, Target, problem_of
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.planning.memory import assignment_memory
@@ -76,7 +77,7 @@ def test_the_loss_is_a_weighted_sum_of_all_distances(
 def test_search_finds_the_candidate_nearest_in_features(
     tiny: OneStepGenerator, targets: list[Target]
 ) -> None:
-    options = dataclasses.replace(ROWS, assign_method="search", candidates=6)
+    options = dataclasses.replace(ROWS, method="best_of_n", candidates=6)
     chooser = Chooser(tiny, options, 0)
     for before, after in zip(targets, chooser.choose(targets), strict=True):
         seeds = [chooser._seeds([before], k)[0] for k in range(6)]
@@ -87,7 +88,7 @@ def test_search_finds_the_candidate_nearest_in_features(
 
 def test_a_pool_is_matched_by_features(tiny: OneStepGenerator, targets: list[Target]) -> None:
     same = of_one_prompt(targets)
-    options = dataclasses.replace(ROWS, assign_method="pool", candidates=2)
+    options = dataclasses.replace(ROWS, method="pool", candidates=2)
     found = Chooser(tiny, options, 0).choose(same)
     seeds = [pool_seed(same, k) for k in range(2 * len(same))]
     noises = gaussian(seeds, same[0].eps.shape)
@@ -101,7 +102,7 @@ def test_gradients_go_through_the_features(
     tiny: OneStepGenerator, targets: list[Target], method: Any
 ) -> None:
     """With more targets than places on the device, which others take over."""
-    options = dataclasses.replace(ROWS, assign_method=method, stop_loss=1e-9)
+    options = dataclasses.replace(ROWS, method=method, stop_loss=1e-9)
     found = [s for part in Solver(tiny, options, 4).solve([targets]) for s in part]
     assert sorted(s.target.index for s in found) == [0, 1, 2, 3, 4, 5]
     for s in found:
@@ -141,7 +142,7 @@ def test_one_number_without_a_gradient_can_be_searched_for(
     for name in ("rounded", "brightness"):
         options = dataclasses.replace(
             ROWS,
-            assign_method="search",
+            method="best_of_n",
             candidates=2,
             features=f"python:feature_samples.{name}",
         )

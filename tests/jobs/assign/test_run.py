@@ -17,7 +17,8 @@ from torch import Tensor
 from oneshot_fast.data.pairs import read_manifest, read_pairs
 from oneshot_fast.generators.sdxl import OneStepGenerator, PromptEncoding
 from oneshot_fast.generators.target_images import Targets
-from oneshot_fast.jobs.assign.objective import AssignOptions, assign_batch, matching_loss
+from oneshot_fast.jobs.assign.objective import assign_batch, matching_loss
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.runtime.files import read_metadata
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
@@ -115,7 +116,7 @@ def test_every_way_to_match_lowers_the_loss_that_it_reports(
     result = assign_batch(tiny, eps, prompts, latents, images, options)
     assert result.z.shape == eps.shape
     D, G = 4 * options.patch_size**2, options.rotation_groups
-    if options.gradient_method == "rotation":
+    if options.mover == "rotation":
         assert result.q.shape == ((6, D, D) if G == 1 else (6, G, G, D, D))
     else:
         assert result.q is None
@@ -144,7 +145,7 @@ def test_drift_regularisation_keeps_the_noise_near_its_base(
     eps, prompts, latents, _ = batch_of(tiny, small_data)
     drifts = []
     for weight in (0.0, 1e5):
-        options = AssignOptions(steps=4, drift_reg_weight=weight)
+        options = AssignOptions(steps=4, noise_l2_weight=weight)
         result = assign_batch(tiny, eps, prompts, latents, None, options)
         drifts.append((result.z - eps).square().mean().item())
     assert drifts[1] < 0.5 * drifts[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from oneshot_fast.data.pairs import Record, read_pairs
 from oneshot_fast.generators.sdxl import OneStepGenerator, PromptEncoding
 from oneshot_fast.generators.target_images import Targets
-from oneshot_fast.jobs.assign.objective import AssignOptions
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
 
 SMALL_STEPS = (

@@ -25,7 +25,7 @@ from oneshot_fast.jobs.optimize.run import OptimizeRun, samples_of
 from oneshot_fast.jobs.optimize.search import Optimized, RewardSearch, Sample
 from oneshot_fast.rewards import load_rewards
 from oneshot_fast.runtime.seeds import gaussian
-from oneshot_fast.search.movers.free import FreeNoise
+from oneshot_fast.search.movers.free import FreeSgd
 
 Call = Callable[..., Any]
 DIGITS = ("three", "seven", "zero")
@@ -49,7 +49,7 @@ def test_free_noise_is_torchs_sgd_on_clipped_gradients() -> None:
     eps = torch.randn(2, 4, 4, 4, generator=draw)
     # of both sides of the clip, and none at all
     gradients = [torch.randn(2, 4, 4, 4, generator=draw) * s for s in (1.0, 1e-3, 0.0, 1.0)]
-    method, state = FreeNoise(), FreeNoise().start(eps)
+    method, state = FreeSgd(), FreeSgd().start(eps)
     for k, gradient in enumerate(gradients):
         step = torch.full((2,), k)
         state = method.move(state, eps, gradient, step, torch.full((2,), 5.0))
@@ -265,7 +265,8 @@ def test_samples_have_seeds_of_their_own() -> None:
         (["--reward", "digit", "--save_steps", "9", "--steps", "3"], "save_steps"),
         (["--reward", "digit", "--steps", "0"], "steps"),
         (["--reward", "digit", "--prompt_file", "absent.txt"], "no such file"),
-        (["--reward", "digit", "--method", "free", "--max_angle", "1"], "max_angle"),
+        (["--reward", "digit", "--prior_weight", "1"], "sphere keeps the norm"),
+        (["--reward", "digit", "--method", "pool"], "a pool needs targets"),
         (["--reward", "digit", "--method", "rotation", "--patch_size", "3"], "patch_size"),
         (["--reward", "clip", "--models_dir", "absent"], "oneshot_fast.download"),
         ([], "--reward"),

@@ -1,0 +1,145 @@
+"""How a noise is searched, by any objective; what each job adds is in its own options.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from oneshot_fast.errors import require
+
+CHOICES = ("best_of_n", "pool")  # among random noises; by gradients: search/movers
+DRAWS = 32  # random noises where their number is not given
+FREE_PRIOR = 0.01  # weight of the norm's prior, by Eyring et al. 2024 (ReNO, arXiv 2406.04312)
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How a noise is searched."""
+
+    method: Annotated[str, arg(aliases=["--assign_method"])] = "sphere"
+    """How noises are found. best_of_n (or search): the best of --candidates random noises, by
+    forward passes alone. By gradients from a random noise: sphere (free at constant energy), white
+    (the energy of each part of its spectrum is constant, too), rotation of its patches, free (no
+    constraint, a prior on its norm). best_of_n+sphere and the like start the gradients at the noise
+    that was chosen."""
+    candidates: int | None = None
+    """Random noises to choose from, or to choose the start from; by default 32 for best_of_n and
+    pool, else 1."""
+    steps: int = 40
+    """Gradient steps."""
+    lr: float | Literal["auto"] = "auto"
+    """Step size: radians by which a step turns the noise, where auto finds it while searching; of
+    SGD its own, where auto is ReNO's 5."""
+    max_angle: float | None = None
+    """Keep the noise within so many radians of its base noise; uncorrelated noises are pi/2 apart.
+    For rotations, the RMS of the angles by which they turn."""
+    sphere_optimizer: Literal["lbfgs", "adam"] = "lbfgs"
+    """sphere and white: L-BFGS, whose steps are at most lr long, or Adam."""
+    rotation_optimizer: Literal["riemannian", "raw_adam"] = "riemannian"
+    """rotation: Adam on the rotations themselves, or on a matrix whose exponential they are."""
+    free_optimizer: Literal["adam", "sgd"] = "adam"
+    """free: Adam, or as ReNO does SGD with Nesterov momentum on clipped gradients."""
+    patch_size: int = 2
+    """rotation: side of the rotated patches in latent pixels; it divides the latent."""
+    rotation_groups: int = 1
+    """rotation: G; the latent is cut into G x G tiles with a rotation each."""
+    noise_l2_weight: Annotated[float, arg(aliases=["--drift_reg_weight"])] = 0.0
+    """Weight of the mean squared distance between the noise and its base noise."""
+    prior_weight: float | None = None
+    """free: weight of the negative log density of the noise's norm, 0.5 |z|^2 - (d - 1) ln |z|; by
+    default ReNO's 0.01. All other methods keep the norm."""
+    stop_loss: float | None = None
+    """End a search once its loss is this low; its place goes to the next one."""
+    stop_patience: int = 0
+    """End it once its loss has not fallen by stop_improvement for so many steps; 0: never."""
+    stop_improvement: float = 0.01
+    """Fall of the loss that counts for stop_patience, relative to the loss."""
+
+    def __post_init__(self) -> None:
+        """Give the method that was once called search its name."""
+        parts = ("best_of_n" if part == "search" else part for part in self.method.split("+"))
+        object.__setattr__(self, "method", "+".join(parts))
+
+    @property
+    def choice(self) -> str | None:
+        """How random noises are chosen first: best_of_n, pool or None."""
+        first = self.method.split("+")[0]
+        if first in CHOICES:
+            return first
+        return "best_of_n" if self.draws > 1 else None
+
+    @property
+    def draws(self) -> int:
+        """Random noises per search."""
+        return self.candidates or (DRAWS if self.method.startswith(CHOICES) else 1)
+
+    @property
+    def mover(self) -> str | None:
+        """How gradients move the noise then: a name of search/movers, or None."""
+        last = self.method.split("+")[-1]
+        return None if last in CHOICES else last
+
+    @property
+    def gradient_steps(self) -> int:
+        """Steps that follow a gradient, 0 without any."""
+        return 0 if self.mover is None else self.steps
+
+    @property
+    def norm_weight(self) -> float:
+        """Weight of the prior on the norm."""
+        if self.prior_weight is None:
+            return FREE_PRIOR if self.mover == "free" else 0.0
+        return self.prior_weight
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether a search can end before the last step.
+
+        Then a result depends, to rounding, on the searches beside it; without it an interrupted run
+        that was resumed equals an uninterrupted one bit by bit.
+        """
+        return self.stop_loss is not None or self.stop_patience > 0
+
+    def check(self) -> None:
+        """Raise UserError for values that make no sense."""
+        require(
+            self.method.count("+") <= (self.method.split("+")[0] in CHOICES),
+            f"method is '{self.method}'; only best_of_n and pool go on with another, as in "
+            "best_of_n+sphere",
+        )
+        require(
+            self.candidates is None or self.candidates >= 1,
+            f"candidates is {self.candidates}; give at least 1",
+        )
+        require(self.steps >= 1, f"steps is {self.steps}; give at least 1")
+        require(
+            self.lr == "auto" or 0 < self.lr < math.inf,
+            f"lr is {self.lr}; give a positive number or auto",
+        )
+        require(
+            self.max_angle is None or self.max_angle > 0,
+            f"max_angle is {self.max_angle}; give radians above 0",
+        )
+        for name, value in vars(self).items():
+            require(
+                not name.endswith("_weight") or 0 <= (value or 0) < math.inf,
+                f"{name} is {value}; loss weights must be finite and not negative",
+            )
+        require(
+            not self.prior_weight or self.mover == "free",
+            f"prior_weight is for the method free; {self.method} keeps the norm",
+        )
+        require(
+            self.stop_loss is None or math.isfinite(self.stop_loss),
+            f"stop_loss is {self.stop_loss}; give a finite loss",
+        )
+        require(
+            self.stop_patience >= 0, f"stop_patience is {self.stop_patience}; give 0 or more steps"
+        )
+        require(
+            0 <= self.stop_improvement < 1,
+            f"stop_improvement is {self.stop_improvement}; give a number from 0 to below 1",
+        )
