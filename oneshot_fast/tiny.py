@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import tyro
+from tyro.conf import OmitSubcommandPrefixes, subcommand
 
-from oneshot_fast.embedded.classifier import load_classifier
-from oneshot_fast.embedded.digits import to_pil, write_default_dataset
+from oneshot_fast.cli import OK, run_command
 from oneshot_fast.recipes.tiny.config import TrainConfig
-from oneshot_fast.runtime.progress import silence_imports
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,43 @@ class DatasetConfig:
     """Folder that gets train/ and heldout/."""
 
 
+@dataclass(frozen=True)
+class TinyCommand:
+    """Make and judge the embedded default: a small one-step generator of handwritten digits."""
+
+    command: OmitSubcommandPrefixes[
+        Annotated[TrainConfig, subcommand("train")]
+        | Annotated[EvaluateConfig, subcommand("evaluate")]
+        | Annotated[DatasetConfig, subcommand("dataset")]
+    ]
+
+
+def execute(command: TinyCommand) -> int:
+    """Run the chosen command; see ``run_command`` for exit codes."""
+    config = command.command
+    if isinstance(config, TrainConfig):
+        from oneshot_fast.recipes.tiny.train import train
+
+        train(config)
+    elif isinstance(config, EvaluateConfig):
+        evaluate(config)
+    else:
+        from oneshot_fast.embedded.digits import write_default_dataset
+
+        write_default_dataset(config.data_root)
+    return OK
+
+
 def evaluate(config: EvaluateConfig) -> None:
     """Measure a generator and write what was asked for."""
+    import torch
     from diffusers import StableDiffusionXLPipeline
 
+    from oneshot_fast.data.images import save_png, tile
+    from oneshot_fast.embedded.classifier import load_classifier
     from oneshot_fast.embedded.pipeline import model_path
-    from oneshot_fast.recipes.tiny.evaluate import measure, sample_grid
+    from oneshot_fast.recipes.tiny.evaluate import measure
+    from oneshot_fast.runtime.files import write_text
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         config.model_id or model_path(), dtype=torch.float32
@@ -59,31 +87,14 @@ def evaluate(config: EvaluateConfig) -> None:
     text = json.dumps(measures, indent=2)
     print(text)
     if config.output is not None:
-        config.output.write_text(text + "\n", encoding="utf-8")
+        write_text(config.output, text + "\n")
     if config.grid is not None:
-        to_pil(sample_grid(samples[:100], columns=10)).save(config.grid)
+        save_png(config.grid, tile(samples[:100], columns=10))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and run one command."""
-    config = tyro.cli(
-        Annotated[TrainConfig, tyro.conf.subcommand("train")]
-        | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
-        | Annotated[DatasetConfig, tyro.conf.subcommand("dataset")],
-        prog="python -m oneshot_fast.tiny",
-        args=argv,
-        use_underscores=True,
-    )
-    silence_imports()
-    if isinstance(config, TrainConfig):
-        from oneshot_fast.recipes.tiny.train import train
-
-        train(config)
-    elif isinstance(config, EvaluateConfig):
-        evaluate(config)
-    else:
-        write_default_dataset(config.data_root)
-    return 0
+    """Command line of ``python -m oneshot_fast.tiny``."""
+    return run_command("tiny", TinyCommand, execute, argv)
 
 
 if __name__ == "__main__":

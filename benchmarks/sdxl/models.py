@@ -11,9 +11,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from oneshot_fast.data.images import save_png
+from oneshot_fast.data.pairs import write_pairs
 from oneshot_fast.embedded.pipeline import build_tokenizer, random_pipeline
-from oneshot_fast.runtime.files import write_jsonl
 
 # The published sizes of SDXL-Turbo, and a model of the same shape for a CPU.
 SIZES = {
@@ -130,9 +129,5 @@ def write_data(folder: Path, count: int, side: int) -> None:
     draw = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, 3, 8, 8, generator=draw)
     pictures = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1)
-    for k, picture in enumerate(pictures):
-        save_png(folder / f"{k:04d}.png", picture)
-    write_jsonl(
-        folder / "pairs.jsonl",
-        [{"prompt": f"the digit {k % 10}", "image": f"{k:04d}.png"} for k in range(count)],
-    )
+    prompts = [f"the digit {k % 10}" for k in range(count)]
+    write_pairs(folder, prompts, [f"{k:04d}.png" for k in range(count)], pictures)

@@ -1,4 +1,4 @@
-"""Decode one image file of any common kind to a [3, H, W] tensor in [0, 1] RGB."""
+"""Images as tensors in [0, 1] RGB: decoded from files of any common kind, laid out, written."""
 
 import contextlib
 import io
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -96,8 +97,29 @@ def _deep_grey(path: ImageRef, image: Image.Image) -> npt.NDArray[np.float32]:
     return grey.clip(0, 1)
 
 
+def to_pil(image: Tensor) -> Image.Image:
+    """An 8-bit Pillow image of [3, H, W] in [0, 1] RGB."""
+    array = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    return Image.fromarray(array.cpu().numpy())
+
+
 def save_png(path: Path, image: Tensor) -> None:
     """Write an image [3, H, W] in [0, 1] RGB as an 8-bit PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    array = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-    Image.fromarray(array.cpu().numpy()).save(path)
+    to_pil(image).save(path)
+
+
+def shrink(images: Tensor, side: int) -> Tensor:
+    """Images [B, 3, H, W] averaged down to at most ``side`` pixels a side."""
+    if images.shape[-1] <= side:
+        return images
+    return F.interpolate(images, (side, side), mode="area")
+
+
+def tile(images: Tensor, columns: int) -> Tensor:
+    """One image [3, rows * H, columns * W] of images [N, 3, H, W], row by row; gaps are white."""
+    N, _, H, W = images.shape
+    rows = -(-N // columns)
+    blank = images.new_ones(rows * columns - N, 3, H, W)
+    grid = torch.cat((images, blank)).view(rows, columns, 3, H, W)
+    return grid.permute(2, 0, 3, 1, 4).reshape(3, rows * H, columns * W)

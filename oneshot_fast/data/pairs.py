@@ -5,11 +5,14 @@ is raised only where nothing at all can be done.
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from oneshot_fast.data.image_refs import ImageRef, Member, file_sha256, image_ref, image_text
-from oneshot_fast.data.images import load_image
+from oneshot_fast.data.images import load_image, save_png
 from oneshot_fast.data.manifests import MatchedPair, load_noise, read_manifest
 from oneshot_fast.data.records import (
     Failure,
@@ -20,6 +23,7 @@ from oneshot_fast.data.records import (
     text_field,
 )
 from oneshot_fast.errors import DataError, one_line
+from oneshot_fast.runtime.files import write_jsonl
 
 __all__ = [
     "DataError",
@@ -37,6 +41,7 @@ __all__ = [
     "pair_id",
     "read_manifest",
     "read_pairs",
+    "write_pairs",
 ]
 
 _LAYOUTS = {"pairs.jsonl": ("prompt", "image"), "metadata.jsonl": ("text", "file_name")}
@@ -99,6 +104,24 @@ def read_pairs(
         example = f'{{"{fields[0]}": "a red bird", "{fields[1]}": "bird.png"}}'
         raise nothing_usable(path, failures, example)
     return records, failures
+
+
+def write_pairs(
+    folder: Path, prompts: Iterable[str], names: Iterable[str], images: Iterable[Tensor]
+) -> None:
+    """Write a data set as ``read_pairs`` reads it: PNG files and then, with all there, the list.
+
+    Args:
+        folder: where to.
+        prompts: one per image.
+        names: of the image files, inside ``folder``.
+        images: [3, H, W] each, in [0, 1] RGB.
+    """
+    rows = []
+    for prompt, name, image in zip(prompts, names, images, strict=True):
+        save_png(folder / name, image)
+        rows.append({"prompt": prompt, "image": name})
+    write_jsonl(folder / "pairs.jsonl", rows)
 
 
 def check_range(start_index: int, max_samples: int | None) -> None:

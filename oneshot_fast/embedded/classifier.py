@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from oneshot_fast.embedded.digits import digit_of
 
-__all__ = ["DigitClassifier", "classifier_path", "digit_of", "load_classifier"]
-
 NUM_FEATURES = 64
 
 

@@ -8,20 +8,19 @@ https://doi.org/10.24432/C50P49, CC BY 4.0), 8 x 8 pixels with 17 grey levels, i
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+
+from oneshot_fast.data.pairs import write_pairs
+from oneshot_fast.runtime.files import write_folder
 
 IMAGE_SIZE = 64
 # The writers come one after the other, so the last digits are other people's than the first.
@@ -89,20 +88,20 @@ def load_digits(split: str) -> tuple[Tensor, Tensor]:
     return images[part], labels[part]
 
 
-def random_affine(count: int, amount: float, generator: torch.Generator) -> Tensor:
+def random_affine(count: int, amount: float, draw: torch.Generator) -> Tensor:
     """Small random rotations, shears, scalings and shifts about the image centre.
 
     Args:
         count: number of maps B.
         amount: 1 gives up to 12 degrees, 15 % of shear, 12 % of scale and 6 % of shift.
-        generator: source of randomness.
+        draw: source of randomness.
 
     Returns:
         [B, 2, 3] fp32, maps of output to input coordinates as `affine_grid` takes them.
     """
     angle, shear, log_x, log_y, *shift = (
         amount
-        * (2 * torch.rand(6, count, generator=generator) - 1)
+        * (2 * torch.rand(6, count, generator=draw) - 1)
         * torch.tensor([0.21, 0.15, 0.12, 0.12, 0.12, 0.12])[:, None]
     )
     cos, sin = angle.cos(), angle.sin()
@@ -116,17 +115,17 @@ def random_affine(count: int, amount: float, generator: torch.Generator) -> Tens
     return rows
 
 
-def random_style(count: int, generator: torch.Generator) -> Style:
+def random_style(count: int, draw: torch.Generator) -> Style:
     """Styles of any thickness: a third dark ink on white, the rest in colours, half inverted.
 
     Args:
         count: number of styles B.
-        generator: source of randomness.
+        draw: source of randomness.
     """
-    level = 0.15 + 0.35 * torch.rand(count, generator=generator)
-    ink = 0.65 * torch.rand(count, 3, generator=generator)
-    paper = 1 - 0.5 * torch.rand(count, 3, generator=generator)
-    inverted, plain = torch.rand(2, count, 1, generator=generator)
+    level = 0.15 + 0.35 * torch.rand(count, generator=draw)
+    ink = 0.65 * torch.rand(count, 3, generator=draw)
+    paper = 1 - 0.5 * torch.rand(count, 3, generator=draw)
+    inverted, plain = torch.rand(2, count, 1, generator=draw)
     ink, paper = torch.where(inverted < 0.5, paper, ink), torch.where(inverted < 0.5, ink, paper)
     ink = torch.where(plain < 1 / 3, BASE_STYLE.ink, ink)
     return Style(level, ink, torch.where(plain < 1 / 3, BASE_STYLE.paper, paper))
@@ -169,12 +168,6 @@ def choose_pairs() -> dict[str, tuple[Tensor, Tensor]]:
     return {split: (images[index], labels[index]) for split, index in chosen.items()}
 
 
-def to_pil(image: Tensor) -> Image.Image:
-    """A PIL image of [3, H, W] in [0, 1] RGB, rounded to 8 bits."""
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-    return Image.fromarray(pixels.contiguous().numpy())
-
-
 def write_default_dataset(root: Path) -> None:
     """Write the pairs that the embedded generator is aligned with, in the target style.
 
@@ -188,19 +181,13 @@ def write_default_dataset(root: Path) -> None:
     Raises:
         OSError: if the folder cannot be written, or holds another `train` or `heldout`.
     """
-    root.mkdir(parents=True, exist_ok=True)
     for split, (digits, labels) in choose_pairs().items():
-        if (root / split / "pairs.jsonl").is_file():
+        folder = root / split
+        if (folder / "pairs.jsonl").is_file():
             continue
-        for left_by_a_kill in root.glob(f".{split}-*"):
-            shutil.rmtree(left_by_a_kill)
-        with tempfile.TemporaryDirectory(dir=root, prefix=f".{split}-") as temporary:
-            folder = Path(temporary) / split
-            (folder / "images").mkdir(parents=True)
-            images, lines = render(digits, TARGET_STYLE), []
-            for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-                name = f"images/{i:03d}_{DIGIT_WORDS[label]}.png"
-                to_pil(image).save(folder / name)
-                lines.append(json.dumps({"prompt": prompt_of(label), "image": name}) + "\n")
-            (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
-            os.rename(folder, root / split)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rmdir()  # fails where it holds anything
+        with write_folder(folder) as temporary:
+            images = render(digits, TARGET_STYLE)
+            names = [f"images/{k:03d}_{DIGIT_WORDS[n]}.png" for k, n in enumerate(labels.tolist())]
+            write_pairs(temporary, map(prompt_of, labels.tolist()), names, images)

@@ -20,10 +20,10 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-IMAGE_SIZE = 64
+from oneshot_fast.embedded.digits import DIGIT_WORDS, IMAGE_SIZE
+
 LATENT_SIZE = 8
 TEXT_WIDTH = 32
-DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 OTHER_WORDS = (
     *("a", "an", "the", "of", "in", "on", "with", "and", "handwritten", "digit", "number"),
     *("photo", "image", "thick", "thin", "black", "white", "blue", "red", "ink", "paper"),

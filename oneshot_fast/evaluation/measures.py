@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from oneshot_fast.data.images import save_png
+from oneshot_fast.data.images import save_png, shrink, tile
 from oneshot_fast.embedded.classifier import load_classifier
 from oneshot_fast.runtime.files import read_json, write_json, write_safetensors
 from oneshot_fast.runtime.progress import progress
@@ -242,19 +242,3 @@ def real_measures(
         named = torch.tensor([classifier.label_of(prompt) for prompt in prompts])
         result["accuracy"] = prompt_accuracy(classifier(images), named)
     return result
-
-
-def shrink(images: Tensor, side: int) -> Tensor:
-    """Images [B, 3, H, W] averaged down to at most ``side`` pixels a side."""
-    if images.shape[-1] <= side:
-        return images
-    return torch.nn.functional.interpolate(images, (side, side), mode="area")
-
-
-def tile(images: Tensor, columns: int) -> Tensor:
-    """One image [3, rows * H, columns * W] of images [N, 3, H, W], row by row; gaps are white."""
-    N, _, H, W = images.shape
-    rows = -(-N // columns)
-    blank = images.new_ones(rows * columns - N, 3, H, W)
-    grid = torch.cat((images, blank)).view(rows, columns, 3, H, W)
-    return grid.permute(2, 0, 3, 1, 4).reshape(3, rows * H, columns * W)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneshot_fast.embedded.classifier import digit_of, load_classifier
-from oneshot_fast.embedded.digits import IMAGE_SIZE
+from oneshot_fast.embedded.classifier import load_classifier
+from oneshot_fast.embedded.digits import IMAGE_SIZE, digit_of
 from oneshot_fast.errors import UserError
 from oneshot_fast.rewards.base import Reward, Setup
 from oneshot_fast.rewards.preprocess import resize

@@ -1,4 +1,4 @@
-"""Decoding: files of every kind are written by Pillow or byte by byte, then read back."""
+"""Images: files of every kind, by Pillow or byte by byte, read back; images side by side."""
 
 import os
 import struct
@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from oneshot_fast.data.pairs import DataError, load_image
+from oneshot_fast.data.images import load_image, shrink, tile
+from oneshot_fast.errors import DataError
 
 HALF = 128 / 255
 
@@ -269,3 +270,16 @@ def test_good_files_are_closed(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     load_image(tmp_path / "a.gif", 8, 8)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_tile_places_images_row_by_row() -> None:
+    images = torch.arange(3.0)[:, None, None, None].expand(3, 3, 2, 2)
+    grid = tile(images, columns=2)
+    assert grid.shape == (3, 4, 4)
+    assert grid[0, ::2, ::2].tolist() == [[0, 1], [2, 1]]  # the gap is white
+
+
+def test_shrink_keeps_small_images_and_averages_large_ones() -> None:
+    images = torch.rand(2, 3, 8, 8)
+    assert shrink(images, 8) is images
+    torch.testing.assert_close(shrink(images, 4)[:, :, 0, 0], images[:, :, :2, :2].mean((2, 3)))

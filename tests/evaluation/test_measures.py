@@ -11,8 +11,6 @@ from oneshot_fast.evaluation.measures import (
     frechet_distance,
     pairwise_diversity,
     prompt_accuracy,
-    shrink,
-    tile,
 )
 from oneshot_fast.generators.loading import load_generator
 
@@ -50,19 +48,8 @@ def test_diversity_is_the_mean_over_labels_of_pairwise_distances():
 def test_accuracy():
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0], [3.0, 1.0]])
     assert prompt_accuracy(logits, torch.tensor([0, 1, 0, 1])) == 0.5
-
-
-def test_tile_places_images_row_by_row():
-    images = torch.arange(3.0)[:, None, None, None].expand(3, 3, 2, 2)
-    grid = tile(images, columns=2)
-    assert grid.shape == (3, 4, 4)
-    assert grid[0, ::2, ::2].tolist() == [[0, 1], [2, 1]]  # the gap is white
-
-
-def test_shrink_keeps_small_images_and_averages_large_ones():
-    images = torch.rand(2, 3, 8, 8)
-    assert shrink(images, 8) is images
-    torch.testing.assert_close(shrink(images, 4)[:, :, 0, 0], images[:, :, :2, :2].mean((2, 3)))
+    with pytest.raises(ValueError, match="expected"):
+        prompt_accuracy(logits, torch.tensor([1, 0]))
 
 
 def test_measure_is_seeded_kept_and_measures_drift_from_the_first_generator(tmp_path):

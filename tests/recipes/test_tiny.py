@@ -15,7 +15,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from oneshot_fast.embedded import digits as dataset
 from oneshot_fast.embedded.classifier import DigitClassifier, classifier_path, load_classifier
 from oneshot_fast.embedded.pipeline import (
-    DIGIT_WORDS,
     OTHER_WORDS,
     build_tokenizer,
     model_path,
@@ -65,7 +64,7 @@ def test_packaged_weights_are_small_and_load_as_fp32_by_default():
 
 def test_each_known_word_is_one_token_and_any_text_survives():
     tokenizer = build_tokenizer()
-    for word in DIGIT_WORDS + OTHER_WORDS:
+    for word in dataset.DIGIT_WORDS + OTHER_WORDS:
         assert tokenizer.tokenize(word) == [word + "</w>"]
     ids = tokenizer("Une image: 7 chats, naïve 漢字!").input_ids
     assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == (
@@ -208,30 +207,3 @@ def test_recipe_runs_resumes_and_repeats(tmp_path):
     assert json.loads((tmp_path / "m.json").read_text())["samples"] == 20
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (640, 128)
-
-
-def test_frechet_distance_of_known_gaussians():
-    generator = torch.Generator().manual_seed(0)
-    white = torch.randn(2000, 3, generator=generator, dtype=torch.float64)
-    white = torch.linalg.qr(white - white.mean(0)).Q * 1999**0.5
-    scale, shift = torch.tensor([1.0, 2.0, 0.5]).double(), torch.tensor([3.0, 0.0, -1.0]).double()
-    # Diagonal covariances: |shift|^2 + sum (1 - scale)^2.
-    expected = shift.square().sum() + (1 - scale).square().sum()
-    assert frechet_distance(white, white * scale + shift) == pytest.approx(expected.item())
-    assert frechet_distance(white, white) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(white[:2], white[:2]) == pytest.approx(0, abs=1e-9)
-    for bad in (white[:, :2], white[0], white[:1]):
-        with pytest.raises(ValueError, match="expected"):
-            frechet_distance(white, bad)
-
-
-def test_diversity_and_accuracy_by_hand():
-    images = torch.zeros(5, 3, 2, 2)
-    images[1], images[3] = 1.0, 0.5
-    labels = torch.tensor([0, 0, 1, 1, 2])
-    assert pairwise_diversity(images, labels) == pytest.approx((1.0 + 0.5) / 2)
-    assert np.isnan(pairwise_diversity(images, torch.arange(5)))
-    logits = torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 3.0]])
-    assert prompt_accuracy(logits, torch.tensor([1, 0, 0])) == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="expected"):
-        prompt_accuracy(logits, torch.tensor([1, 0]))

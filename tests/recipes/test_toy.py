@@ -150,25 +150,25 @@ def test_train_resumes_and_refuses_other_settings(trained: Path, call: Call) -> 
     assert summary["real images"]["frechet_distance"] < summary["generator"]["frechet_distance"]
     flags = ["train", "--work_dir", trained, "--width", 8, "--eval_samples", 40]
     before = (trained / "train" / "model" / "model.safetensors").stat().st_mtime_ns
-    ended = call("toy.__main__", *flags, "--steps", 20)
+    ended = call("toy", *flags, "--steps", 20)
     assert ended.code == 0 and "real images" in ended.out
     assert (trained / "train" / "model" / "model.safetensors").stat().st_mtime_ns == before
-    assert "steps: 20 then, 30 now" in call("toy.__main__", *flags, "--steps", 30).error
+    assert "steps: 20 then, 30 now" in call("toy", *flags, "--steps", 30).error
 
 
 def test_assign_sft_and_direct_sft(trained: Path, call: Call) -> None:
     flags = ["--work_dir", trained, "--num_pairs", 12]
-    ended = call("toy.__main__", "assign", *flags, "--steps", 3, "--assign_method", "rotation")
+    ended = call("toy", "assign", *flags, "--steps", 3, "--assign_method", "rotation")
     assert ended.code == 0, ended.err
     rows = [json.loads(s) for s in (trained / "assign/manifest.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and all(row["best_loss"] <= row["initial_loss"] for row in rows)
     found = load_file(trained / "assign" / rows[0]["noise_path"])
     assert found["z"].shape == (12, 64, 1, 1) and found["q"].shape == (12, 64, 64)
-    ended = call("toy.__main__", "sft", *flags, "--dry_run")
+    ended = call("toy", "sft", *flags, "--dry_run")
     assert "parameters of unet" in ended.out and "parameters of vae" not in ended.out
     epochs = ["--epochs", 2, "--preserve_pool_size", 8]
     for name in ("sft", "direct_sft"):
-        ended = call("toy.__main__", name, *flags, *epochs)
+        ended = call("toy", name, *flags, *epochs)
         assert ended.code == 0, ended.err
         assert (trained / name / "report.html").is_file()
     assert all(name in ended.out for name in ("base", "sft", "direct_sft", "real images"))
@@ -185,9 +185,9 @@ def test_em_on_the_test_split(trained: Path, call: Call) -> None:
         "--num_pairs 8 --num_heldout 6 --eval_samples 20 --num_cycles 1 --assign_steps 2 "
         "--train_epochs 1 --preserve_pool_size 8 --test_split"
     )
-    ended = call("toy.__main__", "em", "--work_dir", trained, *flags.split(), "--dry_run")
+    ended = call("toy", "em", "--work_dir", trained, *flags.split(), "--dry_run")
     assert ended.code == 0 and "parameters of unet" in ended.out
-    ended = call("toy.__main__", "em", "--work_dir", trained, *flags.split())
+    ended = call("toy", "em", "--work_dir", trained, *flags.split())
     assert ended.code == 0, ended.err
     prompts = []
     for name in ("test-0-8", "test-8-14"):
@@ -214,7 +214,7 @@ def test_bad_input_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call, argv: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ended = call("toy.__main__", *argv)
+    ended = call("toy", *argv)
     assert ended.code == 2 and message in ended.error
 
 

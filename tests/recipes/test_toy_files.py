@@ -157,7 +157,7 @@ def test_broken_files_are_refused(
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_train_on_files(files: Path, tmp_path: Path, call: Call, name: str) -> None:
     flags = f"--dataset {name} --data_root {files} --work_dir {tmp_path} --steps 2 --width 4"
-    ended = call("toy.__main__", "train", *flags.split(), "--eval_samples", 20)
+    ended = call("toy", "train", *flags.split(), "--eval_samples", 20)
     assert ended.code == 0, ended.err
     assert load_generator(tmp_path / "train" / "model").image_size == 32
 

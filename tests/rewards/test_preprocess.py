@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from oneshot_fast.embedded.digits import BASE_STYLE, load_digits, render, to_pil
+from oneshot_fast.data.images import to_pil
+from oneshot_fast.embedded.digits import BASE_STYLE, load_digits, render
 from oneshot_fast.rewards.preprocess import preprocess, preprocess_padded, resize
 
 

@@ -24,7 +24,7 @@ def train_vae(config: TrainConfig, vae: AutoencoderKL) -> None:
 
     Loss: pixel MSE in [-1, 1] plus 1e-4 of the KL divergence per latent element.
     """
-    generator = torch.Generator().manual_seed(config.seed)
+    draw = torch.Generator().manual_seed(config.seed)
     digits, _ = load_digits("train")
     start_near_linear(vae)
     # Little noise at first: with the default, unit variance, colours are not found.
@@ -32,11 +32,11 @@ def train_vae(config: TrainConfig, vae: AutoencoderKL) -> None:
     vae.to(memory_format=torch.channels_last).train()
 
     def loss_of_step(_: int) -> Tensor:
-        index = torch.randint(len(digits), (16,), generator=generator)
-        style = random_style(16, generator)
-        images = 2 * render(digits[index], style, random_affine(16, 1.5, generator)) - 1
+        index = torch.randint(len(digits), (16,), generator=draw)
+        style = random_style(16, draw)
+        images = 2 * render(digits[index], style, random_affine(16, 1.5, draw)) - 1
         posterior = vae.encode(images).latent_dist
-        output = vae.decode(posterior.sample(generator)).sample
+        output = vae.decode(posterior.sample(draw)).sample
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
         return F.mse_loss(output, images) + 1e-4 * divergence
 
@@ -62,11 +62,11 @@ def base_latents(vae: AutoencoderKL, copies: int, seed: int) -> tuple[Tensor, Te
     Returns:
         Latents [M, 4, 8, 8] and labels [M], M = 1397 copies.
     """
-    generator = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed)
     digits, labels = load_digits("train")
     parts = []
     for _ in trange(copies, desc="encode"):
-        affine = random_affine(len(digits), 0.6, generator)
+        affine = random_affine(len(digits), 0.6, draw)
         parts.append(encode_images(vae, render(digits, BASE_STYLE, affine)))
     return torch.cat(parts), labels.repeat(copies)
 

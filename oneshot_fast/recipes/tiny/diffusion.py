@@ -56,21 +56,21 @@ def predict_noise(
 
 def train_teacher(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> None:
     """Train UNet and text encoders to predict the noise (epsilon) at uniform timesteps, by MSE."""
-    generator = torch.Generator().manual_seed(config.seed + 1)
+    draw = torch.Generator().manual_seed(config.seed + 1)
     latents, labels = base_latents(pipeline.vae, config.latent_copies, config.seed + 1)
     alphas = pipeline.scheduler.alphas_cumprod
     batch = config.batch_size
 
     def loss_of_step(_: int) -> Tensor:
-        index = torch.randint(len(latents), (batch,), generator=generator)
+        index = torch.randint(len(latents), (batch,), generator=draw)
         # Stratified: every step sees all noise levels, which lowers the gradient's variance.
-        t = (torch.arange(batch) + torch.rand(batch, generator=generator)) * (1000 / batch)
+        t = (torch.arange(batch) + torch.rand(batch, generator=draw)) * (1000 / batch)
         t = t.long().clamp(max=999)
-        eps = torch.randn(batch, *latents.shape[1:], generator=generator)
+        eps = torch.randn(batch, *latents.shape[1:], generator=draw)
         alpha = alphas[t].view(-1, 1, 1, 1)
         x = alpha.sqrt() * latents[index] + (1 - alpha).sqrt() * eps
         context, pooled = encode_digits(pipeline)
-        keep = (torch.rand(batch, generator=generator) >= config.prompt_dropout).float()
+        keep = (torch.rand(batch, generator=draw) >= config.prompt_dropout).float()
         context = context[labels[index]] * keep.view(-1, 1, 1)
         pooled = pooled[labels[index]] * keep.view(-1, 1)
         return F.mse_loss(predict_noise(pipeline.unet, x, t, context, pooled), eps)
@@ -120,9 +120,9 @@ def make_pairs(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> dict
     Returns:
         eps [M, 4, 8, 8], x0 [M, 4, 8, 8] (scaled latents) and labels [M].
     """
-    generator = torch.Generator().manual_seed(config.seed + 2)
+    draw = torch.Generator().manual_seed(config.seed + 2)
     count = config.distill_pairs
-    eps = torch.randn(count, 4, LATENT_SIZE, LATENT_SIZE, generator=generator)
+    eps = torch.randn(count, 4, LATENT_SIZE, LATENT_SIZE, generator=draw)
     labels = torch.arange(count) % 10
     parts = []
     for first in trange(0, count, 256, desc="pairs"):
@@ -140,7 +140,7 @@ def train_student(
     Loss: pseudo-Huber distance of whole latents, sqrt(|d|^2 + c^2) - c (arXiv:2310.14189), which
     lets the few noises between two modes weigh less than MSE would.
     """
-    generator = torch.Generator().manual_seed(config.seed + 2)
+    draw = torch.Generator().manual_seed(config.seed + 2)
     pipeline.scheduler.set_timesteps(1)
     sigma, t = pipeline.scheduler.sigmas[0], pipeline.scheduler.timesteps[0]
     with torch.no_grad():
@@ -149,7 +149,7 @@ def train_student(
     batch = config.batch_size
 
     def loss_of_step(_: int) -> Tensor:
-        index = torch.randint(len(pairs["eps"]), (batch,), generator=generator)
+        index = torch.randint(len(pairs["eps"]), (batch,), generator=draw)
         x, labels = sigma * pairs["eps"][index], pairs["labels"][index]
         scaled = x / (sigma**2 + 1) ** 0.5
         eps_hat = predict_noise(

@@ -23,7 +23,7 @@ def sample_digits(pipeline: StableDiffusionXLPipeline, labels: Tensor, seed: int
     Returns:
         [N, 3, 64, 64] fp32, [0, 1] RGB.
     """
-    generator = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed)
     pipeline.set_progress_bar_config(disable=True)
     parts = []
     for first in trange(0, len(labels), 50, desc="sample"):
@@ -31,7 +31,7 @@ def sample_digits(pipeline: StableDiffusionXLPipeline, labels: Tensor, seed: int
             [prompt_of(digit) for digit in labels[first : first + 50].tolist()],
             num_inference_steps=1,
             guidance_scale=0.0,
-            generator=generator,
+            generator=draw,
             output_type="pt",
         ).images
         parts.append(images.float().cpu())
@@ -82,9 +82,3 @@ def measure(
         "vae_psnr_base_style_db": reconstruction_psnr(pipeline.vae, base),
         "vae_psnr_target_style_db": reconstruction_psnr(pipeline.vae, target),
     }, samples
-
-
-def sample_grid(images: Tensor, columns: int) -> Tensor:
-    """Images [N, 3, H, W] as one picture [3, rows H, columns W], row by row."""
-    rows = [torch.cat(list(row), dim=2) for row in images.split(columns)]
-    return torch.cat(rows, dim=1)

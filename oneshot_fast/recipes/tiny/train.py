@@ -6,14 +6,13 @@ and number of threads give the same weights.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionXLPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from oneshot_fast.embedded.classifier import DigitClassifier
@@ -23,6 +22,7 @@ from oneshot_fast.recipes.tiny.autoencoder import set_scaling_factor, train_vae
 from oneshot_fast.recipes.tiny.config import TrainConfig
 from oneshot_fast.recipes.tiny.diffusion import make_pairs, train_student, train_teacher
 from oneshot_fast.recipes.tiny.fitting import fit
+from oneshot_fast.runtime.files import write_safetensors
 
 
 def train_classifier(config: TrainConfig) -> DigitClassifier:
@@ -30,7 +30,7 @@ def train_classifier(config: TrainConfig) -> DigitClassifier:
 
     Loss: cross-entropy of the digit plus 10 times the squared error of ink, paper and level.
     """
-    generator = torch.Generator().manual_seed(config.seed + 3)
+    draw = torch.Generator().manual_seed(config.seed + 3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 3)
         classifier = DigitClassifier().train()
@@ -38,10 +38,10 @@ def train_classifier(config: TrainConfig) -> DigitClassifier:
     batch = config.batch_size
 
     def loss_of_step(_: int) -> Tensor:
-        index = torch.randint(len(digits), (batch,), generator=generator)
-        style = random_style(batch, generator)
-        images = render(digits[index], style, random_affine(batch, 1.5, generator))
-        images = images + 0.03 * torch.randn(images.shape, generator=generator)
+        index = torch.randint(len(digits), (batch,), generator=draw)
+        style = random_style(batch, draw)
+        images = render(digits[index], style, random_affine(batch, 1.5, draw))
+        images = images + 0.03 * torch.randn(images.shape, generator=draw)
         features = classifier.features(images)
         look = torch.cat([style.ink, style.paper, style.level[:, None]], 1)
         wrong = F.cross_entropy(
@@ -56,8 +56,6 @@ def train_classifier(config: TrainConfig) -> DigitClassifier:
 def run_stage(path: Path, modules: nn.ModuleDict, train: Callable[[], None]) -> None:
     """Train and save a stage, or load it where it is finished.
 
-    The file is written under a temporary name and renamed, so that it is complete or absent.
-
     Args:
         path: the stage's safetensors file.
         modules: what the stage trains.
@@ -67,15 +65,7 @@ def run_stage(path: Path, modules: nn.ModuleDict, train: Callable[[], None]) -> 
         modules.load_state_dict(load_file(path))
         return
     train()
-    write_tensors(path, modules.state_dict())
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, path)
+    write_safetensors(path, modules.state_dict(), {})
 
 
 def save_pipeline(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
@@ -97,7 +87,7 @@ def train(config: TrainConfig) -> None:
     if config.stage in ("classifier", "all"):
         path = folder / "classifier.safetensors"
         if not path.is_file():
-            write_tensors(path, train_classifier(config).state_dict())
+            write_safetensors(path, train_classifier(config).state_dict(), {})
     if config.stage == "classifier":
         return
     vae = nn.ModuleDict({"vae": pipeline.vae})
@@ -112,7 +102,7 @@ def train(config: TrainConfig) -> None:
         return
     pairs = folder / "pairs.safetensors"
     if not pairs.is_file():
-        write_tensors(pairs, make_pairs(config, pipeline))
+        write_safetensors(pairs, make_pairs(config, pipeline), {})
     student = nn.ModuleDict({"unet": pipeline.unet})
     run_stage(
         folder / "student.safetensors",

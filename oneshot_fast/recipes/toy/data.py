@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneshot_fast.data.images import save_png
-from oneshot_fast.embedded.digits import DIGIT_WORDS, load_digits, random_affine
-from oneshot_fast.runtime.files import write_text
+from oneshot_fast.data.pairs import write_pairs
+from oneshot_fast.embedded.digits import load_digits, prompt_of, random_affine
 
+DIGIT_PROMPTS = tuple(map(prompt_of, range(10)))
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {
     "red": (0.85, 0.15, 0.15), "green": (0.15, 0.65, 0.25),
@@ -46,17 +45,13 @@ class LabelledImages:
     def write_pairs(self, folder: Path, count: int, seed: int = 0, start: int = 0) -> None:
         """Write what ``sample`` chooses in the input format of the commands."""
         chosen = self.sample(count, seed, start)
-        rows = []
-        for k, (image, label) in enumerate(zip(chosen.images, chosen.labels.tolist(), strict=True)):
-            name = f"{k:05d}.png"
-            save_png(folder / name, image)
-            rows.append({"prompt": self.prompts[label], "image": name})
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        write_text(folder / "pairs.jsonl", lines)  # last: with it the folder is complete
+        prompts = [self.prompts[label] for label in chosen.labels.tolist()]
+        names = [f"{k:05d}.png" for k in range(len(prompts))]
+        write_pairs(folder, prompts, names, chosen.images)
 
 
 def digits(split: str, copies: int = 8, seed: int = 0) -> LabelledImages:
-    """Real digits, 16 x 16 pixels, black ink on white; see tiny/dataset.py for their source.
+    """Real digits, 16 x 16 pixels, black ink on white; see embedded/digits.py for their source.
 
     Args:
         split: "train" or "heldout", of different writers.
@@ -72,8 +67,7 @@ def digits(split: str, copies: int = 8, seed: int = 0) -> LabelledImages:
         maps = torch.eye(2, 3).expand(len(grey), 2, 3)
     grid = F.affine_grid(maps, [len(grey), 1, 16, 16], align_corners=False)
     ink = F.grid_sample(grey, grid, mode="bicubic", align_corners=False).clamp(0, 1)
-    prompts = tuple(f"a handwritten digit {word}" for word in DIGIT_WORDS)
-    return LabelledImages((1 - ink).expand(-1, 3, 16, 16).contiguous(), labels, prompts)
+    return LabelledImages((1 - ink).expand(-1, 3, 16, 16).contiguous(), labels, DIGIT_PROMPTS)
 
 
 def shapes(split: str, count: int = 8000, size: int = 32) -> LabelledImages:
@@ -127,5 +121,3 @@ _OUTLINES: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (
     lambda u, v, r: _polygon(u, v, r, 3),
     _star,
 )
-
-DATASETS = {"digits": digits, "shapes": shapes}

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneshot_fast.embedded.digits import DIGIT_WORDS
 from oneshot_fast.errors import DataError, one_line
-from oneshot_fast.recipes.toy.data import LabelledImages
+from oneshot_fast.recipes.toy.data import DIGIT_PROMPTS, LabelledImages
 
 _CIFAR_CLASSES = (
     "an airplane", "an automobile", "a bird", "a cat", "a deer", "a dog", "a frog", "a horse",
@@ -44,8 +43,7 @@ def mnist(split: str, root: Path) -> LabelledImages:
     images = _read_idx(folder / f"{name}-images-idx3-ubyte.gz", (None, 28, 28))
     labels = _read_idx(folder / f"{name}-labels-idx1-ubyte.gz", (len(images),))
     grey = F.pad(images, (2, 2, 2, 2))[:, None].float().div_(255)
-    prompts = tuple(f"a handwritten digit {word}" for word in DIGIT_WORDS)
-    return _checked(grey.expand(-1, 3, 32, 32), labels.long(), prompts, folder)
+    return _checked(grey.expand(-1, 3, 32, 32), labels.long(), DIGIT_PROMPTS, folder)
 
 
 def _read_idx(path: Path, shape: tuple[int | None, ...]) -> Tensor:

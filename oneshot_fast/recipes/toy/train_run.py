@@ -9,13 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from oneshot_fast.data.images import save_png
-from oneshot_fast.evaluation.measures import (
-    RandomNoiseMeasure,
-    frechet_distance,
-    real_measures,
-    tile,
-)
+from oneshot_fast.data.images import save_png, tile
+from oneshot_fast.evaluation.measures import RandomNoiseMeasure, frechet_distance, real_measures
 from oneshot_fast.generators.toy import ToyGenerator
 from oneshot_fast.generators.toy_networks import ToyClassifier
 from oneshot_fast.recipes.toy.data import LabelledImages
