@@ -19,8 +19,8 @@ from oneshot_fast.runtime.options import RunOptions
 
 if TYPE_CHECKING:
     from oneshot_fast.data.sources import Source
-    from oneshot_fast.generators.sdxl import OneStepGenerator
-    from oneshot_fast.generators.target_images import Targets
+    from oneshot_fast.generators.base import Generator
+    from oneshot_fast.generators.target_images import TargetImages
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ def execute(command: AssignCommand) -> int:
     if command.engine == "ray" and folder is not None and not command.dry_run:
         return _finish(command, folder, _run_on_ray(command, folder, source))
 
-    from oneshot_fast.generators.target_images import Targets
+    from oneshot_fast.generators.target_images import TargetImages
     from oneshot_fast.planning.batch_size import automatic_batch_size
     from oneshot_fast.runtime.processes import gather_objects
 
     generator = command.model.load(command.model_id)
-    targets = Targets(generator, command.data.resolution)
+    targets = TargetImages(generator, command.data.resolution)
     if command.batch_size == "auto":
         fits = automatic_batch_size(generator, command.search, targets.resolution)
         batch_size = min(gather_objects([fits]))  # batches are the same for all processes
@@ -152,8 +152,8 @@ def _finish(command: AssignCommand, folder: Path, summary: dict[str, Any]) -> in
 
 def print_plan(
     command: AssignCommand,
-    generator: OneStepGenerator,
-    targets: Targets,
+    generator: Generator,
+    targets: TargetImages,
     batch_size: int,
     samples: int | None,
 ) -> None:

@@ -115,16 +115,17 @@ def execute(command: OptimizeCommand) -> int:
 
 def load_search(command: OptimizeCommand) -> RewardSearch:
     """Generator and rewards, ready to search."""
-    from oneshot_fast.generators.target_images import Targets
+    from oneshot_fast.generators.target_images import TargetImages
     from oneshot_fast.jobs.optimize.search import RewardSearch
     from oneshot_fast.noise.rotation import check_patching
 
     generator = command.model.load(command.model_id)
-    side = Targets(generator, command.resolution).resolution  # checks it
+    side = TargetImages(generator, command.resolution).resolution  # checks it
     if command.search.mover == "rotation":
         size = generator.noise_shape(side, side)[1:]
         check_patching(size, command.search.patch_size, command.search.rotation_groups)
-    rewards = command.rewards.load(generator)
+    rewards = command.rewards.load(generator.device)
+    generator.recompute(command.rewards.recomputed(generator.device))
     return RewardSearch(
         generator, rewards, command.search, resolution=side, save_steps=command.save_steps
     )

@@ -73,7 +73,7 @@ def execute(command: SftCommand) -> int:
     command.training.check()
     pairs, failures = read_manifest(command.manifest_path)
 
-    from oneshot_fast.generators.target_images import Targets
+    from oneshot_fast.generators.target_images import TargetImages
     from oneshot_fast.report import write_sft_report
     from oneshot_fast.runtime.processes import is_main
 
@@ -94,7 +94,7 @@ def execute(command: SftCommand) -> int:
         return OK
     run = SftRun(
         generator,
-        Targets(generator, side),
+        TargetImages(generator, side),
         folder,
         command.training,
         **_run_options(command),
@@ -159,18 +159,19 @@ def train_on_rewards(command: SftCommand) -> int:
 
 
 def _reward_run(command: SftCommand) -> RewardRun:
-    from oneshot_fast.generators.target_images import Targets
+    from oneshot_fast.generators.target_images import TargetImages
     from oneshot_fast.jobs.sft.rewards import RewardRun
 
     options, master_weights = command.reward_training, command.training.weights_dtype == "float32"
     generator = command.model.load(command.model_id, master_weights=master_weights)
+    generator.recompute(command.rewards.recomputed(generator.device))
     return RewardRun(
         generator,
-        command.rewards.load(generator),
+        command.rewards.load(generator.device),
         command.output_dir or Path(),
         command.training,
-        judge=command.rewards.load(generator, options.judge) if options.judge else None,
-        resolution=Targets(generator, command.resolution).resolution,  # checks it
+        judge=command.rewards.load(generator.device, options.judge) if options.judge else None,
+        resolution=TargetImages(generator, command.resolution).resolution,  # checks it
         images_per_prompt=options.images_per_prompt,
         eval_samples=command.eval_samples,
         names=[*command.rewards.names, *(f"judge {name}" for name in options.judge)],

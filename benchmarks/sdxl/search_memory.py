@@ -110,8 +110,8 @@ def estimate(checkpointing: str, batch_size: int) -> SearchMemory:
     if checkpointing != "none":
         generator.decoder.checkpoint()
     if checkpointing == "full":
-        generator.unet.enable_gradient_checkpointing()
-    mode = detect_fake_mode(list(generator.unet.parameters()))
+        generator.denoiser.enable_gradient_checkpointing()
+    mode = detect_fake_mode(list(generator.denoiser.parameters()))
     assert mode is not None
     rewards = rewards_in(mode, checkpointing != "none")
     search = RewardSearch(generator, rewards, OptimizeOptions(), resolution=RESOLUTION)

@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.sdxl.models import SIZES, build_pipeline, build_unet, clip_config
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.decoder import Decoder
-from oneshot_fast.generators.sdxl import OneStepGenerator
+from oneshot_fast.generators.sdxl import SdxlGenerator
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.planning.memory import StepMemory, assignment_memory, training_memory
 from oneshot_fast.training.batch import SftOptions
@@ -25,7 +26,7 @@ SELECTIVE = {"gradient_checkpointing": False, "selective_checkpointing": True}
 SMALL_STATE = {"weights_dtype": "bfloat16", "optimizer": "adamw8bit"}
 
 
-def full_generator(dtype: torch.dtype) -> OneStepGenerator:
+def full_generator(dtype: torch.dtype) -> Generator:
     """SDXL-Turbo's sizes on fake tensors, computing in bfloat16.
 
     Args:
@@ -50,7 +51,7 @@ def full_generator(dtype: torch.dtype) -> OneStepGenerator:
             text_2 = CLIPTextModelWithProjection(clip_config(tokenizer, *texts[1], "gelu"))
         finally:
             torch.set_default_dtype(previous)
-    generator = OneStepGenerator(pipe, autocast=torch.bfloat16)
+    generator = SdxlGenerator(pipe, autocast=torch.bfloat16)
     pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2 = (
         module.requires_grad_(False).eval() for module in (unet, vae, text, text_2)
     )

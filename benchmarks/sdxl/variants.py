@@ -15,8 +15,9 @@ from benchmarks.sdxl.config import Config
 from benchmarks.sdxl.models import SIZES, build_pipeline, write_data
 from benchmarks.sdxl.reference_recipe import ReferenceRecipe
 from oneshot_fast.data.pairs import read_manifest, read_pairs
-from oneshot_fast.generators.sdxl import OneStepGenerator
-from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.sdxl import SdxlGenerator
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.sft.run import SftRun
@@ -39,7 +40,7 @@ class Bench:
         self.records, _ = read_pairs(self.data)
         self.options = AssignOptions(steps=config.steps)
         self.half, self.turn = half, 0
-        self.generators: dict[str, OneStepGenerator] = {}
+        self.generators: dict[str, Generator] = {}
 
     def variants(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """Assignment's variants by name."""
@@ -104,7 +105,7 @@ class Bench:
         folder = self._fresh(f"ours-{batch_size}")
         run = AssignRun(
             generator,
-            Targets(generator, self.side),
+            TargetImages(generator, self.side),
             folder,
             self.options,
             seed=self.config.seed,
@@ -131,7 +132,7 @@ class Bench:
         """Training steps by the package; what is computed once before them is timed apart."""
         half = torch.bfloat16 if self.config.device.startswith("cuda") else None
         dtype = getattr(torch, flags.get("weights_dtype", "float32"))
-        generator = OneStepGenerator(self.pipeline(dtype), autocast=half)
+        generator = SdxlGenerator(self.pipeline(dtype), autocast=half)
         steps = self.config.sft_steps
         options = SftOptions(
             epochs=1,
@@ -142,7 +143,7 @@ class Bench:
             **flags,
         )
         pairs, _ = read_manifest(self._manifest(generator))
-        targets, folder = Targets(generator, self.side), self._fresh("sft")
+        targets, folder = TargetImages(generator, self.side), self._fresh("sft")
         with Clock(self.config.device) as clock:
             summary = SftRun(generator, targets, folder, options).run(pairs[:steps])
         once = clock.seconds - summary["seconds"]
@@ -150,7 +151,7 @@ class Bench:
             "loss": summary["matched_loss_after"]
         }
 
-    def _manifest(self, generator: OneStepGenerator) -> Path:
+    def _manifest(self, generator: Generator) -> Path:
         """Every image with a random noise: what a step costs does not depend on the match."""
         path, noises = self.folder / "pairs" / "manifest.jsonl", "noises.safetensors"
         if not path.exists():
@@ -169,10 +170,10 @@ class Bench:
             write_jsonl(path, rows)
         return path
 
-    def _generator(self, option: str) -> OneStepGenerator:
+    def _generator(self, option: str) -> Generator:
         if option not in self.generators:
             half = option == "bf16" or self.config.device.startswith("cuda")
-            generator = OneStepGenerator(self.pipeline(torch.bfloat16 if half else torch.float32))
+            generator = SdxlGenerator(self.pipeline(torch.bfloat16 if half else torch.float32))
             if option == "compiled":
                 generator.compile()
             self.generators[option] = generator

@@ -17,7 +17,7 @@ from oneshot_fast.runtime.progress import progress
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.base import Generator
 
 Scores = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
 
@@ -38,7 +38,7 @@ class Classifier(Protocol):
         ...
 
 
-def classifier_for(generator: OneStepGenerator, prompts: Sequence[str]) -> Classifier | None:
+def classifier_for(generator: Generator, prompts: Sequence[str]) -> Classifier | None:
     """The judge that comes with the generator, or that of digits; None if it lacks a prompt."""
     classifier: Classifier = generator.classifier or load_classifier()
     known = all(classifier.label_of(prompt) is not None for prompt in prompts)
@@ -166,7 +166,7 @@ class RandomNoiseMeasure:
         self.classifier, self.real, self.scores = classifier, real, scores
 
     @torch.no_grad()
-    def measure(self, generator: OneStepGenerator, path: Path) -> dict[str, float]:
+    def measure(self, generator: Generator, path: Path) -> dict[str, float]:
         """Measure ``generator`` and keep the result in ``path``.json and ``path``.png.
 
         Args:
@@ -202,7 +202,7 @@ class RandomNoiseMeasure:
         return result
 
     def _generate(
-        self, generator: OneStepGenerator, grid: Path
+        self, generator: Generator, grid: Path
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Of all noises latents [N, C, h, w], images [N, 3, <=64, <=64] and mean scores.
 

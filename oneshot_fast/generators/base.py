@@ -1,33 +1,333 @@
-"""What a generator is told about its prompts."""
+"""What a generator is: prompts and Gaussian noise in, latents and images out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from oneshot_fast.errors import UserError
+
+Recomputed = Literal["none", "rewards", "full"]
 
 
 @dataclass(frozen=True)
-class PromptEncoding:
-    """What the UNet is told about a batch of prompts.
+class Conditioning:
+    """What the denoiser is told about B prompts; every tensor has a row per prompt.
 
     Attributes:
-        embeds: Hidden states of both text encoders, [B, 77, E].
-        pooled: Pooled embedding of the second text encoder, [B, P].
+        embeds: Hidden states of the text encoders, [B, T, E].
+        pooled: Pooled embeddings, [B, P]; None for a model without.
     """
 
     embeds: Tensor
-    pooled: Tensor
+    pooled: Tensor | None = None
 
-    def row(self, k: int) -> PromptEncoding:
-        """The encoding of prompt ``k``, as a batch of one."""
-        return PromptEncoding(self.embeds[k : k + 1], self.pooled[k : k + 1])
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, [B, ...]; ``dataclasses.replace`` puts others in their place."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def select(self, rows: slice | Sequence[int] | Tensor) -> Conditioning:
+        """That of the prompts at ``rows``, in their order."""
+        return replace(self, **{name: value[rows] for name, value in self.tensors().items()})
+
+    def row(self, k: int) -> Conditioning:
+        """That of prompt ``k``, as a batch of one."""
+        return self.select(slice(k, k + 1))
+
+    def to(self, device: str | torch.device) -> Conditioning:
+        """The same on ``device``."""
+        return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
 
     @staticmethod
-    def cat(parts: Sequence[PromptEncoding]) -> PromptEncoding:
-        """One batch of the prompts of all ``parts``."""
-        return PromptEncoding(
-            torch.cat([part.embeds for part in parts]), torch.cat([part.pooled for part in parts])
-        )
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """One batch of the prompts of all ``parts``, of which there is at least one."""
+        rows = [part.tensors() for part in parts]
+        return replace(parts[0], **{name: torch.cat([r[name] for r in rows]) for name in rows[0]})
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One evaluation of the denoiser and the clean latents that it stands for.
+
+    ``ops.latent_mse(output, x, target, sigma)`` compares them without forming them.
+
+    Attributes:
+        output: Of the denoiser, [B, C, h, w] float32.
+        x: What the step starts from, the same shape.
+        sigma: Factor of the output.
+    """
+
+    output: Tensor
+    x: Tensor
+    sigma: float
+
+    @property
+    def latents(self) -> Tensor:
+        """Estimate of the clean latents, x - sigma * output, [B, C, h, w] float32."""
+        return self.x - self.sigma * self.output
+
+    def select(self, rows: slice) -> Prediction:
+        """That of ``rows``."""
+        return Prediction(self.output[rows], self.x[rows], self.sigma)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a generator is loaded, as ``load_generator`` explains."""
+
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype | None = None
+    master_weights: bool = False
+    variant: str | None = None
+    revision: str | None = None
+    model_config: str | None = None
+    local_files_only: bool = False
+
+
+def unit_rgb(raw: Tensor) -> Tensor:
+    """Images in [0, 1] RGB of decoded ones in about [-1, 1], both [B, 3, H, W]."""
+    return (raw / 2 + 0.5).clamp(0, 1)
+
+
+class Classifier(Protocol):
+    """Judge of images in [0, 1] RGB."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features [B, F], in which distances are measured, of images [B, 3, H, W]."""
+        ...
+
+    def label_of(self, prompt: str) -> int | None:
+        """The class that ``prompt`` names, None if none."""
+        ...
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits of the classes, [B, K]."""
+        ...
+
+
+class Generator(ABC):
+    """Prompts and Gaussian noise in, latents and images out.
+
+    Weights are frozen; training unfreezes ``denoiser``. Noise, latents and images are float32.
+    """
+
+    runs_in_half: bool = True  # bfloat16 on a GPU, unless another type is asked for
+    classifier: Classifier | None = None  # a judge of samples that comes with the model
+    autocast: torch.dtype | None = None  # of the arithmetic, over float32 weights
+
+    @classmethod
+    def reads(cls, model_id: str) -> bool:
+        """Whether this family loads ``model_id``: a file, folder or name."""
+        return False
+
+    @classmethod
+    @abstractmethod
+    def load(cls, model_id: str, options: LoadOptions) -> Generator:
+        """Load a model.
+
+        Raises:
+            ModelError: If it cannot be loaded or is not of this family.
+        """
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether each batch size costs a compilation."""
+        return False
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> Any:
+        """What is trained: an nn.Module with diffusers' ``dtype`` and gradient checkpointing."""
+
+    @property
+    @abstractmethod
+    def networks(self) -> dict[str, nn.Module]:
+        """All networks by name; the first is the denoiser."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> int:
+        """Native image side in pixels."""
+
+    @property
+    @abstractmethod
+    def latent_factor(self) -> int:
+        """Pixels per latent pixel and side."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser lives."""
+        device: torch.device = next(self.denoiser.parameters()).device
+        return device
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape [C, h, w] of the latent of a ``height`` x ``width`` pixel image.
+
+        Raises:
+            UserError: For a size that the model does not make.
+        """
+
+    def noise_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape [C, h, w] of the noise that such an image is made of."""
+        return self.latent_shape(height, width)
+
+    def side_of(self, noise_shape: Sequence[int]) -> int:
+        """Side in pixels of the image that a noise of this shape makes."""
+        return noise_shape[-1] * self.latent_factor
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of B = len(prompts) prompts, on the generator's device.
+
+        A row never depends on its neighbours.
+        """
+
+    @abstractmethod
+    def blank_prompts(self, count: int) -> Conditioning:
+        """Zeros of the shape of ``count`` prompts' conditioning, on torch's default device."""
+
+    def keep_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode ``prompts`` now and keep them: what encodes them is about to be moved away."""
+        self.encode_prompts(prompts)
+
+    def is_truncated(self, prompt: str) -> bool:
+        """Whether ``prompt`` is longer than what the model reads of it."""
+        return False
+
+    @abstractmethod
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Latent [C, h, w] float32, on the generator's device, of an image [3, H, W] in [0, 1]."""
+
+    def cached_latent(
+        self, read: Callable[[], Tensor], key: Callable[[], Sequence[object]]
+    ) -> Tensor:
+        """Latent [C, h, w] float32, on the CPU, of the image that ``read`` gives.
+
+        Args:
+            read: Gives an image [3, H, W] in [0, 1]; not called for what a cache has.
+            key: Gives what names the image, for a cache.
+        """
+        return self.encode_image(read()).cpu()
+
+    @abstractmethod
+    def predict(self, eps: Tensor, conditioning: Conditioning) -> Prediction:
+        """One evaluation of the denoiser.
+
+        Args:
+            eps: Noise, [B, C, h, w] float32, N(0, 1).
+            conditioning: Of B prompts.
+
+        Returns:
+            Output and latents, differentiable with respect to ``eps`` and the denoiser.
+        """
+
+    def latents(self, eps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Latents [B, C, h, w] float32 that the sampler makes of noises ``eps``."""
+        return self.predict(eps, conditioning).latents
+
+    @abstractmethod
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """Images before clamping, differentiable; ``ops.pixel_l1`` clamps and compares in one.
+
+        Args:
+            latents: [B, C, h, w] float32.
+
+        Returns:
+            [B, 3, H, W] float32, RGB in about [-1, 1].
+        """
+
+    def images(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] float32 in [0, 1] RGB of latents [B, C, h, w], differentiable."""
+        return unit_rgb(self.decode_raw(latents))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The same without gradient, one by one: less memory, and no image depends on another."""
+        return torch.cat([self.images(row) for row in latents.split(1)])
+
+    def recompute(self, level: Recomputed) -> None:
+        """Recompute activations in the backward pass instead of keeping them.
+
+        Args:
+            level: "rewards": the decoder's, through which rewards are differentiated; "full": the
+                denoiser's, too; "none" changes nothing.
+        """
+        if level == "full":
+            self.denoiser.enable_gradient_checkpointing()
+
+    def encoders(self, keep_decoder: bool) -> dict[str, list[nn.Module]]:
+        """What only encodes, by the name of its network; with the decoder unless it is kept."""
+        return {}
+
+    def compile(self, mode: str = "default") -> None:
+        """Compile the denoiser.
+
+        Args:
+            mode: "default", "max-autotune", or "reduce-overhead" for CUDA graphs.
+
+        Raises:
+            UserError: If this model is not compiled.
+        """
+        raise UserError("this model is not compiled; leave --compile out")
+
+    def use_channels_last(self) -> None:
+        """Keep weights, and with them activations, in channels_last order."""
+        networks: list[Any] = [*self.networks.values()]  # torch's annotations lack memory_format
+        for network in networks:
+            network.to(memory_format=torch.channels_last)
+
+    def tune_decoder(
+        self,
+        tiny: str | None = None,
+        dtype: torch.dtype | None = None,
+        checkpointing: bool = False,
+        tile: int = 0,
+    ) -> None:
+        """Decode otherwise from now on.
+
+        Args:
+            tiny: Folder or hub id of a tiny autoencoder that takes the decoder's place.
+            dtype: Type it computes in; None leaves it.
+            checkpointing: Recompute its activations in the backward pass.
+            tile: Side of overlapping tiles in latent pixels; 0: as a whole.
+
+        Raises:
+            UserError: If the model has no decoder, or it cannot be done.
+        """
+        raise UserError("this model has no decoder; leave the decoder's options out")
+
+    def use_cache(self, folder: Path) -> None:
+        """Keep encoded prompts and images in ``folder`` for other runs, too.
+
+        Raises:
+            UserError: If the model encodes nothing.
+        """
+        raise UserError("this model encodes nothing; leave --cache_dir out")
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the whole model to ``folder``, atomically."""
+
+    @abstractmethod
+    def load_denoiser(self, folder: Path) -> None:
+        """Take over the denoiser's weights from a folder of ``save``."""
+
+    def save_adapter(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Write an adapter of the denoiser, by its weights' names there, atomically.
+
+        Raises:
+            UserError: If the model takes no adapter.
+        """
+        raise UserError("this model takes no adapter; leave --lora_rank out")
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """16 hex digits that change when what the model makes changes."""

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
-from oneshot_fast.errors import ModelError, require
+from oneshot_fast.errors import ModelError, one_line, require
 from oneshot_fast.generators.precision import gradient_scale, scale_gradient
 
 
@@ -106,6 +106,26 @@ class Decoder:
         return decoded
 
 
+def load_tiny_decoder(
+    decoder_id: str, device: torch.device, dtype: torch.dtype, latent_channels: int
+) -> Decoder:
+    """Load a tiny autoencoder (diffusers' AutoencoderTiny, such as madebyollin/taesdxl).
+
+    Raises:
+        ModelError: If it cannot be loaded or is for other latents.
+    """
+    try:
+        vae = AutoencoderTiny.from_pretrained(decoder_id, torch_dtype=dtype)
+    except Exception as error:  # diffusers raises many types for a broken or absent model
+        raise ModelError(f"cannot use decoder {decoder_id}: {one_line(error)}") from None
+    if vae.config.latent_channels != latent_channels:
+        raise ModelError(
+            f"cannot use decoder {decoder_id}: it is for {vae.config.latent_channels} latent "
+            f"channels, the model has {latent_channels}"
+        )
+    return Decoder(vae.to(device).requires_grad_(False).eval())
+
+
 def computing(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
     """Autocast to ``dtype``, or none."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
@@ -114,7 +134,7 @@ def computing(device: torch.device, dtype: torch.dtype | None) -> AbstractContex
 def latent_affine(
     vae: AutoencoderKL | AutoencoderTiny, like: Tensor
 ) -> tuple[Tensor | float, Tensor | float]:
-    """Shift and scale from the UNet's latents to the VAE's own."""
+    """Shift and scale from the denoiser's latents to the VAE's own."""
     config = vae.config
     mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
     if mean is None or std is None:
@@ -126,7 +146,7 @@ def latent_affine(
 
 
 def update_digest(digest: hashlib._Hash, part: str, module: nn.Module) -> None:
-    """Hash name, shape and up to 1024 evenly spaced values of every tensor in float32."""
+    """Hash name, shape and up to 2047 evenly spaced values of every tensor in float32."""
     for name, value in sorted(module.state_dict().items()):
         flat = value.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 1024)].float().cpu()

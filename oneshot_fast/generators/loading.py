@@ -1,23 +1,33 @@
-"""Load a one-step generator from a folder, the hub or a single file."""
+"""Which family of generators reads a model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import TypeVar
 
 import torch
-from diffusers import (
-    AutoencoderTiny,
-    EulerAncestralDiscreteScheduler,
-    StableDiffusionXLPipeline,
-)
 
-from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.errors import ModelError, one_line
-from oneshot_fast.generators.decoder import Decoder
-from oneshot_fast.generators.sdxl import OneStepGenerator
-from oneshot_fast.generators.toy import ToyGenerator, is_toy
+from oneshot_fast.generators.base import Generator, LoadOptions
+from oneshot_fast.generators.sdxl import SdxlGenerator
+from oneshot_fast.generators.toy import ToyGenerator
 from oneshot_fast.runtime.processes import processes
+
+Family = TypeVar("Family", bound=type[Generator])
+
+# the first one that says so reads a model; the last one says why it cannot
+_FAMILIES: list[type[Generator]] = [ToyGenerator, SdxlGenerator]
+
+
+def register_family(family: Family) -> Family:
+    """Let ``family`` load the models that it ``reads``, before all others; a class decorator."""
+    _FAMILIES.insert(0, family)
+    return family
+
+
+def family_of(model_id: str | Path) -> type[Generator]:
+    """The class that loads ``model_id``."""
+    return next((f for f in _FAMILIES if f.reads(str(model_id))), _FAMILIES[-1])
 
 
 def load_generator(
@@ -30,7 +40,7 @@ def load_generator(
     revision: str | None = None,
     model_config: str | None = None,
     local_files_only: bool = False,
-) -> OneStepGenerator:
+) -> Generator:
     """Load a one-step generator.
 
     Args:
@@ -45,49 +55,19 @@ def load_generator(
         local_files_only: Never ask the hub.
 
     Raises:
-        ModelError: If it cannot be loaded or is not a one-step model of SDXL's shape.
+        ModelError: If it cannot be loaded or is not a one-step model of a family that is known.
     """
-    device = _usable_device(device or _default_device())
-    if is_toy(Path(model_id)):
-        if dtype not in (None, torch.float32) or model_config is not None:
-            raise ModelError(f"model {model_id} takes no --dtype and no --model_config")
-        # it has the same interface
-        return cast(OneStepGenerator, ToyGenerator.load(Path(model_id), device))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    weights = torch.float32 if master_weights else dtype
-    options = {"dtype": weights, "local_files_only": local_files_only}
-    source = str(model_path()) if model_id == "tiny" else str(model_id)
-    try:
-        if source.endswith(".safetensors"):
-            pipe = _load_single_file(Path(source), model_config, options)
-        else:
-            pipe = _load_folder(source, variant, options | {"revision": revision})
-        generator = OneStepGenerator(pipe, autocast=None if weights == dtype else dtype)
-        _check_complete(pipe)
-        pipe.to(device)
-        return generator
-    except ModelError as error:
-        raise ModelError(f"cannot use model {model_id}: {error}") from None
+    options = LoadOptions(
+        _usable_device(device or _default_device()),
+        dtype, master_weights, variant, revision, model_config, local_files_only,
+    )  # fmt: skip
+    return family_of(model_id).load(str(model_id), options)
 
 
-def load_tiny_decoder(
-    decoder_id: str, device: torch.device, dtype: torch.dtype, latent_channels: int
-) -> Decoder:
-    """Load a tiny autoencoder (diffusers' AutoencoderTiny, such as madebyollin/taesdxl).
+class OneStepGenerator:
+    """Any one-step generator: loads a ``Generator`` of the family that a model belongs to."""
 
-    Raises:
-        ModelError: If it cannot be loaded or is for other latents.
-    """
-    try:
-        vae = AutoencoderTiny.from_pretrained(decoder_id, torch_dtype=dtype)
-    except Exception as error:  # diffusers raises many types for a broken or absent model
-        raise ModelError(f"cannot use decoder {decoder_id}: {one_line(error)}") from None
-    if vae.config.latent_channels != latent_channels:
-        raise ModelError(
-            f"cannot use decoder {decoder_id}: it is for {vae.config.latent_channels} latent "
-            f"channels, the model has {latent_channels}"
-        )
-    return Decoder(vae.to(device).requires_grad_(False).eval())
+    from_pretrained = staticmethod(load_generator)
 
 
 def _default_device() -> str | torch.device:
@@ -102,50 +82,3 @@ def _usable_device(name: str | torch.device) -> torch.device:
         return torch.empty(0, device=name).device
     except (AssertionError, RuntimeError) as error:  # torch raises either
         raise ModelError(f"cannot use device {name}: {one_line(error)}") from None
-
-
-def _check_complete(pipe: StableDiffusionXLPipeline) -> None:
-    """Raise ModelError if the files had no values for some weights; those are left on "meta"."""
-    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        for name, parameter in getattr(pipe, part).named_parameters():
-            if parameter.is_meta:
-                raise ModelError(f"its weights are incomplete: {part} has no {name}")
-
-
-def _load_folder(
-    source: str, variant: str | None, options: dict[str, Any]
-) -> StableDiffusionXLPipeline:
-    folder = Path(source)
-    is_local = folder.is_absolute() or source.startswith(".") or folder.exists()
-    if is_local and not (folder / "model_index.json").is_file():
-        raise ModelError("no model_index.json there; give a diffusers folder, a hub id or a file")
-    errors: list[Exception] = []
-    for choice in dict.fromkeys((variant, None)):  # a checkpoint of ours has no variant files
-        try:
-            return StableDiffusionXLPipeline.from_pretrained(source, variant=choice, **options)
-        except Exception as error:  # diffusers raises many types for a broken or absent model
-            errors.append(error)
-    if is_local:
-        raise ModelError(one_line(errors[0]))
-    raise ModelError(
-        "it is no local folder, and the hub did not give it; download it first, or check the "
-        f"name and the network ({one_line(errors[0]):.150})"
-    )
-
-
-def _load_single_file(
-    path: Path, model_config: str | None, options: dict[str, Any]
-) -> StableDiffusionXLPipeline:
-    if not path.is_file():
-        raise ModelError("no such file")
-    try:
-        pipe = StableDiffusionXLPipeline.from_single_file(str(path), config=model_config, **options)
-    except Exception as error:  # diffusers raises many types here, bare Exception among them
-        hint = "" if model_config else " (offline? name a folder of configs with --model_config)"
-        raise ModelError(one_line(error) + hint) from error
-    # A single file carries no scheduler: diffusers then takes SDXL base's, which has leading
-    # spacing. SDXL-Turbo's own scheduler is this one.
-    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(
-        pipe.scheduler.config, timestep_spacing="trailing"
-    )
-    return pipe

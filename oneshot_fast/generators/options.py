@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from oneshot_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.base import Generator
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,20 @@ class ModelOptions:
     device: str | None = None
     """cuda, cuda:1, cpu, ...; by default cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type the UNet computes in; auto is float32 on the CPU, bfloat16 on a GPU. Noise, rotation
+    """Type the denoiser computes in; auto is float32 on the CPU, bfloat16 on a GPU. Noise, rotation
     and losses are float32."""
     channels_last: bool = False
     """Keep weights in channels_last order, which suits convolutions in half precision on a GPU."""
     compile: bool = False
-    """Compile the UNet (torch.compile), once per batch size; the first start takes minutes, later
-    ones read torch's cache on disk."""
+    """Compile the denoiser (torch.compile), once per batch size; the first start takes minutes,
+    later ones read torch's cache on disk."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
     """For --compile; reduce-overhead replays CUDA graphs, which helps small batches."""
     decoder_id: str | None = None
     """Tiny decoder (AutoencoderTiny: folder or hub id) that takes the VAE's place wherever latents
     are decoded: the pixel loss, and images shown."""
     decoder_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type the decoder computes in; auto is the UNet's, but float32 for a VAE that overflows."""
+    """Type the decoder computes in; auto: the denoiser's, but float32 for a VAE that overflows."""
     decoder_checkpointing: bool = False
     """Pixel loss: recompute the decoder's activations in the backward pass, for less memory."""
     decoder_tiling: int = 0
@@ -47,7 +47,7 @@ class ModelOptions:
     """Folder that keeps encoded prompts and target images (safetensors, named by content) for other
     runs and commands too; by default each run encodes them anew."""
 
-    def load(self, model_id: str, master_weights: bool = False) -> OneStepGenerator:
+    def load(self, model_id: str, master_weights: bool = False) -> Generator:
         """Load a generator.
 
         Args:
@@ -76,33 +76,16 @@ class ModelOptions:
         self._tune(generator)
         return generator
 
-    def _tune(self, generator: OneStepGenerator) -> None:
+    def _tune(self, generator: Generator) -> None:
         """Set decoder, memory order and compilation."""
         import torch
 
-        from oneshot_fast.generators.cache import EncodingCache
-        from oneshot_fast.generators.loading import load_tiny_decoder
-
-        auto = self.decoder_dtype == "auto"
-        touched = self.decoder_id or not auto or self.decoder_checkpointing or self.decoder_tiling
-        if touched and generator.decoder is None:
-            raise UserError("this model has no decoder; leave the decoder's options out")
-        if self.decoder_id is not None:
-            dtype = generator.decoder.dtype if auto else getattr(torch, self.decoder_dtype)
-            channels = generator.latent_shape(8, 8)[0]
-            generator.decoder = load_tiny_decoder(
-                self.decoder_id, generator.device, dtype, channels
-            )
-        elif not auto:
-            generator.decoder.set_dtype(getattr(torch, self.decoder_dtype))
-        if self.decoder_checkpointing:
-            generator.decoder.checkpoint()
-        if self.decoder_tiling:
-            generator.decoder.tile(self.decoder_tiling)
+        dtype = None if self.decoder_dtype == "auto" else getattr(torch, self.decoder_dtype)
+        tuned = self.decoder_id, dtype, self.decoder_checkpointing, self.decoder_tiling
+        if any(tuned):
+            generator.tune_decoder(*tuned)
         if self.cache_dir is not None:
-            if generator.decoder is None:
-                raise UserError("this model encodes nothing; leave --cache_dir out")
-            generator.encodings = EncodingCache(self.cache_dir, generator)
+            generator.use_cache(self.cache_dir)
         if self.channels_last:
             generator.use_channels_last()
         if self.compile:

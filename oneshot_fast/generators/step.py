@@ -12,14 +12,14 @@ from oneshot_fast.errors import ModelError
 
 
 @dataclass(frozen=True)
-class OneStep:
-    """The scheduler's single step: x0 = ``skip`` * eps - ``sigma`` * unet(``scale`` * eps).
+class Step:
+    """The scheduler's single step: x0 = ``skip`` * eps - ``sigma`` * output(``scale`` * eps).
 
     Attributes:
-        timestep: Training timestep the UNet is evaluated at.
-        scale: Factor from N(0, 1) noise to the UNet's input.
+        timestep: Training timestep the denoiser is evaluated at.
+        scale: Factor from N(0, 1) noise to the denoiser's input.
         skip: Factor from N(0, 1) noise to the step's first term.
-        sigma: Factor of the UNet's output.
+        sigma: Factor of the denoiser's output.
     """
 
     timestep: Tensor
@@ -28,7 +28,7 @@ class OneStep:
     sigma: float
 
     @classmethod
-    def from_scheduler(cls, scheduler: object) -> OneStep:
+    def from_scheduler(cls, scheduler: object) -> Step:
         """Read the step that ``pipe(num_inference_steps=1)`` takes.
 
         Source: Karras et al. 2022 (arXiv 2206.00364), with the last sigma 0, where the ancestral

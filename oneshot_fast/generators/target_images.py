@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oneshot_fast.data.pairs import ImageRef, load_image
+from oneshot_fast.data.pairs import ImageRef, file_sha256, load_image
 from oneshot_fast.errors import require
-from oneshot_fast.generators.sdxl import OneStepGenerator
+from oneshot_fast.generators.base import Generator
 
 _KEPT_BYTES = 4 << 30  # 65,536 latents of 512 x 512 pixels: a data set may be a long stream
 
 
-class Targets:
+class TargetImages:
     """Images of one size and their latents, by path; the last 4 GB of latents are kept in memory.
 
     Images are encoded one by one, so a latent never depends on its neighbours' rounding.
     """
 
-    def __init__(self, generator: OneStepGenerator, resolution: int | None = None) -> None:
+    def __init__(self, generator: Generator, resolution: int | None = None) -> None:
         """Bind the generator's encoder.
 
         Args:
@@ -55,11 +55,10 @@ class Targets:
             del self._latents[next(iter(self._latents))]  # the oldest
 
     def _encode(self, path: ImageRef, resize_mode: str) -> Tensor:
-        def encode() -> Tensor:
-            return self._generator.encode_image(self.image(path, resize_mode)).cpu()
-
-        kept = self._generator.encodings
-        return kept.latent(path, resize_mode, self.resolution, encode) if kept else encode()
+        return self._generator.cached_latent(
+            lambda: self.image(path, resize_mode),
+            lambda: (file_sha256(path), resize_mode, self.resolution),
+        )
 
     def image(self, path: ImageRef, resize_mode: str) -> Tensor:
         """Image [3, H, W] float32 in [0, 1] at the working resolution, on the CPU.

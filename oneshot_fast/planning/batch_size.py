@@ -16,15 +16,13 @@ from oneshot_fast.jobs.assign.targets import random_problem
 from oneshot_fast.search.gradient import Search
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.base import Generator
 
 ON_CPU = 16  # fixed: a CPU has no device memory to fill, and results stay bitwise the same
 _LIMIT = 256
 
 
-def automatic_batch_size(
-    generator: OneStepGenerator, options: AssignOptions, resolution: int
-) -> int:
+def automatic_batch_size(generator: Generator, options: AssignOptions, resolution: int) -> int:
     """Largest power of two up to 256 that fits on the GPU; 16 on the CPU.
 
     Args:
@@ -64,7 +62,7 @@ def _free_memory() -> int:
     return torch.cuda.mem_get_info()[0]
 
 
-def _try(generator: OneStepGenerator, options: AssignOptions, resolution: int, size: int) -> int:
+def _try(generator: Generator, options: AssignOptions, resolution: int, size: int) -> int:
     """Evaluate and differentiate once with ``size`` targets; bytes needed beside the weights."""
     device = generator.device
     torch.cuda.reset_peak_memory_stats(device)

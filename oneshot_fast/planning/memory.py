@@ -29,10 +29,9 @@ from oneshot_fast.jobs.assign.targets import random_problem
 from oneshot_fast.jobs.optimize.objective import reward_losses
 from oneshot_fast.training.batch import Batch, SftOptions, sft_losses
 from oneshot_fast.training.memory import checkpoint_activations
-from oneshot_fast.training.offloading import encoders
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.base import Generator
     from oneshot_fast.rewards import WeightedRewards
 
     ByReward = tuple[WeightedRewards, str]  # and an example of a prompt
@@ -109,7 +108,7 @@ class StepMemory:
 
 
 def training_memory(
-    generator: OneStepGenerator,
+    generator: Generator,
     options: SftOptions,
     resolution: int,
     offloads: bool = False,
@@ -127,7 +126,7 @@ def training_memory(
         by_reward: What a training on rewards raises.
     """
     with fake_copy(generator) as fake:
-        trained = _prepare(fake.unet, options)
+        trained = _prepare(fake.denoiser, options)
         batch = training_batch(fake, options, resolution, by_reward)
         losses, networks = sft_losses, fake.networks
         if by_reward is not None:
@@ -149,7 +148,7 @@ def training_memory(
                 del match, keep
         weights = weights_by_part(networks)
         if offloads:
-            for name, gone in encoders(fake, options.decodes or by_reward is not None).items():
+            for name, gone in fake.encoders(options.decodes or by_reward is not None).items():
                 weights[name] -= sum(_bytes(module.parameters()) for module in gone)
         moments = sum(_moment_bytes(parameter, options) for parameter in trained)
         foreach = generator.device.type == "cuda" and options.optimizer == "adamw"
@@ -168,7 +167,7 @@ def training_memory(
 
 
 def assignment_memory(
-    generator: OneStepGenerator, options: AssignOptions, resolution: int, batch_size: int
+    generator: Generator, options: AssignOptions, resolution: int, batch_size: int
 ) -> StepMemory:
     """The same for a step of an assignment, in which no weight is trained."""
     with fake_copy(generator) as fake:
@@ -184,21 +183,21 @@ def assignment_memory(
 
 
 @contextmanager
-def fake_copy(generator: OneStepGenerator) -> Iterator[OneStepGenerator]:
+def fake_copy(generator: Generator) -> Iterator[Generator]:
     """Yield a copy of ``generator`` whose tensors have shapes but no values."""
-    found = detect_fake_mode(list(generator.unet.parameters()))
+    found = detect_fake_mode(list(generator.denoiser.parameters()))
     mode = found or FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(mode):
-        networks, decoder = copy.deepcopy((generator.networks, generator.decoder))
+        fake = copy.deepcopy(generator)
     with mode, torch.device(generator.device):
-        yield generator.with_networks(networks, decoder)
+        yield fake
 
 
-def fake_rewards(rewards: WeightedRewards, prompt: str, fake: OneStepGenerator) -> WeightedRewards:
+def fake_rewards(rewards: WeightedRewards, prompt: str, fake: Generator) -> WeightedRewards:
     """A copy of ``rewards`` without values, which knows ``prompt``, for one of ``fake_copy``."""
     for reward in rewards.by_name.values():
         rewards.features(reward, [prompt])  # kept, so not run on fake tensors
-    mode = detect_fake_mode(list(fake.unet.parameters()))
+    mode = detect_fake_mode(list(fake.denoiser.parameters()))
     assert mode is not None
     with FakeCopyMode(mode):
         return copy.deepcopy(rewards)
@@ -239,7 +238,7 @@ def _prepare(unet: nn.Module, options: SftOptions) -> list[nn.Parameter]:
 
 
 def training_batch(
-    generator: OneStepGenerator,
+    generator: Generator,
     options: SftOptions,
     resolution: int,
     by_reward: ByReward | None = None,

@@ -24,7 +24,7 @@ from oneshot_fast.training.memory import checkpoint_activations
 from oneshot_fast.training.offloading import offloads_by_default
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.base import Generator
     from oneshot_fast.planning.memory import ByReward
 
 _TIMED = 3
@@ -49,7 +49,7 @@ class Plan:
 
 
 def assign_plan(
-    generator: OneStepGenerator,
+    generator: Generator,
     options: AssignOptions,
     *,
     resolution: int,
@@ -66,9 +66,9 @@ def assign_plan(
         generator: The generator.
         options: How a noise is searched.
         resolution: Image side in pixels.
-        batch_size: Targets solved at once.
+        batch_size: TargetImages solved at once.
         samples: Targets; None if not known.
-        num_images: Targets whose pictures are saved; -1 for all.
+        num_images: TargetImages whose pictures are saved; -1 for all.
     """
     count = batch_size if samples is None else min(batch_size, samples)
     problem = random_problem(generator, options, resolution, count)
@@ -90,7 +90,7 @@ def assign_plan(
 
 
 def sft_plan(
-    generator: OneStepGenerator,
+    generator: Generator,
     options: SftOptions,
     *,
     resolution: int,
@@ -156,13 +156,13 @@ def _memory_lines(memory: StepMemory) -> list[str]:
 
 
 def _training_seconds(
-    generator: OneStepGenerator,
+    generator: Generator,
     options: SftOptions,
     resolution: int,
     by_reward: ByReward | None = None,
 ) -> float:
     """Shortest of a few forward and backward passes of a whole batch."""
-    unet, rank = generator.unet, options.lora_rank
+    unet, rank = generator.denoiser, options.lora_rank
     losses = functools.partial(reward_losses, by_reward[0]) if by_reward else sft_losses
     with torch.device(generator.device):
         batch = training_batch(generator, options, resolution, by_reward)
@@ -239,7 +239,7 @@ def shortest(run: Callable[[], object]) -> float:
     return min(found)
 
 
-def _activations(generator: OneStepGenerator, search: Search) -> int:
+def _activations(generator: Generator, search: Search) -> int:
     """Bytes that one step keeps for its backward pass, weights not counted."""
     networks = generator.networks.values()
     weights = {p.untyped_storage().data_ptr() for network in networks for p in network.parameters()}

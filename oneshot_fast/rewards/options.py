@@ -12,7 +12,8 @@ from tyro.conf import UseAppendAction
 from oneshot_fast.errors import require
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator
+    import torch
+
     from oneshot_fast.rewards import WeightedRewards
 
 
@@ -31,13 +32,11 @@ class RewardOptions:
     """Recompute in the backward pass instead of keeping activations: of rewards and decoder, or
     (full) of the UNet, too; auto: rewards on a GPU, none on the CPU."""
 
-    def load(
-        self, generator: OneStepGenerator, specs: Sequence[str] | None = None
-    ) -> WeightedRewards:
-        """Load the rewards beside ``generator``, whose checkpointing is set as well.
+    def load(self, device: torch.device, specs: Sequence[str] | None = None) -> WeightedRewards:
+        """Load the rewards.
 
         Args:
-            generator: Gives the device.
+            device: Where they run.
             specs: Other rewards than ``reward``, such as judges.
         """
         import torch
@@ -46,25 +45,20 @@ class RewardOptions:
 
         name = self.reward_dtype
         if name == "auto":
-            name = "bfloat16" if generator.device.type == "cuda" else "float32"
+            name = "bfloat16" if device.type == "cuda" else "float32"
         return load_rewards(
             self.reward if specs is None else specs,
             models_dir=self.models_dir,
-            device=generator.device,
+            device=device,
             dtype=getattr(torch, name),
-            checkpointing=self.set_checkpointing(generator),
+            checkpointing=self.recomputed(device) != "none",
         )
 
-    def set_checkpointing(self, generator: OneStepGenerator) -> bool:
-        """Set that of decoder and UNet; returns whether rewards recompute theirs as well."""
-        level = self.checkpointing
-        if level == "auto":
-            level = "rewards" if generator.device.type == "cuda" else "none"
-        if level != "none" and generator.decoder is not None:
-            generator.decoder.checkpoint()
-        if level == "full":
-            generator.unet.enable_gradient_checkpointing()
-        return level != "none"
+    def recomputed(self, device: torch.device) -> Literal["none", "rewards", "full"]:
+        """``checkpointing`` on ``device``: what ``Generator.recompute`` takes."""
+        if self.checkpointing == "auto":
+            return "rewards" if device.type == "cuda" else "none"
+        return self.checkpointing
 
     @property
     def names(self) -> list[str]:

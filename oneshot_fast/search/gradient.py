@@ -18,7 +18,7 @@ from oneshot_fast.search.movers.mover import Mover, mover_of
 from oneshot_fast.search.options import SearchOptions
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import PromptEncoding
+    from oneshot_fast.generators.base import Conditioning
 
 # lr auto: the step size of a target grows while its loss falls and shrinks when it has risen
 _GROWTH, _SHRINKAGE = 1.05, 0.8
@@ -38,7 +38,7 @@ class Problem:
     """
 
     eps: Tensor
-    prompts: PromptEncoding
+    prompts: Conditioning
     latents: Tensor
     images: Tensor | None = None
     features: Tensor | None = None
@@ -46,8 +46,7 @@ class Problem:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
-        found = {"eps": self.eps, "latents": self.latents}
-        found |= {"embeds": self.prompts.embeds, "pooled": self.prompts.pooled}
+        found = {"eps": self.eps, "latents": self.latents, **self.prompts.tensors()}
         more = {"images": self.images, "features": self.features}
         return found | {name: value for name, value in more.items() if value is not None}
 
@@ -140,7 +139,7 @@ class Search:
     def problem(self) -> Problem:
         """The targets of all slots."""
         s = self._state
-        prompts = dataclasses.replace(self._prompts, embeds=s["embeds"], pooled=s["pooled"])
+        prompts = dataclasses.replace(self._prompts, **{k: s[k] for k in self._prompts.tensors()})
         return Problem(s["eps"], prompts, s["latents"], s.get("images"), s.get("features"))
 
     def place(self, slots: Sequence[int], problem: Problem) -> None:

@@ -19,7 +19,7 @@ from oneshot_fast.jobs.assign.targets import Target, problem_of
 from oneshot_fast.search.gradient import Assignment, Search
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.base import Generator
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Solver:
 
     def __init__(
         self,
-        generator: OneStepGenerator,
+        generator: Generator,
         options: AssignOptions,
         batch_size: int,
         on_evaluations: Callable[[int], object] = lambda count: None,
@@ -61,7 +61,7 @@ class Solver:
         Args:
             generator: Its weights stay fixed.
             options: How a noise is searched.
-            batch_size: Targets on the device at once; halved where memory runs out.
+            batch_size: TargetImages on the device at once; halved where memory runs out.
             on_evaluations: Called with how many evaluations, over all targets, were done.
         """
         self.generator, self.options, self.batch_size = generator, options, batch_size

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +22,7 @@ from oneshot_fast.runtime.processes import is_main, map_over_processes
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator, PromptEncoding
+    from oneshot_fast.generators.base import Conditioning, Generator, Prediction
 
 _ROWS = 16  # of the preserve pool, computed at once
 
@@ -162,7 +162,7 @@ class PreservePool:
     @classmethod
     @torch.no_grad()
     def build(
-        cls, generator: OneStepGenerator, prompts: Sequence[str], shape: Sequence[int],
+        cls, generator: Generator, prompts: Sequence[str], shape: Sequence[int],
         size: int, seed: int, path: Path,
     ) -> PreservePool:  # fmt: skip
         """Read the pool from ``path``, or compute it with the generator as it is now.
@@ -218,7 +218,7 @@ class Batch:
     """
 
     noise: Tensor
-    prompts: PromptEncoding
+    prompts: Conditioning
     latents: Tensor
     images: Tensor | None
     matched: int
@@ -234,11 +234,7 @@ class Batch:
         ):
             chosen = torch.cat((pairs, others))
             if len(chosen):
-                prompts = replace(
-                    self.prompts,
-                    embeds=self.prompts.embeds[chosen],
-                    pooled=self.prompts.pooled[chosen],
-                )
+                prompts = self.prompts.select(chosen)
                 images = None if self.images is None else self.images[pairs]
                 its_texts, texts = texts[: len(pairs)], texts[len(pairs) :]
                 part = Batch(
@@ -247,47 +243,44 @@ class Batch:
                 yield part, len(pairs) / max(1, n), len(others) / max(1, m)
 
 
-def sft_losses(
-    generator: OneStepGenerator, batch: Batch, options: SftOptions
-) -> tuple[Tensor, Tensor]:
+def sft_losses(generator: Generator, batch: Batch, options: SftOptions) -> tuple[Tensor, Tensor]:
     """Matching and preserve loss of one step, from one UNet evaluation of all rows.
 
     Returns:
         Two scalars, weighted, differentiable with respect to the UNet; their sum is the loss.
     """
-    eps_hat, x = generator.predict(batch.noise, batch.prompts)
-    sigma, n = generator.step.sigma, batch.matched
-    latent = ops.latent_mse(eps_hat[:n], x[:n], batch.latents[:n], sigma)
+    made, n = generator.predict(batch.noise, batch.prompts), batch.matched
+    pairs = made.select(slice(n))
+    latent = ops.latent_mse(pairs.output, pairs.x, batch.latents[:n], pairs.sigma)
     match = options.latent_loss_weight * latent.sum() / max(1, n)
     if options.pixel_l1_weight and n:
         assert batch.images is not None
-        raw = generator.decode_raw((x - sigma * eps_hat)[:n])
+        raw = generator.decode_raw(pairs.latents)
         match = match + options.pixel_l1_weight * ops.pixel_l1(raw, batch.images).mean()
-    return match, preserve_loss(generator, batch, eps_hat, x, options)
+    return match, preserve_loss(generator, batch, made, options)
 
 
 def preserve_loss(
-    generator: OneStepGenerator, batch: Batch, eps_hat: Tensor, x: Tensor, options: SftOptions
+    generator: Generator, batch: Batch, made: Prediction, options: SftOptions
 ) -> Tensor:
     """Distance to the base generator on the rows of ``batch`` that preserve, weighted.
 
     Args:
         generator: The trained generator.
         batch: Whose latents are the base's in these rows.
-        eps_hat: Its prediction for all rows, [B, C, h, w].
-        x: Its scaled noise, the same shape.
+        made: What it predicts for all B rows.
         options: The weights.
 
     Returns:
         A scalar, 0 without such rows.
     """
-    sigma, n = generator.step.sigma, batch.matched
-    latent = ops.latent_mse(eps_hat[n:], x[n:], batch.latents[n:], sigma)
+    others, targets = made.select(slice(batch.matched, None)), batch.latents[batch.matched :]
+    latent = ops.latent_mse(others.output, others.x, targets, others.sigma)
     keep = options.preserve_latent_weight * latent.sum() / max(1, len(latent))
     if options.preserve_pixel_weight and len(latent):
-        raw = generator.decode_raw((x - sigma * eps_hat)[n:])
-        base = generator.decode(batch.latents[n:])
-        keep = keep + options.preserve_pixel_weight * ops.pixel_l1(raw, base).mean()
+        raw = generator.decode_raw(others.latents)
+        pixel = ops.pixel_l1(raw, generator.decode(targets)).mean()
+        keep = keep + options.preserve_pixel_weight * pixel
     return keep
 
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from oneshot_fast.generators.adapters import merge_adapter, save_adapter
+from oneshot_fast.generators.adapters import merge_adapter
 from oneshot_fast.runtime.files import TEMPORARY
 from oneshot_fast.runtime.processes import is_main
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.base import Generator
     from oneshot_fast.training.trainer import Trainer
 
 _STEP = re.compile(r"checkpoint-(\d+)")
@@ -31,7 +31,7 @@ class Checkpoints:
     after an epoch, a pipeline or an adapter.
     """
 
-    def __init__(self, generator: OneStepGenerator, folder: Path, keep: int = 0) -> None:
+    def __init__(self, generator: Generator, folder: Path, keep: int = 0) -> None:
         """Describe what is kept.
 
         Args:
@@ -52,7 +52,7 @@ class Checkpoints:
             return
         path = self._folder / f"checkpoint-{trainer.step}"
         if trainer.options.lora_rank:
-            save_adapter(self._generator, trainer.final(), path)
+            self._generator.save_adapter(trainer.final(), path)
         else:
             with ended(trainer):
                 self._generator.save(path)
@@ -69,12 +69,12 @@ class Checkpoints:
             trainer: The finished training.
             dtype: Type that the weights have afterwards.
         """
-        generator, unet, home = self._generator, self._generator.unet, self._generator.device
+        generator, unet, home = self._generator, self._generator.denoiser, self._generator.device
         final = {name: p.clone() for name, p in trainer.final().items()}
         if trainer.options.lora_rank:
             if is_main():
-                save_adapter(generator, trainer.best, self._folder / "lora-best")
-                save_adapter(generator, final, self._folder / "lora-final")
+                generator.save_adapter(trainer.best, self._folder / "lora-best")
+                generator.save_adapter(final, self._folder / "lora-final")
             trainer.load_weights(final)
             # in full precision, for which a GPU that holds the rounded weights may be too small
             merge_adapter(unet.to("cpu", torch.float32))

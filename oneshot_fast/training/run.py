@@ -25,14 +25,14 @@ from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, PreservePool, SftOptions, batches, sft_losses
 from oneshot_fast.training.checkpoints import Checkpoints
 from oneshot_fast.training.memory import checkpoint_activations
-from oneshot_fast.training.offloading import encoders, offloaded, offloads_by_default
+from oneshot_fast.training.offloading import offloaded, offloads_by_default
 from oneshot_fast.training.trainer import BadStepsError, Trainer
 from oneshot_fast.training.training_step import TrainingStep
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.base import Generator
 
 
 class TrainingRun:
@@ -45,7 +45,7 @@ class TrainingRun:
 
     def __init__(
         self,
-        generator: OneStepGenerator,
+        generator: Generator,
         resolution: int,
         folder: Path,
         options: SftOptions,
@@ -93,7 +93,7 @@ class TrainingRun:
         raise NotImplementedError
 
     def losses(
-        self, generator: OneStepGenerator, batch: Batch, options: SftOptions
+        self, generator: Generator, batch: Batch, options: SftOptions
     ) -> tuple[Tensor, Tensor]:
         """Matching and preserve loss, two scalars, of a part of a batch."""
         return sft_losses(generator, batch, options)
@@ -138,7 +138,7 @@ class TrainingRun:
             if path.exists() and final.exists():
                 if is_main():
                     state.unlink(missing_ok=True)
-                self.generator.load_unet(final)
+                self.generator.load_denoiser(final)
                 return dict(read_json(path))
             tracker = start_tracking(report_to, self.folder, settings)
             summary = learn(tracker)
@@ -163,7 +163,7 @@ class TrainingRun:
 
     def _train(self, prompts: Sequence[str], tracker: Accelerator) -> dict[str, Any]:
         """Train on one example per prompt; the generator ends with the final weights."""
-        unet = self.generator.unet
+        unet = self.generator.denoiser
         dtype, trainer = unet.dtype, Trainer(unet, self.options, self.seed)
         checkpoint_activations(unet, self.options)
         state = self.folder / "state.safetensors"
@@ -256,12 +256,10 @@ class TrainingRun:
     @contextlib.contextmanager
     def _only_needed(self, prompts: Sequence[str]) -> Iterator[None]:
         """Keep what only encodes off the device, once the prompts are encoded."""
-        if not self.offloads or not encoders(self.generator, self.decodes):
+        if not self.offloads or not self.generator.encoders(self.decodes):
             yield
             return
         needed, generator = {*prompts, *(self.pool.prompts if self.pool else ())}, self.generator
-        generator.prompts_kept = max(generator.prompts_kept, len(needed))
-        for prompt in sorted(needed):
-            generator.encode_prompts([prompt])
+        generator.keep_prompts(sorted(needed))
         with offloaded(generator, keep_decoder=self.decodes):
             yield

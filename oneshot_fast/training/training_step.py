@@ -14,19 +14,17 @@ from oneshot_fast.runtime.processes import all_reduce, processes
 from oneshot_fast.training.batch import Batch, SftOptions, sft_losses
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.base import Generator
     from oneshot_fast.training.trainer import Trainer
 
 # of generator, batch and options: matching and preserve loss, two scalars
-Losses = Callable[["OneStepGenerator", Batch, SftOptions], tuple[Tensor, Tensor]]
+Losses = Callable[["Generator", Batch, SftOptions], tuple[Tensor, Tensor]]
 
 
 class TrainingStep:
     """Gradients and update of a batch; where memory runs out, once, the parts are halved."""
 
-    def __init__(
-        self, generator: OneStepGenerator, trainer: Trainer, losses: Losses = sft_losses
-    ) -> None:
+    def __init__(self, generator: Generator, trainer: Trainer, losses: Losses = sft_losses) -> None:
         """Start with the parts of ``trainer.options``."""
         self._generator, self._trainer, self._losses = generator, trainer, losses
         self._parts = trainer.options.gradient_accumulation_steps

@@ -18,9 +18,10 @@ from oneshot_fast.data.pairs import read_manifest
 from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.adapters import add_adapter
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
-from oneshot_fast.generators.sdxl import OneStepGenerator
-from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.sdxl import SdxlGenerator
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime.seeds import gaussian
 from oneshot_fast.training.batch import Batch, PreservePool, SftOptions, sft_losses
@@ -29,22 +30,22 @@ LORA: dict[str, Any] = {"lora_rank": 4, "lr": 5e-3, "preserve_pool_size": 4, "ba
 PROMPT = "a handwritten digit one"
 
 
-def train(assigned: Path, folder: Path, **more: Any) -> tuple[OneStepGenerator, dict[str, Any]]:
+def train(assigned: Path, folder: Path, **more: Any) -> tuple[Generator, dict[str, Any]]:
     generator = load_generator("tiny", master_weights=True)
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
     options = SftOptions(**{**LORA, "epochs": 2, **more})
-    run = SftRun(generator, Targets(generator), folder, options, keep_checkpoints=1)
+    run = SftRun(generator, TargetImages(generator), folder, options, keep_checkpoints=1)
     return generator, run.run(pairs)
 
 
-def make(generator: OneStepGenerator) -> Tensor:
+def make(generator: Generator) -> Tensor:
     with torch.no_grad():
         return generator.latents(gaussian([3], (4, 8, 8)), generator.encode_prompts([PROMPT]))
 
 
 @pytest.mark.parametrize("alpha", [None, 2.0])
 def test_diffusers_reads_the_adapter_and_makes_the_same_latents(
-    assigned: Path, tmp_path: Path, tiny: OneStepGenerator, alpha: float | None
+    assigned: Path, tmp_path: Path, tiny: Generator, alpha: float | None
 ) -> None:
     generator, summary = train(assigned, tmp_path / "run", lora_alpha=alpha)
     assert summary["matched_loss_after"] < 0.95 * summary["matched_loss_before"]
@@ -53,7 +54,7 @@ def test_diffusers_reads_the_adapter_and_makes_the_same_latents(
     for name in ("lora-final", "checkpoint-4"):
         pipe = StableDiffusionXLPipeline.from_pretrained(model_path())
         pipe.load_lora_weights(tmp_path / "run" / name)
-        ours = make(OneStepGenerator(pipe))
+        ours = make(SdxlGenerator(pipe))
         torch.testing.assert_close(ours, trained, rtol=1e-4, atol=1e-4)
         if name == "lora-final":
             pipe.set_progress_bar_config(disable=True)
@@ -62,13 +63,13 @@ def test_diffusers_reads_the_adapter_and_makes_the_same_latents(
             torch.testing.assert_close(theirs, trained, rtol=1e-4, atol=1e-4)
     merged = load_generator(tmp_path / "run" / "checkpoint-final")
     assert torch.equal(make(merged), trained)
-    assert merged.unet.state_dict().keys() == tiny.unet.state_dict().keys()
+    assert merged.denoiser.state_dict().keys() == tiny.denoiser.state_dict().keys()
     size = (tmp_path / "run" / "lora-final" / "pytorch_lora_weights.safetensors").stat().st_size
-    assert size < 0.1 * sum(p.nbytes for p in tiny.unet.parameters())
+    assert size < 0.1 * sum(p.nbytes for p in tiny.denoiser.parameters())
 
 
 def test_only_the_adapter_is_trained_and_kept(
-    assigned: Path, tmp_path: Path, tiny: OneStepGenerator, forks: Any
+    assigned: Path, tmp_path: Path, tiny: Generator, forks: Any
 ) -> None:
     fixed = "--model_id tiny --lora_rank 2 --epochs 3 --lr 1e-3 --preserve_pool_size 4"
     flags = ["--manifest_path", assigned / "manifest.jsonl", *fixed.split(), "--save_minutes", "0"]
@@ -89,7 +90,7 @@ def test_only_the_adapter_is_trained_and_kept(
         assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
     file = "unet/diffusion_pytorch_model.safetensors"
     old, new = (load_file(f / "checkpoint-final" / file) for f in (whole, parts))
-    base = tiny.unet.state_dict()
+    base = tiny.denoiser.state_dict()
     assert all(torch.equal(old[k], new[k]) for k in base)
     changed = {k for k in base if not torch.equal(base[k], new[k])}
     adapted = {k for k in base if k.endswith(("to_q.weight", "to_k.weight", "to_v.weight",
@@ -98,10 +99,10 @@ def test_only_the_adapter_is_trained_and_kept(
 
 
 def live_losses(
-    generator: OneStepGenerator, base: nn.Module | None, batch: Batch, options: SftOptions
+    generator: Generator, base: nn.Module | None, batch: Batch, options: SftOptions
 ) -> list[Tensor]:
     """Preserve losses against a live copy of the base UNet, or against the adapter switched off."""
-    unet: Any = generator.unet
+    unet: Any = generator.denoiser
     with torch.no_grad():
         if base is None:
             unet.disable_adapters()
@@ -119,10 +120,10 @@ def test_the_pool_gives_the_losses_of_a_live_base_generator(tmp_path: Path) -> N
     generator = load_generator("tiny", master_weights=True)
     prompts = [PROMPT, "a handwritten digit two"]
     pool = PreservePool.build(generator, prompts, (4, 8, 8), 20, 0, tmp_path / "pool.safetensors")
-    base = copy.deepcopy(generator.unet)
-    add_adapter(generator.unet, 4, None)
+    base = copy.deepcopy(generator.denoiser)
+    add_adapter(generator.denoiser, 4, None)
     with torch.no_grad():
-        for name, parameter in generator.unet.named_parameters():
+        for name, parameter in generator.denoiser.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
     drawn = pool.draw(6, 1)
@@ -140,7 +141,7 @@ def test_the_pool_gives_the_losses_of_a_live_base_generator(tmp_path: Path) -> N
 def test_a_bfloat16_base_trains_a_float32_adapter(assigned: Path, tmp_path: Path) -> None:
     generator, summary = train(assigned, tmp_path / "run", weights_dtype="bfloat16")
     assert summary["matched_loss_after"] < 0.99 * summary["matched_loss_before"]
-    assert generator.unet.dtype == torch.float32  # as it was loaded
+    assert generator.denoiser.dtype == torch.float32  # as it was loaded
     lora = load_file(tmp_path / "run" / "lora-final" / "pytorch_lora_weights.safetensors")
     assert {value.dtype for value in lora.values()} == {torch.float32}
 
@@ -151,7 +152,7 @@ def test_an_average_of_the_adapter_and_a_second_training_go_on(
     generator, first = train(assigned, tmp_path / "1", use_ema=True, ema_decay=0.5)
     options = SftOptions(**{**LORA, "epochs": 1})
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
-    second = SftRun(generator, Targets(generator), tmp_path / "2", options).run(pairs)
+    second = SftRun(generator, TargetImages(generator), tmp_path / "2", options).run(pairs)
     assert second["matched_loss_before"] == pytest.approx(first["matched_loss_after"], rel=1e-4)
     assert json.loads((tmp_path / "2" / "summary.json").read_text())["steps"] == 2
 
@@ -169,7 +170,7 @@ def test_the_adapters_of_all_cycles_make_the_final_generator(
         made.append(make(load_generator(tmp_path / "em" / name / "sft" / "checkpoint-final")))
     pipe.set_adapters(["cycle-01", "cycle-02"])
     assert (made[0] - made[1]).abs().max() > 0.01
-    torch.testing.assert_close(make(OneStepGenerator(pipe)), made[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(make(SdxlGenerator(pipe)), made[1], rtol=1e-4, atol=1e-4)
     final = load_generator(tmp_path / "em" / "checkpoint-final")
     assert torch.equal(make(final), made[1])
 

@@ -12,10 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from oneshot_fast.generators.cache import EncodingCache
 from oneshot_fast.generators.loading import load_generator
-from oneshot_fast.generators.sdxl import OneStepGenerator
-from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.sdxl import SdxlGenerator
+from oneshot_fast.generators.target_images import TargetImages
 
 PROMPT = "a handwritten digit one"
 
@@ -24,10 +23,10 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def load(folder: Path) -> tuple[OneStepGenerator, list[str]]:
+def load(folder: Path) -> tuple[SdxlGenerator, list[str]]:
     """A generator with a cache, and what its encoders were run for."""
     generator = load_generator("tiny")
-    generator.encodings = EncodingCache(folder, generator)
+    generator.use_cache(folder)
     run: list[str] = []
     for name, module in (
         ("text", generator.pipe.text_encoder),
@@ -40,11 +39,11 @@ def load(folder: Path) -> tuple[OneStepGenerator, list[str]]:
 def test_another_run_finds_the_same_values(tmp_path: Path, small_data: Path) -> None:
     image, folder = next((small_data / "images").iterdir()), tmp_path / "cache"
     plain = load_generator("tiny")
-    expected = plain.encode_prompts([PROMPT]), Targets(plain).latent(image, "crop")
+    expected = plain.encode_prompts([PROMPT]), TargetImages(plain).latent(image, "crop")
     for wanted in (["text", "vae"], []):
         generator, run = load(folder)
         encoding = generator.encode_prompts([PROMPT])
-        latent = Targets(generator).latent(image, "crop")
+        latent = TargetImages(generator).latent(image, "crop")
         assert torch.equal(encoding.embeds, expected[0].embeds)
         assert torch.equal(encoding.pooled, expected[0].pooled)
         assert torch.equal(latent, expected[1])
@@ -54,21 +53,21 @@ def test_another_run_finds_the_same_values(tmp_path: Path, small_data: Path) -> 
 def test_what_differs_is_encoded_anew(tmp_path: Path, small_data: Path) -> None:
     images, folder = sorted((small_data / "images").iterdir()), tmp_path / "cache"
     generator, run = load(folder)
-    Targets(generator).latent(images[0], "crop")
+    TargetImages(generator).latent(images[0], "crop")
     generator.encode_prompts([PROMPT])
     copied = shutil.copy(images[0], tmp_path / "other name.png")
-    Targets(generator).latent(Path(copied), "crop")
+    TargetImages(generator).latent(Path(copied), "crop")
     assert run == ["vae", "text"]  # content counts, not the name
-    Targets(generator).latent(images[1], "crop")
-    Targets(generator).latent(images[0], "squash")
-    Targets(generator, 128).latent(images[0], "crop")
+    TargetImages(generator).latent(images[1], "crop")
+    TargetImages(generator).latent(images[0], "squash")
+    TargetImages(generator, 128).latent(images[0], "crop")
     generator.encode_prompts([PROMPT + " two"])
     assert run == ["vae", "text", "vae", "vae", "vae", "text"]
     generator, run = load(folder)
     with torch.no_grad():
         for module in (generator.pipe.text_encoder_2, generator.pipe.vae):
             next(module.parameters()).add_(0.1)
-    Targets(generator).latent(images[0], "crop")
+    TargetImages(generator).latent(images[0], "crop")
     generator.encode_prompts([PROMPT])
     assert run == ["vae", "text"]
 
@@ -99,7 +98,7 @@ def test_commands_share_it_and_results_stay_the_same(
         assert torch.equal(load_file(old)["z"], load_file(new)["z"])
     kept = files(folder)
     assert kept
-    monkeypatch.setattr(OneStepGenerator, "encode_image", None)  # nobody needs it any more
+    monkeypatch.setattr(SdxlGenerator, "encode_image", None)  # nobody needs it any more
     flags = ["--manifest_path", tmp_path / "a" / "manifest.jsonl", "--model_id", "tiny"]
     flags += ["--output_dir", tmp_path / "sft", "--epochs", 1, "--preserve_pool_size", 4]
     assert call("sft", *flags, *cache).code == 0

@@ -11,10 +11,11 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from oneshot_fast.errors import ModelError, UserError
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.decoder import Decoder
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.generators.precision import gradient_scale, scale_gradient
-from oneshot_fast.generators.sdxl import OneStepGenerator
+from oneshot_fast.generators.sdxl import SdxlGenerator
 
 
 def latents(B: int = 2) -> Tensor:
@@ -47,7 +48,7 @@ def error(ours: Tensor, expected: Tensor) -> float:
     ids=str,
 )
 def test_other_ways_to_decode_give_the_same(
-    tiny: OneStepGenerator, options: dict[str, Any], bound: float
+    tiny: Generator, options: dict[str, Any], bound: float
 ) -> None:
     expected = decoded(tiny.decoder)
     generator = ModelOptions(**options).load("tiny")
@@ -62,7 +63,7 @@ def test_other_ways_to_decode_give_the_same(
     )
 
 
-def test_tiles_are_blended_into_one_image(tiny: OneStepGenerator) -> None:
+def test_tiles_are_blended_into_one_image(tiny: Generator) -> None:
     tiled = ModelOptions(decoder_tiling=4, decoder_checkpointing=True).load("tiny").decoder
     whole, tiles = decoded(tiny.decoder), decoded(tiled)
     assert tiles[0].shape == whole[0].shape and tiles[1].isfinite().all()
@@ -72,7 +73,7 @@ def test_tiles_are_blended_into_one_image(tiny: OneStepGenerator) -> None:
         tiled.tile(6)
 
 
-def test_less_memory_is_kept_with_checkpointing(tiny: OneStepGenerator) -> None:
+def test_less_memory_is_kept_with_checkpointing(tiny: Generator) -> None:
     def kept(decoder: Decoder) -> int:
         sizes: list[int] = []
 
@@ -104,7 +105,7 @@ def save_tiny_decoder(folder: Path, channels: int = 4) -> AutoencoderTiny:
 
 
 def test_a_tiny_decoder_takes_the_place_of_the_vae(
-    tiny: OneStepGenerator, small_data: Path, tmp_path: Path, call: Any
+    tiny: Generator, small_data: Path, tmp_path: Path, call: Any
 ) -> None:
     vae = save_tiny_decoder(tmp_path / "decoder")
     generator = ModelOptions(decoder_id=str(tmp_path / "decoder")).load("tiny")
@@ -122,7 +123,7 @@ def test_a_tiny_decoder_takes_the_place_of_the_vae(
     assert ended.code == 0 and "assigned 6 of 6" in ended.out
 
 
-def test_wrong_decoders_are_refused_in_one_line(tiny: OneStepGenerator, tmp_path: Path) -> None:
+def test_wrong_decoders_are_refused_in_one_line(tiny: Generator, tmp_path: Path) -> None:
     save_tiny_decoder(tmp_path / "other", channels=16)
     with pytest.raises(ModelError, match="is for 16 latent channels, the model has 4"):
         ModelOptions(decoder_id=str(tmp_path / "other")).load("tiny")
@@ -136,18 +137,18 @@ def test_wrong_decoders_are_refused_in_one_line(tiny: OneStepGenerator, tmp_path
 
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 0.2), ("float16", 0.03)])
 def test_half_precision_keeps_noise_and_gradients_in_single(
-    tiny: OneStepGenerator, dtype: Any, bound: float
+    tiny: Generator, dtype: Any, bound: float
 ) -> None:
     generator = ModelOptions(dtype=dtype).load("tiny")
-    assert generator.unet.dtype == getattr(torch, dtype)
+    assert generator.denoiser.dtype == getattr(torch, dtype)
     found = []
     for g in (generator, tiny):
         z = latents()
-        eps_hat, x = g.predict(z, g.encode_prompts(["a digit", "another"]))
+        made = g.predict(z, g.encode_prompts(["a digit", "another"]))
         # as small as where a search nears its end; unscaled, float16 would be off by a fifth
-        loss = 1e-3 * (x - g.step.sigma * eps_hat).square().mean()
+        loss = 1e-3 * made.latents.square().mean()
         (gradient,) = torch.autograd.grad(loss, z)
-        assert eps_hat.dtype == x.dtype == gradient.dtype == torch.float32
+        assert made.output.dtype == made.x.dtype == gradient.dtype == torch.float32
         found.append(gradient)
     assert error(*found) < bound
 
@@ -169,8 +170,8 @@ def test_a_small_gradient_survives_float16() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_unet_gives_the_same(tiny: OneStepGenerator) -> None:
-    config = dict(tiny.unet.config)
+def test_a_compiled_unet_gives_the_same(tiny: Generator) -> None:
+    config = dict(tiny.denoiser.config)
     config |= {
         "block_out_channels": [32],
         "down_block_types": ["DownBlock2D"],
@@ -180,9 +181,9 @@ def test_a_compiled_unet_gives_the_same(tiny: OneStepGenerator) -> None:
         "transformer_layers_per_block": 1,
         "attention_head_dim": [4],
     }
-    small = type(tiny.unet).from_config(config)
+    small = type(tiny.denoiser).from_config(config)
     parts = {**tiny.pipe.components, "unet": small}
-    generator = OneStepGenerator(type(tiny.pipe)(**parts))
+    generator = SdxlGenerator(type(tiny.pipe)(**parts))
     prompts = generator.encode_prompts(["a digit", "another"])
     found = []
     for _ in range(2):

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.errors import ModelError
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
-from oneshot_fast.generators.sdxl import OneStepGenerator
+from oneshot_fast.generators.sdxl import SdxlGenerator
 
 PROMPTS = ["a handwritten digit three", "the number 7 in blue ink"]
 
@@ -51,7 +52,7 @@ def test_one_step_equals_the_pipeline(
     pipe: StableDiffusionXLPipeline, scheduler: Any, prediction: str, size: tuple[int, int]
 ) -> None:
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, prediction_type=prediction)
-    generator = OneStepGenerator(pipe)
+    generator = SdxlGenerator(pipe)
     eps = noise(2, *generator.latent_shape(*size))
     arguments = {
         "prompt": PROMPTS, "num_inference_steps": 1, "guidance_scale": 0.0, "latents": eps,
@@ -68,7 +69,7 @@ def test_one_step_equals_the_pipeline(
     )
 
 
-def test_the_step_is_differentiable_in_the_noise(tiny: OneStepGenerator) -> None:
+def test_the_step_is_differentiable_in_the_noise(tiny: Generator) -> None:
     eps = noise(1, 4, 8, 8).requires_grad_()
     prompts = tiny.encode_prompts(PROMPTS[:1])
     direction = noise(1, 4, 8, 8, seed=1)
@@ -80,7 +81,7 @@ def test_the_step_is_differentiable_in_the_noise(tiny: OneStepGenerator) -> None
     assert (gradient * tangent).sum().item() == pytest.approx(slope, rel=0.02, abs=0.05)
 
 
-def test_images_and_latents_have_matching_shapes(tiny: OneStepGenerator) -> None:
+def test_images_and_latents_have_matching_shapes(tiny: Generator) -> None:
     image = torch.rand(3, 48, 80, generator=torch.Generator().manual_seed(0))
     latent = tiny.encode_image(image)
     assert latent.shape == tiny.latent_shape(48, 80) == (4, 6, 10)
@@ -91,16 +92,14 @@ def test_images_and_latents_have_matching_shapes(tiny: OneStepGenerator) -> None
     torch.testing.assert_close((raw / 2 + 0.5).clamp(0, 1), decoded, rtol=0, atol=1e-5)
 
 
-def test_prompts_do_not_depend_on_their_neighbours(tiny: OneStepGenerator) -> None:
+def test_prompts_do_not_depend_on_their_neighbours(tiny: Generator) -> None:
     both, one = tiny.encode_prompts([*PROMPTS, PROMPTS[0]]), tiny.encode_prompts(PROMPTS[:1])
     assert torch.equal(both.embeds[0], one.embeds[0]) and torch.equal(both.embeds[0:1], one.embeds)
     assert torch.equal(both.pooled[2], one.pooled[0])
     assert not tiny.is_truncated(PROMPTS[0]) and tiny.is_truncated("a digit " * 60)
 
 
-def test_prompts_are_kept_up_to_a_number(
-    tiny: OneStepGenerator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_kept_up_to_a_number(tiny: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny, "prompts_kept", 4)
     assert len(tiny.encode_prompts([f"digit {k}" for k in range(9)]).pooled) == 9
     tiny.encode_prompts(["digit 8", "another digit"])
@@ -111,13 +110,13 @@ def test_prompts_are_kept_up_to_a_number(
 
 
 def test_a_half_precision_vae_is_decoded_as_the_pipeline_does(pipe: Any) -> None:
-    expected = OneStepGenerator(pipe).decode(noise(1, 4, 8, 8))
+    expected = SdxlGenerator(pipe).decode(noise(1, 4, 8, 8))
     config = {**pipe.vae.config, "force_upcast": True}
     vae = type(pipe.vae).from_config(config)
     vae.load_state_dict(pipe.vae.state_dict())
     for precision in ({}, {"autocast": torch.float16}):
         half = vae if precision else vae.half()
-        generator = OneStepGenerator(
+        generator = SdxlGenerator(
             StableDiffusionXLPipeline(**{**pipe.components, "vae": half}), **precision
         )
         assert half.dtype == torch.float32
@@ -129,7 +128,7 @@ def test_a_half_precision_vae_is_decoded_as_the_pipeline_does(pipe: Any) -> None
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_a_saved_generator_loads_equal(
-    tiny: OneStepGenerator, tmp_path: Path, variant: str | None
+    tiny: Generator, tmp_path: Path, variant: str | None
 ) -> None:
     tiny.save(tmp_path / "saved")
     again = load_generator(tmp_path / "saved", variant=variant)
@@ -145,7 +144,7 @@ def test_a_saved_generator_loads_equal(
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
-def test_the_fingerprint_changes_with_every_tensor(tiny: OneStepGenerator, part: str) -> None:
+def test_the_fingerprint_changes_with_every_tensor(tiny: Generator, part: str) -> None:
     before = tiny.fingerprint()
     for parameter in (*getattr(tiny.pipe, part).parameters(),)[:: 1 if part == "unet" else 9]:
         kept = parameter.detach().clone()

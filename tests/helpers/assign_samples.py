@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from oneshot_fast.data.pairs import read_pairs
-from oneshot_fast.generators.sdxl import OneStepGenerator, PromptEncoding
-from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.base import Conditioning, Generator
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
 ROUNDING = 1e-4  # of a loss, relative: a few steps of Adam amplify float32
@@ -44,9 +44,9 @@ def same_results(a: Path, b: Path) -> None:
         torch.testing.assert_close(z, expected[name], rtol=0, atol=NOISE)
 
 
-def batch_of(tiny: OneStepGenerator, data: Path) -> tuple[Tensor, PromptEncoding, Tensor, Tensor]:
+def batch_of(tiny: Generator, data: Path) -> tuple[Tensor, Conditioning, Tensor, Tensor]:
     records, _ = read_pairs(data)
-    targets, paths = Targets(tiny), [(record.image_path, "crop") for record in records]
+    targets, paths = TargetImages(tiny), [(record.image_path, "crop") for record in records]
     eps = gaussian([derived_seed(0, record.id) for record in records], (4, 8, 8))
     prompts = tiny.encode_prompts([record.prompt for record in records])
     return eps, prompts, targets.latents(paths), targets.images(paths)

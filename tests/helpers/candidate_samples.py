@@ -6,12 +6,12 @@ import dataclasses
 
 import torch
 
-from oneshot_fast.generators.base import PromptEncoding
+from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.jobs.assign.targets import Target
 
 
-def no_prompts(count: int) -> PromptEncoding:
-    return PromptEncoding(torch.zeros(count, 1), torch.zeros(count, 1))
+def no_prompts(count: int) -> Conditioning:
+    return Conditioning(torch.zeros(count, 1), torch.zeros(count, 1))
 
 
 def of_one_prompt(targets: list[Target]) -> list[Target]:

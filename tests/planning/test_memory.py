@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
-from oneshot_fast.generators.sdxl import OneStepGenerator
 from oneshot_fast.jobs.assign.objective import objective
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.planning.memory import (
@@ -46,8 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
 def counted(options: SftOptions) -> int:
     """Most bytes of weights, moments, average and what a real step makes, in use at once."""
     generator = load_generator("tiny", master_weights=True)
-    trainer = Trainer(generator.unet, options)
-    checkpoint_activations(generator.unet, options)
+    trainer = Trainer(generator.denoiser, options)
+    checkpoint_activations(generator.denoiser, options)
     networks = generator.networks.values()
     known = [t for n in networks for t in (*n.parameters(), *n.buffers())]
     average = [] if trainer.ema is None else trainer.ema.shadow_params
@@ -60,25 +60,25 @@ def counted(options: SftOptions) -> int:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_estimate_is_near_the_count_of_real_steps(name: str, tiny: OneStepGenerator) -> None:
+def test_the_estimate_is_near_the_count_of_real_steps(name: str, tiny: Generator) -> None:
     options = SftOptions(**{**FULL, **CASES[name]})
     before = {
-        key: (value.dtype, value.requires_grad) for key, value in tiny.unet.named_parameters()
+        key: (value.dtype, value.requires_grad) for key, value in tiny.denoiser.named_parameters()
     }
     estimate = training_memory(tiny, options, 64)
-    after = {key: (value.dtype, value.requires_grad) for key, value in tiny.unet.named_parameters()}
+    after = {k: (p.dtype, p.requires_grad) for k, p in tiny.denoiser.named_parameters()}
     assert after == before
     assert estimate.peak == pytest.approx(counted(options), rel=0.15)
 
 
-def test_each_option_saves_what_it_says(tiny: OneStepGenerator) -> None:
+def test_each_option_saves_what_it_says(tiny: Generator) -> None:
     def of(**more: Any) -> Any:
         return training_memory(
             tiny, SftOptions(**{**FULL, "preserve_pixel_weight": 0.0, **more}), 64
         )
 
     plain, offloaded = of(), training_memory(tiny, SftOptions(), 64, offloads=True)
-    weights = sum(p.nbytes for p in tiny.unet.parameters())
+    weights = sum(p.nbytes for p in tiny.denoiser.parameters())
     assert plain.gradients == plain.trained_bytes == weights == plain.weights["unet"]
     assert plain.moments == 2 * weights
     assert of(optimizer_in_backward=True).gradients < 0.1 * weights
@@ -95,7 +95,7 @@ def test_each_option_saves_what_it_says(tiny: OneStepGenerator) -> None:
 
 
 @pytest.mark.parametrize("pixel", [0.0, 1.0])
-def test_the_estimate_of_an_assignment(pixel: float, tiny: OneStepGenerator) -> None:
+def test_the_estimate_of_an_assignment(pixel: float, tiny: Generator) -> None:
     options = AssignOptions(pixel_l1_weight=pixel)
     estimate = assignment_memory(tiny, options, 64, 3)
     z, latents = torch.zeros(2, 3, 4, 8, 8).unbind()

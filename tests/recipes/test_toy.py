@@ -103,9 +103,9 @@ def test_the_penalty_is_the_squared_gradient_per_image() -> None:
 def test_the_step_gives_the_image(generator: ToyGenerator) -> None:
     eps = torch.randn(3, 64, 1, 1)
     prompts = generator.encode_prompts(["a handwritten digit three"] * 3)
-    eps_hat, x = generator.predict(eps, prompts)
+    prediction = generator.predict(eps, prompts)
     target = torch.rand(3, 3, 16, 16) * 2 - 1
-    loss = ops.latent_mse(eps_hat, x, target, generator.step.sigma)
+    loss = ops.latent_mse(prediction.output, prediction.x, target, prediction.sigma)
     made = generator.latents(eps, prompts)
     torch.testing.assert_close(loss, (made - target).square().mean((1, 2, 3)))
     image = generator.decode(made)
@@ -124,9 +124,9 @@ def test_save_and_load(trained: Path, generator: ToyGenerator, tmp_path: Path) -
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(again.classifier(images), generator.classifier(images))  # type: ignore
     with torch.no_grad():
-        again.unet.last.bias.add_(1)
+        again.denoiser.last.bias.add_(1)
     assert again.fingerprint() != generator.fingerprint()
-    again.load_unet(tmp_path / "again")
+    again.load_denoiser(tmp_path / "again")
     assert again.fingerprint() == generator.fingerprint()
     (tmp_path / "again" / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(ModelError, match="cannot use small model"):

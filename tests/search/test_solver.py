@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from oneshot_fast import ops
 from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.errors import UserError
-from oneshot_fast.generators.sdxl import OneStepGenerator
-from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.objective import assign_batch, matching_loss
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.targets import Preparer, Target
@@ -29,9 +29,9 @@ from oneshot_fast.search.solver import Solved, Solver
 
 
 @pytest.fixture(scope="module")
-def targets(tiny: OneStepGenerator, small_data: Path) -> list[Target]:
+def targets(tiny: Generator, small_data: Path) -> list[Target]:
     records, _ = read_pairs(small_data)
-    preparer = Preparer(tiny, Targets(tiny), seed=0, resize_mode="crop", needs_images=False)
+    preparer = Preparer(tiny, TargetImages(tiny), seed=0, resize_mode="crop", needs_images=False)
     return preparer.prepare([*enumerate(records)])[0]
 
 
@@ -52,7 +52,7 @@ def same(found: dict[int, Solved], expected: dict[int, Solved]) -> None:
         torch.testing.assert_close(s.z, expected[index].z, rtol=0, atol=NOISE)
 
 
-def test_raw_adam_is_torch_adam(tiny: OneStepGenerator, small_data: Path) -> None:
+def test_raw_adam_is_torch_adam(tiny: Generator, small_data: Path) -> None:
     eps, prompts, latents, _ = batch_of(tiny, small_data)
     rotation = PatchRotation(eps.shape, FULL.patch_size)
     # torch's eps is smaller; a radian is sqrt(D - 1) elements of a - a^T, each twice a change of a
@@ -83,7 +83,7 @@ def expected_end(curve: list[float], options: AssignOptions) -> int:
 @pytest.mark.parametrize("batch_size", [2, 4, 8])
 @pytest.mark.parametrize("rule", ["patience", "loss"])
 def test_a_stopped_search_is_the_start_of_the_whole_one(
-    tiny: OneStepGenerator, targets: list[Target], rule: str, batch_size: int
+    tiny: Generator, targets: list[Target], rule: str, batch_size: int
 ) -> None:
     whole = solve(tiny, FULL, 6, targets)
     middle = sorted(s.losses[STEPS // 2] for s in whole.values())[3] * 1.001
@@ -106,7 +106,7 @@ def test_a_stopped_search_is_the_start_of_the_whole_one(
 
 @pytest.mark.parametrize("options", [FULL, PATIENT], ids=["full", "patient"])
 def test_out_of_memory_halves_the_batch_and_goes_on(
-    tiny: OneStepGenerator, targets: list[Target], options: AssignOptions, capfd: Any
+    tiny: Generator, targets: list[Target], options: AssignOptions, capfd: Any
 ) -> None:
     expected = solve(tiny, options, 6, targets)
     limited = Limited(tiny, 3)
@@ -143,7 +143,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [FULL, PATIENT], ids=["full", "patient"])
 def test_a_search_computes_only_what_it_needs(
-    tiny: OneStepGenerator, small_data: Path, options: AssignOptions
+    tiny: Generator, small_data: Path, options: AssignOptions
 ) -> None:
     eps, prompts, latents, _ = batch_of(tiny, small_data)
     pipe = tiny.pipe
@@ -162,7 +162,7 @@ def test_a_search_computes_only_what_it_needs(
         assert kinds == {AttnProcessor2_0}  # torch's scaled_dot_product_attention
 
 
-def test_a_rotation_is_what_is_found(tiny: OneStepGenerator, targets: list[Target]) -> None:
+def test_a_rotation_is_what_is_found(tiny: Generator, targets: list[Target]) -> None:
     for s in solve(tiny, PATIENT, 2, targets).values():
         z = ops.patch_rotate(s.target.eps[None], s.q[None], PATIENT.patch_size)[0]
         torch.testing.assert_close(z, s.z, rtol=0, atol=1e-6)

@@ -15,7 +15,7 @@ from torch import Tensor
 from oneshot_fast.data.pairs import read_manifest
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.loading import load_generator
-from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.training.batch import SftOptions
 from oneshot_fast.training.offloading import offloaded
@@ -30,9 +30,9 @@ def train(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     generator = load_generator("tiny", master_weights=True)
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
-    run = SftRun(generator, Targets(generator), folder, SftOptions(**options), **more)
+    run = SftRun(generator, TargetImages(generator), folder, SftOptions(**options), **more)
     summary = run.run(pairs)
-    return generator.unet.state_dict(), summary
+    return generator.denoiser.state_dict(), summary
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -99,7 +99,7 @@ class Poison:
 
     def __init__(self, generator: Any, steps: set[int], forward: bool) -> None:
         self.count = 0
-        self.weight = next(iter(generator.unet.parameters()))
+        self.weight = next(iter(generator.denoiser.parameters()))
 
         def after(module: object, inputs: object, output: tuple[Tensor]) -> tuple[Tensor] | None:
             if not torch.is_grad_enabled():
@@ -110,7 +110,7 @@ class Poison:
         def gradient(value: Tensor) -> Tensor | None:
             return value * float("nan") if not forward and self.count in steps else None
 
-        generator.unet.register_forward_hook(after)
+        generator.denoiser.register_forward_hook(after)
         self.weight.requires_grad_(True).register_hook(gradient)
 
 
@@ -120,16 +120,16 @@ def test_a_bad_step_destroys_no_weight(assigned: Path, tmp_path: Path, forward: 
     generator = load_generator("tiny", master_weights=True)
     poison, options = Poison(generator, {2}, forward), SftOptions(**IN_BACKWARD)
     before = poison.weight.detach().clone()
-    summary = SftRun(generator, Targets(generator), tmp_path / "run", options).run(pairs)
+    summary = SftRun(generator, TargetImages(generator), tmp_path / "run", options).run(pairs)
     assert (summary["skipped_steps"], summary["steps"]) == (1, 4)
-    assert all(value.isfinite().all() for value in generator.unet.state_dict().values())
+    assert all(value.isfinite().all() for value in generator.denoiser.state_dict().values())
     assert not torch.equal(poison.weight, before)  # the good steps trained it
 
     generator = load_generator("tiny", master_weights=True)
     poison = Poison(generator, {1, 2, 3}, forward)
-    before = {k: v.clone() for k, v in generator.unet.state_dict().items()}
+    before = {k: v.clone() for k, v in generator.denoiser.state_dict().items()}
     with pytest.raises(BadStepsError):
-        SftRun(generator, Targets(generator), tmp_path / "bad", options).run(pairs)
+        SftRun(generator, TargetImages(generator), tmp_path / "bad", options).run(pairs)
     state = load_file(tmp_path / "bad" / "state.safetensors")
     changed = [k for k in before if not torch.equal(before[k], state[f"weight/{k}"])]
     assert all(value.isfinite().all() for value in state.values())
@@ -146,8 +146,8 @@ def test_what_cannot_go_with_it_is_refused() -> None:
 def test_no_hook_is_left_behind(assigned: Path, tmp_path: Path) -> None:
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
     generator = load_generator("tiny", master_weights=True)
-    SftRun(generator, Targets(generator), tmp_path, SftOptions(**IN_BACKWARD)).run(pairs)
-    weight = next(iter(generator.unet.parameters())).requires_grad_(True)
+    SftRun(generator, TargetImages(generator), tmp_path, SftOptions(**IN_BACKWARD)).run(pairs)
+    weight = next(iter(generator.denoiser.parameters())).requires_grad_(True)
     before = weight.detach().clone()
     weight.sum().backward()
     assert torch.equal(weight, before) and weight.grad is not None
@@ -169,7 +169,9 @@ def test_training_encodes_nothing_once_it_has_begun(
         update(self)
 
     monkeypatch.setattr(Trainer, "update", watched)
-    run = SftRun(generator, Targets(generator), tmp_path, SftOptions(**BASE), offload_encoders=True)
+    run = SftRun(
+        generator, TargetImages(generator), tmp_path, SftOptions(**BASE), offload_encoders=True
+    )
     run.run(pairs)
     assert started[0] > 0 and started == [started[0]] * 4
 
@@ -185,6 +187,6 @@ def test_offloaded_networks_leave_the_device_and_come_back() -> None:
         encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.vae.encoder)
         with pytest.raises(NotImplementedError, match="meta"), offloaded(generator, keep, "meta"):
             assert all(places(module) == {"meta"} for module in encoders)
-            assert places(generator.unet) == {"cpu"}
+            assert places(generator.denoiser) == {"cpu"}
             assert places(pipe.vae.decoder) == ({"cpu"} if keep else {"meta"})
             assert places(pipe.vae.post_quant_conv) == ({"cpu"} if keep else {"meta"})

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from oneshot_fast.data.pairs import read_manifest
 from oneshot_fast.errors import UserError
+from oneshot_fast.generators.base import Conditioning, Generator
 from oneshot_fast.generators.loading import load_generator
-from oneshot_fast.generators.sdxl import OneStepGenerator, PromptEncoding
-from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.training.batch import Batch, SftOptions, sft_losses
 from oneshot_fast.training.memory import checkpoint_activations
@@ -29,7 +29,7 @@ BASE: dict[str, Any] = {"epochs": 2, "batch_size": 4, "lr": 1e-4, "preserve_pool
 class Fault:
     """Counts the UNet's evaluations that are trained, and does something before some of them."""
 
-    def __init__(self, generator: OneStepGenerator, act: Any) -> None:
+    def __init__(self, generator: Generator, act: Any) -> None:
         self.count = 0
 
         def before(*_: object) -> None:
@@ -37,7 +37,7 @@ class Fault:
                 self.count += 1
                 act(self.count)
 
-        self.hook = generator.unet.register_forward_pre_hook(before)
+        self.hook = generator.denoiser.register_forward_pre_hook(before)
 
 
 def train(
@@ -48,11 +48,11 @@ def train(
         Fault(generator, lambda count: act(generator, count))
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
     options = SftOptions(**{**BASE, **more})
-    summary = SftRun(generator, Targets(generator), folder, options, save_minutes=0).run(pairs)
-    return generator.unet.state_dict(), summary
+    summary = SftRun(generator, TargetImages(generator), folder, options, save_minutes=0).run(pairs)
+    return generator.denoiser.state_dict(), summary
 
 
-def poison(generator: OneStepGenerator, steps: set[int]) -> Any:
+def poison(generator: Generator, steps: set[int]) -> Any:
     """Make the UNet's output NaN in these evaluations."""
     count = 0
 
@@ -63,7 +63,7 @@ def poison(generator: OneStepGenerator, steps: set[int]) -> Any:
         count += 1
         return (output[0] * float("nan"),) if count in steps else output
 
-    return generator.unet.register_forward_hook(after)
+    return generator.denoiser.register_forward_hook(after)
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -75,9 +75,11 @@ def test_a_bad_step_is_skipped_and_counted(assigned: Path, tmp_path: Path, steps
     generator = load_generator("tiny", master_weights=True)
     poison(generator, steps)
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
-    summary = SftRun(generator, Targets(generator), tmp_path / "run", SftOptions(**BASE)).run(pairs)
+    summary = SftRun(generator, TargetImages(generator), tmp_path / "run", SftOptions(**BASE)).run(
+        pairs
+    )
     assert summary["skipped_steps"] == len(steps) and summary["steps"] == 4
-    assert all(value.isfinite().all() for value in generator.unet.state_dict().values())
+    assert all(value.isfinite().all() for value in generator.denoiser.state_dict().values())
 
 
 def test_three_bad_steps_in_a_row_stop_with_the_last_good_weights(
@@ -89,15 +91,15 @@ def test_three_bad_steps_in_a_row_stop_with_the_last_good_weights(
     poison(generator, {2, 3, 4})
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
     with pytest.raises(BadStepsError, match="3 steps in a row"):
-        SftRun(generator, Targets(generator), tmp_path / "run", SftOptions(**BASE)).run(pairs)
+        SftRun(generator, TargetImages(generator), tmp_path / "run", SftOptions(**BASE)).run(pairs)
     state = load_file(tmp_path / "run" / "state.safetensors")
-    for name, value in generator.unet.state_dict().items():
+    for name, value in generator.denoiser.state_dict().items():
         assert torch.equal(state[f"weight/{name}"], value) and value.isfinite().all()
 
 
-def gradient(generator: OneStepGenerator, batch: Batch, parts: int) -> Tensor:
+def gradient(generator: Generator, batch: Batch, parts: int) -> Tensor:
     options = SftOptions(pixel_l1_weight=0.5)
-    trainer = Trainer(generator.unet, options)
+    trainer = Trainer(generator.denoiser, options)
     for part, pairs, others in batch.split(parts):
         match, keep = sft_losses(generator, part, options)
         trainer.add(match * pairs, keep * others)
@@ -110,14 +112,14 @@ def test_parts_and_recomputation_give_the_same_gradient() -> None:
     generator = load_generator("tiny", master_weights=True)
     noise, latents = torch.randn(2, 5, 4, 8, 8)
     prompts = generator.encode_prompts([f"a handwritten digit {k}" for k in ("one", "two")] * 2)
-    prompts = PromptEncoding.cat([prompts, prompts.row(0)])
+    prompts = Conditioning.cat([prompts, prompts.row(0)])
     images = generator.decode(latents[:2])
     batch = Batch(noise, prompts, latents, 1 - images, matched=2)
     whole = gradient(generator, batch, 1)
     for parts in (2, 3, 5):
         assert (gradient(generator, batch, parts) - whole).norm() < 1e-5 * whole.norm()
     for name in ("gradient_checkpointing", "selective_checkpointing"):
-        checkpoint_activations(generator.unet, SftOptions(**{name: True}))
+        checkpoint_activations(generator.denoiser, SftOptions(**{name: True}))
         assert (gradient(generator, batch, 1) - whole).norm() < 1e-5 * whole.norm()
     with pytest.raises(UserError, match="give one"):
         SftOptions(gradient_checkpointing=True, selective_checkpointing=True).check()
@@ -183,4 +185,4 @@ def test_options_that_do_not_go_together_are_refused() -> None:
         SftOptions(weights_dtype="bfloat16").check()
     with pytest.raises(UserError, match="bfloat16 or float32"):
         generator = load_generator("tiny", dtype=torch.float16, master_weights=True)
-        SftRun(generator, Targets(generator), Path("unused"), SftOptions())
+        SftRun(generator, TargetImages(generator), Path("unused"), SftOptions())

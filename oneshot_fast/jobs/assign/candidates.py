@@ -20,7 +20,7 @@ from oneshot_fast.jobs.assign.targets import Target, problem_of
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.base import Generator
 
 _ROWS = 64  # noises generated, or compared, at once
 
@@ -30,7 +30,7 @@ class Chooser:
 
     def __init__(
         self,
-        generator: OneStepGenerator,
+        generator: Generator,
         options: AssignOptions,
         seed: int,
         on_evaluations: Callable[[int], object] = lambda count: None,

@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from oneshot_fast import ops
+from oneshot_fast.generators.base import unit_rgb
 from oneshot_fast.jobs.assign.features import feature_mse
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.noise.prior import norm_penalty
 from oneshot_fast.search.gradient import Assignment, Problem, Search
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator, PromptEncoding
+    from oneshot_fast.generators.base import Conditioning, Generator
 
 
 def matching_loss(
-    generator: OneStepGenerator,
+    generator: Generator,
     z: Tensor,
-    prompts: PromptEncoding,
+    prompts: Conditioning,
     target_latents: Tensor,
     target_images: Tensor | None,
     options: AssignOptions,
@@ -44,26 +45,23 @@ def matching_loss(
     Returns:
         [B] float32, differentiable.
     """
-    eps_hat, x = generator.predict(z, prompts)
-    sigma = generator.step.sigma
-    loss = options.latent_loss_weight * ops.latent_mse(eps_hat, x, target_latents, sigma)
+    made = generator.predict(z, prompts)
+    mse = ops.latent_mse(made.output, made.x, target_latents, made.sigma)
+    loss = options.latent_loss_weight * mse
     if not options.decodes:
         return loss
-    raw = generator.decode_raw(x - sigma * eps_hat)
+    raw = generator.decode_raw(made.latents)
     if options.pixel_l1_weight:
         assert target_images is not None
         loss = loss + options.pixel_l1_weight * ops.pixel_l1(raw, target_images)
     if options.features is not None:
         assert target_features is not None
-        images = (raw / 2 + 0.5).clamp(0, 1)
-        distance = feature_mse(images, target_features, options.features)
+        distance = feature_mse(unit_rgb(raw), target_features, options.features)
         loss = loss + options.feature_weight * distance
     return loss
 
 
-def objective(
-    generator: OneStepGenerator, options: AssignOptions, z: Tensor, problem: Problem
-) -> Tensor:
+def objective(generator: Generator, options: AssignOptions, z: Tensor, problem: Problem) -> Tensor:
     """What the search lowers: the distance to the target and the weighted penalties, [B]."""
     loss = matching_loss(
         generator, z, problem.prompts, problem.latents, problem.images, options, problem.features
@@ -76,9 +74,9 @@ def objective(
 
 
 def assign_batch(
-    generator: OneStepGenerator,
+    generator: Generator,
     eps: Tensor,
-    prompts: PromptEncoding,
+    prompts: Conditioning,
     target_latents: Tensor,
     target_images: Tensor | None,
     options: AssignOptions,

@@ -14,13 +14,12 @@ import logging
 import os
 import pickle
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot_fast.data.pairs import Failure
 from oneshot_fast.data.sources import Source, pending
 from oneshot_fast.errors import UserError, require
-from oneshot_fast.generators.toy import is_toy
+from oneshot_fast.generators.loading import family_of
 from oneshot_fast.jobs.assign.ray_worker import EXPECTED, Actor, Batch, Job, Result
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.planning.batch_size import ON_CPU, automatic_batch_size
@@ -45,8 +44,9 @@ class RayRun(AssignRun):
             actors: How many of them.
         """
         # its own generator tells weights and sizes, and needs no GPU for that
-        bfloat16 = job.on_gpu and job.model.dtype == "auto" and not is_toy(Path(job.model_id))
-        dtype = "bfloat16" if bfloat16 else job.model.dtype
+        dtype = job.model.dtype
+        if job.on_gpu and dtype == "auto" and family_of(job.model_id).runs_in_half:
+            dtype = "bfloat16"
         model = dataclasses.replace(job.model, device="cpu", dtype=dtype, compile=False)
         model = dataclasses.replace(model, compile_mode="default")
         generator, targets = dataclasses.replace(job, model=model).load()

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from oneshot_fast.data.pairs import Failure, Record
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.options import ModelOptions
-from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.candidates import Chooser
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.shards import ShardWriter, shard_path
@@ -27,7 +27,7 @@ from oneshot_fast.runtime.progress import silence_imports
 from oneshot_fast.search.solver import Solved, Solver
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.base import Generator
 
 Batch = list[tuple[int, Record] | Failure]
 Rows = list[dict[str, Any]]
@@ -47,8 +47,8 @@ class Job:
         resolution: Image side in pixels; None: the generator's own.
         seed: Seed of the run.
         resize_mode: "crop" or "squash".
-        batch_size: Targets solved at once.
-        num_images: Targets whose pictures are saved; -1 for all.
+        batch_size: TargetImages solved at once.
+        num_images: TargetImages whose pictures are saved; -1 for all.
         start: Folder at which relative paths begin.
     """
 
@@ -63,10 +63,10 @@ class Job:
     num_images: int = 16
     start: Path = field(default_factory=Path.cwd)
 
-    def load(self) -> tuple[OneStepGenerator, Targets]:
+    def load(self) -> tuple[Generator, TargetImages]:
         """The generator, and what reads the targets."""
         generator = self.model.load(self.model_id)
-        return generator, Targets(generator, self.resolution)
+        return generator, TargetImages(generator, self.resolution)
 
     @property
     def on_gpu(self) -> bool:

@@ -45,8 +45,8 @@ from oneshot_fast.search.solver import Solved, Solver
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from oneshot_fast.generators.sdxl import OneStepGenerator
-    from oneshot_fast.generators.target_images import Targets
+    from oneshot_fast.generators.base import Generator
+    from oneshot_fast.generators.target_images import TargetImages
 
 T = TypeVar("T")
 OUTPUTS = (
@@ -60,8 +60,8 @@ class AssignRun:
 
     def __init__(
         self,
-        generator: OneStepGenerator,
-        targets: Targets,
+        generator: Generator,
+        targets: TargetImages,
         folder: Path,
         options: AssignOptions,
         *,
@@ -81,8 +81,8 @@ class AssignRun:
             options: How a noise is searched.
             seed: Seed of the run.
             resize_mode: "crop" or "squash".
-            batch_size: Targets solved at once.
-            num_images: Targets whose pictures are saved; -1 for all.
+            batch_size: TargetImages solved at once.
+            num_images: TargetImages whose pictures are saved; -1 for all.
             read_ahead: Read and encode the next batch in a thread while this one is solved; by
                 default not on the CPU, where that takes the cores that solve.
             previous: Manifest of an earlier assignment, whose noises this one begins with.

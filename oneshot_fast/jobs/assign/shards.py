@@ -24,8 +24,8 @@ from oneshot_fast.search.solver import Solved
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from oneshot_fast.generators.sdxl import OneStepGenerator
-    from oneshot_fast.generators.target_images import Targets
+    from oneshot_fast.generators.base import Generator
+    from oneshot_fast.generators.target_images import TargetImages
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class ShardWriter:
 
     def __init__(
         self,
-        generator: OneStepGenerator,
-        targets: Targets,
+        generator: Generator,
+        targets: TargetImages,
         folder: Path,
         tracker: Accelerator | None,
         *,
@@ -71,7 +71,7 @@ class ShardWriter:
             folder: The run's.
             tracker: Takes the mean losses; None where only shards are kept.
             resize_mode: "crop" or "squash".
-            num_images: Targets whose pictures are saved; -1 for all.
+            num_images: TargetImages whose pictures are saved; -1 for all.
         """
         self._generator, self._targets, self._folder = generator, targets, folder
         self._tracker, self._resize_mode, self._num_images = tracker, resize_mode, num_images

@@ -18,8 +18,8 @@ from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.search.gradient import Problem
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator, PromptEncoding
-    from oneshot_fast.generators.target_images import Targets
+    from oneshot_fast.generators.base import Conditioning, Generator
+    from oneshot_fast.generators.target_images import TargetImages
     from oneshot_fast.jobs.assign.options import AssignOptions
 
 
@@ -49,7 +49,7 @@ class Target:
     image_sha256: str
     is_truncated: bool
     eps: Tensor
-    prompt: PromptEncoding
+    prompt: Conditioning
     latent: Tensor
     image: Tensor | None
     features: Tensor | None = None
@@ -63,8 +63,8 @@ class Preparer:
 
     def __init__(
         self,
-        generator: OneStepGenerator,
-        targets: Targets,
+        generator: Generator,
+        targets: TargetImages,
         *,
         seed: int,
         resize_mode: str,
@@ -175,7 +175,7 @@ def problem_of(targets: Sequence[Target]) -> Problem:
 
 @torch.no_grad()
 def random_problem(
-    generator: OneStepGenerator, options: AssignOptions, resolution: int, count: int
+    generator: Generator, options: AssignOptions, resolution: int, count: int
 ) -> Problem:
     """A batch of ``count`` random targets with all that their search needs, on the device."""
     with torch.device(generator.device):

@@ -80,16 +80,16 @@ class RewardEmRun(EmRun):
         assert options.prompt_file is not None
         self.prompts = read_prompts(options.prompt_file)
 
-        from oneshot_fast.generators.target_images import Targets
+        from oneshot_fast.generators.target_images import TargetImages
 
         self.command, self.folder = command, command.work_dir
         self.records, self.heldout, self.failures = [], [], []
         self.generator = command.model.load(command.initial_model_id or "tiny", master_weights=True)
-        self.targets = Targets(self.generator, command.data.resolution)
+        self.targets = TargetImages(self.generator, command.data.resolution)
         self.summary: dict[str, Any] = {"random_noise": {}, "cycles": []}
-        self.rewards = command.rewards.load(self.generator)
+        self.rewards = command.rewards.load(self.generator.device)
         judges = options.judge
-        self.judge = command.rewards.load(self.generator, judges) if judges else None
+        self.judge = command.rewards.load(self.generator.device, judges) if judges else None
         self._searcher(1)  # checks its options before any long work
 
     def settings(self) -> dict[str, Any]:
@@ -125,7 +125,9 @@ class RewardEmRun(EmRun):
     def _searcher(self, cycle: int) -> RewardSearch:
         from oneshot_fast.jobs.optimize.search import RewardSearch
 
-        self.command.rewards.set_checkpointing(self.generator)  # an M-step ends the UNet's
+        generator = self.generator
+        # an M-step ends the denoiser's
+        generator.recompute(self.command.rewards.recomputed(generator.device))
         options, side = self._searches[cycle - 1], self.targets.resolution
         if options.method == "rotation":
             from oneshot_fast.noise.rotation import check_patching

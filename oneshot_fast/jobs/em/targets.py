@@ -37,8 +37,8 @@ from oneshot_fast.training.batch import PreservePool, SftOptions
 if TYPE_CHECKING:
     from oneshot_fast.em import EmCommand
     from oneshot_fast.evaluation.measures import RandomNoiseMeasure
-    from oneshot_fast.generators.sdxl import OneStepGenerator
-    from oneshot_fast.generators.target_images import Targets
+    from oneshot_fast.generators.base import Generator
+    from oneshot_fast.generators.target_images import TargetImages
 
 OUTPUTS = (
     "eval", "direct", "heldout-base", "heldout-final", "logs", "preserve.safetensors",
@@ -69,12 +69,12 @@ class EmRun:
             self.failures += failures
         self.prompts = [record.prompt for record in self.records]
 
-        from oneshot_fast.generators.target_images import Targets
+        from oneshot_fast.generators.target_images import TargetImages
 
-        self.generator: OneStepGenerator = command.model.load(
+        self.generator: Generator = command.model.load(
             command.initial_model_id or "tiny", master_weights=True
         )
-        self.targets: Targets = Targets(self.generator, command.data.resolution)
+        self.targets: TargetImages = TargetImages(self.generator, command.data.resolution)
         self.summary: dict[str, Any] = {"random_noise": {}, "cycles": []}
         self._assigner(self.folder, 0)  # checks its options before any long work
 
@@ -124,7 +124,7 @@ class EmRun:
                     break
             self._assign_heldout("final")
             if self.command.compare_direct:
-                self.generator.unet.load_state_dict(initial)
+                self.generator.denoiser.load_state_dict(initial)
                 self._train_directly(measure, pool)
             end_tracking(tracker)
             if is_main():
@@ -146,7 +146,7 @@ class EmRun:
             append_jsonl(path, [{"stage": name, "seconds": seconds}])
 
     def _weights(self) -> dict[str, Tensor]:
-        return {k: v.to("cpu", copy=True) for k, v in self.generator.unet.state_dict().items()}
+        return {k: v.to("cpu", copy=True) for k, v in self.generator.denoiser.state_dict().items()}
 
     def _measure(self) -> RandomNoiseMeasure:
         from oneshot_fast.evaluation.measures import (

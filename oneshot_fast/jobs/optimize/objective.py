@@ -18,7 +18,7 @@ from oneshot_fast.search.gradient import Problem
 from oneshot_fast.training.batch import Batch, SftOptions, preserve_loss
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.base import Generator
     from oneshot_fast.rewards import WeightedRewards
 
 
@@ -27,7 +27,7 @@ class Objective:
 
     def __init__(
         self,
-        generator: OneStepGenerator,
+        generator: Generator,
         rewards: WeightedRewards,
         options: OptimizeOptions,
         prompts: Sequence[str],
@@ -52,8 +52,7 @@ class Objective:
 
     def __call__(self, z: Tensor, problem: Problem) -> Tensor:
         """Losses, [B] float32, of noises [B, C, h, w]."""
-        raw = self._generator.decode_raw(self._generator.latents(z, problem.prompts))
-        images = (raw / 2 + 0.5).clamp(0, 1)
+        images = self._generator.images(self._generator.latents(z, problem.prompts))
         scores = self._rewards.scores(images, self._prompts)
         total = self._rewards.total(scores)
         loss = -total
@@ -89,7 +88,7 @@ class Objective:
 
 
 def reward_losses(
-    rewards: WeightedRewards, generator: OneStepGenerator, batch: Batch, options: SftOptions
+    rewards: WeightedRewards, generator: Generator, batch: Batch, options: SftOptions
 ) -> tuple[Tensor, Tensor]:
     """Minus the mean reward, and the preserve loss, from one UNet evaluation of all rows.
 
@@ -102,10 +101,10 @@ def reward_losses(
     Returns:
         Two scalars, differentiable with respect to the UNet; their sum is the loss.
     """
-    eps_hat, x = generator.predict(batch.noise, batch.prompts)
+    made = generator.predict(batch.noise, batch.prompts)
     n = batch.matched
-    keep = preserve_loss(generator, batch, eps_hat, x, options)
+    keep = preserve_loss(generator, batch, made, options)
     if not n:
         return keep.new_zeros(()), keep
-    raw = generator.decode_raw((x - generator.step.sigma * eps_hat)[:n])
-    return -rewards((raw / 2 + 0.5).clamp(0, 1), batch.texts).mean(), keep
+    images = generator.images(made.latents[:n])
+    return -rewards(images, batch.texts).mean(), keep

@@ -70,7 +70,7 @@ def search_memory(search: RewardSearch, sample: Sample, batch_size: int) -> Sear
         with LiveMemory(tensors_of(networks)) as memory, torch.set_grad_enabled(differentiates):
             latents = generator.latents(z, encoding)
             activations["unet"] = memory.live
-            images = (generator.decode_raw(latents) / 2 + 0.5).clamp(0, 1)
+            images = generator.images(latents)
             activations["decoder"] = memory.live - activations["unet"]
             total = torch.zeros(batch_size)
             for name, reward in rewards.by_name.items():

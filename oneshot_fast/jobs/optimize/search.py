@@ -19,7 +19,7 @@ from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.search.gradient import Problem, Search
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.base import Generator
     from oneshot_fast.rewards import WeightedRewards
 
 
@@ -77,7 +77,7 @@ class RewardSearch:
 
     def __init__(
         self,
-        generator: OneStepGenerator,
+        generator: Generator,
         rewards: WeightedRewards,
         options: OptimizeOptions,
         *,

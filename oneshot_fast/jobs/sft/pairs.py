@@ -14,8 +14,8 @@ from oneshot_fast.errors import UserError
 from oneshot_fast.runtime.processes import map_over_processes
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.sdxl import OneStepGenerator
-    from oneshot_fast.generators.target_images import Targets
+    from oneshot_fast.generators.base import Generator
+    from oneshot_fast.generators.target_images import TargetImages
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Examples:
     @classmethod
     def load(
         cls,
-        generator: OneStepGenerator,
-        targets: Targets,
+        generator: Generator,
+        targets: TargetImages,
         pairs: Sequence[MatchedPair],
         failures: list[Failure],
     ) -> Examples:
@@ -73,7 +73,7 @@ class Examples:
         return cls(usable, torch.stack(noises), torch.stack(latents))
 
 
-def _read(pair: MatchedPair, targets: Targets, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _read(pair: MatchedPair, targets: TargetImages, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Noise, of ``shape``, and target latent of one pair, [C, h, w] float32 on the CPU.
 
     Raises:

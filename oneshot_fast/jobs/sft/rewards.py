@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from oneshot_fast.evaluation.measures import Scores
-    from oneshot_fast.generators.sdxl import OneStepGenerator
+    from oneshot_fast.generators.base import Generator
     from oneshot_fast.rewards import WeightedRewards
 
 
@@ -54,7 +54,7 @@ class RewardRun(TrainingRun):
 
     def __init__(
         self,
-        generator: OneStepGenerator,
+        generator: Generator,
         rewards: WeightedRewards,
         folder: Path,
         options: SftOptions,
@@ -164,7 +164,7 @@ class RewardRun(TrainingRun):
         )
 
     def losses(
-        self, generator: OneStepGenerator, batch: Batch, options: SftOptions
+        self, generator: Generator, batch: Batch, options: SftOptions
     ) -> tuple[Tensor, Tensor]:
         """``reward_losses`` of one part of a batch."""
         return reward_losses(self.rewards, generator, batch, options)

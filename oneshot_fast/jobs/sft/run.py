@@ -23,8 +23,8 @@ from oneshot_fast.training.trainer import Trainer
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from oneshot_fast.generators.sdxl import OneStepGenerator
-    from oneshot_fast.generators.target_images import Targets
+    from oneshot_fast.generators.base import Generator
+    from oneshot_fast.generators.target_images import TargetImages
 
 
 class SftRun(TrainingRun):
@@ -32,8 +32,8 @@ class SftRun(TrainingRun):
 
     def __init__(
         self,
-        generator: OneStepGenerator,
-        targets: Targets,
+        generator: Generator,
+        targets: TargetImages,
         folder: Path,
         options: SftOptions,
         **more: Any,
@@ -143,9 +143,9 @@ class SftRun(TrainingRun):
         def losses(k: int) -> torch.Tensor:
             part = slice(rows * k, rows * (k + 1))
             prompts = generator.encode_prompts([pair.prompt for pair in examples.pairs[part]])
-            eps_hat, x = generator.predict(examples.noises[part].to(generator.device), prompts)
+            made = generator.predict(examples.noises[part].to(generator.device), prompts)
             target = examples.latents[part].to(generator.device)
-            return ops.latent_mse(eps_hat, x, target, generator.step.sigma).cpu()
+            return ops.latent_mse(made.output, made.x, target, made.sigma).cpu()
 
         return (
             torch.cat(map_over_processes(losses, math.ceil(len(examples.pairs) / rows)))

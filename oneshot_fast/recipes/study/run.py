@@ -6,13 +6,13 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from oneshot_fast.data.pairs import read_manifest
-from oneshot_fast.generators.sdxl import OneStepGenerator
-from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.generators.toy import ToyGenerator
 from oneshot_fast.jobs.assign.objective import assign_batch
 from oneshot_fast.jobs.assign.options import AssignOptions
@@ -58,9 +58,8 @@ def train(
         budget: Generator evaluations per target, assignment included.
         samples: Random noises per measure.
     """
-    toy = subject.base()
-    generator = cast(OneStepGenerator, toy)
-    targets = Targets(generator)
+    generator = subject.base()
+    targets = TargetImages(generator)
     result: dict[str, Any] = {"nfe": 0.0, "matched_loss": None}
     for cycle in range(cell.cycles):
         noises = derived_seed(seed, cycle) if cell.new_noise else seed
@@ -81,24 +80,23 @@ def train(
             result["typicality"] = {c["name"]: c for c in checks if c["name"] in _KEPT}
         result["nfe"] += 3 * cell.training(budget).epochs * (2 if cell.preserve else 1)
         result["steps"] = result.get("steps", 0) + trained["steps"]
-    result |= measured(subject, toy, samples)
-    result["reconstruction"] = reconstruction(subject, toy)
+    result |= measured(subject, generator, samples)
+    result["reconstruction"] = reconstruction(subject, generator)
     shutil.rmtree(folder)
     return result
 
 
-def reconstruction(subject: Subject, toy: ToyGenerator) -> float:
+def reconstruction(subject: Subject, generator: Generator) -> float:
     """Mean loss of held-out images after a short assignment with this generator."""
-    return sum(curve(subject, toy, RECONSTRUCTION, subject.heldout)[-1:])
+    return sum(curve(subject, generator, RECONSTRUCTION, subject.heldout)[-1:])
 
 
 def curve(
-    subject: Subject, toy: ToyGenerator, options: AssignOptions, records: Sequence[Any]
+    subject: Subject, generator: Generator, options: AssignOptions, records: Sequence[Any]
 ) -> list[float]:
     """Mean over the records of the best loss so far, after every step."""
-    generator = cast(OneStepGenerator, toy)
     preparer = Preparer(
-        generator, Targets(generator), seed=0, resize_mode="crop", needs_images=False
+        generator, TargetImages(generator), seed=0, resize_mode="crop", needs_images=False
     )
     problem = problem_of(preparer.prepare([*enumerate(records)])[0])
     losses = assign_batch(

@@ -47,7 +47,7 @@ def compare(
     for name, place in _TRAINED.items():
         if (folder / place).exists():
             generator = ToyGenerator.load(folder / place)
-            found[name] = measure.measure(generator, results / name)  # type: ignore[arg-type]
+            found[name] = measure.measure(generator, results / name)
     found["real images"] = real_measures(heldout.images, prompts, base.classifier)
     write_json(results / "comparison.json", found)
     return found

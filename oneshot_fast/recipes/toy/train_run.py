@@ -119,7 +119,7 @@ def _measure(
         classifier=classifier,
         real=real.images,
     )
-    made = measure.measure(generator, folder / "eval" / "base")  # type: ignore[arg-type]
+    made = measure.measure(generator, folder / "eval" / "base")
     prompts = [real.prompts[k] for k in real.labels.tolist()]
     found = real_measures(real.images, prompts, classifier)
     some = train_set.sample(samples).images

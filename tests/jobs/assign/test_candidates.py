@@ -15,8 +15,8 @@ from torch import Tensor
 
 from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.errors import UserError
-from oneshot_fast.generators.sdxl import OneStepGenerator
-from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.candidates import Chooser
 from oneshot_fast.jobs.assign.objective import assign_batch, matching_loss
 from oneshot_fast.jobs.assign.options import AssignOptions
@@ -41,9 +41,9 @@ every = pytest.mark.parametrize("options", GRADIENT.values(), ids=GRADIENT.keys(
 
 
 @pytest.fixture(scope="module")
-def targets(tiny: OneStepGenerator, small_data: Path) -> list[Target]:
+def targets(tiny: Generator, small_data: Path) -> list[Target]:
     records, _ = read_pairs(small_data)
-    preparer = Preparer(tiny, Targets(tiny), seed=0, resize_mode="crop", needs_images=False)
+    preparer = Preparer(tiny, TargetImages(tiny), seed=0, resize_mode="crop", needs_images=False)
     return preparer.prepare([*enumerate(records)])[0]
 
 
@@ -131,7 +131,7 @@ def test_shortened_rotations_turn_about_the_same_planes() -> None:
 
 @pytest.mark.parametrize("kind", ["rotation", "raw", "sphere", "sphere, Adam"])
 def test_lr_auto_is_near_the_best_fixed_step(
-    tiny: OneStepGenerator, targets: list[Target], kind: str
+    tiny: Generator, targets: list[Target], kind: str
 ) -> None:
     options = dataclasses.replace(GRADIENT[kind], steps=30)
     found = {
@@ -142,7 +142,7 @@ def test_lr_auto_is_near_the_best_fixed_step(
 
 
 def test_the_sphere_is_faster_than_a_shared_rotation_and_l_bfgs_than_adam(
-    tiny: OneStepGenerator, targets: list[Target]
+    tiny: Generator, targets: list[Target]
 ) -> None:
     rotation, adam, newton = (
         solve(tiny, targets, dataclasses.replace(GRADIENT[kind], steps=30)).best_loss.mean()
@@ -152,7 +152,7 @@ def test_the_sphere_is_faster_than_a_shared_rotation_and_l_bfgs_than_adam(
     assert newton < 0.93 * adam
 
 
-def losses_of(tiny: OneStepGenerator, targets: list[Target]) -> Tensor:
+def losses_of(tiny: Generator, targets: list[Target]) -> Tensor:
     problem = problem_of(targets)
     with torch.no_grad():
         return matching_loss(
@@ -161,7 +161,7 @@ def losses_of(tiny: OneStepGenerator, targets: list[Target]) -> Tensor:
 
 
 def test_search_takes_the_best_candidate_of_each_target(
-    tiny: OneStepGenerator, targets: list[Target]
+    tiny: Generator, targets: list[Target]
 ) -> None:
     single = losses_of(tiny, Chooser(tiny, AssignOptions("best_of_n", 1), 0).choose(targets))
     torch.testing.assert_close(single, losses_of(tiny, targets))
@@ -174,7 +174,7 @@ def test_search_takes_the_best_candidate_of_each_target(
 
 
 def test_a_pool_is_matched_one_to_one_at_least_total_loss(
-    tiny: OneStepGenerator, targets: list[Target]
+    tiny: Generator, targets: list[Target]
 ) -> None:
     same = of_one_prompt(targets)
     chooser = Chooser(tiny, AssignOptions("pool", 3), 0)
@@ -202,17 +202,13 @@ def test_a_pool_is_matched_one_to_one_at_least_total_loss(
     assert losses_of(tiny, far).min() > limit
 
 
-def test_different_prompts_have_pools_of_their_own(
-    tiny: OneStepGenerator, targets: list[Target]
-) -> None:
+def test_different_prompts_have_pools_of_their_own(tiny: Generator, targets: list[Target]) -> None:
     found = Chooser(tiny, AssignOptions("pool", 8), 0).choose(targets)
     assert [t.index for t in found] == [t.index for t in targets]
     assert losses_of(tiny, found).mean() < losses_of(tiny, targets).mean()
 
 
-def test_gradients_go_on_from_the_chosen_noise(
-    tiny: OneStepGenerator, targets: list[Target]
-) -> None:
+def test_gradients_go_on_from_the_chosen_noise(tiny: Generator, targets: list[Target]) -> None:
     options = AssignOptions("best_of_n+sphere", 8, steps=5)
     chosen = Chooser(tiny, options, 0).choose(targets)
     assert options.choice == "best_of_n" and options.mover == "sphere"
@@ -221,9 +217,7 @@ def test_gradients_go_on_from_the_chosen_noise(
     assert (result.best_loss < result.losses[0]).all()
 
 
-def test_a_search_can_begin_at_an_earlier_noise(
-    tiny: OneStepGenerator, targets: list[Target]
-) -> None:
+def test_a_search_can_begin_at_an_earlier_noise(tiny: Generator, targets: list[Target]) -> None:
     first = solve(tiny, targets, GRADIENT["sphere"])
     again = [dataclasses.replace(t, start=z) for t, z in zip(targets, first.z, strict=True)]
     search = Search(problem_of(again), GRADIENT["sphere"], quadratic(first.z))

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.errors import UserError
-from oneshot_fast.generators.sdxl import OneStepGenerator
-from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.candidates import Chooser
 from oneshot_fast.jobs.assign.objective import objective
 from oneshot_fast.jobs.assign.options import AssignOptions
@@ -33,10 +33,10 @@ ROWS = AssignOptions(
 )
 
 
-def prepare(tiny: OneStepGenerator, data: Path, options: AssignOptions) -> Any:
+def prepare(tiny: Generator, data: Path, options: AssignOptions) -> Any:
     preparer = Preparer(
         tiny,
-        Targets(tiny),
+        TargetImages(tiny),
         seed=0,
         resize_mode="crop",
         needs_images=options.pixel_l1_weight > 0,
@@ -46,21 +46,19 @@ def prepare(tiny: OneStepGenerator, data: Path, options: AssignOptions) -> Any:
 
 
 @pytest.fixture(scope="module")
-def targets(tiny: OneStepGenerator, small_data: Path) -> list[Target]:
+def targets(tiny: Generator, small_data: Path) -> list[Target]:
     found: list[Target] = prepare(tiny, small_data, ROWS)[0]
     return found
 
 
-def distance(tiny: OneStepGenerator, target: Target, eps: Tensor) -> float:
+def distance(tiny: Generator, target: Target, eps: Tensor) -> float:
     """Mean squared difference of the rows' means, written out."""
-    image = Targets(tiny).image(target.record.image_path, "crop")
+    image = TargetImages(tiny).image(target.record.image_path, "crop")
     made = tiny.decode(tiny.latents(eps[None], target.prompt))[0]
     return (rows(made[None]) - rows(image[None])).square().mean().item()
 
 
-def test_the_loss_is_a_weighted_sum_of_all_distances(
-    tiny: OneStepGenerator, small_data: Path
-) -> None:
+def test_the_loss_is_a_weighted_sum_of_all_distances(tiny: Generator, small_data: Path) -> None:
     parts = {"latent_loss_weight": 1.0, "pixel_l1_weight": 2.0, "feature_weight": 3.0}
     both = dataclasses.replace(ROWS, **parts)
     problem = problem_of(prepare(tiny, small_data, both)[0])
@@ -75,7 +73,7 @@ def test_the_loss_is_a_weighted_sum_of_all_distances(
 
 
 def test_search_finds_the_candidate_nearest_in_features(
-    tiny: OneStepGenerator, targets: list[Target]
+    tiny: Generator, targets: list[Target]
 ) -> None:
     options = dataclasses.replace(ROWS, method="best_of_n", candidates=6)
     chooser = Chooser(tiny, options, 0)
@@ -86,7 +84,7 @@ def test_search_finds_the_candidate_nearest_in_features(
         assert after.first_loss == pytest.approx(3 * known[0], rel=1e-3)
 
 
-def test_a_pool_is_matched_by_features(tiny: OneStepGenerator, targets: list[Target]) -> None:
+def test_a_pool_is_matched_by_features(tiny: Generator, targets: list[Target]) -> None:
     same = of_one_prompt(targets)
     options = dataclasses.replace(ROWS, method="pool", candidates=2)
     found = Chooser(tiny, options, 0).choose(same)
@@ -99,7 +97,7 @@ def test_a_pool_is_matched_by_features(tiny: OneStepGenerator, targets: list[Tar
 
 @pytest.mark.parametrize("method", ["sphere", "rotation"])
 def test_gradients_go_through_the_features(
-    tiny: OneStepGenerator, targets: list[Target], method: Any
+    tiny: Generator, targets: list[Target], method: Any
 ) -> None:
     """With more targets than places on the device, which others take over."""
     options = dataclasses.replace(ROWS, method=method, stop_loss=1e-9)
@@ -111,7 +109,7 @@ def test_gradients_go_through_the_features(
         assert min(s.losses) < 0.9 * s.losses[0]
 
 
-def test_bad_features_of_one_target_fail_alone(tiny: OneStepGenerator, small_data: Path) -> None:
+def test_bad_features_of_one_target_fail_alone(tiny: Generator, small_data: Path) -> None:
     options = dataclasses.replace(ROWS, features="python:feature_samples.not_finite")
     ready, failures = prepare(tiny, small_data, options)
     assert len(ready) == 5 and [f.prompt for f in failures] == ["a handwritten digit one"]
@@ -128,7 +126,7 @@ def test_bad_features_of_one_target_fail_alone(tiny: OneStepGenerator, small_dat
     ],
 )
 def test_a_function_that_does_not_fit(
-    tiny: OneStepGenerator, small_data: Path, targets: list[Target], name: str, message: str
+    tiny: Generator, small_data: Path, targets: list[Target], name: str, message: str
 ) -> None:
     options = dataclasses.replace(ROWS, features=f"python:feature_samples.{name}")
     with pytest.raises(UserError, match=message):
@@ -137,7 +135,7 @@ def test_a_function_that_does_not_fit(
 
 
 def test_one_number_without_a_gradient_can_be_searched_for(
-    tiny: OneStepGenerator, small_data: Path
+    tiny: Generator, small_data: Path
 ) -> None:
     for name in ("rounded", "brightness"):
         options = dataclasses.replace(
@@ -184,7 +182,7 @@ def test_the_commands_take_features(small_data: Path, tmp_path: Path, call: Any)
     assert em.feature_weight == 2.0 and em.features == ROWS.features
 
 
-def test_dry_runs_count_the_decoder(tiny: OneStepGenerator) -> None:
+def test_dry_runs_count_the_decoder(tiny: Generator) -> None:
     plain = AssignOptions()
     assert (
         assignment_memory(tiny, ROWS, 64, 2).activations

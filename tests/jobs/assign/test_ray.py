@@ -24,7 +24,7 @@ from oneshot_fast.data.pairs import Failure, Record, read_pairs
 from oneshot_fast.data.sources import pending
 from oneshot_fast.errors import ModelError, UserError
 from oneshot_fast.generators.options import ModelOptions
-from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.ray_worker import Actor, Job, Worker
 from oneshot_fast.jobs.assign.run import AssignRun
 
@@ -49,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 def local(generator: Any, folder: Path, records: list[Record], **more: Any) -> Path:
     options = {"options": FULL, "batch_size": 2, "num_images": 1} | more
-    AssignRun(generator, Targets(generator), folder, **options).run(records)
+    AssignRun(generator, TargetImages(generator), folder, **options).run(records)
     return folder
 
 

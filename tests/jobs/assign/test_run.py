@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from oneshot_fast.data.pairs import read_manifest, read_pairs
-from oneshot_fast.generators.sdxl import OneStepGenerator, PromptEncoding
-from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.base import Conditioning, Generator, Prediction
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.objective import assign_batch, matching_loss
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
@@ -53,9 +54,9 @@ def test_a_run_has_its_files_and_its_loss_falls(assigned: Path, small_data: Path
 
 
 def test_noises_are_rotations_that_reproduce_the_reported_loss(
-    assigned: Path, tiny: OneStepGenerator
+    assigned: Path, tiny: Generator
 ) -> None:
-    targets = Targets(tiny)
+    targets = TargetImages(tiny)
     for row in rows_of(assigned / "manifest.jsonl"):
         shard = load_file(assigned / row["noise_path"])
         z, q = (shard[key][row["noise_index"]] for key in ("z", "q"))
@@ -110,7 +111,7 @@ def test_results_do_not_depend_on_order_or_shards(
     ids=["rotation", "tiles", "patch", "raw", "sphere", "white", "pixels"],
 )
 def test_every_way_to_match_lowers_the_loss_that_it_reports(
-    tiny: OneStepGenerator, small_data: Path, options: AssignOptions
+    tiny: Generator, small_data: Path, options: AssignOptions
 ) -> None:
     eps, prompts, latents, images = batch_of(tiny, small_data)
     result = assign_batch(tiny, eps, prompts, latents, images, options)
@@ -128,7 +129,7 @@ def test_every_way_to_match_lowers_the_loss_that_it_reports(
 
 
 def test_the_best_step_is_kept_when_the_search_overshoots(
-    tiny: OneStepGenerator, small_data: Path
+    tiny: Generator, small_data: Path
 ) -> None:
     eps, prompts, latents, _ = batch_of(tiny, small_data)
     options = AssignOptions("rotation", steps=5, lr=3.0)
@@ -140,7 +141,7 @@ def test_the_best_step_is_kept_when_the_search_overshoots(
 
 
 def test_drift_regularisation_keeps_the_noise_near_its_base(
-    tiny: OneStepGenerator, small_data: Path
+    tiny: Generator, small_data: Path
 ) -> None:
     eps, prompts, latents, _ = batch_of(tiny, small_data)
     drifts = []
@@ -154,30 +155,30 @@ def test_drift_regularisation_keeps_the_noise_near_its_base(
 class Poisoned:
     """A generator whose output for one row is not finite, from the second evaluation on."""
 
-    def __init__(self, generator: OneStepGenerator, row: int, value: float) -> None:
+    def __init__(self, generator: Generator, row: int, value: float) -> None:
         self.generator, self.row, self.value, self.calls = generator, row, value, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.generator, name)
 
-    def predict(self, eps: Tensor, prompts: PromptEncoding) -> tuple[Tensor, Tensor]:
+    def predict(self, eps: Tensor, prompts: Conditioning) -> Prediction:
         self.calls += 1
-        eps_hat, x = self.generator.predict(eps, prompts)
-        poison = torch.zeros_like(eps_hat)
+        made = self.generator.predict(eps, prompts)
+        poison = torch.zeros_like(made.output)
         if self.calls > 1 and len(eps) > self.row:
             poison[self.row] = self.value
-        return eps_hat + poison * x, x
+        return dataclasses.replace(made, output=made.output + poison * made.x)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_fails_its_target_only(
-    tiny: OneStepGenerator, small_data: Path, assigned: Path, tmp_path: Path, value: float
+    tiny: Generator, small_data: Path, assigned: Path, tmp_path: Path, value: float
 ) -> None:
     records, _ = read_pairs(small_data)
     poisoned: Any = Poisoned(tiny, 2, value)
     run = AssignRun(
         poisoned,
-        Targets(tiny),
+        TargetImages(tiny),
         tmp_path,
         AssignOptions("rotation", steps=3, lr=0.15),
         batch_size=6,

@@ -13,8 +13,8 @@ from search_samples import FULL, PATIENT, Limited
 from torch import Tensor
 
 from oneshot_fast.data.pairs import Record, read_pairs
-from oneshot_fast.generators.sdxl import OneStepGenerator, PromptEncoding
-from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.base import Conditioning, Generator, Prediction
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
 
@@ -28,12 +28,13 @@ def run_of(
     generator: Any, folder: Path, options: AssignOptions, batch_size: int = 3, **more: Any
 ) -> AssignRun:
     return AssignRun(
-        generator, Targets(generator), folder, options, batch_size=batch_size, num_images=1, **more
-    )
+        generator, TargetImages(generator), folder, options,
+        batch_size=batch_size, num_images=1, **more,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def patient(tiny: OneStepGenerator, small_data: Path, tmp_path_factory: Any) -> Path:
+def patient(tiny: Generator, small_data: Path, tmp_path_factory: Any) -> Path:
     """A finished run with early stopping."""
     folder: Path = tmp_path_factory.mktemp("patient")
     run_of(tiny, folder, PATIENT).run(read_pairs(small_data)[0])
@@ -58,13 +59,13 @@ def test_a_run_with_early_stopping_has_all_results_and_a_report(
 
 
 def test_ctrl_c_keeps_what_has_finished(
-    tiny: OneStepGenerator, patient: Path, small_data: Path, tmp_path: Path
+    tiny: Generator, patient: Path, small_data: Path, tmp_path: Path
 ) -> None:
     records = read_pairs(small_data)[0]
     longest = max(len(row["losses"]) for row in rows_of(patient / "manifest.jsonl"))
 
     class Interrupted(Limited):
-        def predict(self, eps: Tensor, prompts: PromptEncoding) -> tuple[Tensor, Tensor]:
+        def predict(self, eps: Tensor, prompts: Conditioning) -> Prediction:
             if len(self.sizes) == longest:
                 raise KeyboardInterrupt
             return super().predict(eps, prompts)
@@ -92,7 +93,7 @@ def test_a_killed_run_with_early_stopping_is_completed(
     same_results(patient, tmp_path / "run")
 
 
-def test_reading_ahead_changes_nothing(tiny: OneStepGenerator, data: Path, tmp_path: Path) -> None:
+def test_reading_ahead_changes_nothing(tiny: Generator, data: Path, tmp_path: Path) -> None:
     records = read_pairs(data)[0]
     records[3].image_path.write_bytes(b"not an image")  # type: ignore[union-attr]
     for name in ("ahead", "inline"):
@@ -107,7 +108,7 @@ def test_reading_ahead_changes_nothing(tiny: OneStepGenerator, data: Path, tmp_p
 
 @pytest.mark.parametrize("read_ahead", [True, False])
 def test_errors_of_reading_and_writing_are_raised(
-    tiny: OneStepGenerator, small_data: Path, tmp_path: Path, read_ahead: bool
+    tiny: Generator, small_data: Path, tmp_path: Path, read_ahead: bool
 ) -> None:
     class Stream:
         identity, total = "stream", 6
@@ -130,7 +131,7 @@ def test_errors_of_reading_and_writing_are_raised(
         run.run(read_pairs(small_data)[0])
 
 
-def test_a_stream_is_resumed(tiny: OneStepGenerator, small_data: Path, tmp_path: Path) -> None:
+def test_a_stream_is_resumed(tiny: Generator, small_data: Path, tmp_path: Path) -> None:
     records = read_pairs(small_data)[0]
 
     class Stream:

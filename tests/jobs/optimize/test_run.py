@@ -18,7 +18,7 @@ from benchmarks.jobs.optimize import markdown, measure
 from oneshot_fast.data.images import load_image
 from oneshot_fast.data.pairs import read_manifest, read_pairs
 from oneshot_fast.data.prompts import read_prompts
-from oneshot_fast.generators.sdxl import OneStepGenerator
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.plan import search_memory
 from oneshot_fast.jobs.optimize.run import OptimizeRun, samples_of
@@ -34,12 +34,12 @@ SAMPLES = [Sample(str(k), k, prompt, 20 + k) for k, prompt in enumerate(PROMPTS)
 FLAGS = "--model_id tiny --reward digit --reward thickness:0.1 --steps 3 --batch_size 2"
 
 
-def solve(tiny: OneStepGenerator, *rewards: str, **options: Any) -> list[Optimized]:
+def solve(tiny: Generator, *rewards: str, **options: Any) -> list[Optimized]:
     search = RewardSearch(tiny, load_rewards(rewards), OptimizeOptions(**options), save_steps=[2])
     return search.solve(SAMPLES)
 
 
-def images_of(tiny: OneStepGenerator, z: Tensor, prompts: list[str]) -> Tensor:
+def images_of(tiny: Generator, z: Tensor, prompts: list[str]) -> Tensor:
     with torch.no_grad():
         return tiny.decode(tiny.latents(z, tiny.encode_prompts(prompts)))
 
@@ -64,7 +64,7 @@ def test_free_noise_is_torchs_sgd_on_clipped_gradients() -> None:
 
 
 @pytest.mark.parametrize("method", ["sphere", "rotation", "white", "free"])
-def test_gradients_raise_the_reward(tiny: OneStepGenerator, method: Any) -> None:
+def test_gradients_raise_the_reward(tiny: Generator, method: Any) -> None:
     found = solve(tiny, "digit", method=method, steps=12)
     before = sum(one.first["total"] for one in found) / 3
     after = sum(one.best["total"] for one in found) / 3
@@ -79,7 +79,7 @@ def test_gradients_raise_the_reward(tiny: OneStepGenerator, method: Any) -> None
             assert one.q is not None and one.q.shape == (16, 16)
 
 
-def test_what_is_reported_is_what_the_noise_makes(tiny: OneStepGenerator) -> None:
+def test_what_is_reported_is_what_the_noise_makes(tiny: Generator) -> None:
     rewards = load_rewards(["digit", "thickness:0.1"])
     found = solve(tiny, "digit", "thickness:0.1", steps=4)
     z = torch.stack([one.z for one in found])
@@ -97,7 +97,7 @@ def test_what_is_reported_is_what_the_noise_makes(tiny: OneStepGenerator) -> Non
         assert (one.images["initial"].float() - 255 * first).abs().max() < 1.01
 
 
-def test_a_result_does_not_depend_on_its_batch(tiny: OneStepGenerator) -> None:
+def test_a_result_does_not_depend_on_its_batch(tiny: Generator) -> None:
     together = solve(tiny, "digit", steps=3, lr=0.1)
     search = RewardSearch(tiny, load_rewards(["digit"]), OptimizeOptions(steps=3, lr=0.1))
     for one, sample in zip(together, SAMPLES, strict=True):
@@ -106,7 +106,7 @@ def test_a_result_does_not_depend_on_its_batch(tiny: OneStepGenerator) -> None:
         torch.testing.assert_close(alone.z, one.z, rtol=0, atol=1e-3)
 
 
-def test_best_of_n_is_the_best_and_needs_no_gradient(tiny: OneStepGenerator) -> None:
+def test_best_of_n_is_the_best_and_needs_no_gradient(tiny: Generator) -> None:
     name = "python:optimize_samples.darkness"
     with pytest.raises(ValueError, match="best_of_n"):
         solve(tiny, name, method="sphere")
@@ -121,7 +121,7 @@ def test_best_of_n_is_the_best_and_needs_no_gradient(tiny: OneStepGenerator) -> 
     assert any(one.best_step > 0 for one in found)
 
 
-def test_gradients_start_at_the_best_candidate(tiny: OneStepGenerator) -> None:
+def test_gradients_start_at_the_best_candidate(tiny: Generator) -> None:
     chosen = solve(tiny, "digit", method="best_of_n", candidates=4)
     found = solve(tiny, "digit", candidates=4, steps=2)
     for one, best in zip(found, chosen, strict=True):
@@ -129,7 +129,7 @@ def test_gradients_start_at_the_best_candidate(tiny: OneStepGenerator) -> None:
         assert one.scores["digit"][0] == pytest.approx(best.best["digit"], abs=1e-4)
 
 
-def test_drift_and_norm_are_held_back_by_their_weights(tiny: OneStepGenerator) -> None:
+def test_drift_and_norm_are_held_back_by_their_weights(tiny: Generator) -> None:
     wild = solve(tiny, "thickness", method="free", steps=10, prior_weight=0.0)
     held = solve(tiny, "thickness", method="free", steps=10, prior_weight=1.0)
     near = solve(tiny, "thickness", method="free", steps=10, noise_l2_weight=100.0)
@@ -143,7 +143,7 @@ def test_drift_and_norm_are_held_back_by_their_weights(tiny: OneStepGenerator) -
     assert all(one.angle < math.degrees(0.3) + 0.1 for one in limited)
 
 
-def test_memory_by_part(tiny: OneStepGenerator) -> None:
+def test_memory_by_part(tiny: Generator) -> None:
     options = OptimizeOptions(steps=2)
     sizes = {}
     for checkpointing in (False, True):
@@ -151,7 +151,7 @@ def test_memory_by_part(tiny: OneStepGenerator) -> None:
         search = RewardSearch(tiny, rewards, options)
         sizes[checkpointing] = search_memory(search, SAMPLES[0], 4)
     plain, saving = sizes[False], sizes[True]
-    assert plain.weights["unet"] == sum(p.nbytes for p in tiny.unet.parameters())
+    assert plain.weights["unet"] == sum(p.nbytes for p in tiny.denoiser.parameters())
     assert {"unet", "decoder", "reward digit", "reward thickness"} == plain.activations.keys()
     assert saving.activations["reward digit"] < 0.1 * plain.activations["reward digit"]
     assert plain.step >= sum(plain.activations.values())
@@ -279,7 +279,7 @@ def test_bad_input(tmp_path: Path, call: Call, flags: list[str], message: str) -
     assert not (tmp_path / "run").exists()
 
 
-def test_images_are_saved_as_they_were_scored(tiny: OneStepGenerator, tmp_path: Path) -> None:
+def test_images_are_saved_as_they_were_scored(tiny: Generator, tmp_path: Path) -> None:
     search = RewardSearch(tiny, load_rewards(["digit"]), OptimizeOptions(steps=2))
     OptimizeRun(search, tmp_path / "run", rewards=["digit"]).run(SAMPLES)
     image = load_image(tmp_path / "run/images/0-best.png", 64, 64)

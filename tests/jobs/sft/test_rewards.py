@@ -102,7 +102,7 @@ def test_gradient_is_the_rewards() -> None:
     texts = [PROMPTS[k % 2] for k in range(5)]
     latents = torch.zeros_like(noise)
     batch = Batch(noise, generator.encode_prompts(texts), latents, None, 3, texts[:3])
-    weight = generator.unet.conv_out.weight.requires_grad_(True)
+    weight = generator.denoiser.conv_out.weight.requires_grad_(True)
 
     def loss() -> torch.Tensor:
         total = torch.zeros(())

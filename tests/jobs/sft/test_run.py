@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from oneshot_fast.data.pairs import load_noise, read_manifest
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
-from oneshot_fast.generators.sdxl import OneStepGenerator
-from oneshot_fast.generators.target_images import Targets
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, PreservePool, SftOptions, batches, sft_losses
@@ -72,15 +72,13 @@ def test_a_run_has_its_files_and_its_loss_falls(trained: Path, assigned: Path) -
     assert summary["best_epoch"] == 1 + (history[1]["loss"] < history[0]["loss"])
 
 
-def test_checkpoints_are_pipelines_with_the_trained_unet(
-    trained: Path, tiny: OneStepGenerator
-) -> None:
+def test_checkpoints_are_pipelines_with_the_trained_unet(trained: Path, tiny: Generator) -> None:
     final = trained / "checkpoint-final"
     generator = load_generator(final, variant="fp16")
     pipe = StableDiffusionXLPipeline.from_pretrained(final)
     pipe.set_progress_bar_config(disable=True)
     assert equal(pipe.unet.state_dict(), unet_of(final))
-    assert not equal(tiny.unet.state_dict(), unet_of(final))
+    assert not equal(tiny.denoiser.state_dict(), unet_of(final))
     assert equal(tiny.pipe.vae.state_dict(), pipe.vae.state_dict())
     eps, prompt = gaussian([3], (4, 8, 8)), "a handwritten digit one"
     with torch.no_grad():
@@ -102,8 +100,8 @@ def test_the_best_epoch_is_kept_when_training_diverges(assigned: Path, tmp_path:
         options = SftOptions(
             epochs=epochs, lr=0.05, preserve_latent_weight=0.0, preserve_pixel_weight=0.0
         )
-        summary = SftRun(generator, Targets(generator), tmp_path / name, options).run(pairs)
-        assert equal(generator.unet.state_dict(), unet_of(tmp_path / name / "checkpoint-final"))
+        summary = SftRun(generator, TargetImages(generator), tmp_path / name, options).run(pairs)
+        assert equal(generator.denoiser.state_dict(), unet_of(tmp_path / name / "checkpoint-final"))
         return summary
 
     best = train("whole", 3)["best_epoch"]
@@ -162,7 +160,7 @@ def test_a_moved_run_still_trains(small_data: Path, tmp_path: Path, call: Call) 
     assert call("sft", *flags(manifest, tmp_path / "there" / "s", "--epochs", 1)).code == 0
 
 
-def pool_and_batch(generator: OneStepGenerator, path: Path, count: int) -> Batch:
+def pool_and_batch(generator: Generator, path: Path, count: int) -> Batch:
     prompts = ["a handwritten digit one", "a handwritten digit two"]
     pool = PreservePool.build(generator, prompts, (4, 8, 8), 20, 0, path)
     drawn = pool.draw(count, 5)
@@ -177,7 +175,7 @@ def test_the_preserve_loss_starts_at_zero_and_sees_any_change(tmp_path: Path) ->
     batch = pool_and_batch(generator, tmp_path / "pool.safetensors", 7)
     with torch.no_grad():
         assert 0 <= sft_losses(generator, batch, options)[1].item() < 1e-5
-        next(iter(generator.unet.parameters())).add_(0.01)
+        next(iter(generator.denoiser.parameters())).add_(0.01)
         assert sft_losses(generator, batch, options)[1].item() > 1e-4
     # The pool on disk is of the base generator, so a resumed run is held to the same targets.
     again = pool_and_batch(generator, tmp_path / "pool.safetensors", 7)
@@ -205,9 +203,9 @@ def test_a_resumed_training_equals_the_uninterrupted_one(
         epochs=3, batch_size=4, lr=1e-4, lr_warmup_steps=5, preserve_pool_size=6, noise="matched"
     )
 
-    def train(folder: Path) -> OneStepGenerator:
+    def train(folder: Path) -> Generator:
         generator = load_generator("tiny", master_weights=True)
-        targets = Targets(generator)
+        targets = TargetImages(generator)
         SftRun(generator, targets, folder, options, seed=1, save_minutes=0).run(pairs)
         return generator
 
@@ -226,12 +224,12 @@ def test_a_resumed_training_equals_the_uninterrupted_one(
     for name in ("best", "final"):
         old, new = (unet_of(tmp_path / f / f"checkpoint-{name}") for f in ("whole", "parts"))
         assert equal(old, new)
-    assert equal(resumed.unet.state_dict(), whole.unet.state_dict())
+    assert equal(resumed.denoiser.state_dict(), whole.denoiser.state_dict())
     history = [(tmp_path / f / "history.jsonl").read_bytes() for f in ("whole", "parts")]
     assert history[0] == history[1]
     assert not (tmp_path / "parts" / "state.safetensors").exists()
     again = train(tmp_path / "parts")  # finished: nothing is trained, the weights are taken over
-    assert equal(again.unet.state_dict(), whole.unet.state_dict())
+    assert equal(again.denoiser.state_dict(), whole.denoiser.state_dict())
 
 
 def test_every_epoch_takes_every_pair_once_and_a_resumed_one_goes_on() -> None:

@@ -1,0 +1,437 @@
+"""What all generators over a pipeline of diffusers share; a family adds its conditioning."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+
+from oneshot_fast.embedded.pipeline import model_path
+from oneshot_fast.errors import ModelError, one_line
+from oneshot_fast.generators.adapters import write_adapter
+from oneshot_fast.generators.base import (
+    Conditioning,
+    Generator,
+    LoadOptions,
+    Prediction,
+    Recomputed,
+)
+from oneshot_fast.generators.cache import EncodingCache
+from oneshot_fast.generators.decoder import (
+    Decoder,
+    computing,
+    latent_affine,
+    load_tiny_decoder,
+    update_digest,
+)  # fmt: skip
+from oneshot_fast.generators.precision import gradient_scale, scale_gradient
+from oneshot_fast.generators.step import Step
+from oneshot_fast.runtime.files import write_folder
+
+
+class PipelineGenerator(Generator):
+    """A pipeline's networks and its single step; they run in the type of their weights."""
+
+    pipeline: type[Any]  # diffusers' class
+    parts: tuple[str, ...]  # its networks: denoiser, VAE, text encoders
+    prompts_kept = 4096  # encodings in memory
+
+    def __init__(self, pipe: Any, autocast: torch.dtype | None = None) -> None:
+        """Wrap ``pipe``; its modules keep their device and dtype.
+
+        Args:
+            pipe: The pipeline.
+            autocast: Compute in this type over float32 master weights.
+
+        Raises:
+            ModelError: If the pipeline is not a one-step generator of this family.
+        """
+        self.check(pipe)
+        self.pipe = pipe
+        self.autocast = vae_autocast = autocast
+        if pipe.vae.config.force_upcast:  # as diffusers does: SDXL's VAE overflows in float16
+            if pipe.vae.dtype == torch.float16:
+                pipe.vae.to(torch.float32)
+            if autocast == torch.float16:
+                vae_autocast = None
+        self.step = Step.from_scheduler(pipe.scheduler)
+        for network in self.networks.values():
+            network.requires_grad_(False).eval()
+        pipe.set_progress_bar_config(disable=True)
+        self._vae_autocast = vae_autocast
+        self.decoder = Decoder(pipe.vae, vae_autocast)
+        self._cache: EncodingCache | None = None
+        self._encoders: dict[tuple[str, ...], str] = {}
+        self._compiled: Callable[..., Any] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop the tensors that were made of the networks."""
+        self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
+        self._constants: dict[object, Tensor] = {}
+
+    @classmethod
+    def check(cls, pipe: Any) -> None:
+        """Raise ModelError unless ``pipe`` is of this family."""
+        if not isinstance(pipe, cls.pipeline):
+            raise ModelError(f"it is a {type(pipe).__name__}, not a {cls.pipeline.__name__}")
+        needed = (*cls.parts, "tokenizer", "scheduler")
+        missing = [name for name in needed if getattr(pipe, name, None) is None]
+        if missing:
+            raise ModelError(f"the pipeline has no {', '.join(missing)}")
+
+    @classmethod
+    def load(cls, model_id: str, options: LoadOptions) -> PipelineGenerator:
+        """Load a folder in diffusers layout, a hub id, a .safetensors file, or "tiny".
+
+        Raises:
+            ModelError: If it cannot be loaded or is not of this family.
+        """
+        usual = torch.float32 if options.device.type == "cpu" else torch.bfloat16
+        dtype = options.dtype or usual
+        weights = torch.float32 if options.master_weights else dtype
+        known = {"dtype": weights, "local_files_only": options.local_files_only}
+        source = str(model_path()) if model_id == "tiny" else model_id
+        try:
+            if source.endswith(".safetensors"):
+                pipe = cls._load_file(Path(source), options.model_config, known)
+            else:
+                known["revision"] = options.revision
+                pipe = cls._load_folder(source, options.variant, known)
+            generator = cls(pipe, autocast=None if weights == dtype else dtype)
+            generator._check_complete()
+            pipe.to(options.device)
+            return generator
+        except ModelError as error:
+            raise ModelError(f"cannot use model {model_id}: {error}") from None
+
+    @classmethod
+    def _load_folder(cls, source: str, variant: str | None, known: dict[str, Any]) -> Any:
+        folder = Path(source)
+        is_local = folder.is_absolute() or source.startswith(".") or folder.exists()
+        if is_local and not (folder / "model_index.json").is_file():
+            raise ModelError(
+                "no model_index.json there; give a diffusers folder, a hub id or a file"
+            )
+        errors: list[Exception] = []
+        for choice in dict.fromkeys((variant, None)):  # a checkpoint of ours has no variant files
+            try:
+                return cls.pipeline.from_pretrained(source, variant=choice, **known)
+            except Exception as error:  # diffusers raises many types for a broken or absent model
+                errors.append(error)
+        if is_local:
+            raise ModelError(one_line(errors[0]))
+        raise ModelError(
+            "it is no local folder, and the hub did not give it; download it first, or check the "
+            f"name and the network ({one_line(errors[0]):.150})"
+        )
+
+    @classmethod
+    def _load_file(cls, path: Path, model_config: str | None, known: dict[str, Any]) -> Any:
+        if not path.is_file():
+            raise ModelError("no such file")
+        try:
+            return cls.pipeline.from_single_file(str(path), config=model_config, **known)
+        except Exception as error:  # diffusers raises many types here, bare Exception among them
+            hint = (
+                "" if model_config else " (offline? name a folder of configs with --model_config)"
+            )
+            raise ModelError(one_line(error) + hint) from error
+
+    def _check_complete(self) -> None:
+        """Raise ModelError if the files had no values for some weights: those are on "meta"."""
+        for part, network in self.networks.items():
+            for name, parameter in network.named_parameters():
+                if parameter.is_meta:
+                    raise ModelError(f"its weights are incomplete: {part} has no {name}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineGenerator:
+        """One with weights of its own, not compiled; tokenizers and scheduler are shared."""
+        other = copy.copy(self)
+        other.pipe = copy.copy(self.pipe)
+        networks, other.decoder = copy.deepcopy((self.networks, self.decoder), memo)
+        for name, network in networks.items():
+            setattr(other.pipe, name, None)
+            setattr(other.pipe, name, network)
+        other._compiled = None
+        other._forget()
+        return other
+
+    @property
+    def denoiser(self) -> Any:
+        """The trained part."""
+        return getattr(self.pipe, self.parts[0])
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """All networks by name; the first is the denoiser."""
+        return {name: getattr(self.pipe, name) for name in self.parts}
+
+    @property
+    def image_size(self) -> int:
+        """Native image side in pixels."""
+        return self.denoiser.config.sample_size * self.latent_factor
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels per latent pixel and side."""
+        return self.pipe.vae_scale_factor
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether each batch size costs a compilation."""
+        return self._compiled is not None
+
+    def compile(self, mode: str = "default") -> None:
+        """Compile the denoiser where it is differentiated; see torch.compile.
+
+        Code is compiled at the first use with a batch size, and kept on disk by torch. Under
+        no_grad nothing is compiled: that is one evaluation in many, of other batch sizes. The
+        decoder stays as it is: torch 2.13's inductor fuses the backward pass of two of its blocks
+        in channels_last order, which it chooses itself on the CPU, to a gradient of 0.
+
+        Args:
+            mode: "default", "max-autotune", or "reduce-overhead" for CUDA graphs.
+        """
+        self._compiled = torch.compile(self.denoiser, mode=mode, dynamic=False)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape [C, h, w] of the latent of a ``height`` x ``width`` pixel image."""
+        factor = self.latent_factor
+        return self.denoiser.config.in_channels, height // factor, width // factor
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts as the pipeline does, each distinct one once.
+
+        Prompts run one by one, so an encoding never depends on its neighbours' rounding.
+
+        Returns:
+            Conditioning of B = len(prompts) prompts on the generator's device.
+        """
+        rows = []
+        for prompt in prompts:
+            if prompt not in self._prompts:
+                self._prompts[prompt] = self._cached_prompt(prompt)
+            self._prompts.move_to_end(prompt)
+            rows.append(self._prompts[prompt])
+        while len(self._prompts) > max(self.prompts_kept, len(prompts)):
+            self._prompts.popitem(last=False)
+        return Conditioning.cat(rows).to(self.device)
+
+    def keep_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode ``prompts`` now and keep them: what encodes them is about to be moved away."""
+        self.prompts_kept = max(self.prompts_kept, len(prompts))
+        for prompt in prompts:
+            self.encode_prompts([prompt])
+
+    def _cached_prompt(self, prompt: str) -> Conditioning:
+        if self._cache is None:
+            return self._encode_prompt(prompt)
+        encoders = self.parts[2:]
+        tokenizers = [
+            getattr(self.pipe, name.replace("text_encoder", "tokenizer")) for name in encoders
+        ]
+        tokens = [tokenizer(prompt, verbose=False).input_ids for tokenizer in tokenizers]
+        key = ("prompt", self._encoder_key(*encoders), tokens)
+        return Conditioning(**self._cache.get(key, lambda: self._encode_prompt(prompt).tensors()))
+
+    @abstractmethod
+    def _encode_prompt(self, prompt: str) -> Conditioning:
+        """Conditioning of one prompt, on the CPU."""
+
+    @abstractmethod
+    def _arguments(
+        self, eps: Tensor, conditioning: Conditioning, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """What the denoiser takes besides input and timestep.
+
+        Args:
+            eps: The noises, [B, C, h, w]: size and device.
+            conditioning: Of B prompts.
+            dtype: Of the denoiser's weights.
+        """
+
+    def is_truncated(self, prompt: str) -> bool:
+        """Whether ``prompt`` has more tokens than the text encoders read (77 with both ends)."""
+        tokenizer = self.pipe.tokenizer
+        return len(tokenizer(prompt, verbose=False).input_ids) > tokenizer.model_max_length
+
+    @torch.no_grad()
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Latent of one image: the mean of the VAE's posterior, scaled as the denoiser expects.
+
+        Args:
+            image: [3, H, W] float32, [0, 1] RGB.
+
+        Returns:
+            [C, H/8, W/8] float32 on the generator's device.
+        """
+        vae = self.pipe.vae
+        x = (image[None] * 2 - 1).to(vae.device, next(vae.encoder.parameters()).dtype)
+        with computing(vae.device, self._vae_autocast):
+            latent = vae.encode(x).latent_dist.mode().float()[0]
+        shift, scale = latent_affine(vae, latent)
+        return (latent - shift) / scale
+
+    def cached_latent(
+        self, read: Callable[[], Tensor], key: Callable[[], Sequence[object]]
+    ) -> Tensor:
+        """Latent [C, h, w] of the image [3, H, W] that ``read`` gives, kept under its ``key``."""
+        if self._cache is None:
+            return super().cached_latent(read, key)
+        name = ("latent", self._encoder_key(self.parts[1]), *key())
+        return self._cache.get(name, lambda: {"latent": self.encode_image(read())})["latent"]
+
+    def use_cache(self, folder: Path) -> None:
+        """Keep encoded prompts and images in ``folder`` for other runs, too."""
+        self._cache = EncodingCache(folder)
+
+    def _encoder_key(self, *names: str) -> str:
+        """Text that differs where one of these networks, or how it computes, does; made once."""
+        if names not in self._encoders:
+            digest = hashlib.sha256(str(self.autocast).encode())
+            for name in names:
+                network = self.networks[name]
+                first = next(network.parameters())
+                digest.update(f"{first.dtype} {first.device.type}".encode())
+                update_digest(digest, name, network)
+            self._encoders[names] = digest.hexdigest()
+        return self._encoders[names]
+
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """Decoder output before clamping, differentiable.
+
+        Args:
+            latents: [B, C, h, w] float32, scaled latents.
+
+        Returns:
+            [B, 3, H, W] float32, RGB in about [-1, 1].
+        """
+        return self.decoder.raw(latents)
+
+    def predict(self, eps: Tensor, conditioning: Conditioning) -> Prediction:
+        """The one evaluation of the denoiser.
+
+        Args:
+            eps: Noise, [B, C, h, w] float32, N(0, 1).
+            conditioning: Of B prompts.
+
+        Returns:
+            Output and latents, differentiable with respect to ``eps`` and the denoiser.
+        """
+        run, dtype, step = self.denoiser, next(self.denoiser.parameters()).dtype, self.step
+        if self._compiled is not None and torch.is_grad_enabled():
+            torch.compiler.cudagraph_mark_step_begin()
+            run = self._compiled
+        timestep = self._constant(("timestep", eps.device), lambda: step.timestep.to(eps.device))
+        arguments = self._arguments(eps, conditioning, dtype)
+        s = self._gradient_scale(dtype, eps[0].numel())
+        with computing(eps.device, self.autocast):
+            x = scale_gradient(eps * step.scale, 1 / s).to(dtype)
+            output = run(x, timestep, **arguments, return_dict=False)[0]
+        return Prediction(scale_gradient(output.float(), s), eps * step.skip, step.sigma)
+
+    def _constant(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gives, made once: each copy to a GPU makes it wait."""
+        if key not in self._constants:
+            self._constants[key] = make()
+        return self._constants[key]
+
+    def _gradient_scale(self, dtype: torch.dtype, elements: int) -> float:
+        """Scale of the gradients inside the denoiser; 1 where it is trained, which has its own."""
+        scale = gradient_scale(self.autocast or dtype, elements)
+        if scale != 1 and any(p.requires_grad for p in self.denoiser.parameters()):
+            return 1.0
+        return scale
+
+    def recompute(self, level: Recomputed) -> None:
+        """Recompute activations: of the decoder, or ("full") of the denoiser, too."""
+        super().recompute(level)
+        if level != "none":
+            self.decoder.checkpoint()
+
+    def tune_decoder(
+        self,
+        tiny: str | None = None,
+        dtype: torch.dtype | None = None,
+        checkpointing: bool = False,
+        tile: int = 0,
+    ) -> None:
+        """Decode otherwise from now on; arguments as in ``Generator``.
+
+        Raises:
+            UserError: If the decoder cannot do it.
+        """
+        if tiny is not None:
+            channels, dtype = self.latent_shape(8, 8)[0], dtype or self.decoder.dtype
+            self.decoder = load_tiny_decoder(tiny, self.device, dtype, channels)
+        elif dtype is not None:
+            self.decoder.set_dtype(dtype)
+        if checkpointing:
+            self.decoder.checkpoint()
+        if tile:
+            self.decoder.tile(tile)
+
+    def encoders(self, keep_decoder: bool) -> dict[str, list[nn.Module]]:
+        """What only encodes, by the name of its network; the whole VAE without ``keep_decoder``."""
+        parts = {name: [self.networks[name]] for name in self.parts[1:]}
+        if keep_decoder:
+            vae = self.pipe.vae
+            names = ("encoder", "quant_conv")
+            parts[self.parts[1]] = [m for name in names if (m := getattr(vae, name, None))]
+        return parts
+
+    def save(self, folder: Path) -> None:
+        """Write a complete diffusers pipeline (safetensors) to ``folder``, atomically."""
+        # Tokenizers save how they were called last: a call makes equal files of equal models.
+        self._encode_prompt("")
+        with write_folder(folder) as temporary:
+            self.pipe.save_pretrained(temporary, safe_serialization=True)
+
+    def load_denoiser(self, folder: Path) -> None:
+        """Take over the denoiser's weights from a pipeline folder of ``save``."""
+        trained = type(self.denoiser).from_pretrained(folder, subfolder=self.parts[0])
+        self.denoiser.load_state_dict(trained.state_dict())
+
+    def save_adapter(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Write an adapter that diffusers' ``pipe.load_lora_weights(folder)`` reads, atomically.
+
+        Args:
+            weights: The adapter's weights, by their names in the denoiser, which has one.
+            folder: Where pytorch_lora_weights.safetensors is written.
+        """
+        write_adapter(self.pipe, self.parts[0], weights, folder)
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change when any module or its precision changes.
+
+        Hashes name, shape and up to 2047 evenly spaced values of every tensor in float32.
+        """
+        # the step's name when run folders first kept its hash
+        digest = hashlib.sha256(f"One{self.step}".encode())
+        for name, network in self.networks.items():
+            update_digest(digest, name, network)
+        digest.update(self.decoder.fingerprint().encode())
+        precision = self.autocast or self.denoiser.dtype, self.decoder.computes_in
+        if set(precision) != {torch.float32}:
+            digest.update(repr(precision).encode())
+        return digest.hexdigest()[:16]
+
+
+def quietly(encode: Callable[[], Any], module: str) -> Any:
+    """What ``encode`` gives, without the warnings of diffusers' ``module``."""
+    logger = diffusers_logging.get_logger(f"diffusers.pipelines.{module}")
+    level = logger.level
+    logger.setLevel("ERROR")  # truncation is reported once, through is_truncated
+    try:
+        return encode()
+    finally:
+        logger.setLevel(level)
