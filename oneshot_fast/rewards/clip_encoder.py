@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneshot_fast.errors import ModelError, one_line
 from oneshot_fast.rewards.base import EmbeddingReward, ImageEncoder, Setup
 from oneshot_fast.rewards.preprocess import preprocess
-from oneshot_fast.rewards.weights import build, read_config
+from oneshot_fast.rewards.weights import build, read_config, read_tokenizer, tokenize
 from oneshot_fast.runtime.tensor_files import read_safetensors
 
 VIT_L = "CLIP-ViT-L-14"
@@ -38,14 +37,7 @@ class ClipEncoder(ImageEncoder):
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Unit embeddings, [B, D] float32; what exceeds the context length is cut off."""
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self._tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=length,
-            return_tensors="pt",
-        )
-        ids = tokens.input_ids.to(self.model.device)
+        ids = tokenize(self._tokenizer, prompts, length).input_ids.to(self.model.device)
         pooled = self.model.text_model(ids).pooler_output
         return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
 
@@ -103,7 +95,4 @@ def load_tokenizer(setup: Setup, model: str) -> Any:
     setup.find(model, "vocab.json")
     from transformers import CLIPTokenizer
 
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many types for broken files
-        raise ModelError(f"cannot use the tokenizer in {folder}: {one_line(error)}") from None
+    return read_tokenizer(CLIPTokenizer, folder)

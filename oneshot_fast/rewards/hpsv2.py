@@ -13,7 +13,7 @@ from oneshot_fast.errors import ModelError
 from oneshot_fast.rewards.base import Setup
 from oneshot_fast.rewards.clip_encoder import ClipEncoder, CosineReward, load_tokenizer
 from oneshot_fast.rewards.preprocess import preprocess_padded
-from oneshot_fast.rewards.weights import build
+from oneshot_fast.rewards.weights import build, depth
 from oneshot_fast.runtime.tensor_files import read_pickle
 
 MODEL = "HPSv2"
@@ -129,12 +129,11 @@ def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _tower(tensors: Mapping[str, Tensor], prefix: str, head: int) -> dict[str, Any]:
     """What the shapes of one transformer say of its configuration."""
     before = f"{prefix}transformer.resblocks."
-    blocks = {key.removeprefix(before).split(".")[0] for key in tensors if key.startswith(before)}
     hidden, width = tensors[f"{before}0.mlp.c_fc.weight"].shape
     return {
         "hidden_size": width,
         "intermediate_size": hidden,
-        "num_hidden_layers": len(blocks),
+        "num_hidden_layers": depth(tensors, before),
         "num_attention_heads": width // head,
         "hidden_act": "gelu",
     }

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oneshot_fast.errors import ModelError, one_line
+from oneshot_fast.errors import ModelError
 from oneshot_fast.rewards.base import Reward, Setup
 from oneshot_fast.rewards.preprocess import preprocess
-from oneshot_fast.rewards.weights import build, linear_head
+from oneshot_fast.rewards.weights import build, depth, linear_head, read_tokenizer, tokenize
 from oneshot_fast.runtime.tensor_files import read_pickle
 
 MODEL, FILE = "ImageReward", "ImageReward.pt"
@@ -56,19 +56,14 @@ class ImageRewardReward(Reward):
         """The reward with the checkpoint, and BERT's vocabulary, in ImageReward."""
         path = setup.find(MODEL, FILE)
         vision, text, head = load_blip(path, setup.dtype)
-        vocabulary = setup.find(MODEL, "vocab.txt")
-        reward = cls(vision, text, head, _load_tokenizer(vocabulary.parent))
-        return reward.to(setup.device)
+        from transformers import BertTokenizer
+
+        tokenizer = read_tokenizer(BertTokenizer, setup.find(MODEL, "vocab.txt").parent)
+        return cls(vision, text, head, tokenizer).to(setup.device)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Token ids and mask, [B, 2, 35] int64; what exceeds 35 tokens is cut off."""
-        tokens = self._tokenizer(
-            list(prompts),
-            padding="max_length",
-            truncation=True,
-            max_length=NUM_TOKENS,
-            return_tensors="pt",
-        )
+        tokens = tokenize(self._tokenizer, prompts, NUM_TOKENS)
         return torch.stack((tokens.input_ids, tokens.attention_mask), 1).to(self.text.device)
 
     def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
@@ -143,14 +138,11 @@ def configs_of(tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
     """
     from transformers import BlipTextConfig, BlipVisionConfig
 
-    def depth(prefix: str) -> int:
-        return len({k.removeprefix(prefix).split(".")[0] for k in tensors if k.startswith(prefix)})
-
     width, _, patch, _ = tensors[_VISION + "patch_embed.proj.weight"].shape
     vision = BlipVisionConfig(
         hidden_size=width,
         intermediate_size=tensors[_VISION + "blocks.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=depth(_VISION + "blocks."),
+        num_hidden_layers=depth(tensors, _VISION + "blocks."),
         num_attention_heads=width // HEAD,
         patch_size=patch,
         image_size=patch * round((tensors[_VISION + "pos_embed"].shape[1] - 1) ** 0.5),
@@ -162,19 +154,10 @@ def configs_of(tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
         hidden_size=text_width,
         encoder_hidden_size=width,
         intermediate_size=tensors[_TEXT + "encoder.layer.0.intermediate.dense.weight"].shape[0],
-        num_hidden_layers=depth(_TEXT + "encoder.layer."),
+        num_hidden_layers=depth(tensors, _TEXT + "encoder.layer."),
         num_attention_heads=text_width // HEAD,
         max_position_embeddings=tensors[_TEXT + "embeddings.position_embeddings.weight"].shape[0],
         # transformers makes cross-attention only then; masks stay bidirectional
         is_decoder=True,
     )
     return vision, text
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import BertTokenizer
-
-    try:
-        return BertTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many types for broken files
-        raise ModelError(f"cannot use the tokenizer in {folder}: {one_line(error)}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,34 @@ def read_config(kind: Any, path: Path) -> Any:
         return kind.from_json_file(path)
     except Exception as error:  # transformers raises many types for broken files
         raise ModelError(f"cannot use {path}: {one_line(error)}") from None
+
+
+def read_tokenizer(kind: Any, folder: Path) -> Any:
+    """Tokenizer of transformers' class ``kind`` with the vocabulary in ``folder``.
+
+    Raises:
+        ModelError: If its files are damaged.
+    """
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many types for broken files
+        raise ModelError(f"cannot use the tokenizer in {folder}: {one_line(error)}") from None
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
+    """Ids and attention mask, [B, length] int64 each; what exceeds ``length`` tokens is cut off."""
+    return tokenizer(
+        list(prompts),
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        return_tensors="pt",
+    )
+
+
+def depth(tensors: Iterable[str], prefix: str) -> int:
+    """Number of layers whose tensors are named ``prefix`` and a number."""
+    return len({k.removeprefix(prefix).split(".")[0] for k in tensors if k.startswith(prefix)})
 
 
 def build(
