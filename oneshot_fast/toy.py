@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
 from oneshot_fast.cli import run_command
 from oneshot_fast.recipes.toy import commands
-
-_RUN: dict[type[Any], Callable[[Any], int]] = {
-    commands.TrainCommand: commands.train,
-    commands.AssignToyCommand: commands.assign,
-    commands.SftToyCommand: commands.sft,
-    commands.DirectSftToyCommand: commands.sft,
-    commands.EmToyCommand: commands.em,
-}
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,7 @@ class ToyCommand:
 
 def execute(command: ToyCommand) -> int:
     """Run the chosen command; see ``run_command`` for exit codes."""
-    return _RUN[type(command.command)](command.command)
+    return command.command.execute()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from oneshot_fast.assign import AssignCommand
 from oneshot_fast.assign import execute as execute_assign
@@ -20,7 +20,7 @@ from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.recipes.toy.data import LabelledImages
 from oneshot_fast.recipes.toy.datasets import RECIPES, DatasetName, Recipe
 from oneshot_fast.runtime.files import write_folder
-from oneshot_fast.runtime.options import RunOptions
+from oneshot_fast.runtime.options import RunOptions, pick
 from oneshot_fast.sft import SftCommand
 from oneshot_fast.sft import execute as execute_sft
 from oneshot_fast.training.batch import SftOptions
@@ -77,6 +77,28 @@ class TrainCommand(ToyOptions):
     overwrite: bool = False
     """Train anew where there is another generator."""
 
+    def execute(self) -> int:
+        """Run ``toy train``."""
+        from oneshot_fast.recipes.toy.train_run import train
+
+        given = {"steps": self.steps, "width": self.width}
+        changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        require(all(value >= 1 for value in changes.values()), "steps and width must be at least 1")
+        require(self.eval_samples >= 10, "eval_samples must be at least 10")
+        folder = self.folder / "train"
+        summary = train(
+            folder,
+            dataclasses.replace(self.recipe, **changes),
+            *(self.recipe.images(split, self.data_root) for split in ("train", "heldout")),
+            seed=self.seed,
+            samples=self.eval_samples,
+            overwrite=self.overwrite,
+        )
+        print_table({name: summary[name] for name in ("generator", "real images")})
+        print(f"\ntook {summary['seconds']:.0f} s; generator: {folder / 'model'}")
+        print(f"samples: {folder / 'eval' / 'base.png'}")
+        return OK
+
 
 @dataclass(frozen=True)
 class PairOptions(ToyOptions):
@@ -96,16 +118,17 @@ class PairOptions(ToyOptions):
         """Options of the generator."""
         return ModelOptions(device=self.device)
 
+    @property
+    def others(self) -> int:
+        """Where in the test split the images begin that are no targets."""
+        return self.num_pairs if self.test_split else 0
+
     def pairs(self) -> Path:
         """Folder with the targets, written where it is not there."""
-        return self._write("heldout" if self.test_split else "train", 0, self.num_pairs)
+        return self.write("heldout" if self.test_split else "train", 0, self.num_pairs)
 
-    def heldout(self, count: int) -> Path:
-        """Folder with other images of the test split."""
-        start = self.num_pairs if self.test_split else 0
-        return self._write("heldout", start, start + count)
-
-    def _write(self, split: str, start: int, stop: int) -> Path:
+    def write(self, split: str, start: int, stop: int) -> Path:
+        """Folder with images ``start`` to ``stop`` of a split, written where it is not there."""
         name = "test" if split == "heldout" else split
         folder = self.folder / "data" / f"{name}-{start}-{stop}"
 
@@ -126,14 +149,24 @@ class PairOptions(ToyOptions):
         main_first(write)
         return folder
 
-    def real(self) -> LabelledImages:
-        """At most 1000 images of the test split that are no targets."""
-        start = self.num_pairs if self.test_split else 0
-        return self.recipe.images("heldout", self.data_root).sample(1000, start=start)
-
     def patch(self, size: int) -> int:
         """The patch side ``size``, but 1 where the noise is a plain vector."""
         return min(size, self.recipe.noise_shape[-1])
+
+    def real(self) -> LabelledImages:
+        """At most 1000 images of the test split that are no targets."""
+        return self.recipe.images("heldout", self.data_root).sample(1000, start=self.others)
+
+    def compare(self, real: LabelledImages, code: int) -> int:
+        """Print what there is side by side, on the same noises, and return ``code``."""
+        from oneshot_fast.recipes.toy.compare import compare
+        from oneshot_fast.runtime.processes import is_main
+
+        if is_main():
+            print("\nOn 1000 random noises, beside real images that are no targets:")
+            print_table(compare(self.folder, real, seed=self.run.seed))
+            print(f"samples: {self.folder / 'comparison'}")
+        return code
 
 
 @dataclass(frozen=True)
@@ -148,6 +181,21 @@ class AssignToyCommand(PairOptions):
     """Print memory, disk and time needed; nothing but the data is written."""
     search: AssignOptions = AssignOptions()
 
+    def execute(self) -> int:
+        """Run ``toy assign``."""
+        patch_size = self.patch(self.search.patch_size)
+        return execute_assign(
+            pick(
+                AssignCommand,
+                self,
+                model_id=self.model_id,
+                output_root=self.folder / "assign",
+                search=dataclasses.replace(self.search, patch_size=patch_size),
+                data=DataOptions(data_root=str(self.pairs())),
+                model=self.model,
+            )
+        )
+
 
 @dataclass(frozen=True)
 class SftToyCommand(PairOptions):
@@ -159,10 +207,34 @@ class SftToyCommand(PairOptions):
     """Print memory, disk and time needed; nothing is written."""
     training: SftOptions = _SFT
 
+    matched: ClassVar[bool] = True
+
+    def execute(self) -> int:
+        """Run ``toy sft`` or ``toy direct_sft``, and compare all that is there."""
+        manifest = self.folder / "assign" / "manifest.jsonl"
+        again = f"python -m oneshot_fast.toy assign --dataset {self.dataset}"
+        require(manifest.is_file(), f"no such file: {manifest}; assign first: {again}")
+        noise: Literal["matched", "random"] = "matched" if self.matched else "random"
+        real = self.real()
+        code = execute_sft(
+            pick(
+                SftCommand,
+                self,
+                manifest_path=manifest,
+                model_id=self.model_id,
+                output_dir=self.folder / ("sft" if self.matched else "direct_sft"),
+                training=dataclasses.replace(self.training, noise=noise),
+                model=self.model,
+            )
+        )
+        return code if self.dry_run else self.compare(real, code)
+
 
 @dataclass(frozen=True)
 class DirectSftToyCommand(SftToyCommand):
     """The baseline: train on the same targets with new random noise at every step."""
+
+    matched: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -183,107 +255,22 @@ class EmToyCommand(PairOptions):
     """Print memory, disk and time needed; nothing but the data is written."""
     em: EmOptions = EmOptions(train_epochs=_SFT.epochs, train_batch_size=16, train_lr=_SFT.lr)
 
-
-def train(command: TrainCommand) -> int:
-    """Run ``toy train``."""
-    from oneshot_fast.recipes.toy.train_run import train as train_into
-
-    recipe = command.recipe
-    changes: dict[str, Any] = {"steps": command.steps, "width": command.width}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    require(all(value >= 1 for value in changes.values()), "steps and width must be at least 1")
-    require(command.eval_samples >= 10, "eval_samples must be at least 10")
-    train_set, heldout = (recipe.images(split, command.data_root) for split in ("train", "heldout"))
-    folder = command.folder / "train"
-    summary = train_into(
-        folder,
-        dataclasses.replace(recipe, **changes),
-        train_set,
-        heldout,
-        seed=command.seed,
-        samples=command.eval_samples,
-        overwrite=command.overwrite,
-    )
-    print_table({name: summary[name] for name in ("generator", "real images")})
-    print(f"\ntook {summary['seconds']:.0f} s; generator: {folder / 'model'}")
-    print(f"samples: {folder / 'eval' / 'base.png'}")
-    return OK
-
-
-def assign(command: AssignToyCommand) -> int:
-    """Run ``toy assign``."""
-    search = command.search
-    return execute_assign(
-        AssignCommand(
-            model_id=command.model_id,
-            output_root=command.folder / "assign",
-            batch_size=command.batch_size,
-            num_images=command.num_images,
-            dry_run=command.dry_run,
-            search=dataclasses.replace(search, patch_size=command.patch(search.patch_size)),
-            data=DataOptions(data_root=str(command.pairs())),
-            model=command.model,
-            run=command.run,
+    def execute(self) -> int:
+        """Run ``toy em`` and compare all that is there."""
+        patch_size, real = self.patch(self.em.patch_size), self.real()
+        code = execute_em(
+            pick(
+                EmCommand,
+                self,
+                work_dir=self.folder / "em",
+                initial_model_id=self.model_id,
+                heldout_root=self.write("heldout", self.others, self.others + self.num_heldout),
+                em=dataclasses.replace(self.em, patch_size=patch_size),
+                data=DataOptions(data_root=str(self.pairs())),
+                model=self.model,
+            )
         )
-    )
-
-
-def sft(command: SftToyCommand) -> int:
-    """Run ``toy sft`` or, with its command, ``toy direct_sft``, and compare all that is there."""
-    is_direct = isinstance(command, DirectSftToyCommand)
-    training = dataclasses.replace(command.training, noise="random" if is_direct else "matched")
-    manifest = command.folder / "assign" / "manifest.jsonl"
-    again = f"python -m oneshot_fast.toy assign --dataset {command.dataset}"
-    require(manifest.is_file(), f"no such file: {manifest}; assign first: {again}")
-    real = command.real()
-    code = execute_sft(
-        SftCommand(
-            manifest_path=manifest,
-            model_id=command.model_id,
-            output_dir=command.folder / ("direct_sft" if is_direct else "sft"),
-            save_minutes=command.save_minutes,
-            dry_run=command.dry_run,
-            training=training,
-            model=command.model,
-            run=command.run,
-        )
-    )
-    return code if command.dry_run else _compare(command, real, code)
-
-
-def em(command: EmToyCommand) -> int:
-    """Run ``toy em`` and compare all that is there."""
-    options, real = command.em, command.real()
-    code = execute_em(
-        EmCommand(
-            work_dir=command.folder / "em",
-            initial_model_id=command.model_id,
-            heldout_root=command.heldout(command.num_heldout),
-            eval_samples=command.eval_samples,
-            compare_direct=command.compare_direct,
-            num_images=command.num_images,
-            save_minutes=command.save_minutes,
-            dry_run=command.dry_run,
-            em=dataclasses.replace(options, patch_size=command.patch(options.patch_size)),
-            data=DataOptions(data_root=str(command.pairs())),
-            model=command.model,
-            run=command.run,
-        )
-    )
-    return code if command.dry_run else _compare(command, real, code)
-
-
-def _compare(command: PairOptions, real: LabelledImages, code: int) -> int:
-    """Print what there is side by side, on the same noises, and return ``code``."""
-    from oneshot_fast.recipes.toy.compare import compare
-    from oneshot_fast.runtime.processes import is_main
-
-    if not is_main():
-        return code
-    print("\nOn 1000 random noises, beside real images that are no targets:")
-    print_table(compare(command.folder, real, seed=command.run.seed))
-    print(f"samples: {command.folder / 'comparison'}")
-    return code
+        return code if self.dry_run else self.compare(real, code)
 
 
 def print_table(columns: dict[str, dict[str, float]]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
 
 from oneshot_fast.evaluation.measures import RandomNoiseMeasure, real_measures
 from oneshot_fast.generators.toy import ToyGenerator
@@ -32,9 +35,35 @@ def compare(
     """
     results = folder / "comparison"
     shutil.rmtree(results, ignore_errors=True)
-    results.mkdir()
-    base = ToyGenerator.load(folder / "train" / "model")
-    prompts = [heldout.prompts[k] for k in heldout.labels.tolist()]
+    generators = {
+        name: ToyGenerator.load(folder / place)
+        for name, place in _TRAINED.items()
+        if (folder / place).exists()
+    }
+    found = measured(generators, heldout, results, samples=samples, seed=seed)
+    write_json(results / "comparison.json", found)
+    return found
+
+
+@torch.no_grad()
+def measured(
+    generators: Mapping[str, ToyGenerator],
+    heldout: LabelledImages,
+    folder: Path,
+    *,
+    samples: int,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Measures of generators, the base one first, and of real images.
+
+    Args:
+        generators: By name; all have the classifier of the first.
+        heldout: Real images that are no targets.
+        folder: Gets pictures of samples and measures, by name.
+        samples: Random noises.
+        seed: Of the noises.
+    """
+    base = next(iter(generators.values()))
     measure = RandomNoiseMeasure(
         heldout.prompts,
         base.config.noise_shape,
@@ -43,11 +72,6 @@ def compare(
         classifier=base.classifier,
         real=heldout.images,
     )
-    found = {}
-    for name, place in _TRAINED.items():
-        if (folder / place).exists():
-            generator = ToyGenerator.load(folder / place)
-            found[name] = measure.measure(generator, results / name)
-    found["real images"] = real_measures(heldout.images, prompts, base.classifier)
-    write_json(results / "comparison.json", found)
-    return found
+    found = {name: measure.measure(g, folder / name) for name, g in generators.items()}
+    prompts = [heldout.prompts[k] for k in heldout.labels.tolist()]
+    return found | {"real images": real_measures(heldout.images, prompts, base.classifier)}

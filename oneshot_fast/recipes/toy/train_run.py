@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from oneshot_fast.data.images import save_png, tile
-from oneshot_fast.evaluation.measures import RandomNoiseMeasure, frechet_distance, real_measures
+from oneshot_fast.evaluation.measures import frechet_distance
 from oneshot_fast.generators.toy import ToyGenerator
 from oneshot_fast.generators.toy_networks import ToyClassifier
+from oneshot_fast.recipes.toy.compare import measured
 from oneshot_fast.recipes.toy.data import LabelledImages
 from oneshot_fast.recipes.toy.datasets import Recipe
 from oneshot_fast.recipes.toy.train import train_classifier, train_generator
@@ -107,22 +108,13 @@ def _measure(
     ``frechet_distance`` of real images is that of training images to held-out ones: what a perfect
     generator would get.
     """
-    classifier = generator.classifier
-    assert classifier is not None
-    real = heldout.sample(samples)
-    side = generator.image_size
-    measure = RandomNoiseMeasure(
-        heldout.prompts,
-        generator.noise_shape(side, side),
-        samples=samples,
-        seed=seed,
-        classifier=classifier,
-        real=real.images,
-    )
-    made = measure.measure(generator, folder / "eval" / "base")
-    prompts = [real.prompts[k] for k in real.labels.tolist()]
-    found = real_measures(real.images, prompts, classifier)
-    some = train_set.sample(samples).images
-    found["frechet_distance"] = frechet_distance(*map(classifier.features, (some, real.images)))
+    assert generator.classifier is not None
+    real, some = heldout.sample(samples), train_set.sample(samples)
+    found = measured({"base": generator}, real, folder / "eval", samples=samples, seed=seed)
+    features = (generator.classifier.features(part.images) for part in (some, real))
+    distance = frechet_distance(*features)
     save_png(folder / "real.png", tile(real.images[:80], 16))
-    return {"generator": made, "real images": found}
+    return {
+        "generator": found["base"],
+        "real images": found["real images"] | {"frechet_distance": distance},
+    }
