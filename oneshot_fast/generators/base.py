@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from oneshot_fast.errors import UserError
+from oneshot_fast.data.images import to_pil
+from oneshot_fast.errors import UserError, require
+from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
 Recomputed = Literal["none", "rewards", "full"]
 
@@ -252,6 +255,31 @@ class Generator(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """The same without gradient, one by one: less memory, and no image depends on another."""
         return torch.cat([self.images(row) for row in latents.split(1)])
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[str], noise: Tensor | None = None, *, seed: int = 0
+    ) -> list[Image.Image]:
+        """Pictures of B prompts.
+
+        Args:
+            prompts: The texts.
+            noise: [B, C, h, w] float32, N(0, 1), such as one that was found; None draws it.
+            seed: Of the noise that is drawn, for images of ``image_size``.
+
+        Returns:
+            B images, 8-bit RGB.
+
+        Raises:
+            UserError: If there are not as many noises as prompts.
+        """
+        if noise is None:
+            shape = self.noise_shape(self.image_size, self.image_size)
+            noise = gaussian([derived_seed(seed, k) for k in range(len(prompts))], shape)
+        count = len(prompts)
+        require(len(noise) == count, f"expected {count} noises, one per prompt, got {len(noise)}")
+        latents = self.latents(noise.to(self.device), self.encode_prompts(prompts))
+        return [to_pil(image) for image in self.decode(latents)]
 
     def recompute(self, level: Recomputed) -> None:
         """Recompute activations in the backward pass instead of keeping them.

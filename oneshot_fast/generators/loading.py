@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
@@ -12,22 +12,25 @@ from oneshot_fast.generators.base import Generator, LoadOptions
 from oneshot_fast.generators.sdxl import SdxlGenerator
 from oneshot_fast.generators.toy import ToyGenerator
 from oneshot_fast.runtime.processes import processes
+from oneshot_fast.runtime.user_functions import import_function
 
-Family = TypeVar("Family", bound=type[Generator])
-
-# the first one that says so reads a model; the last one says why it cannot
-_FAMILIES: list[type[Generator]] = [ToyGenerator, SdxlGenerator]
-
-
-def register_family(family: Family) -> Family:
-    """Let ``family`` load the models that it ``reads``, before all others; a class decorator."""
-    _FAMILIES.insert(0, family)
-    return family
+# the first one that says so reads a model; the last one reads all others, or says why it cannot
+FAMILIES: tuple[type[Generator], ...] = (ToyGenerator, SdxlGenerator)
 
 
-def family_of(model_id: str | Path) -> type[Generator]:
-    """The class that loads ``model_id``."""
-    return next((f for f in _FAMILIES if f.reads(str(model_id))), _FAMILIES[-1])
+def find_family(model_id: str) -> tuple[type[Generator], str]:
+    """The class that loads ``model_id``, and what it is to load.
+
+    Raises:
+        UserError: If ``model_id`` is python:module.Class[:MODEL], and there is no such generator.
+    """
+    if not model_id.startswith("python:"):
+        return next((f for f in FAMILIES if f.reads(model_id)), FAMILIES[-1]), model_id
+    _, name, *model = model_id.split(":", 2)
+    family: Any = import_function(f"python:{name}", "generator")
+    if not (isinstance(family, type) and issubclass(family, Generator)):
+        raise ModelError(f"cannot use model {model_id}: {name} is no subclass of Generator")
+    return family, "".join(model)
 
 
 def load_generator(
@@ -45,7 +48,8 @@ def load_generator(
 
     Args:
         model_id: Folder in diffusers layout, hub id, a single .safetensors file, "tiny" for the
-            embedded model, or a folder of oneshot_fast.toy; these compute in float32.
+            embedded model, a folder of oneshot_fast.toy, which computes in float32, or
+            python:module.Class[:MODEL] for a subclass of ``Generator`` of your own.
         device: Default: cuda where there is one, else cpu.
         dtype: Compute type; default bfloat16 on cuda, float32 on cpu.
         master_weights: Keep the weights in float32, for training.
@@ -61,7 +65,8 @@ def load_generator(
         _usable_device(device or _default_device()),
         dtype, master_weights, variant, revision, model_config, local_files_only,
     )  # fmt: skip
-    return family_of(model_id).load(str(model_id), options)
+    family, source = find_family(str(model_id))
+    return family.load(source, options)
 
 
 class OneStepGenerator:

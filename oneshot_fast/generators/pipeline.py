@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 
 from oneshot_fast.embedded.pipeline import model_path
-from oneshot_fast.errors import ModelError, one_line
+from oneshot_fast.errors import ModelError
 from oneshot_fast.generators.adapters import write_adapter
 from oneshot_fast.generators.base import (
     Conditioning,
@@ -33,6 +32,7 @@ from oneshot_fast.generators.decoder import (
     update_digest,
 )  # fmt: skip
 from oneshot_fast.generators.precision import gradient_scale, scale_gradient
+from oneshot_fast.generators.pretrained import read_pipeline
 from oneshot_fast.generators.step import Step
 from oneshot_fast.runtime.files import write_folder
 
@@ -98,60 +98,22 @@ class PipelineGenerator(Generator):
         usual = torch.float32 if options.device.type == "cpu" else torch.bfloat16
         dtype = options.dtype or usual
         weights = torch.float32 if options.master_weights else dtype
-        known = {"dtype": weights, "local_files_only": options.local_files_only}
-        source = str(model_path()) if model_id == "tiny" else model_id
         try:
-            if source.endswith(".safetensors"):
-                pipe = cls._load_file(Path(source), options.model_config, known)
-            else:
-                known["revision"] = options.revision
-                pipe = cls._load_folder(source, options.variant, known)
+            pipe = cls.read(str(model_path()) if model_id == "tiny" else model_id, options, weights)
             generator = cls(pipe, autocast=None if weights == dtype else dtype)
-            generator._check_complete()
+            for part, network in generator.networks.items():
+                for name, parameter in network.named_parameters():
+                    if parameter.is_meta:  # the files had no values for it
+                        raise ModelError(f"its weights are incomplete: {part} has no {name}")
             pipe.to(options.device)
             return generator
         except ModelError as error:
             raise ModelError(f"cannot use model {model_id}: {error}") from None
 
     @classmethod
-    def _load_folder(cls, source: str, variant: str | None, known: dict[str, Any]) -> Any:
-        folder = Path(source)
-        is_local = folder.is_absolute() or source.startswith(".") or folder.exists()
-        if is_local and not (folder / "model_index.json").is_file():
-            raise ModelError(
-                "no model_index.json there; give a diffusers folder, a hub id or a file"
-            )
-        errors: list[Exception] = []
-        for choice in dict.fromkeys((variant, None)):  # a checkpoint of ours has no variant files
-            try:
-                return cls.pipeline.from_pretrained(source, variant=choice, **known)
-            except Exception as error:  # diffusers raises many types for a broken or absent model
-                errors.append(error)
-        if is_local:
-            raise ModelError(one_line(errors[0]))
-        raise ModelError(
-            "it is no local folder, and the hub did not give it; download it first, or check the "
-            f"name and the network ({one_line(errors[0]):.150})"
-        )
-
-    @classmethod
-    def _load_file(cls, path: Path, model_config: str | None, known: dict[str, Any]) -> Any:
-        if not path.is_file():
-            raise ModelError("no such file")
-        try:
-            return cls.pipeline.from_single_file(str(path), config=model_config, **known)
-        except Exception as error:  # diffusers raises many types here, bare Exception among them
-            hint = (
-                "" if model_config else " (offline? name a folder of configs with --model_config)"
-            )
-            raise ModelError(one_line(error) + hint) from error
-
-    def _check_complete(self) -> None:
-        """Raise ModelError if the files had no values for some weights: those are on "meta"."""
-        for part, network in self.networks.items():
-            for name, parameter in network.named_parameters():
-                if parameter.is_meta:
-                    raise ModelError(f"its weights are incomplete: {part} has no {name}")
+    def read(cls, source: str, options: LoadOptions, dtype: torch.dtype) -> Any:
+        """The pipeline of a folder, hub id or file, on the CPU, its weights in ``dtype``."""
+        return read_pipeline(cls.pipeline, source, options, dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineGenerator:
         """One with weights of its own, not compiled; tokenizers and scheduler are shared."""
@@ -167,27 +129,22 @@ class PipelineGenerator(Generator):
 
     @property
     def denoiser(self) -> Any:
-        """The trained part."""
         return getattr(self.pipe, self.parts[0])
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """All networks by name; the first is the denoiser."""
         return {name: getattr(self.pipe, name) for name in self.parts}
 
     @property
     def image_size(self) -> int:
-        """Native image side in pixels."""
         return self.denoiser.config.sample_size * self.latent_factor
 
     @property
     def latent_factor(self) -> int:
-        """Pixels per latent pixel and side."""
         return self.pipe.vae_scale_factor
 
     @property
     def is_compiled(self) -> bool:
-        """Whether each batch size costs a compilation."""
         return self._compiled is not None
 
     def compile(self, mode: str = "default") -> None:
@@ -204,7 +161,6 @@ class PipelineGenerator(Generator):
         self._compiled = torch.compile(self.denoiser, mode=mode, dynamic=False)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Shape [C, h, w] of the latent of a ``height`` x ``width`` pixel image."""
         factor = self.latent_factor
         return self.denoiser.config.in_channels, height // factor, width // factor
 
@@ -227,7 +183,6 @@ class PipelineGenerator(Generator):
         return Conditioning.cat(rows).to(self.device)
 
     def keep_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode ``prompts`` now and keep them: what encodes them is about to be moved away."""
         self.prompts_kept = max(self.prompts_kept, len(prompts))
         for prompt in prompts:
             self.encode_prompts([prompt])
@@ -284,14 +239,12 @@ class PipelineGenerator(Generator):
     def cached_latent(
         self, read: Callable[[], Tensor], key: Callable[[], Sequence[object]]
     ) -> Tensor:
-        """Latent [C, h, w] of the image [3, H, W] that ``read`` gives, kept under its ``key``."""
         if self._cache is None:
             return super().cached_latent(read, key)
         name = ("latent", self._encoder_key(self.parts[1]), *key())
         return self._cache.get(name, lambda: {"latent": self.encode_image(read())})["latent"]
 
     def use_cache(self, folder: Path) -> None:
-        """Keep encoded prompts and images in ``folder`` for other runs, too."""
         self._cache = EncodingCache(folder)
 
     def _encoder_key(self, *names: str) -> str:
@@ -307,26 +260,9 @@ class PipelineGenerator(Generator):
         return self._encoders[names]
 
     def decode_raw(self, latents: Tensor) -> Tensor:
-        """Decoder output before clamping, differentiable.
-
-        Args:
-            latents: [B, C, h, w] float32, scaled latents.
-
-        Returns:
-            [B, 3, H, W] float32, RGB in about [-1, 1].
-        """
         return self.decoder.raw(latents)
 
     def predict(self, eps: Tensor, conditioning: Conditioning) -> Prediction:
-        """The one evaluation of the denoiser.
-
-        Args:
-            eps: Noise, [B, C, h, w] float32, N(0, 1).
-            conditioning: Of B prompts.
-
-        Returns:
-            Output and latents, differentiable with respect to ``eps`` and the denoiser.
-        """
         run, dtype, step = self.denoiser, next(self.denoiser.parameters()).dtype, self.step
         if self._compiled is not None and torch.is_grad_enabled():
             torch.compiler.cudagraph_mark_step_begin()
@@ -353,7 +289,6 @@ class PipelineGenerator(Generator):
         return scale
 
     def recompute(self, level: Recomputed) -> None:
-        """Recompute activations: of the decoder, or ("full") of the denoiser, too."""
         super().recompute(level)
         if level != "none":
             self.decoder.checkpoint()
@@ -365,11 +300,6 @@ class PipelineGenerator(Generator):
         checkpointing: bool = False,
         tile: int = 0,
     ) -> None:
-        """Decode otherwise from now on; arguments as in ``Generator``.
-
-        Raises:
-            UserError: If the decoder cannot do it.
-        """
         if tiny is not None:
             channels, dtype = self.latent_shape(8, 8)[0], dtype or self.decoder.dtype
             self.decoder = load_tiny_decoder(tiny, self.device, dtype, channels)
@@ -424,14 +354,3 @@ class PipelineGenerator(Generator):
         if set(precision) != {torch.float32}:
             digest.update(repr(precision).encode())
         return digest.hexdigest()[:16]
-
-
-def quietly(encode: Callable[[], Any], module: str) -> Any:
-    """What ``encode`` gives, without the warnings of diffusers' ``module``."""
-    logger = diffusers_logging.get_logger(f"diffusers.pipelines.{module}")
-    level = logger.level
-    logger.setLevel("ERROR")  # truncation is reported once, through is_truncated
-    try:
-        return encode()
-    finally:
-        logger.setLevel(level)

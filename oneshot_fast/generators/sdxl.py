@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from oneshot_fast.errors import ModelError
-from oneshot_fast.generators.base import Conditioning
-from oneshot_fast.generators.pipeline import PipelineGenerator, quietly
+from oneshot_fast.generators.base import Conditioning, LoadOptions
+from oneshot_fast.generators.pipeline import PipelineGenerator
 
 
 class SdxlGenerator(PipelineGenerator):
@@ -39,29 +39,32 @@ class SdxlGenerator(PipelineGenerator):
             )
 
     @classmethod
-    def _load_file(cls, path: Path, model_config: str | None, known: dict[str, Any]) -> Any:
-        pipe = super()._load_file(path, model_config, known)
-        # A single file carries no scheduler: diffusers then takes SDXL base's, which has leading
-        # spacing. SDXL-Turbo's own scheduler is this one.
-        pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(
-            pipe.scheduler.config, timestep_spacing="trailing"
-        )
+    def read(cls, source: str, options: LoadOptions, dtype: torch.dtype) -> Any:
+        """The pipeline; a single file's has the scheduler of SDXL-Turbo."""
+        pipe = super().read(source, options, dtype)
+        if source.endswith(".safetensors"):
+            # it carries no scheduler: diffusers takes SDXL base's, which has leading spacing
+            pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(
+                pipe.scheduler.config, timestep_spacing="trailing"
+            )
         return pipe
 
     def blank_prompts(self, count: int) -> Conditioning:
-        """Zeros of the shape of ``count`` prompts' conditioning, on torch's default device."""
         width = self.pipe.unet.config.cross_attention_dim
         pooled = self.pipe.text_encoder_2.config.projection_dim
         return Conditioning(torch.zeros(count, 77, width), torch.zeros(count, pooled))
 
     @torch.no_grad()
     def _encode_prompt(self, prompt: str) -> Conditioning:
-        embeds, _, pooled, _ = quietly(
-            lambda: self.pipe.encode_prompt(
+        logger = diffusers_logging.get_logger(type(self.pipe).__module__)
+        level = logger.level
+        logger.setLevel("ERROR")  # truncation is reported once, through is_truncated
+        try:
+            embeds, _, pooled, _ = self.pipe.encode_prompt(
                 prompt, device=self.pipe.text_encoder.device, do_classifier_free_guidance=False
-            ),
-            "stable_diffusion_xl.pipeline_stable_diffusion_xl",
-        )
+            )
+        finally:
+            logger.setLevel(level)
         return Conditioning(embeds.cpu(), pooled.cpu())
 
     def _arguments(

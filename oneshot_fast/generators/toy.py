@@ -59,22 +59,18 @@ class ToyGenerator(Generator):
 
     @property
     def denoiser(self) -> ToyNetwork:
-        """What makes the images."""
         return self._network
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The one network, by name."""
         return {"unet": self._network}
 
     @property
     def image_size(self) -> int:
-        """Side in pixels."""
         return self.config.image_size
 
     @property
     def latent_factor(self) -> int:
-        """Pixels per latent pixel and side."""
         return 1
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -88,7 +84,6 @@ class ToyGenerator(Generator):
         return 3, height, width
 
     def noise_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Shape [C, h, w] of a noise."""
         self.latent_shape(height, width)
         return self.config.noise_shape
 
@@ -97,7 +92,6 @@ class ToyGenerator(Generator):
         return self.image_size
 
     def blank_prompts(self, count: int) -> Conditioning:
-        """Zeros of the shape of ``count`` prompts' conditioning, on torch's default device."""
         return Conditioning(torch.zeros(count, 1, len(self.config.prompts)))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

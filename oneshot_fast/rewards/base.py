@@ -47,10 +47,21 @@ class Setup:
 
 
 class Reward(nn.Module):
-    """Scores images, given their prompts; more is better. Subclasses set ``name``."""
+    """Scores images, given their prompts; more is better."""
 
     name: str
     differentiable: bool = True
+
+    @classmethod
+    def load(cls, name: str, setup: Setup) -> Reward:
+        """The reward called ``name``; a subclass whose models are files reads them here.
+
+        Raises:
+            UserError: If there is no such reward, or a model is missing or damaged.
+        """
+        reward = cls()
+        reward.name = name
+        return reward.to(setup.device, setup.dtype)
 
     def encode(self, prompts: Sequence[str]) -> Tensor | None:
         """What ``forward`` needs of the prompts, computed once for each; None if nothing.

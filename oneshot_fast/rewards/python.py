@@ -1,8 +1,9 @@
-"""``python:module.function``: a reward of the user's own."""
+"""``python:module.name``: a reward of the user's own, a function or a subclass of ``Reward``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,15 +30,18 @@ class PythonReward(Reward):
         self._prompts: list[str] = []
 
     @classmethod
-    def load(cls, name: str, setup: Setup) -> PythonReward:
-        """Import the function that ``name``, python:module.function, names.
+    def load(cls, name: str, setup: Setup) -> Reward:
+        """Import the function, or load the class, that ``name`` names: python:module.function.
 
         Modules are also looked for in the working directory.
 
         Raises:
             UserError: If there is none.
         """
-        return cls(name, import_function(name, "reward"))
+        found: Any = import_function(name, "reward")
+        if isinstance(found, type) and issubclass(found, Reward):
+            return found.load(name, setup)
+        return cls(name, found)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Numbers under which the prompts are kept, [B] int64: a function takes strings.

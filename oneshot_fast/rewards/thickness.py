@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oneshot_fast.rewards.base import Reward, Setup
+from oneshot_fast.rewards.base import Reward
 
 _SMALLEST = 1e-8
 
@@ -20,11 +20,6 @@ class ThicknessReward(Reward):
     """
 
     name = "thickness"
-
-    @classmethod
-    def load(cls, name: str, setup: Setup) -> ThicknessReward:
-        """The reward; it needs no model."""
-        return cls()
 
     def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
         """Widths in pixels, [B] float32, of images [B, 3, H, W] in [0, 1] RGB."""

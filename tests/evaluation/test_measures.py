@@ -1,4 +1,4 @@
-"""The measures: Frechet distance, diversity, accuracy, and the measure on random noise."""
+"""The measures: Frechet distance, diversity, accuracy."""
 
 import math
 
@@ -6,13 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from oneshot_fast.evaluation.measures import (
-    RandomNoiseMeasure,
-    frechet_distance,
-    pairwise_diversity,
-    prompt_accuracy,
-)
-from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.evaluation.measures import frechet_distance, pairwise_diversity, prompt_accuracy
 
 
 def test_frechet_distance_equals_the_formula_with_a_matrix_root():
@@ -50,20 +44,3 @@ def test_accuracy():
     assert prompt_accuracy(logits, torch.tensor([0, 1, 0, 1])) == 0.5
     with pytest.raises(ValueError, match="expected"):
         prompt_accuracy(logits, torch.tensor([1, 0]))
-
-
-def test_measure_is_seeded_kept_and_measures_drift_from_the_first_generator(tmp_path):
-    generator = load_generator("tiny", device="cpu")
-    prompts = ["a handwritten digit one", "a handwritten digit two"]
-    measure = RandomNoiseMeasure(prompts * 3, (4, 8, 8), samples=12, seed=1)
-    base = measure.measure(generator, tmp_path / "base")
-    assert base["samples"] == 12
-    assert base["drift"] == 0
-    assert base["diversity"] > 0
-    with torch.no_grad():
-        generator.pipe.unet.conv_out.bias.add_(1)
-    moved = measure.measure(generator, tmp_path / "moved")
-    assert moved["drift"] == pytest.approx(generator.step.sigma, rel=1e-4)
-    assert measure.measure(generator, tmp_path / "base") == base  # kept, not measured again
-    other = RandomNoiseMeasure(prompts, (4, 8, 8), samples=12, seed=2)
-    assert not torch.equal(other.eps, measure.eps)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from oneshot_fast import ops
 from oneshot_fast.errors import ModelError, UserError
-from oneshot_fast.evaluation.measures import classifier_for
+from oneshot_fast.evaluation.random_noise import classifier_for
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.toy import ToyGenerator
 from oneshot_fast.generators.toy_networks import ToyConfig, ToyNetwork

@@ -208,6 +208,7 @@ def test_the_documentation_names_all_and_its_code_runs(capsys: pytest.CaptureFix
 
 MODULE = """
 import torch
+from oneshot_fast.rewards import Reward
 
 def bright(images, prompts):
     assert isinstance(prompts, list)
@@ -225,6 +226,13 @@ def one(images, prompts):
     return images.mean()
 
 number = 3
+
+class Sharp(Reward):
+    def encode(self, prompts):
+        return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    def forward(self, images, features):
+        return images.diff(dim=-1).abs().mean((1, 2, 3)) + features
 """
 
 
@@ -249,6 +257,16 @@ def test_a_function_of_the_users_own(module: str) -> None:
     torch.testing.assert_close(rewards(images[[1]], ["bc"]), expected[[1]])
     total.sum().backward()
     torch.testing.assert_close(images.grad, torch.full_like(images, 3 / 192))
+
+
+def test_a_class_of_the_users_own(module: str) -> None:
+    images = torch.rand(2, 3, 8, 8, requires_grad=True)
+    rewards = load_rewards([f"{module}.Sharp:2", f"{module}.bright"])
+    own = rewards.by_name[f"{module}.Sharp"]
+    assert isinstance(own, Reward) and rewards.differentiable
+    edges = images.diff(dim=-1).abs().mean((1, 2, 3))
+    expected = 2 * (edges + torch.tensor([1, 2])) + images.mean((1, 2, 3)) + torch.tensor([1, 2])
+    torch.testing.assert_close(rewards(images, ["a", "bc"]), expected)
 
 
 def test_a_function_that_does_not_fit_is_one_line(module: str) -> None:

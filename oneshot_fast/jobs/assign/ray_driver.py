@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot_fast.data.pairs import Failure
 from oneshot_fast.data.sources import Source, pending
 from oneshot_fast.errors import UserError, require
-from oneshot_fast.generators.loading import family_of
+from oneshot_fast.generators.loading import find_family
 from oneshot_fast.jobs.assign.ray_worker import EXPECTED, Actor, Batch, Job, Result
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.planning.batch_size import ON_CPU, automatic_batch_size
@@ -45,7 +45,7 @@ class RayRun(AssignRun):
         """
         # its own generator tells weights and sizes, and needs no GPU for that
         dtype = job.model.dtype
-        if job.on_gpu and dtype == "auto" and family_of(job.model_id).runs_in_half:
+        if job.on_gpu and dtype == "auto" and find_family(job.model_id)[0].runs_in_half:
             dtype = "bfloat16"
         model = dataclasses.replace(job.model, device="cpu", dtype=dtype, compile=False)
         model = dataclasses.replace(model, compile_mode="default")

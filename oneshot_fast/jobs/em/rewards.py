@@ -25,7 +25,7 @@ from oneshot_fast.runtime.seeds import content_id
 
 if TYPE_CHECKING:
     from oneshot_fast.em import EmCommand
-    from oneshot_fast.evaluation.measures import RandomNoiseMeasure
+    from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure
     from oneshot_fast.jobs.optimize.search import RewardSearch, Sample
     from oneshot_fast.training.batch import PreservePool
 
@@ -110,7 +110,7 @@ class RewardEmRun(EmRun):
         }
 
     def _measure(self) -> RandomNoiseMeasure:
-        from oneshot_fast.evaluation.measures import RandomNoiseMeasure, classifier_for
+        from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, classifier_for
         from oneshot_fast.jobs.sft.rewards import all_scores
 
         return RandomNoiseMeasure(

@@ -36,7 +36,7 @@ from oneshot_fast.training.batch import PreservePool, SftOptions
 
 if TYPE_CHECKING:
     from oneshot_fast.em import EmCommand
-    from oneshot_fast.evaluation.measures import RandomNoiseMeasure
+    from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure
     from oneshot_fast.generators.base import Generator
     from oneshot_fast.generators.target_images import TargetImages
 
@@ -149,11 +149,8 @@ class EmRun:
         return {k: v.to("cpu", copy=True) for k, v in self.generator.denoiser.state_dict().items()}
 
     def _measure(self) -> RandomNoiseMeasure:
-        from oneshot_fast.evaluation.measures import (
-            RandomNoiseMeasure,
-            classifier_for,
-            real_measures,
-        )
+        from oneshot_fast.evaluation.measures import real_measures
+        from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, classifier_for
 
         classifier = classifier_for(self.generator, self.prompts)
         real = None

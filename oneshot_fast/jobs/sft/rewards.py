@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.errors import require
-from oneshot_fast.evaluation.measures import RandomNoiseMeasure, classifier_for
+from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, classifier_for
 from oneshot_fast.jobs.optimize.objective import reward_losses
 from oneshot_fast.runtime.processes import main_first
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
@@ -30,7 +30,7 @@ from oneshot_fast.training.trainer import Trainer
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from oneshot_fast.evaluation.measures import Scores
+    from oneshot_fast.evaluation.random_noise import Scores
     from oneshot_fast.generators.base import Generator
     from oneshot_fast.rewards import WeightedRewards
 

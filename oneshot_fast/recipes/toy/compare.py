@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from oneshot_fast.evaluation.measures import RandomNoiseMeasure, real_measures
+from oneshot_fast.evaluation.measures import real_measures
+from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure
 from oneshot_fast.generators.toy import ToyGenerator
 from oneshot_fast.recipes.toy.data import LabelledImages
 from oneshot_fast.runtime.files import write_json
