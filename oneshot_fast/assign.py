@@ -88,13 +88,13 @@ def execute(command: AssignCommand) -> int:
         return _finish(command, folder, _run_on_ray(command, folder, source))
 
     from oneshot_fast.generators.target_images import TargetImages
-    from oneshot_fast.planning.batch_size import automatic_batch_size
+    from oneshot_fast.jobs.assign.plan import fitting_batch_size
     from oneshot_fast.runtime.processes import gather_objects
 
     generator = command.model.load(command.model_id)
     targets = TargetImages(generator, command.data.resolution)
     if command.batch_size == "auto":
-        fits = automatic_batch_size(generator, command.search, targets.resolution)
+        fits = fitting_batch_size(generator, command.search, targets.resolution)
         batch_size = min(gather_objects([fits]))  # batches are the same for all processes
     else:
         batch_size = command.batch_size
@@ -141,7 +141,7 @@ def _run_on_ray(command: AssignCommand, folder: Path, source: Source) -> dict[st
 
 def _finish(command: AssignCommand, folder: Path, summary: dict[str, Any]) -> int:
     """Write the report and say what was reached."""
-    from oneshot_fast.report import write_assign_report
+    from oneshot_fast.report.assign import write_assign_report
     from oneshot_fast.runtime.processes import is_main
 
     if is_main():
@@ -158,7 +158,7 @@ def print_plan(
     samples: int | None,
 ) -> None:
     """Say what the command would need."""
-    from oneshot_fast.planning.timing import assign_plan
+    from oneshot_fast.jobs.assign.plan import assign_plan
 
     print(
         assign_plan(

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oneshot_fast.cli import OK, SOME_FAILED, check_defaults, public, run_command
 from oneshot_fast.data.options import DataOptions
+from oneshot_fast.data.prompts import read_prompts
+from oneshot_fast.errors import require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.em.options import EmOptions
-from oneshot_fast.jobs.em.targets import EmRun
 from oneshot_fast.rewards.options import RewardOptions, RewardTrainingOptions
 from oneshot_fast.runtime.options import RunOptions
+
+if TYPE_CHECKING:
+    from oneshot_fast.jobs.em.rewards import RewardEmRun
+    from oneshot_fast.jobs.em.targets import EmRun
 
 
 @dataclass(frozen=True)
@@ -60,101 +67,118 @@ class EmCommand:
 def execute(command: EmCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
     by_reward = bool(command.rewards.reward)
-    if not by_reward:
+    if by_reward:
+        _check_flags_of_rewards(command)
+    else:
         check_defaults(command.rewards, command.reward_training, needs="--reward")
     own_data = command.data.data_root is not None or by_reward
     model_id = command.initial_model_id or ("stabilityai/sdxl-turbo" if own_data else "tiny")
     options = command.em.resolve(embedded=not own_data)
+    options.check()
     command = dataclasses.replace(command, initial_model_id=model_id, em=options)
-    if by_reward:
-        from oneshot_fast.jobs.em.rewards import execute as execute_by_reward
 
-        return execute_by_reward(command)
-    if command.dry_run:
-        print_plan(command)
-        return OK
-    summary = EmRun(command).run()
-
-    from oneshot_fast.report import write_em_report
+    from oneshot_fast.jobs.em.plan import em_plan
+    from oneshot_fast.report.em import print_summary, write_em_report
     from oneshot_fast.runtime.processes import is_main
 
+    run = run_on_rewards(command, model_id) if by_reward else run_on_targets(command, model_id)
+    if command.dry_run:
+        print(em_plan(run))
+        return OK
+    summary = run.run(overwrite=command.run.overwrite, report_to=command.run.report_to)
     if is_main():
         write_em_report(command.work_dir, public(command))
-        print_summary(summary, command.work_dir)
+        print_summary(command.work_dir)
     return SOME_FAILED if summary["failed"] else OK
 
 
-def print_plan(command: EmCommand) -> None:
-    """Say what the command would need; ``command.em`` is resolved."""
-    em, data = command.em, command.data
-    em.check()
+def run_on_targets(command: EmCommand, model_id: str) -> EmRun:
+    """The run without --reward."""
+    from oneshot_fast.jobs.em.targets import EmRun
 
-    from oneshot_fast.embedded.digits import TRAIN_PAIRS
-    from oneshot_fast.planning.timing import assign_plan, sft_plan
-    from oneshot_fast.runtime.units import duration
-
-    if data.data_root is None:
-        samples = len(range(TRAIN_PAIRS)[data.start_index :][: data.max_samples])
-    else:
-        samples = len(data.read(data.data_root)[0])
-    generator = command.model.load(command.initial_model_id or "tiny", master_weights=True)
-    side = data.resolution or generator.image_size
-    e_step = assign_plan(
-        generator,
-        em.assign(),
-        resolution=side,
-        batch_size=em.assign_batch_size,
-        samples=samples,
+    with contextlib.ExitStack() as stack:
+        data = command.work_dir / "data"
+        if command.dry_run:
+            data = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        train, heldout = data_roots(command, data)
+        targets, others = [*command.data.open(train)], []
+        if heldout is not None:
+            whole = dataclasses.replace(command.data, start_index=0, max_samples=None)
+            others = [*whole.open(heldout)]
+    return EmRun(
+        command.model.load(model_id, master_weights=True),
+        targets,
+        command.work_dir,
+        command.em,
+        heldout=others,
+        resize_mode=command.data.resize_mode,
         num_images=command.num_images,
+        compare_direct=command.compare_direct,
+        **_common(command),
     )
-    m_step = sft_plan(generator, em.sft(), resolution=side, samples=samples)
-    assert e_step.seconds is not None
-    assert m_step.seconds is not None
-    cycles = len(em.schedule())
-    needed = duration(cycles * (e_step.seconds + m_step.seconds))
-    print(f"E-step\n{e_step}\n\nM-step\n{m_step}\n")
-    print(f"in all, {cycles} cycles: {needed}, without the evaluations")
 
 
-def print_summary(summary: dict[str, Any], folder: Path) -> None:
-    """Say what was reached and where it is."""
-    noise = dict(summary["random_noise"])
-    if "real" in summary:
-        noise["real images"] = summary["real"]
-    columns = [name for name in ("base", "final", "direct", "real images") if name in noise]
-    print(f"\nOn {noise['base']['samples']} random noises:")
-    print(f"{'':24}" + "".join(f"{name:>14}" for name in columns))
-    for key, label in (
-        ("accuracy", "prompt accuracy"),
-        ("frechet_distance", "Frechet distance"),
-        ("diversity", "diversity"),
-        ("drift", "drift from base"),
-    ):
-        cells = [f"{noise[c][key]:14.3f}" if key in noise[c] else f"{'-':>14}" for c in columns]
-        print(f"{label:24}" + "".join(cells))
-    print("\nMatching loss, before -> after the E-step -> after the M-step:")
-    for row in summary["cycles"]:
-        assign, sft = row["assign"], row["sft"]
-        print(
-            f"cycle {row['cycle']:<4} {assign['initial_loss']:10.4f} -> {assign['best_loss']:.4f}"
-            f" -> {sft['matched_loss_after']:.4f}"
-        )
-    if "heldout" in summary:
-        base, final = summary["heldout"]["base"], summary["heldout"]["final"]
-        change = 100 * (final["best_loss"] / base["best_loss"] - 1)
-        print(
-            f"{summary['heldout']['samples']} held-out pairs, assigned: {base['best_loss']:.4f} "
-            f"with the base model, {final['best_loss']:.4f} with the final one ({change:+.0f} %)"
-        )
-    if len(summary["cycles"]) > 1 and "frechet_distance" in noise["final"]:
-        print(f"checkpoint-best: cycle {summary['best_cycle']}, of the lowest Frechet distance")
-    truncated = summary["cycles"][-1]["truncated_prompts"]
-    if truncated:
-        print(f"warning: {truncated} prompts are longer than 77 tokens; cut off", file=sys.stderr)
-    if summary["failed"]:
-        print(f"{summary['failed']} records failed: {folder / 'failures.jsonl'}", file=sys.stderr)
-    print(f"\ntook {summary['seconds']:.0f} s; checkpoint: {folder / 'checkpoint-final'}")
-    print(f"report: {folder / 'report.html'}")
+def run_on_rewards(command: EmCommand, model_id: str) -> RewardEmRun:
+    """The run with --reward."""
+    from oneshot_fast.jobs.em.rewards import RewardEmRun
+
+    options, rewards = command.reward_training, command.rewards
+    assert options.prompt_file is not None
+    prompts = read_prompts(options.prompt_file)
+    generator = command.model.load(model_id, master_weights=True)
+    return RewardEmRun(
+        generator,
+        prompts,
+        command.work_dir,
+        command.em,
+        rewards=rewards.load(generator.device),
+        judge=rewards.load(generator.device, options.judge) if options.judge else None,
+        images_per_prompt=options.images_per_prompt,
+        names=[*rewards.names, *(f"judge {name}" for name in options.judge)],
+        recompute=rewards.recomputed(generator.device),
+        **_common(command),
+    )
+
+
+def _common(command: EmCommand) -> dict[str, Any]:
+    return {
+        "seed": command.run.seed,
+        "resolution": command.data.resolution,
+        "eval_samples": command.eval_samples,
+        "save_minutes": command.save_minutes,
+        "keep_checkpoints": command.train_keep_checkpoints,
+    }
+
+
+def data_roots(command: EmCommand, embedded: Path) -> tuple[str | Path, Path | None]:
+    """Pairs and held-out pairs; without data of the user's, digits are written to ``embedded``."""
+    if command.data.data_root is not None:
+        return command.data.data_root, command.heldout_root
+
+    from oneshot_fast.embedded.digits import write_default_dataset
+    from oneshot_fast.runtime.processes import main_first
+
+    main_first(lambda: write_default_dataset(embedded))
+    return embedded / "train", command.heldout_root or embedded / "heldout"
+
+
+def _check_flags_of_rewards(command: EmCommand) -> None:
+    """Raise UserError for flags that a run on rewards needs, or that would do nothing in it."""
+    options = command.reward_training
+    require(options.prompt_file is not None, "with --reward, give --prompt_file FILE")
+    options.check(command.rewards.reward)
+    require(
+        dataclasses.replace(command.data, resolution=None) == DataOptions()
+        and command.heldout_root is None,
+        "--reward takes prompts, no targets; leave data_root, the flags that say how it is read, "
+        "and heldout_root out",
+    )
+    require(not command.compare_direct, "--compare_direct needs targets; not with --reward")
+    require(
+        command.num_images == EmCommand.num_images,
+        "with --reward all images found are kept, as targets; leave --num_images out",
+    )
+    command.em.optimize().check()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from oneshot_fast.rewards.options import RewardOptions
 from oneshot_fast.runtime.options import RunOptions
 
 if TYPE_CHECKING:
-    from oneshot_fast.jobs.optimize.search import RewardSearch, Sample
+    from oneshot_fast.jobs.optimize.search import RewardSearch
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,17 @@ def execute(command: OptimizeCommand) -> int:
         require(0 <= step <= last, f"save_steps names step {step}; there are 0 to {last}")
     prompts = prompts_of(command)
 
+    from oneshot_fast.jobs.optimize.plan import fitting_batch_size, optimize_plan
     from oneshot_fast.jobs.optimize.run import OptimizeRun, samples_of
     from oneshot_fast.report.optimize import write_optimize_report
 
     search = load_search(command)
     samples = samples_of(prompts, command.num_images_per_prompt, command.run.seed, command.seeds)
-    batch_size = fitting_batch_size(command, search, samples)
+    batch_size = command.batch_size
+    if batch_size == "auto":
+        batch_size = fitting_batch_size(search, samples[0])
     if command.output_dir is None or command.dry_run:
-        from oneshot_fast.jobs.optimize.plan import optimize_plan
-
-        print("\n".join(optimize_plan(search, samples, batch_size)))
+        print(optimize_plan(search, samples, batch_size))
         return OK
     run = OptimizeRun(
         search,
@@ -129,19 +130,6 @@ def load_search(command: OptimizeCommand) -> RewardSearch:
     return RewardSearch(
         generator, rewards, command.search, resolution=side, save_steps=command.save_steps
     )
-
-
-def fitting_batch_size(
-    command: OptimizeCommand, search: RewardSearch, samples: Sequence[Sample]
-) -> int:
-    """The batch size named, or the one that fits."""
-    if command.batch_size != "auto":
-        return command.batch_size
-    from oneshot_fast.jobs.optimize.plan import largest_batch
-    from oneshot_fast.planning.batch_size import ON_CPU
-
-    on_cpu = search.generator.device.type != "cuda"
-    return ON_CPU if on_cpu else largest_batch(search, samples[0])
 
 
 def print_summary(summary: dict[str, Any], folder: Path, model_id: str) -> None:

@@ -74,14 +74,14 @@ def execute(command: SftCommand) -> int:
     pairs, failures = read_manifest(command.manifest_path)
 
     from oneshot_fast.generators.target_images import TargetImages
-    from oneshot_fast.report import write_sft_report
+    from oneshot_fast.report.sft import write_sft_report
     from oneshot_fast.runtime.processes import is_main
 
     master_weights = command.training.weights_dtype == "float32"
     generator = command.model.load(command.model_id, master_weights=master_weights)
     side = generator.side_of(_noise_shape(pairs))
     if folder is None or command.dry_run:
-        from oneshot_fast.planning.timing import sft_plan
+        from oneshot_fast.jobs.sft.plan import sft_plan
 
         plan = sft_plan(
             generator,
@@ -135,7 +135,7 @@ def train_on_rewards(command: SftCommand) -> int:
     prompts = read_prompts(options.prompt_file)
     run = _reward_run(command)
     if folder is None or command.dry_run:
-        from oneshot_fast.planning.timing import sft_plan
+        from oneshot_fast.jobs.sft.plan import sft_plan
 
         plan = sft_plan(
             run.generator,
@@ -149,7 +149,7 @@ def train_on_rewards(command: SftCommand) -> int:
         return OK
     summary = run.run(prompts, overwrite=command.run.overwrite, report_to=command.run.report_to)
 
-    from oneshot_fast.report.rewards import write_reward_report
+    from oneshot_fast.report.sft import write_reward_report
     from oneshot_fast.runtime.processes import is_main
 
     if is_main():

@@ -139,7 +139,7 @@ def markdown() -> str:
     part = cases["rewards", 1]
     lines += ["", "With --checkpointing rewards, one image:", "", "| part | GB |", "| --- | --- |"]
     lines += [f"| weights of {name} | {size / 1e9:.2f} |" for name, size in part.weights.items()]
-    lines += [f"| activations of {k} | {size / 1e9:.2f} |" for k, size in part.activations.items()]
+    lines += [f"| {name} | {size / 1e9:.2f} |" for name, size in part.held.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -17,7 +17,9 @@ from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.decoder import Decoder
 from oneshot_fast.generators.sdxl import SdxlGenerator
 from oneshot_fast.jobs.assign.options import AssignOptions
-from oneshot_fast.planning.memory import StepMemory, assignment_memory, training_memory
+from oneshot_fast.jobs.assign.plan import assignment_memory
+from oneshot_fast.jobs.sft.plan import training_memory
+from oneshot_fast.planning.memory import StepMemory
 from oneshot_fast.training.batch import SftOptions
 
 RESOLUTION = 512
@@ -114,8 +116,10 @@ def markdown(found: dict[str, tuple[StepMemory, str]]) -> str:
     for name, (memory, target) in found.items():
         weights = memory.weights
         rest = sum(weights.values()) - weights["unet"]
+        moments = memory.kept.get("optimiser's moments", 0)
+        gradients, kept = memory.held.get("gradients", 0), memory.held["activations"]
         sizes = (
-            weights["unet"], memory.moments, memory.gradients, memory.activations, memory.step,
+            weights["unet"], moments, gradients, kept, memory.step,
             memory.peak - rest, rest - weights["vae"], weights["vae"], memory.peak,
         )  # fmt: skip
         cells = [f"{memory.trained / 1e6:.1f}", *(f"{size / 1e9:.2f}" for size in sizes), target]

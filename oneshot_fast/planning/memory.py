@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import (
-    FakeCopyMode,
-    FakeTensorMode,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from oneshot_fast.generators.adapters import add_adapter
-from oneshot_fast.jobs.assign.objective import objective
-from oneshot_fast.jobs.assign.options import AssignOptions
-from oneshot_fast.jobs.assign.targets import random_problem
-from oneshot_fast.jobs.optimize.objective import reward_losses
-from oneshot_fast.training.batch import Batch, SftOptions, sft_losses
-from oneshot_fast.training.memory import checkpoint_activations
+from oneshot_fast.runtime.units import count_text, size_text
 
 if TYPE_CHECKING:
     from oneshot_fast.generators.base import Generator
     from oneshot_fast.rewards import WeightedRewards
 
-    ByReward = tuple[WeightedRewards, str]  # and an example of a prompt
-
-# torchao keeps the moments of smaller tensors, and of those not of whole blocks, as they are
-_BLOCK, _SMALL = 256, 4096
+ON_CPU = 16  # fixed: a CPU has no device memory to fill, and results stay bitwise the same
+_LIMIT = 256
 
 
 class LiveMemory(TorchDispatchMode):
@@ -79,107 +67,36 @@ class LiveMemory(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes by part.
+    """Bytes by part, each by its name.
 
     Attributes:
         weights: Of each network, as far as it is on the device.
+        kept: From step to step, such as noises or an optimiser's moments.
+        held: Of what a step holds, such as gradients and activations; not all at the same time.
+        step: Most that a step holds at once beside ``weights`` and ``kept``.
         trained: Number of trained parameters.
         trained_bytes: Their bytes.
-        gradients: Of all trained weights together.
-        moments: Of the optimiser.
-        average: Copy of the trained weights that --use_ema keeps.
-        activations: Kept by the forward pass for the backward pass.
-        step: Most that a step holds at once besides weights, moments and average.
     """
 
     weights: dict[str, int]
-    trained: int
-    trained_bytes: int
-    gradients: int
-    moments: int
-    average: int
-    activations: int
+    kept: dict[str, int]
+    held: dict[str, int]
     step: int
+    trained: int = 0
+    trained_bytes: int = 0
 
     @property
     def peak(self) -> int:
         """Everything at once."""
-        return sum(self.weights.values()) + self.moments + self.average + self.step
+        return sum(self.weights.values()) + sum(self.kept.values()) + self.step
 
-
-def training_memory(
-    generator: Generator,
-    options: SftOptions,
-    resolution: int,
-    offloads: bool = False,
-    by_reward: ByReward | None = None,
-) -> StepMemory:
-    """Memory of a training step, from a run of its forward and backward pass on fake tensors.
-
-    What an allocator wastes and what libraries of the device take for themselves is not in it.
-
-    Args:
-        generator: The generator; neither it nor its weights are changed.
-        options: How it is trained.
-        resolution: Image side in pixels.
-        offloads: Whether what only encodes is off the device.
-        by_reward: What a training on rewards raises.
-    """
-    with fake_copy(generator) as fake:
-        trained = _prepare(fake.denoiser, options)
-        batch = training_batch(fake, options, resolution, by_reward)
-        losses, networks = sft_losses, fake.networks
-        if by_reward is not None:
-            rewards = fake_rewards(*by_reward, fake)
-            losses, networks = partial(reward_losses, rewards), networks | rewards.by_name
-        in_backward = options.optimizer_in_backward
-        if in_backward:
-            for parameter in trained:
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        known = tensors_of(networks)
-        parts = list(batch.split(options.gradient_accumulation_steps))
-        kept = 0
-        with LiveMemory(known) as memory:
-            # from the second part on, all gradients are there already
-            for part, pairs, others in parts[:2]:
-                match, keep = losses(fake, part, options)
-                kept = max(kept, memory.live - _gradient_bytes(trained))
-                (match * pairs + keep * others).backward()
-                del match, keep
-        weights = weights_by_part(networks)
-        if offloads:
-            for name, gone in fake.encoders(options.decodes or by_reward is not None).items():
-                weights[name] -= sum(_bytes(module.parameters()) for module in gone)
-        moments = sum(_moment_bytes(parameter, options) for parameter in trained)
-        foreach = generator.device.type == "cuda" and options.optimizer == "adamw"
-        # torch's AdamW takes the roots of all second moments at once on a GPU
-        updating = 0 if in_backward else _bytes(trained) * (2 if foreach else 1)
-        return StepMemory(
-            weights,
-            sum(p.numel() for p in trained),
-            _bytes(trained),
-            max(p.nbytes for p in trained) if in_backward else _bytes(trained),
-            moments,
-            4 * sum(p.numel() for p in trained) if options.use_ema else 0,
-            kept,
-            max(memory.peak, updating),
-        )
-
-
-def assignment_memory(
-    generator: Generator, options: AssignOptions, resolution: int, batch_size: int
-) -> StepMemory:
-    """The same for a step of an assignment, in which no weight is trained."""
-    with fake_copy(generator) as fake:
-        problem = random_problem(fake, options, resolution, batch_size)
-        known = tensors_of(fake.networks)
-        z = torch.zeros_like(problem.eps, requires_grad=True)
-        with LiveMemory(known) as memory:
-            loss = objective(fake, options, z, problem).sum()
-            kept = memory.live
-            loss.backward()
-        weights = weights_by_part(fake.networks)
-        return StepMemory(weights, 0, 0, 0, 0, 0, kept, memory.peak)
+    def lines(self, batch: str) -> list[str]:
+        """For a person; ``batch`` says of what a step is, such as "4 pairs"."""
+        parts = {f"weights of {part}": size for part, size in self.weights.items()}
+        parts |= self.kept | self.held
+        parts["most that a step holds at once"] = self.step
+        parts[f"peak of a step of {batch}"] = self.peak
+        return [f"memory, {name}: {size_text(size)}" for name, size in parts.items()]
 
 
 @contextmanager
@@ -215,60 +132,71 @@ def weights_by_part(networks: Mapping[str, nn.Module]) -> dict[str, int]:
     for name, network in networks.items():
         own = set(network.parameters()) - counted
         counted |= own
-        found[name] = _bytes(own)
+        found[name] = bytes_of(own)
     return found
 
 
-def _prepare(unet: nn.Module, options: SftOptions) -> list[nn.Parameter]:
-    """Make ``unet`` as the training makes it; returns what is trained."""
-    dtype, rank = getattr(torch, options.weights_dtype), options.lora_rank
-    unet.requires_grad_(not rank)
-    if rank:
-        with unset_fake_temporarily():
-            add_adapter(unet, rank, options.lora_alpha)
-    # Module.to swaps tensors, which fake ones do not allow; peft's adapter is real until here
-    for module in unet.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            trained = parameter.requires_grad
-            kind = torch.float32 if rank and trained else dtype
-            value = torch.zeros(parameter.shape, dtype=kind, device=parameter.device)
-            module.register_parameter(name, nn.Parameter(value, requires_grad=trained))
-    checkpoint_activations(unet, options)
-    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
-
-
-def training_batch(
-    generator: Generator,
-    options: SftOptions,
-    resolution: int,
-    by_reward: ByReward | None = None,
-) -> Batch:
-    """A batch of zeros, of the training's sizes."""
-    n, m = options.batch_size, 0
-    if options.preserves:
-        m = options.preserve_batch_size or n
-    noise = torch.zeros(n + m, *generator.noise_shape(resolution, resolution))
-    latents = torch.zeros(n + m, *generator.latent_shape(resolution, resolution))
-    images = torch.zeros(n, 3, resolution, resolution) if options.pixel_l1_weight else None
-    texts = [by_reward[1]] * n if by_reward else ()
-    return Batch(noise, generator.blank_prompts(n + m), latents, images, n, texts)
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-def _bytes(tensors: Any) -> int:
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Of all ``tensors``."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _gradient_bytes(parameters: Sequence[Tensor]) -> int:
-    return sum(p.grad.nbytes for p in parameters if p.grad is not None)
+def parameter_lines(networks: Mapping[str, nn.Module]) -> list[str]:
+    """How many parameters each network has, for a person."""
+    counts = {k: sum(p.numel() for p in network.parameters()) for k, network in networks.items()}
+    return [f"parameters of {name}: {count_text(count)}" for name, count in counts.items()]
 
 
-def _moment_bytes(parameter: Tensor, options: SftOptions) -> int:
-    """Bytes of both moments of ``parameter``."""
-    n = parameter.numel()
-    if options.optimizer == "adamw8bit" and n >= _SMALL and n % _BLOCK == 0:
-        return 2 * (n + 4 * n // _BLOCK)
-    return 2 * parameter.nbytes
+def peak_lines(device: torch.device) -> list[str]:
+    """What a GPU has measured, for a person; nothing for a CPU."""
+    if device.type != "cuda":
+        return []
+    return [f"memory, measured peak: {size_text(torch.cuda.max_memory_allocated(device))}"]
+
+
+def fitting_batch_size(device: torch.device, use: Callable[[int], object]) -> int:
+    """Largest power of two up to 256 that fits on a GPU; 16 on the CPU.
+
+    Args:
+        device: Where ``use`` computes.
+        use: Does one step of a batch of a size.
+    """
+    if device.type != "cuda":
+        return ON_CPU
+
+    def free() -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+
+    def needed(size: int) -> int:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        # compiled code needs less, and its compilation would take minutes per size
+        with torch.compiler.set_stance("force_eager"):
+            use(size)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    best = largest_fit(needed, free)
+    print(f"batch size {best}: the largest power of two that fits", file=sys.stderr)
+    return best
+
+
+def largest_fit(use: Callable[[int], int], free: Callable[[], int]) -> int:
+    """Largest power of two up to 256 that ``use`` can do; 1 if it can do none.
+
+    Args:
+        use: Does the work of a batch of a size and returns how many bytes it needed; raises
+            torch.OutOfMemoryError.
+        free: Bytes that are free between two uses.
+    """
+    size, needed = 1, 0
+    try:
+        needed = use(size)
+        # needs grow in proportion at most; a tenth is left for what the caching allocator wastes
+        while size < _LIMIT and 2.0 * needed < 0.9 * free():
+            needed = use(2 * size)
+            size *= 2
+    except torch.OutOfMemoryError:
+        pass
+    return size

@@ -7,37 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot_fast.report.noise import noise_section
-from oneshot_fast.report.page import (
-    Cell,
-    Example,
-    Page,
-    Plot,
-    Row,
-    Section,
-    Strip,
-    Table,
-    duration,
-    number,
-    picture,
-    write_page,
-)
+from oneshot_fast.report.page import Cell, Plot, Row, Section, Table, gain_cell, number, strip
 from oneshot_fast.report.plots import BLUE, GREY, inline_svg
+from oneshot_fast.report.run import write_run
 from oneshot_fast.runtime.files import read_json, read_jsonl, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SHOWN, _SIDE = 16, 256
+_SIDE = 256
 
 Curves = Mapping[str, Sequence[Sequence[float]]]
 
 
-def write_optimize_report(folder: Path, settings: Mapping[str, Any]) -> None:
+def write_optimize_report(folder: Path, flags: Mapping[str, Any]) -> None:
     """Write ``folder``/curves.png and ``folder``/report.html of an optimize run.
 
     Args:
         folder: Run folder with its metrics and manifest; images that are missing are left out.
-        settings: The command's flags and their values.
+        flags: The command's flags and their values.
     """
     summary = read_json(folder / "metrics_summary.json")
     images = [
@@ -48,39 +36,24 @@ def write_optimize_report(folder: Path, settings: Mapping[str, Any]) -> None:
     curves = {name: [image["scores"][name] for image in images] for name in summary["rewards"]}
     with replacing(folder / "curves.png") as path:
         _draw(curves).savefig(path, format="png", dpi=120)
-    run = summary["settings"]
     facts = [
         f"{summary['prompts']} prompts, {summary['samples']} images",
-        f"method {run['method']}",
-        f"seed {run['seed']}",
-        f"device {run['device']}",
-        duration(summary["seconds"]),
+        f"method {summary['settings']['method']}",
     ]
     sections = [
         _rewards_section(summary, curves),
         found_section(folder),
         noise_section(folder),
     ]
-    page = Page(
-        f"Noise optimisation: {settings.get('model_id') or 'the generator'}",
-        facts,
-        [section for section in sections if section is not None],
-        {**run, **settings},
-        read_jsonl(folder / "failures.jsonl"),
-    )
-    write_page(page, folder / "report.html")
+    write_run(folder, "Noise optimisation: {model}", facts, sections, summary, flags)
 
 
 def _rewards_section(summary: Mapping[str, Any], curves: Curves) -> Section:
     rows = []
     for name, found in summary["rewards"].items():
-        gain = found["best"] - found["initial"]
-        cells = [Cell(number(found["initial"])), Cell(number(found["best"]))]
-        cells.append(
-            Cell(f"{'+' if gain > 0 else ''}{number(gain)}", "good" if gain > 0 else "bad")
-        )
-        label = "weighted sum" if name == "total" else name
-        rows.append(Row(label, cells))
+        first, best = found["initial"], found["best"]
+        cells = [Cell(number(first)), Cell(number(best)), gain_cell(first, best)]
+        rows.append(Row("weighted sum" if name == "total" else name, cells))
     text = [
         f"{summary['improved']} of {summary['samples']} images score higher than their base "
         f"noise's. The noises were turned by {summary['angle']:.0f} degrees on average, and have "
@@ -99,23 +72,22 @@ def _rewards_section(summary: Mapping[str, Any], curves: Curves) -> Section:
 
 def found_section(folder: Path, of: str = "") -> Section | None:
     """Images of base and best noises of an optimize run, ``of`` this name."""
-    rows = [
-        row
-        for row in read_jsonl(folder / "manifest.jsonl")
-        if (folder / row["target_image_path"]).is_file()
-    ][:_SHOWN]
-    if not rows:
-        return None
-    saved = (folder / "images").glob(f"{rows[0]['id']}-step-*.png")
+    images, rows = folder / "images", read_jsonl(folder / "manifest.jsonl")
+    saved = images.glob(f"{rows[0]['id']}-step-*.png") if rows else ()
     steps = sorted(path.stem.removeprefix(f"{rows[0]['id']}-") for path in saved)
-    kinds = ["initial", *steps, "best"]
-    examples = []
-    for row in rows:
-        files = [folder / "images" / f"{row['id']}-{kind}.png" for kind in kinds]
-        note = f"{number(row['initial']['total'])} → {number(row['best']['total'])}"
-        examples.append(Example(row["prompt"], [picture(file, _SIDE) for file in files], note))
-    names = ["base noise", *(step.replace("-", " ") for step in steps), "best noise", "reward"]
-    return Section(f"Images{of}", strip=Strip(names, examples))
+    shown = strip(
+        ["base noise", *(step.replace("-", " ") for step in steps), "best noise", "reward"],
+        (
+            (
+                row["prompt"],
+                [images / f"{row['id']}-{kind}.png" for kind in ("initial", *steps, "best")],
+                f"{number(row['initial']['total'])} → {number(row['best']['total'])}",
+            )
+            for row in rows
+        ),
+        _SIDE,
+    )
+    return None if shown is None else Section(f"Images{of}", strip=shown)
 
 
 def _draw(curves: Curves) -> Figure:

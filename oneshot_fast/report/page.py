@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,7 @@ from oneshot_fast.runtime.files import write_text
 # Images up to this side are few pixels shown large; larger ones are shown smooth.
 _PIXEL_ART = 128
 _KEPT_BYTES = 300_000
+_SHOWN = 16
 _PACKAGES = (
     "oneshot-fast", "torch", "diffusers", "transformers", "accelerate", "safetensors", "triton",
 )  # fmt: skip
@@ -169,10 +171,36 @@ def percent(after: float, before: float) -> str:
     return f"{100 * (after / before - 1):+.1f} %" if before else ""
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+def change(before: float, after: float) -> tuple[str, str, str]:
+    """Two numbers and the relative change between them: cells of a table."""
+    return number(before), number(after), percent(after, before)
+
+
+def gain_cell(before: float, after: float, mood: Mood | None = None) -> Cell:
+    """The absolute change, signed; by default a rise is good."""
+    gain = after - before
+    judged: Mood = "good" if gain > 0 else "bad"
+    return Cell(f"{'+' if gain > 0 else ''}{number(gain)}", judged if mood is None else mood)
+
+
+def row(name: str, cells: Sequence[str]) -> Row:
+    """A table row of plain cells."""
+    return Row(name, [Cell(text) for text in cells])
+
+
+def strip(
+    names: Sequence[str], examples: Iterable[tuple[str, Sequence[Path], str]], side: int = 192
+) -> Strip | None:
+    """At most 16 examples whose images are all there; None if there is none.
+
+    Args:
+        names: Of the images of each, and of the note.
+        examples: Caption, images and note of each.
+        side: Largest image side in pixels.
+    """
+    there = (example for example in examples if all(path.is_file() for path in example[1]))
+    shown = [
+        Example(caption, [picture(path, side) for path in paths], note)
+        for caption, paths, note in itertools.islice(there, _SHOWN)
+    ]
+    return Strip(names, shown) if shown else None

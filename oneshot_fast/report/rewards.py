@@ -1,4 +1,4 @@
-"""The page and the picture of trainings on rewards: what rose, and what it cost."""
+"""What trainings on rewards raised, and what it cost: a section and a picture."""
 
 from __future__ import annotations
 
@@ -6,23 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot_fast.report.optimize import found_section
 from oneshot_fast.report.page import (
     Cell,
     Mood,
-    Page,
     Plot,
     Row,
     Section,
     Table,
-    duration,
+    gain_cell,
     number,
     percent,
     picture,
-    write_page,
 )
 from oneshot_fast.report.plots import PALETTE, inline_svg
-from oneshot_fast.report.sections import training_section
 from oneshot_fast.runtime.files import read_json, read_jsonl, replacing
 
 if TYPE_CHECKING:
@@ -32,85 +28,6 @@ History = Sequence[Mapping[str, Any]]
 _GRID_SIDE = 1280
 _OF_THE_STEPS = ("epoch", "samples", "step", "loss", "matching", "preserve", "gradient_norm")
 _LAST = ("accuracy", "diversity", "drift")
-
-
-def write_reward_report(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write ``folder``/curves.png and ``folder``/report.html of a training on rewards.
-
-    Args:
-        folder: Finished run folder of ``RewardRun``.
-        settings: The command's flags and their values.
-    """
-    summary, rows = read_json(folder / "summary.json"), history(folder)
-    draw_histories({"": rows}, folder / "curves.png")
-    run = summary["settings"]
-    last = rows[-1]["epoch"]
-    grids = {"base": "base.png", f"epoch {last}": f"epoch-{last:03d}.png"}
-    sections = [
-        rewards_section(
-            rows,
-            f"On {run['eval_samples']} random noises that no step saw, the same ones every time.",
-            {name: folder / "eval" / file for name, file in grids.items()},
-        ),
-        training_section([folder], "minus the reward"),
-    ]
-    _write(folder, "Training on rewards", f"{summary['steps']} steps", sections, summary, settings)
-
-
-def write_em_reward_report(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write ``folder``/curves.png and ``folder``/report.html of an em run by rewards.
-
-    Args:
-        folder: Finished run folder of ``RewardEmRun``.
-        settings: The command's flags and their values.
-    """
-    summary = read_json(folder / "summary.json")
-    noise, cycles = summary["random_noise"], summary["cycles"]
-    names = ["base", *(f"cycle-{row['cycle']:02d}" for row in cycles)]
-    rows = [{"epoch": k, **noise[name]} for k, name in enumerate(names)]
-    draw_histories({"": rows}, folder / "curves.png", "cycle")
-    run = summary["settings"]
-    text = f"On {run['eval_samples']} random noises, the same ones every time."
-    grids = {name: folder / "eval" / f"{name}.png" for name in (names[0], names[-1])}
-    sections = [
-        rewards_section(rows, text, grids, "cycle"),
-        _searches_section(cycles),
-        found_section(folder / names[-1] / "assign", f" of cycle {len(cycles)}"),
-        training_section([folder / name / "sft" for name in names[1:]]),
-    ]
-    _write(folder, "EM by rewards", f"{len(cycles)} cycles", sections, summary, settings)
-
-
-def _searches_section(cycles: Sequence[Mapping[str, Any]]) -> Section:
-    """What each E-step found."""
-    rows = []
-    for cycle in cycles:
-        before, after = (cycle["search"][name] for name in ("initial_reward", "best_reward"))
-        cells = [Cell(number(before)), Cell(number(after)), Cell(number(after - before))]
-        rows.append(Row(f"cycle {cycle['cycle']}", cells))
-    text = "Mean reward of random noises and of the best found from each: the M-step's targets."
-    return Section("Search", [text], Table(("", "random noise", "found", "gain"), rows))
-
-
-def _write(
-    folder: Path,
-    title: str,
-    fact: str,
-    sections: Sequence[Section | None],
-    summary: Mapping[str, Any],
-    settings: Mapping[str, Any],
-) -> None:
-    run = summary["settings"]
-    facts = [fact, f"seed {run['seed']}", f"device {run['device']}", duration(summary["seconds"])]
-    model = settings.get("initial_model_id") or settings.get("model_id") or "the generator"
-    page = Page(
-        f"{title}: {model}",
-        facts,
-        [section for section in sections if section is not None],
-        {**settings, **run},
-        read_jsonl(folder / "failures.jsonl"),
-    )
-    write_page(page, folder / "report.html")
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
@@ -184,10 +101,9 @@ def _measures(rows: History) -> list[str]:
 
 
 def _row(name: str, base: float, final: float) -> Row:
-    mood: Mood = "" if final == base or name == "drift" else "good" if final > base else "bad"
+    mood: Mood | None = "" if final == base or name == "drift" else None
     label = "weighted sum" if name == "reward" else name
-    change = f"{'+' if final > base else ''}{number(final - base)}"
-    return Row(label, [Cell(number(base)), Cell(number(final)), Cell(change, mood)])
+    return Row(label, [Cell(number(base)), Cell(number(final)), gain_cell(base, final, mood)])
 
 
 def _draw(histories: Mapping[str, History], unit: str, columns: int) -> Figure:

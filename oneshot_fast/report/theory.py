@@ -6,18 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot_fast.report.page import (
-    Cell,
-    Page,
-    Plot,
-    Row,
-    Section,
-    Table,
-    duration,
-    number,
-    write_page,
-)
+from oneshot_fast.report.page import Cell, Plot, Row, Section, Table, number
 from oneshot_fast.report.plots import GREY, PALETTE, inline_svg, new_axes
+from oneshot_fast.report.run import write_run
 from oneshot_fast.runtime.files import replacing
 
 if TYPE_CHECKING:
@@ -52,13 +43,12 @@ def write_theory_report(folder: Path, found: Mapping[str, Any]) -> None:
     plots = [Plot(_svg(name, sets), caption) for name, (_, _, caption) in _PANELS.items()]
     settings = found["settings"]
     D = settings["channels"] * settings["patch_size"] ** 2
-    facts = [f"{D} elements a patch", f"seed {settings['seed']}", duration(found["seconds"])]
+    facts = [f"{D} elements a patch"]
     sections = [
         Section("The distributions", [], plots=plots),
         *(_section(name, part) for name, part in sets.items()),
     ]
-    title = "Rotated noise: what stays Gaussian"
-    write_page(Page(title, facts, sections, settings), folder / "report.html")
+    write_run(folder, "Rotated noise: what stays Gaussian", facts, sections, dict(found), {})
 
 
 def _section(name: str, part: Mapping[str, Any]) -> Section:

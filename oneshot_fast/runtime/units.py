@@ -10,7 +10,7 @@ def duration(seconds: float) -> str:
     for unit, length, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 72)):
         if seconds < limit * length:
             value = seconds / length
-            return f"{value:.1f} {unit}" if value < 10 and unit != "min" else f"{value:.0f} {unit}"
+            return f"{value:.{1 if value < 10 else 0}f} {unit}"
     return f"{seconds / 86400:.1f} days"
 
 

@@ -27,7 +27,7 @@ for name in (
     "matplotlib.pyplot",
     "oneshot_fast.evaluation.measures",
     "oneshot_fast.generators.loading",
-    "oneshot_fast.report",
+    "oneshot_fast.report.em",
     "oneshot_fast.generators.target_images",
     "oneshot_fast.embedded.classifier",
 ):  # what the commands import only once they run

@@ -14,12 +14,9 @@ from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.jobs.assign.objective import objective
 from oneshot_fast.jobs.assign.options import AssignOptions
-from oneshot_fast.planning.memory import (
-    LiveMemory,
-    assignment_memory,
-    training_batch,
-    training_memory,
-)
+from oneshot_fast.jobs.assign.plan import assignment_memory
+from oneshot_fast.jobs.sft.plan import training_batch, training_memory
+from oneshot_fast.planning.memory import LiveMemory
 from oneshot_fast.runtime.units import duration, size_text
 from oneshot_fast.search.gradient import Problem
 from oneshot_fast.training.batch import SftOptions
@@ -27,6 +24,7 @@ from oneshot_fast.training.memory import checkpoint_activations
 from oneshot_fast.training.trainer import Trainer
 from oneshot_fast.training.training_step import TrainingStep
 
+MOMENTS = "optimiser's moments"
 FULL: dict[str, Any] = {"batch_size": 2}
 CASES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -79,14 +77,18 @@ def test_each_option_saves_what_it_says(tiny: Generator) -> None:
 
     plain, offloaded = of(), training_memory(tiny, SftOptions(), 64, offloads=True)
     weights = sum(p.nbytes for p in tiny.denoiser.parameters())
-    assert plain.gradients == plain.trained_bytes == weights == plain.weights["unet"]
-    assert plain.moments == 2 * weights
-    assert of(optimizer_in_backward=True).gradients < 0.1 * weights
-    selective = of(selective_checkpointing=True).activations
-    assert of(gradient_checkpointing=True).activations < 0.6 * selective < 0.6 * plain.activations
-    assert of(use_ema=True).average == weights
+    assert plain.held["gradients"] == plain.trained_bytes == weights == plain.weights["unet"]
+    assert plain.kept[MOMENTS] == 2 * weights
+    assert of(optimizer_in_backward=True).held["gradients"] < 0.1 * weights
+    selective = of(selective_checkpointing=True).held["activations"]
+    assert (
+        of(gradient_checkpointing=True).held["activations"]
+        < 0.6 * selective
+        < 0.6 * plain.held["activations"]
+    )
+    assert of(use_ema=True).kept["average of the weights"] == weights
     adapter = of(lora_rank=4, weights_dtype="bfloat16")
-    assert adapter.moments == 2 * adapter.trained_bytes < 0.1 * weights
+    assert adapter.kept[MOMENTS] == 2 * adapter.trained_bytes < 0.1 * weights
     assert 0.5 * weights < adapter.weights["unet"] < 0.6 * weights
     assert offloaded.weights["text_encoder"] == offloaded.weights["text_encoder_2"] == 0
     assert 0 < offloaded.weights["vae"] < plain.weights["vae"]
@@ -127,7 +129,14 @@ def test_live_memory_counts_each_storage_once_while_it_lives() -> None:
 
 
 def test_times_and_sizes_are_said_as_people_say_them() -> None:
-    times = {0.0042: "4.2 ms", 5: "5.0 s", 42: "42 s", 250: "4 min", 9000: "2.5 h", 5e5: "5.8 days"}
+    times = {
+        0.0042: "4.2 ms",
+        5: "5.0 s",
+        42: "42 s",
+        250: "4.2 min",
+        9000: "2.5 h",
+        5e5: "5.8 days",
+    }
     assert {seconds: duration(seconds) for seconds in times} == times
     sizes = {12: "12 bytes", 1500: "1.5 kB", 45_000_000: "45.0 MB", 10_200_000_000: "10.2 GB"}
     assert {size: size_text(size) for size in sizes} == sizes
@@ -151,5 +160,5 @@ def test_the_dry_run_of_em_writes_nothing(tmp_path: Path, call: Callable[..., An
     flags = ["--work_dir", tmp_path / "run", "--max_samples", 6, "--assign_steps", 2, "--dry_run"]
     ended = call("em", *flags, "--train_lora_rank", 4, "--train_optimizer_in_backward")
     assert ended.code == 0 and not (tmp_path / "run").exists(), ended.err
-    assert ended.out.count("peak of a step") == 1
+    assert ended.out.count("peak of a step of ") == 2
     assert re.search(r"in all, 2 cycles: [\d.]+ (ms|s|min), without the evaluations", ended.out)

@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from oneshot_fast.report import write_assign_report, write_em_report, write_sft_report
-from oneshot_fast.report.page import duration, number, percent, picture
+from oneshot_fast.report.assign import write_assign_report
+from oneshot_fast.report.em import write_em_report
+from oneshot_fast.report.page import number, percent, picture
+from oneshot_fast.report.sft import write_sft_report
 from oneshot_fast.runtime.files import read_json, write_json, write_jsonl
 
 EVIL = "<script>alert('x')</script> & \"photo\""
@@ -276,7 +278,6 @@ def test_number(value: float, text: str) -> None:
     assert number(value) == text
 
 
-def test_percent_and_duration() -> None:
+def test_percent() -> None:
     assert percent(0.5, 2.0) == "-75.0 %" and percent(3.0, 2.0) == "+50.0 %"
     assert percent(1.0, 0.0) == ""
-    assert [duration(s) for s in (2.24, 126.1, 7300)] == ["2.2 s", "2 min 6 s", "2 h 1 min"]

@@ -22,7 +22,7 @@ from oneshot_fast.jobs.assign.objective import assign_batch, matching_loss
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.targets import Preparer, Target
 from oneshot_fast.noise.rotation import PatchRotation
-from oneshot_fast.planning.batch_size import largest_fit
+from oneshot_fast.planning.memory import largest_fit
 from oneshot_fast.search.solver import Solved, Solver
 
 # small steps, which do not amplify what rounding makes of other batches

@@ -20,9 +20,10 @@ from oneshot_fast.data.pairs import Failure
 from oneshot_fast.data.sources import Source, pending
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.loading import find_family
+from oneshot_fast.jobs.assign.plan import fitting_batch_size
 from oneshot_fast.jobs.assign.ray_worker import EXPECTED, Actor, Batch, Job, Result
 from oneshot_fast.jobs.assign.run import AssignRun
-from oneshot_fast.planning.batch_size import ON_CPU, automatic_batch_size
+from oneshot_fast.planning.memory import ON_CPU
 from oneshot_fast.runtime.files import write_jsonl
 from oneshot_fast.runtime.processes import processes
 from oneshot_fast.runtime.progress import progress, silence_imports
@@ -197,7 +198,7 @@ def _measure(job: Job) -> int:
     os.chdir(job.start)
     silence_imports()
     generator, targets = job.load()
-    return automatic_batch_size(generator, job.options, targets.resolution)
+    return fitting_batch_size(generator, job.options, targets.resolution)
 
 
 def _work(

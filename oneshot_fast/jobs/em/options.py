@@ -6,14 +6,22 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import arg
 
 from oneshot_fast.errors import require
 from oneshot_fast.jobs.assign.options import AssignOptions
+from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.runtime.options import pick
+from oneshot_fast.search.options import SearchOptions
 from oneshot_fast.training.batch import SftOptions
+
+Search = TypeVar("Search", bound=SearchOptions)
+_OF_TARGETS = (
+    "patience", "assign_fraction", "warm_start", "pool_matching", "pool_window",
+    "pool_reject_below", "feature_weight", "features",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,10 @@ class EmOptions:
     best_of_n and pool, else 1."""
     pool_matching: Literal["one_to_one", "nearest"] = "one_to_one"
     """E-step: whether a noise of a pool serves at most once."""
+    pool_window: int = 1024
+    """E-step: targets whose noises are in one pool; bounds the memory."""
+    pool_reject_below: float = 0.0
+    """E-step: drop a pool's noises that are nearer than this loss to any target."""
     assign_steps: int = 40
     """E-step: gradient steps per target."""
     assign_lr: float | Literal["auto"] = "auto"
@@ -72,6 +84,12 @@ class EmOptions:
     """E-step: weight of the mean squared distance between the noise and its base noise."""
     prior_weight: float | None = None
     """E-step, free: weight of the prior on the noise's norm; by default 0.01."""
+    stop_loss: float | None = None
+    """E-step: end the search of a target once its loss is this low."""
+    stop_patience: int = 0
+    """E-step: end it once its loss has not fallen for so many steps; 0: never."""
+    stop_improvement: float = 0.01
+    """E-step: fall of the loss that counts for stop_patience, relative to the loss."""
     train_epochs: int = 10
     """M-step: passes over the matched pairs per cycle."""
     train_batch_size: int = 8
@@ -83,6 +101,8 @@ class EmOptions:
     train_max_grad_norm: float = 1.0
     """M-step: gradients are scaled down to this norm: all together, with
     --train_optimizer_in_backward the gradient of each weight tensor for itself."""
+    train_lr_warmup_steps: int = 0
+    """M-step: steps over which the learning rate rises from 0."""
     train_gradient_accumulation_steps: int = 1
     """M-step: parts that every batch is computed in: less memory; the same gradient to rounding,
     which AdamW can magnify."""
@@ -106,6 +126,8 @@ class EmOptions:
     """M-step: the adapter is scaled by train_lora_alpha / train_lora_rank; by default 1."""
     train_use_ema: bool = False
     """M-step: end with an exponential moving average of the weights."""
+    train_ema_decay: float = 0.9999
+    """M-step: for train_use_ema."""
     latent_loss_weight: float = 1.0
     """Both steps: weight of the mean squared error between the latents."""
     pixel_l1_weight: float = 0.0
@@ -164,8 +186,24 @@ class EmOptions:
 
     def assign(self, cycle: int = 1) -> AssignOptions:
         """Options of the E-step of a cycle, from 1."""
+        return self._search(AssignOptions, cycle)
+
+    def optimize(self, cycle: int = 1) -> OptimizeOptions:
+        """Options of the E-step of a cycle, from 1, by rewards.
+
+        Raises:
+            UserError: If an option has no meaning without targets.
+        """
+        for name in _OF_TARGETS:
+            require(
+                getattr(self, name) == getattr(EmOptions, name),
+                f"{name} is for assigning noises to targets; leave it out with --reward",
+            )
+        return self._search(OptimizeOptions, cycle)
+
+    def _search(self, kind: type[Search], cycle: int) -> Search:
         effort = self.schedule()[cycle - 1][0]
-        plain = pick(AssignOptions, self, "assign_", steps=effort)
+        plain = pick(kind, self, "assign_", steps=effort)
         return plain if plain.mover else dataclasses.replace(plain, candidates=effort)
 
     def sft(

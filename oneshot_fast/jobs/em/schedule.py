@@ -1,31 +1,15 @@
-"""What a job works on: its data, the targets that have their turn in a cycle, the last cycle."""
+"""Which targets have their turn in a cycle, the cycle's seeds, and whether it was the last."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from oneshot_fast.runtime.processes import is_main, main_first
+from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.seeds import derived_seed
 
-if TYPE_CHECKING:
-    from oneshot_fast.em import EmCommand
-
 T = TypeVar("T")
-
-
-def data_roots(command: EmCommand) -> tuple[str | Path, Path | None]:
-    """Where the pairs and the held-out pairs are; without data of the user's, it writes its own."""
-    if command.data.data_root is not None:
-        return command.data.data_root, command.heldout_root
-
-    from oneshot_fast.embedded.digits import write_default_dataset
-
-    data = command.work_dir / "data"
-    main_first(lambda: write_default_dataset(data))
-    return data / "train", command.heldout_root or data / "heldout"
 
 
 def turn(records: Sequence[T], cycle: int, fraction: float) -> list[T]:

@@ -21,10 +21,9 @@ from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.candidates import Chooser
 from oneshot_fast.jobs.assign.objective import objective
 from oneshot_fast.jobs.assign.options import AssignOptions
+from oneshot_fast.jobs.assign.plan import assign_plan, assignment_memory
 from oneshot_fast.jobs.assign.targets import Preparer, Target, problem_of
 from oneshot_fast.jobs.em.options import EmOptions
-from oneshot_fast.planning.memory import assignment_memory
-from oneshot_fast.planning.timing import assign_plan
 from oneshot_fast.runtime.seeds import gaussian
 from oneshot_fast.search.solver import Solver
 
@@ -185,8 +184,8 @@ def test_the_commands_take_features(small_data: Path, tmp_path: Path, call: Any)
 def test_dry_runs_count_the_decoder(tiny: Generator) -> None:
     plain = AssignOptions()
     assert (
-        assignment_memory(tiny, ROWS, 64, 2).activations
-        > 1.5 * assignment_memory(tiny, plain, 64, 2).activations
+        assignment_memory(tiny, ROWS, 64, 2).held["activations"]
+        > 1.5 * assignment_memory(tiny, plain, 64, 2).held["activations"]
     )
     plan = assign_plan(tiny, ROWS, resolution=64, batch_size=2, samples=6, num_images=0)
     assert plan.seconds is not None and plan.seconds > 0

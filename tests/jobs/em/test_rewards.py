@@ -11,7 +11,6 @@ import pytest
 from safetensors.torch import load_file
 
 from oneshot_fast.jobs.em.options import EmOptions
-from oneshot_fast.jobs.em.rewards import search_options
 
 Call = Callable[..., Any]
 PROMPTS = ["a handwritten digit three", "a handwritten digit seven"]
@@ -62,10 +61,10 @@ def test_the_reward_rises_and_a_killed_run_ends_the_same(
 
 def test_the_e_steps_options_are_those_of_a_search() -> None:
     em = EmOptions(assign_method="search+sphere", em_schedule="5:1,3:2", noise_l2_weight=2.0)
-    found = search_options(em, 2)
+    found = em.optimize(2)
     assert (found.mover, found.steps, found.draws) == ("sphere", 3, 32)
     assert found.max_angle == 0.6 and found.noise_l2_weight == 2.0
-    found = search_options(EmOptions(assign_method="search", em_schedule="5:1"), 1)
+    found = EmOptions(assign_method="search", em_schedule="5:1").optimize()
     assert (found.method, found.draws, found.gradient_steps) == ("best_of_n", 5, 0)
 
 

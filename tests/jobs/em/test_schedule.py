@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,10 @@ import pytest
 
 from oneshot_fast.data.pairs import load_noise, read_manifest
 from oneshot_fast.errors import UserError
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.em.options import EmOptions
+from oneshot_fast.jobs.optimize.options import OptimizeOptions
+from oneshot_fast.training.batch import SftOptions
 
 Call = Callable[..., Any]
 SMALL = (
@@ -98,3 +102,15 @@ def test_efforts_of_a_schedule() -> None:
 def test_senseless_schedules_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         EmOptions(**changes).resolve(embedded=True).check()
+
+
+def test_em_has_the_options_of_both_steps_but_for_these() -> None:
+    def left_out(kind: type[Any], prefix: str) -> set[str]:
+        own = {field.name for field in dataclasses.fields(EmOptions)}
+        names = {field.name for field in dataclasses.fields(kind)}
+        return names - own - {name.removeprefix(prefix) for name in own}
+
+    # each kind of E-step has an optimiser of its own where noises move freely
+    assert left_out(AssignOptions, "assign_") == {"free_optimizer"}
+    assert left_out(OptimizeOptions, "assign_") == {"free_optimizer"}
+    assert left_out(SftOptions, "train_") == {"noise"}  # EM decides

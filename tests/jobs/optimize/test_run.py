@@ -152,9 +152,11 @@ def test_memory_by_part(tiny: Generator) -> None:
         sizes[checkpointing] = search_memory(search, SAMPLES[0], 4)
     plain, saving = sizes[False], sizes[True]
     assert plain.weights["unet"] == sum(p.nbytes for p in tiny.denoiser.parameters())
-    assert {"unet", "decoder", "reward digit", "reward thickness"} == plain.activations.keys()
-    assert saving.activations["reward digit"] < 0.1 * plain.activations["reward digit"]
-    assert plain.step >= sum(plain.activations.values())
+    parts = {"unet", "decoder", "reward digit", "reward thickness"}
+    assert {f"activations of {part}" for part in parts} == plain.held.keys()
+    part = "activations of reward digit"
+    assert saving.held[part] < 0.1 * plain.held[part]
+    assert plain.step >= sum(plain.held.values())
     assert plain.peak > sum(plain.weights.values()) + plain.step
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from oneshot_fast.data.pairs import load_noise, read_manifest
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.jobs.optimize.objective import reward_losses
+from oneshot_fast.jobs.sft.plan import training_memory
 from oneshot_fast.jobs.sft.rewards import RewardRun
-from oneshot_fast.planning.memory import training_memory
 from oneshot_fast.report.rewards import history
 from oneshot_fast.rewards import load_rewards
 from oneshot_fast.runtime.seeds import gaussian
@@ -224,7 +224,9 @@ def test_a_dry_run_knows_the_rewards(tmp_path: Path, prompts: Path, call: Call) 
     plain = training_memory(generator, options, 64)
     judged = training_memory(generator, options, 64, by_reward=(rewards, PROMPTS[0]))
     assert judged.weights.items() > plain.weights.items()
-    assert judged.activations > 1.05 * plain.activations and judged.peak > plain.peak
+    assert (
+        judged.held["activations"] > 1.05 * plain.held["activations"] and judged.peak > plain.peak
+    )
     # what is kept of a prompt has values: steps are timed with it
     kept = rewards.features(rewards.by_name["digit"], PROMPTS[:1])
     assert kept is not None and kept.isfinite().all()

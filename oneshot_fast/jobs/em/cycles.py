@@ -1,0 +1,250 @@
+"""What EM by targets and EM by rewards share: cycles of two steps, measured. Holds no maths.
+
+Each stage is a resumable run in a folder of its own; a stage whose result is there is skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneshot_fast.data.pairs import read_manifest
+from oneshot_fast.errors import require
+from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, classifier_for
+from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.em.options import EmOptions
+from oneshot_fast.jobs.em.schedule import cycle_seeds, is_stuck
+from oneshot_fast.jobs.sft.run import SftRun
+from oneshot_fast.runtime.files import (
+    append_jsonl,
+    mend_jsonl,
+    read_json,
+    write_json,
+    write_jsonl,
+)
+from oneshot_fast.runtime.folder import RunFolder
+from oneshot_fast.runtime.processes import is_main, kept_by_main, main_first
+from oneshot_fast.runtime.progress import end_tracking, start_tracking
+from oneshot_fast.training.batch import PreservePool, SftOptions
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from oneshot_fast.generators.base import Generator
+
+_OUTPUTS = (
+    "eval", "direct", "heldout-base", "heldout-final", "logs", "preserve.safetensors",
+    "checkpoint-best", "checkpoint-final", "failures.jsonl", "history.jsonl", "summary.json",
+    "report.html", "curves.png",
+)  # fmt: skip
+
+
+class Cycles(ABC):
+    """The stages of one run, in order; a subclass says how noises are found."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        prompts: Sequence[str],
+        folder: str | Path,
+        options: EmOptions,
+        *,
+        seed: int = 0,
+        resolution: int | None = None,
+        eval_samples: int = 500,
+        save_minutes: float = 5.0,
+        keep_checkpoints: int = 0,
+    ) -> None:
+        """Describe the run.
+
+        Args:
+            generator: The generator to align, in place; float32 weights.
+            prompts: Of the random noises on which it is measured, and of the preserve losses.
+            folder: Where everything is written.
+            options: How the steps alternate, and how each works.
+            seed: Seed of the run.
+            resolution: Image side in pixels; by default the generator's own.
+            eval_samples: Random noises on which the generator is measured.
+            save_minutes: Minutes between saved training states.
+            keep_checkpoints: M-step: how many epochs' checkpoints are kept, the newest.
+
+        Raises:
+            UserError: If an option makes no sense.
+        """
+        require(eval_samples >= 10, "eval_samples must be at least 10")
+        self.options = options.resolve(embedded=False)
+        self.options.check()
+        self.generator, self.prompts, self.folder = generator, list(prompts), Path(folder)
+        self.targets = TargetImages(generator, resolution)
+        self.classifier = classifier_for(generator, self.prompts)
+        self.seed, self.eval_samples = seed, eval_samples
+        self._saving = {"save_minutes": save_minutes, "keep_checkpoints": keep_checkpoints}
+        self._pool: PreservePool | None = None
+        self.summary: dict[str, Any] = {"random_noise": {}, "cycles": []}
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What else the result depends on."""
+
+    @abstractmethod
+    def measure(self) -> RandomNoiseMeasure:
+        """What the generator is measured by, see ``measure_of``."""
+
+    @abstractmethod
+    def e_step(self, cycle: int, seed: int) -> tuple[Path, dict[str, Any]]:
+        """Find noises with the generator as it is; ``cycle`` counts from 1.
+
+        Returns:
+            Manifest of the pairs to train on, and what the summary says of the step.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """Everything the result depends on."""
+        return {
+            "command": "em",
+            **dataclasses.asdict(self.options),
+            "eval_samples": self.eval_samples,
+            "seed": self.seed,
+            "resolution": self.targets.resolution,
+            "model": self.generator.fingerprint(),
+            "device": self.generator.device.type,
+            **self.describe(),
+        }
+
+    def run(self, *, overwrite: bool = False, report_to: str = "none") -> dict[str, Any]:
+        """Run all stages that have no result yet; the generator ends with the final weights.
+
+        Args:
+            overwrite: Start anew.
+            report_to: Tracker.
+
+        Returns:
+            The summary, as in summary.json.
+        """
+        cycles = range(1, len(self.options.schedule()) + 1)
+        old = (path.name for path in self.folder.glob("cycle-*"))  # may be more than the new ones
+        outputs = (*_OUTPUTS, *sorted({*old, *map(name_of, cycles)}))
+        settings = self.settings()
+        with kept_by_main(RunFolder(self.folder, settings, outputs, overwrite)):
+            if is_main():
+                mend_jsonl(self.folder / "history.jsonl")
+            tracker = start_tracking(report_to, self.folder, settings)
+            measure = self.measure()
+            self.evaluate(measure, "base")
+            self._make_pool()
+            self.alternate(measure, tracker)
+            end_tracking(tracker)
+            if is_main():
+                self._finish(settings)
+        return dict(read_json(self.folder / "summary.json"))
+
+    def alternate(self, measure: RandomNoiseMeasure, tracker: Accelerator) -> None:
+        """All cycles, each measured; the generator ends with the weights of the last one."""
+        distances = [self.summary["random_noise"]["base"].get("frechet_distance")]
+        for cycle in range(1, len(self.options.schedule()) + 1):
+            self._cycle(cycle)
+            measured = self.evaluate(measure, name_of(cycle))
+            tracker.log(measured, step=cycle)
+            distances.append(measured.get("frechet_distance"))
+            if is_stuck(distances, self.options.patience):
+                break
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[Path]:
+        """Yield the folder of a stage and note in history.jsonl how long it took."""
+        started = time.perf_counter()
+        if is_main():
+            print(f"[{name}]", file=sys.stderr)
+        yield self.folder / name
+        if not is_main():
+            return
+        path = self.folder / "history.jsonl"
+        if name not in (row["stage"] for row in mend_jsonl(path)):
+            seconds = round(time.perf_counter() - started, 3)
+            append_jsonl(path, [{"stage": name, "seconds": seconds}])
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """Of a noise, [C, h, w]."""
+        side = self.targets.resolution
+        return self.generator.noise_shape(side, side)
+
+    def measure_of(self, **more: Any) -> RandomNoiseMeasure:
+        """Measures on random noises of the run's prompts; ``more`` as for the class."""
+        return RandomNoiseMeasure(
+            self.prompts,
+            self.noise_shape,
+            samples=self.eval_samples,
+            seed=self.seed,
+            classifier=self.classifier,
+            **more,
+        )
+
+    def evaluate(self, measure: RandomNoiseMeasure, name: str) -> dict[str, float]:
+        """Measure the generator as it is now, for the summary's column ``name``."""
+        with self.stage(f"eval/{name}") as path:
+            result = main_first(lambda: measure.measure(self.generator, path))
+        self.summary["random_noise"][name] = result
+        return result
+
+    def train(self, folder: Path, manifest: Path, options: SftOptions, seed: int) -> dict[str, Any]:
+        """Train on the pairs of ``manifest``; returns the training's summary."""
+        pairs, failures = read_manifest(manifest)
+        run = SftRun(self.generator, self.targets, folder, options, seed=seed, **self._saving)
+        return run.run(pairs, failures, pool=self._pool)
+
+    def _make_pool(self) -> None:
+        options = self.options.sft()
+        if options.preserves:
+            self._pool = PreservePool.build(
+                self.generator,
+                self.prompts,
+                self.noise_shape,
+                options.preserve_pool_size,
+                self.seed,
+                self.folder / "preserve.safetensors",
+            )
+
+    def _cycle(self, cycle: int) -> None:
+        """One E-step and one M-step on what it found."""
+        seed, noise_seed = cycle_seeds(self.seed, cycle, self.options.pool_refresh)
+        manifest, found = self.e_step(cycle, noise_seed)
+        with self.stage(f"{name_of(cycle)}/sft") as folder:
+            trained = self.train(folder, manifest, self.options.sft(cycles=[cycle]), seed)
+        losses = {name: trained[name] for name in ("matched_loss_before", "matched_loss_after")}
+        self.summary["cycles"].append({"cycle": cycle, **found, "sft": losses})
+
+    def _finish(self, settings: dict[str, Any]) -> None:
+        """Choose the best cycle, link checkpoints, write summary and failures."""
+        noise, last = self.summary["random_noise"], len(self.summary["cycles"])
+        noise["final"] = noise[name_of(last)]
+        # Without a classifier nothing here tells better from worse, so the last one is taken.
+        best = min(
+            range(1, last + 1), key=lambda k: (noise[name_of(k)].get("frechet_distance", 0.0), -k)
+        )
+        for name, cycle in (("best", best), ("final", last)):
+            link = self.folder / f"checkpoint-{name}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path(name_of(cycle)) / "sft" / "checkpoint-final")
+        folders = [f"{name_of(last)}/assign", "heldout-base"]
+        failures = [r for f in folders for r in mend_jsonl(self.folder / f / "failures.jsonl")]
+        write_jsonl(self.folder / "failures.jsonl", failures)
+        history = mend_jsonl(self.folder / "history.jsonl")
+        self.summary |= {
+            "best_cycle": best,
+            "failed": len(failures),
+            "seconds": round(sum(row["seconds"] for row in history), 1),
+            "settings": settings,
+        }
+        write_json(self.folder / "summary.json", self.summary)
+
+
+def name_of(cycle: int) -> str:
+    """Folder of a cycle, from 1."""
+    return f"cycle-{cycle:02d}"

@@ -1,0 +1,252 @@
+"""What a training will need, from a few timed passes; writes nothing."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from oneshot_fast.generators.adapters import add_adapter
+from oneshot_fast.jobs.optimize.objective import reward_losses
+from oneshot_fast.planning.memory import (
+    LiveMemory,
+    StepMemory,
+    bytes_of,
+    fake_copy,
+    fake_rewards,
+    parameter_lines,
+    peak_lines,
+    tensors_of,
+    weights_by_part,
+)
+from oneshot_fast.planning.timing import Plan, shortest
+from oneshot_fast.runtime.units import count_text, duration, size_text
+from oneshot_fast.training.batch import Batch, SftOptions, sft_losses
+from oneshot_fast.training.memory import checkpoint_activations
+from oneshot_fast.training.offloading import offloads_by_default
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from oneshot_fast.generators.base import Generator
+    from oneshot_fast.rewards import WeightedRewards
+
+    Losses = Callable[[Generator, Batch, SftOptions], tuple[Tensor, Tensor]]
+    ByReward = tuple[WeightedRewards, str]  # and an example of a prompt
+
+# torchao keeps the moments of smaller tensors, and of those not of whole blocks, as they are
+_BLOCK, _SMALL = 256, 4096
+_AVERAGE = "average of the weights"
+
+
+def sft_plan(
+    generator: Generator,
+    options: SftOptions,
+    *,
+    resolution: int,
+    samples: int,
+    offload_encoders: bool | None = None,
+    by_reward: ByReward | None = None,
+) -> Plan:
+    """Parameters, memory by part, disk and time of a training.
+
+    Memory is found on tensors without data, time from forward and backward passes on random data
+    that keep no gradient: the weights stay as they are.
+
+    Args:
+        generator: The generator.
+        options: How it is trained.
+        resolution: Image side in pixels.
+        samples: Matched pairs, or images of an epoch.
+        offload_encoders: Whether what only encodes is off the device; by default on a GPU.
+        by_reward: What a training on rewards raises.
+    """
+    offloads = offload_encoders
+    if offloads is None:
+        offloads = offloads_by_default(generator)
+    memory = training_memory(generator, options, resolution, offloads, by_reward)
+    kind = "images" if by_reward else "pairs"
+    lines = [
+        *parameter_lines(generator.networks),
+        f"trained parameters: {count_text(memory.trained)}",
+        *memory.lines(f"{options.batch_size} {kind}"),
+    ]
+    seconds = _training_seconds(generator, options, resolution, by_reward)
+    lines += peak_lines(generator.device)
+    per_epoch = math.ceil(samples / options.batch_size)
+    steps = per_epoch * options.epochs
+    pipeline = sum(bytes_of(network.parameters()) for network in generator.networks.values())
+    checkpoints = 2 * memory.trained_bytes + pipeline if options.lora_rank else 2 * pipeline
+    best = memory.kept[_AVERAGE] or memory.trained_bytes
+    state = memory.trained_bytes + sum(memory.kept.values()) + best
+    latent = 4 * math.prod(generator.latent_shape(resolution, resolution))
+    pool = latent * options.preserve_pool_size if options.preserves else 0
+    lines += [
+        f"disk: {size_text(checkpoints)} for the checkpoints, {size_text(state)} for the training "
+        f"state (twice that while it is replaced), {size_text(pool)} for the preserve pool",
+        f"time: {duration(seconds)} per step of {options.batch_size} {kind}, optimiser not counted",
+        f"in all, for {samples} {kind} and {steps} steps: {duration(seconds * steps)}",
+    ]
+    return Plan(lines, seconds * steps)
+
+
+def training_memory(
+    generator: Generator,
+    options: SftOptions,
+    resolution: int,
+    offloads: bool = False,
+    by_reward: ByReward | None = None,
+) -> StepMemory:
+    """Memory of a training step, from a run of its forward and backward pass on fake tensors.
+
+    What an allocator wastes and what libraries of the device take for themselves is not in it.
+
+    Args:
+        generator: The generator; neither it nor its weights are changed.
+        options: How it is trained.
+        resolution: Image side in pixels.
+        offloads: Whether what only encodes is off the device.
+        by_reward: What a training on rewards raises.
+    """
+    with fake_copy(generator) as fake:
+        trained = _prepare(fake.denoiser, options)
+        batch = training_batch(fake, options, resolution, by_reward)
+        losses, networks = sft_losses, fake.networks
+        if by_reward is not None:
+            rewards = fake_rewards(*by_reward, fake)
+            losses, networks = functools.partial(reward_losses, rewards), networks | rewards.by_name
+        kept, held = _passes(fake, options, trained, batch, losses, tensors_of(networks))
+        weights = weights_by_part(networks)
+        if offloads:
+            for name, gone in fake.encoders(options.decodes or by_reward is not None).items():
+                weights[name] -= sum(bytes_of(module.parameters()) for module in gone)
+    count, size = sum(p.numel() for p in trained), bytes_of(trained)
+    foreach = generator.device.type == "cuda" and options.optimizer == "adamw"
+    # torch's AdamW takes the roots of all second moments at once on a GPU
+    updating = 0 if options.optimizer_in_backward else size * (2 if foreach else 1)
+    gradients = max(p.nbytes for p in trained) if options.optimizer_in_backward else size
+    return StepMemory(
+        weights,
+        {
+            "optimiser's moments": sum(_moment_bytes(p, options) for p in trained),
+            _AVERAGE: 4 * count if options.use_ema else 0,
+        },
+        {"gradients": gradients, "activations": kept},
+        max(held, updating),
+        count,
+        size,
+    )
+
+
+def _passes(
+    generator: Generator,
+    options: SftOptions,
+    trained: Sequence[nn.Parameter],
+    batch: Batch,
+    losses: Losses,
+    known: Sequence[Tensor],
+) -> tuple[int, int]:
+    """Bytes that forward passes keep, and the most that forward and backward passes hold."""
+    if options.optimizer_in_backward:
+        _drop_gradients(trained)
+    parts = list(batch.split(options.gradient_accumulation_steps))
+    kept = 0
+    with LiveMemory(known) as memory:
+        # from the second part on, all gradients are there already
+        for part, pairs, others in parts[:2]:
+            match, keep = losses(generator, part, options)
+            gradients = bytes_of(p.grad for p in trained if p.grad is not None)
+            kept = max(kept, memory.live - gradients)
+            (match * pairs + keep * others).backward()
+            del match, keep
+    return kept, memory.peak
+
+
+def _drop_gradients(parameters: Iterable[nn.Parameter]) -> list[RemovableHandle]:
+    """Free each gradient as soon as it is there."""
+    return [
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        for p in parameters
+        if p.requires_grad
+    ]
+
+
+def _prepare(denoiser: nn.Module, options: SftOptions) -> list[nn.Parameter]:
+    """Make ``denoiser`` as the training makes it; returns what is trained."""
+    dtype, rank = getattr(torch, options.weights_dtype), options.lora_rank
+    denoiser.requires_grad_(not rank)
+    if rank:
+        with unset_fake_temporarily():
+            add_adapter(denoiser, rank, options.lora_alpha)
+    # Module.to swaps tensors, which fake ones do not allow; peft's adapter is real until here
+    for module in denoiser.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            trained = parameter.requires_grad
+            kind = torch.float32 if rank and trained else dtype
+            value = torch.zeros(parameter.shape, dtype=kind, device=parameter.device)
+            module.register_parameter(name, nn.Parameter(value, requires_grad=trained))
+    checkpoint_activations(denoiser, options)
+    return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+
+
+def training_batch(
+    generator: Generator,
+    options: SftOptions,
+    resolution: int,
+    by_reward: ByReward | None = None,
+) -> Batch:
+    """A batch of zeros, of the training's sizes."""
+    n, m = options.batch_size, 0
+    if options.preserves:
+        m = options.preserve_batch_size or n
+    noise = torch.zeros(n + m, *generator.noise_shape(resolution, resolution))
+    latents = torch.zeros(n + m, *generator.latent_shape(resolution, resolution))
+    images = torch.zeros(n, 3, resolution, resolution) if options.pixel_l1_weight else None
+    texts = [by_reward[1]] * n if by_reward else ()
+    return Batch(noise, generator.blank_prompts(n + m), latents, images, n, texts)
+
+
+def _training_seconds(
+    generator: Generator,
+    options: SftOptions,
+    resolution: int,
+    by_reward: ByReward | None = None,
+) -> float:
+    """Shortest of a few forward and backward passes of a whole batch."""
+    denoiser, rank = generator.denoiser, options.lora_rank
+    losses = functools.partial(reward_losses, by_reward[0]) if by_reward else sft_losses
+    with torch.device(generator.device):
+        batch = training_batch(generator, options, resolution, by_reward)
+    batch.noise.requires_grad_(bool(rank))
+    denoiser.requires_grad_(not rank)
+    hooks = _drop_gradients(denoiser.parameters())
+    checkpoint_activations(denoiser, options)
+
+    def run() -> None:
+        loss = torch.zeros(())
+        for part, pairs, others in batch.split(options.gradient_accumulation_steps):
+            match, keep = losses(generator, part, options)
+            loss = match * pairs + keep * others
+            loss.backward()
+        loss.detach().cpu()
+
+    try:
+        return shortest(run)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        denoiser.disable_gradient_checkpointing()
+        denoiser.requires_grad_(False)
+
+
+def _moment_bytes(parameter: Tensor, options: SftOptions) -> int:
+    """Bytes of both moments of ``parameter``."""
+    n = parameter.numel()
+    if options.optimizer == "adamw8bit" and n >= _SMALL and n % _BLOCK == 0:
+        return 2 * (n + 4 * n // _BLOCK)
+    return 2 * parameter.nbytes

@@ -1,0 +1,300 @@
+"""The pages of ``python -m oneshot_fast.em``: by targets, and by rewards."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from oneshot_fast.report import page, plots
+from oneshot_fast.report.assign import examples_section
+from oneshot_fast.report.noise import noise_section
+from oneshot_fast.report.optimize import found_section
+from oneshot_fast.report.page import (
+    Cell,
+    Mood,
+    Plot,
+    Row,
+    Section,
+    Strip,
+    Table,
+    number,
+    percent,
+    picture,
+    strip,
+)
+from oneshot_fast.report.rewards import draw_histories, rewards_section
+from oneshot_fast.report.run import write_run
+from oneshot_fast.report.sft import training_section
+from oneshot_fast.runtime.files import Json, read_json, read_jsonl
+
+_GRID_SIDE = 1280
+_PRINTED = {
+    "accuracy": "prompt accuracy",
+    "frechet_distance": "Frechet distance",
+    "drift": "drift from base",
+}
+
+
+def write_em_report(folder: Path, flags: Mapping[str, Any]) -> None:
+    """Write ``folder``/report.html of an em run, and by rewards ``folder``/curves.png.
+
+    Args:
+        folder: Finished run folder of ``EmRun`` or ``RewardEmRun``.
+        flags: The command's flags and their values.
+    """
+    summary = read_json(folder / "summary.json")
+    by_reward = "search" in summary["cycles"][0]
+    title = "EM by rewards: {model}" if by_reward else "EM: {model} aligned with {data}"
+    sections = (_reward_sections if by_reward else _target_sections)(folder, summary)
+    facts = [f"{len(summary['cycles'])} cycles"]
+    samples = summary.get("settings", {}).get("samples")
+    facts += [f"{samples} training pairs"] if samples else []
+    write_run(folder, title, facts, sections, summary, flags)
+
+
+def _target_sections(folder: Path, summary: Json) -> list[Section | None]:
+    count, trained = len(summary["cycles"]), _trained(folder, summary)
+    last, of = folder / f"cycle-{count:02d}" / "assign", f" of cycle {count}"
+    return [
+        random_noise_section(folder, summary),
+        heldout_section(folder, summary),
+        cycles_section(summary),
+        examples_section(last, of),
+        training_section(trained),
+        noise_section(last, of),
+    ]
+
+
+def _reward_sections(folder: Path, summary: Json) -> list[Section | None]:
+    noise, cycles = summary["random_noise"], summary["cycles"]
+    names = ["base", *(f"cycle-{row['cycle']:02d}" for row in cycles)]
+    rows = [{"epoch": k, **noise[name]} for k, name in enumerate(names)]
+    draw_histories({"": rows}, folder / "curves.png", "cycle")
+    text = f"On {noise['base']['samples']} random noises, the same ones every time."
+    grids = {name: folder / "eval" / f"{name}.png" for name in (names[0], names[-1])}
+    return [
+        rewards_section(rows, text, grids, "cycle"),
+        _searches_section(cycles),
+        found_section(folder / names[-1] / "assign", f" of cycle {len(cycles)}"),
+        training_section(_trained(folder, summary)),
+    ]
+
+
+def _trained(folder: Path, summary: Json) -> list[Path]:
+    return [folder / f"cycle-{row['cycle']:02d}" / "sft" for row in summary["cycles"]]
+
+
+def _searches_section(cycles: Sequence[Mapping[str, Any]]) -> Section:
+    """What each E-step found."""
+    rows = []
+    for cycle in cycles:
+        before, after = (cycle["search"][name] for name in ("initial_reward", "best_reward"))
+        cells = [number(value) for value in (before, after, after - before)]
+        rows.append(page.row(f"cycle {cycle['cycle']}", cells))
+    text = "Mean reward of random noises and of the best found from each: the M-step's targets."
+    return Section("Search", [text], Table(("", "random noise", "found", "gain"), rows))
+
+
+def random_noise_section(folder: Path, summary: Json) -> Section | None:
+    """What a user of the generator gets: quality on random noise, before and after."""
+    noise = summary["random_noise"]
+    if "base" not in noise or "final" not in noise:
+        return None
+    names = [name for name in noise if name.startswith("cycle-")]
+    last = names[-1] if names else "final"
+    columns = {"base": "base", **{name: f"cycle {int(name[-2:])}" for name in names}}
+    columns[last] = "final" if last == "final" else f"{columns[last]} (final)"
+    columns |= {"direct": "direct SFT"} if "direct" in noise else {}
+    measured = {**noise, "real": summary.get("real", {})}
+    columns |= {"real": "real images"} if measured["real"] else {}
+    rows = [found for key in _METRICS if (found := _metric_row(key, columns, measured))]
+    text = [
+        f"Each column: the same {noise['base']['samples']} fresh random noises and prompts, so "
+        "only the generator differs. This is what its users get.",
+    ]
+    if "direct" in noise:
+        text.append(
+            "Direct SFT is the baseline: as many training steps on the same targets, with random "
+            "noises instead of assigned ones."
+        )
+    if "best_cycle" in summary and f"cycle-{summary['best_cycle']:02d}" != last:
+        text.append(f"checkpoint-best is cycle {summary['best_cycle']}, not the final one.")
+    grids = {
+        name: picture(path, _GRID_SIDE, label)
+        for name, label in columns.items()
+        if (path := folder / "eval" / f"{name}.png").is_file()
+    }
+    main = [grids.pop(name) for name in ("base", last, "direct") if name in grids]
+    table = Table(("", *columns.values(), "final against base"), rows)
+    return Section("Quality on random noise", text, table, main, list(grids.values()))
+
+
+# Key: name, which direction is good, plain words.
+_METRICS = {
+    "accuracy": (
+        "Prompt accuracy",
+        "↑ higher is better",
+        "images that a classifier recognises as what was prompted",
+    ),
+    "frechet_distance": (
+        "Fréchet distance",
+        "↓ lower is better",
+        "distance to the held-out targets in a classifier's features",
+    ),
+    "diversity": (
+        "Diversity",
+        "↑ higher is better",
+        "pixel distance between images of one prompt; 0: all alike",
+    ),
+    "drift": (
+        "Drift",
+        "neither good nor bad",
+        "RMS latent distance to the base generator, same noises",
+    ),
+}
+
+
+def _metric_row(key: str, columns: Mapping[str, str], measured: Mapping[str, Json]) -> Row | None:
+    name, direction, words = _METRICS[key]
+    if key not in measured["base"]:
+        return None
+    values = [measured[column].get(key) for column in columns]
+    is_share = key == "accuracy"
+    texts = ["" if v is None else f"{100 * v:.1f} %" if is_share else number(v) for v in values]
+    base, final = measured["base"][key], measured["final"][key]
+    change = f"{100 * (final - base):+.1f} points" if is_share else percent(final, base)
+    mood = _mood(key, base, final, measured["real"].get("diversity", 0.0))
+    return Row(name, [*map(Cell, texts), Cell(change, mood)], direction, words)
+
+
+def _mood(key: str, base: float, final: float, real_diversity: float) -> Mood:
+    """Whether a change is good or bad; what is neither, or within tolerance, stays uncoloured."""
+    if key == "accuracy":
+        return "bad" if final < base - 0.05 else "good" if final > base else ""
+    if key == "frechet_distance":
+        return "good" if final < base else "bad"
+    return "bad" if key == "diversity" and final < real_diversity / 2 else ""
+
+
+def heldout_section(folder: Path, summary: Json) -> Section | None:
+    """Pairs never trained on, assigned with the first and the last generator."""
+    heldout = summary.get("heldout")
+    if not heldout or "final" not in heldout:
+        return None
+    base, final = heldout["base"], heldout["final"]
+    rows = [
+        page.row(f"{name} generator", page.change(part["initial_loss"], part["best_loss"]))
+        for name, part in (("base", base), ("final", final))
+    ]
+    change = 100 * (final["best_loss"] / base["best_loss"] - 1)
+    text = [
+        f"{heldout.get('samples', '')} pairs that the generator never saw, each assigned a noise "
+        "with the same number of steps. A generator that has learned the images' style, rather "
+        "than the training pairs by heart, comes closer to them. After assignment, the loss of "
+        f"the final generator is {abs(change):.1f} % {'lower' if change < 0 else 'higher'} than "
+        "the base generator's."
+    ]
+    lines = {"base generator": base["losses"], "final generator": final["losses"]}
+    curve = plots.curves(lines, "assignment step", "mean loss on held-out pairs")
+    caption = "Lower is closer to the held-out targets. Bad: the final curve ends above the base."
+    table = Table(("", "random noise", "assigned noise", "change"), rows)
+    strip = _heldout_strip(folder / "heldout-base", folder / "heldout-final")
+    return Section("Held-out pairs", text, table, strip=strip, plots=[Plot(curve, caption)])
+
+
+def _heldout_strip(base: Path, final: Path) -> Strip | None:
+    finals = {row["id"]: row for row in read_jsonl(final / "manifest.jsonl")}
+    return strip(
+        ("target", "base generator", "final generator", "loss"),
+        (
+            (
+                row["prompt"],
+                [
+                    base / "images" / f"{row['id']}-target.png",
+                    base / "images" / f"{row['id']}-assigned.png",
+                    final / "images" / f"{row['id']}-assigned.png",
+                ],
+                f"{number(row['best_loss'])} → {number(finals[row['id']]['best_loss'])}",
+            )
+            for row in read_jsonl(base / "manifest.jsonl")
+            if row["id"] in finals
+        ),
+    )
+
+
+def cycles_section(summary: Json) -> Section | None:
+    """Assigned loss before and after each E-step, and after each M-step."""
+    cycles = summary["cycles"]
+    if not cycles:
+        return None
+    rows, stages = [], []
+    for cycle in cycles:
+        assign, after = cycle["assign"], cycle["sft"]["matched_loss_after"]
+        cells = (
+            *page.change(assign["initial_loss"], assign["best_loss"]),
+            *page.change(assign["best_loss"], after)[1:],
+        )
+        rows.append(page.row(f"cycle {cycle['cycle']}", cells))
+        stages.append((assign["initial_loss"], assign["best_loss"], after))
+    lines = {f"cycle {cycle['cycle']}": cycle["assign"]["losses"] for cycle in cycles}
+    figures = [
+        Plot(
+            plots.stages(stages),
+            "Mean loss after each half of a cycle. Bad: an E-step or M-step that rises.",
+        ),
+        Plot(
+            plots.curves(lines, "assignment step", "mean loss"),
+            "E-steps. Bad: a curve that still falls steeply at its end (give more steps) or rises "
+            "(lower the learning rate).",
+        ),
+    ]
+    head = ("", "random noise", "after E-step", "change", "after M-step", "change")
+    text = [
+        "Mean distance between the generator's output and the targets. The E-step finds a noise "
+        "for every target, the M-step trains on the pairs; each cycle starts from fresh noises."
+    ]
+    return Section("Matching loss, cycle by cycle", text, Table(head, rows), plots=figures)
+
+
+def print_summary(folder: Path) -> None:
+    """Say what the run in ``folder`` has reached and where it is, as the command does."""
+    summary = read_json(folder / "summary.json")
+    _print_measures(summary)
+    for row in summary["cycles"]:
+        if "search" in row:
+            before, after = (row["search"][name] for name in ("initial_reward", "best_reward"))
+            print(f"search of cycle {row['cycle']}: mean reward {before:.4f} -> {after:.4f}")
+        else:
+            before, after = (row["assign"][name] for name in ("initial_loss", "best_loss"))
+            end = row["sft"]["matched_loss_after"]
+            print(f"cycle {row['cycle']:<4} {before:10.4f} -> {after:.4f} -> {end:.4f}")
+    if "heldout" in summary:
+        base, final = (summary["heldout"][name]["best_loss"] for name in ("base", "final"))
+        print(
+            f"{summary['heldout']['samples']} held-out pairs, assigned: {base:.4f} with the base "
+            f"model, {final:.4f} with the final one ({100 * (final / base - 1):+.0f} %)"
+        )
+    if len(summary["cycles"]) > 1 and "frechet_distance" in summary["random_noise"]["final"]:
+        print(f"checkpoint-best: cycle {summary['best_cycle']}, of the lowest Frechet distance")
+    if truncated := summary["cycles"][-1].get("truncated_prompts"):
+        print(f"warning: {truncated} prompts are longer than 77 tokens; cut off", file=sys.stderr)
+    if summary["failed"]:
+        print(f"{summary['failed']} records failed: {folder / 'failures.jsonl'}", file=sys.stderr)
+    print(f"\ntook {summary['seconds']:.0f} s; checkpoint: {folder / 'checkpoint-final'}")
+    print(f"report: {folder / 'report.html'}")
+
+
+def _print_measures(summary: Json) -> None:
+    """Of the generator before and after, and what the lines of the cycles are."""
+    noise = {**summary["random_noise"], "real images": summary.get("real", {})}
+    columns = [name for name in ("base", "final", "direct", "real images") if noise.get(name)]
+    print(f"\nOn {noise['base']['samples']} random noises:")
+    print(f"{'':24}" + "".join(f"{name:>14}" for name in columns))
+    for key in noise["base"]:
+        if key != "samples":
+            cells = [f"{noise[c][key]:14.3f}" if key in noise[c] else f"{'-':>14}" for c in columns]
+            print(f"{_PRINTED.get(key, key):24}" + "".join(cells))
+    if "assign" in summary["cycles"][0]:
+        print("\nMatching loss, before -> after the E-step -> after the M-step:")

@@ -1,0 +1,86 @@
+"""The pages of ``python -m oneshot_fast.sft``: of a training on pairs, and of one on rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from oneshot_fast.report import page, plots
+from oneshot_fast.report.page import Plot, Section, Table
+from oneshot_fast.report.rewards import draw_histories, history, rewards_section
+from oneshot_fast.report.run import write_run
+from oneshot_fast.runtime.files import Json, read_json, read_jsonl
+
+
+def write_sft_report(folder: Path, flags: Mapping[str, Any]) -> None:
+    """Write ``folder``/report.html of a training on pairs.
+
+    Args:
+        folder: Finished run folder of ``SftRun``.
+        flags: The command's flags and their values.
+    """
+    summary = read_json(folder / "summary.json")
+    sections = [fit_section(summary), training_section([folder])]
+    facts = [f"{summary['samples']} pairs, {summary['steps']} steps"]
+    write_run(folder, "Training: {model}", facts, sections, summary, flags)
+
+
+def write_reward_report(folder: Path, flags: Mapping[str, Any]) -> None:
+    """Write ``folder``/curves.png and ``folder``/report.html of a training on rewards.
+
+    Args:
+        folder: Finished run folder of ``RewardRun``.
+        flags: The command's flags and their values.
+    """
+    summary, rows = read_json(folder / "summary.json"), history(folder)
+    draw_histories({"": rows}, folder / "curves.png")
+    run = summary["settings"]
+    last = rows[-1]["epoch"]
+    grids = {"base": "base.png", f"epoch {last}": f"epoch-{last:03d}.png"}
+    sections = [
+        rewards_section(
+            rows,
+            f"On {run['eval_samples']} random noises that no step saw, the same ones every time.",
+            {name: folder / "eval" / file for name, file in grids.items()},
+        ),
+        training_section([folder], "minus the reward"),
+    ]
+    facts = [f"{summary['steps']} steps"]
+    write_run(folder, "Training on rewards: {model}", facts, sections, summary, flags)
+
+
+def fit_section(summary: Json) -> Section:
+    """Loss of an sft run on its matched pairs, before and after."""
+    before, after = summary["matched_loss_before"], summary["matched_loss_after"]
+    row = page.row("mean latent loss", page.change(before, after))
+    kind = "lora" if summary["settings"].get("lora_rank") else "checkpoint"
+    best = f"{kind}-best holds epoch {summary['best_epoch']}, the one of the lowest loss."
+    return Section(
+        "Fit to the matched pairs", [best], Table(("", "before", "after", "change"), [row])
+    )
+
+
+def training_section(folders: Sequence[Path], match: str = "matching") -> Section | None:
+    """Training curves of one or more M-steps, one after the other; ``match`` is what they lower."""
+    history = [row for folder in folders for row in read_jsonl(folder / "history.jsonl")]
+    if not history:
+        return None
+    names = {match: "matching", "preserve": "preserve"}
+    losses = {name: [row[key] for row in history] for name, key in names.items()}
+    if not any(losses["preserve"]):
+        del losses["preserve"]
+    norms = {"gradient norm": [row["gradient_norm"] for row in history]}
+    text = ["Epochs of all cycles, one after the other."] if len(folders) > 1 else []
+    figures = [
+        Plot(
+            plots.curves(losses, "epoch", "mean loss of the epoch", first=1),
+            f"{match.capitalize()} should fall. Preserve is the distance to the base generator on "
+            "random noise: it rises at first, and should settle.",
+        ),
+        Plot(
+            plots.curves(norms, "epoch", "gradient norm before clipping", first=1),
+            "Bad: a norm that grows from epoch to epoch (lower the learning rate).",
+        ),
+    ]
+    return Section("Training", text, plots=figures)
