@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -9,11 +11,12 @@ from oneshot_fast.data.pairs import ImageRef, file_sha256, load_image
 from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Generator
 
-_KEPT_BYTES = 4 << 30  # 65,536 latents of 512 x 512 pixels: a data set may be a long stream
+_LATENT_BYTES = 4 << 30  # 65,536 latents of 512 x 512 pixels: a data set may be a long stream
+_IMAGE_BYTES = 128 << 20  # 42 images: latent, features and losses of a batch read them in turn
 
 
 class TargetImages:
-    """Images of one size and their latents, by path; the last 4 GB of latents are kept in memory.
+    """Images of one size and their latents, by path; the last of both are kept in memory.
 
     Images are encoded one by one, so a latent never depends on its neighbours' rounding.
     """
@@ -35,6 +38,8 @@ class TargetImages:
             f"resolution {self.resolution} is not a positive multiple of {factor}",
         )
         self._generator = generator
+        side, kept = self.resolution, max(1, _IMAGE_BYTES // (12 * self.resolution**2))
+        self._load = lru_cache(kept)(lambda path, mode: load_image(path, side, side, mode))
         self._latents: dict[tuple[ImageRef, str], Tensor] = {}
 
     def latent(self, path: ImageRef, resize_mode: str) -> Tensor:
@@ -45,20 +50,18 @@ class TargetImages:
         """
         key = (path, resize_mode)
         if key not in self._latents:
-            self.keep(path, resize_mode, self._encode(path, resize_mode))
+            latent = self._generator.cached_latent(
+                lambda: self.image(path, resize_mode),
+                lambda: (file_sha256(path), resize_mode, self.resolution),
+            )
+            self.keep(path, resize_mode, latent)
         return self._latents[key]
 
     def keep(self, path: ImageRef, resize_mode: str, latent: Tensor) -> None:
         """Remember the latent [C, h, w] float32 of an image, whichever process encoded it."""
         self._latents[path, resize_mode] = latent
-        if len(self._latents) * latent.nbytes > _KEPT_BYTES:
+        if len(self._latents) * latent.nbytes > _LATENT_BYTES:
             del self._latents[next(iter(self._latents))]  # the oldest
-
-    def _encode(self, path: ImageRef, resize_mode: str) -> Tensor:
-        return self._generator.cached_latent(
-            lambda: self.image(path, resize_mode),
-            lambda: (file_sha256(path), resize_mode, self.resolution),
-        )
 
     def image(self, path: ImageRef, resize_mode: str) -> Tensor:
         """Image [3, H, W] float32 in [0, 1] at the working resolution, on the CPU.
@@ -66,7 +69,7 @@ class TargetImages:
         Raises:
             DataError: If the image cannot be read.
         """
-        return load_image(path, self.resolution, self.resolution, resize_mode)
+        return self._load(path, resize_mode)
 
     def latents(self, paths: list[tuple[ImageRef, str]]) -> Tensor:
         """Latents [B, C, h, w] of (path, resize mode) pairs, on the generator's device."""

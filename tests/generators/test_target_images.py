@@ -1,0 +1,46 @@
+"""Target images: decoded once for all that reads them, and kept as long as there is room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from oneshot_fast.errors import UserError
+from oneshot_fast.generators import target_images
+from oneshot_fast.generators.target_images import TargetImages
+
+
+def test_an_image_is_decoded_once(
+    tiny: Any, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+    load = target_images.load_image
+    monkeypatch.setattr(
+        target_images, "load_image", lambda path, *more: (loaded.append(path), load(path, *more))[1]
+    )
+    paths = sorted((small_data / "images").iterdir())[:2]
+    targets = TargetImages(tiny)
+    latents = targets.latents([(path, "crop") for path in paths])
+    images = targets.images([(path, "crop") for path in paths])
+    assert loaded == paths
+    assert torch.equal(latents[1], tiny.encode_image(images[1]))
+    targets.image(paths[0], "squash")
+    assert loaded == [*paths, paths[0]]
+
+
+def test_the_oldest_are_forgotten(
+    tiny: Any, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_images, "_LATENT_BYTES", 2 * 4 * 8 * 8 * 4)
+    paths = sorted((small_data / "images").iterdir())[:3]
+    targets = TargetImages(tiny)
+    targets.latents([(path, "crop") for path in paths])
+    assert [path for path, _ in targets._latents] == paths[1:]
+
+
+def test_a_resolution_must_fit(tiny: Any) -> None:
+    with pytest.raises(UserError, match="resolution 60 is not a positive multiple of 8"):
+        TargetImages(tiny, 60)
