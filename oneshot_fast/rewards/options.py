@@ -30,7 +30,7 @@ class RewardOptions:
     """Type the rewards' networks compute in; auto is float32 on the CPU, bfloat16 on a GPU."""
     checkpointing: Literal["auto", "none", "rewards", "full"] = "auto"
     """Recompute in the backward pass instead of keeping activations: of rewards and decoder, or
-    (full) of the UNet, too; auto: rewards on a GPU, none on the CPU."""
+    (full) of the denoiser, too; auto: rewards on a GPU, none on the CPU."""
 
     def load(self, device: torch.device, specs: Sequence[str] | None = None) -> WeightedRewards:
         """Load the rewards.

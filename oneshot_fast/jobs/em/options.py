@@ -107,7 +107,7 @@ class EmOptions:
     """M-step: parts that every batch is computed in: less memory; the same gradient to rounding,
     which AdamW can magnify."""
     train_gradient_checkpointing: bool = False
-    """M-step: recompute the UNet's activations in the backward pass; less memory, same gradient."""
+    """M-step: recompute activations in the backward pass: less memory, the same gradient."""
     train_selective_checkpointing: bool = False
     """M-step: recompute only what is cheap: between the two, in memory and in time."""
     train_optimizer: Literal["adamw", "adamw8bit"] = "adamw"
@@ -118,8 +118,8 @@ class EmOptions:
     train_optimizer_in_backward: bool = False
     """M-step: apply and free each weight's gradient as soon as the backward pass has it."""
     train_lora_rank: int = 0
-    """M-step: train only a LoRA adapter of this rank on the UNet's attention projections, a new one
-    in every cycle, merged into the generator at its end; 0 trains all weights. The adapters are in
+    """M-step: train only a LoRA adapter of this rank on the denoiser's attention projections, a new
+    one in every cycle, merged into the generator at its end; 0 trains all weights. The adapters are in
     cycle-XX/sft/lora-final; all together, each with weight 1, make the initial model the final one.
     """
     train_lora_alpha: float | None = None

@@ -90,7 +90,7 @@ class Objective:
 def reward_losses(
     rewards: WeightedRewards, generator: Generator, batch: Batch, options: SftOptions
 ) -> tuple[Tensor, Tensor]:
-    """Minus the mean reward, and the preserve loss, from one UNet evaluation of all rows.
+    """Minus the mean reward, and the preserve loss, from one evaluation of all rows.
 
     Args:
         rewards: Score the images of the matched rows, whose latents are not read.
@@ -99,7 +99,7 @@ def reward_losses(
         options: Weights of the preserve losses.
 
     Returns:
-        Two scalars, differentiable with respect to the UNet; their sum is the loss.
+        Two scalars, differentiable with respect to the denoiser; their sum is the loss.
     """
     made = generator.predict(batch.noise, batch.prompts)
     n = batch.matched

@@ -47,9 +47,9 @@ def search_memory(search: RewardSearch, sample: Sample, batch_size: int) -> Step
         embeddings: dict[ImageEncoder, Tensor] = {}
         with LiveMemory(tensors_of(networks)) as live, torch.set_grad_enabled(differentiates):
             latents = generator.latents(z, encoding)
-            activations["unet"] = live.live
+            denoised = activations[next(iter(networks))] = live.live
             images = generator.images(latents)
-            activations["decoder"] = live.live - activations["unet"]
+            activations["decoder"] = live.live - denoised
             total = torch.zeros(batch_size)
             for name, reward in rewards.by_name.items():
                 before = live.live
