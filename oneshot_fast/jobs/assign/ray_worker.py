@@ -47,8 +47,8 @@ class Job:
         resolution: Image side in pixels; None: the generator's own.
         seed: Seed of the run.
         resize_mode: "crop" or "squash".
-        batch_size: TargetImages solved at once.
-        num_images: TargetImages whose pictures are saved; -1 for all.
+        batch_size: Targets solved at once.
+        num_images: Targets whose pictures are saved; -1 for all.
         start: Folder at which relative paths begin.
     """
 

@@ -119,9 +119,9 @@ class EmOptions:
     """M-step: apply and free each weight's gradient as soon as the backward pass has it."""
     train_lora_rank: int = 0
     """M-step: train only a LoRA adapter of this rank on the denoiser's attention projections, a new
-    one in every cycle, merged into the generator at its end; 0 trains all weights. The adapters are in
-    cycle-XX/sft/lora-final; all together, each with weight 1, make the initial model the final one.
-    """
+    one in every cycle, merged into the generator at its end; 0 trains all weights. The adapters are
+    in cycle-XX/sft/lora-final; all together, each with weight 1, make the initial model the final
+    one."""
     train_lora_alpha: float | None = None
     """M-step: the adapter is scaled by train_lora_alpha / train_lora_rank; by default 1."""
     train_use_ema: bool = False
