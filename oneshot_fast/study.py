@@ -47,6 +47,7 @@ def execute(command: StudyCommand) -> int:
     if command.quick:
         command = dataclasses.replace(command, seeds=1, samples=200)
 
+    from oneshot_fast.recipes.study.run import study
     from oneshot_fast.recipes.study.tables import write_study
     from oneshot_fast.runtime.folder import RunFolder
 
@@ -55,56 +56,20 @@ def execute(command: StudyCommand) -> int:
         del settings[key]
     outputs = ("digits", "shapes", "study.md", "study.json", "plots")
     with RunFolder(command.output_dir, settings, outputs, command.overwrite):
-        found: dict[str, Any] = {name: study(command, name) for name in command.datasets}
-        write_study(command.output_dir, found, settings)
+        results: dict[str, Any] = {
+            name: study(
+                name,
+                command.output_dir / name,
+                quick=command.quick,
+                seeds=command.seeds,
+                budget=command.budget,
+                samples=command.samples,
+            )
+            for name in command.datasets
+        }
+        write_study(command.output_dir, results, settings)
     print(f"table and plots: {command.output_dir / 'study.md'}")
     return OK
-
-
-def study(command: StudyCommand, name: str) -> dict[str, Any]:
-    """All results of one generator."""
-    from oneshot_fast.recipes.study.cells import cells
-    from oneshot_fast.recipes.study.run import kept, measured, reconstruction, speeds, train
-    from oneshot_fast.recipes.study.subjects import Subject
-
-    folder = command.output_dir / name
-    subject = Subject(name, folder, command.quick)
-    base = subject.base()
-    found: dict[str, Any] = {
-        "real": kept(folder / "results" / "real.json", subject.real_quality),
-        "base": kept(
-            folder / "results" / "base.json",
-            lambda: (
-                measured(subject, base, command.samples)
-                | {"reconstruction": reconstruction(subject, base)}
-            ),
-        ),
-        "speeds": kept(
-            folder / "results" / "speeds.json",
-            lambda: speeds(subject, 10 if command.quick else 30, 16 if command.quick else 64),
-        ),
-        "cells": {},
-    }
-    for cell in cells(subject.recipe, command.quick):
-        rows = []
-        for seed in range(command.seeds):
-            label = cell.name.replace(",", "").replace(" ", "-")
-            print(f"[{name}] {cell.name}, seed {seed}", file=sys.stderr)
-            rows.append(
-                kept(
-                    folder / "results" / f"{label}-{seed}.json",
-                    lambda cell=cell, seed=seed, label=label: train(  # type: ignore[misc]
-                        subject,
-                        cell,
-                        folder / "work" / f"{label}-{seed}",
-                        seed=seed,
-                        budget=command.budget,
-                        samples=command.samples,
-                    ),
-                )
-            )
-        found["cells"][cell.name] = rows
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

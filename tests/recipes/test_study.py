@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from oneshot_fast.recipes.study.cells import cells
-from oneshot_fast.recipes.study.subjects import RECIPES
+from oneshot_fast.recipes.study.subjects import SUBJECTS
 from oneshot_fast.study import main
 
 
@@ -23,7 +23,7 @@ def test_the_quick_study_runs_and_is_kept(
     found = json.loads((tmp_path / "study" / "study.json").read_text())["results"]
     for name in ("digits", "shapes"):
         results = found[name]
-        assert set(results["cells"]) == {cell.name for cell in cells(RECIPES[name], quick=True)}
+        assert set(results["cells"]) == {cell.name for cell in cells(SUBJECTS[name], quick=True)}
         for label, rows in results["cells"].items():
             assert f"| {label} |" in text
             assert rows[0]["nfe"] == pytest.approx(192, abs=6) and rows[0]["drift"] > 0
@@ -39,9 +39,9 @@ def test_the_quick_study_runs_and_is_kept(
     assert (tmp_path / "study" / "study.md").read_text(encoding="utf-8") == text
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", SUBJECTS)
 def test_all_trainings_have_the_same_budget(name: str) -> None:
-    found = cells(RECIPES[name], quick=False)
+    found = cells(SUBJECTS[name], quick=False)
     assert len({cell.name for cell in found}) == len(found) > 20
     for cell in found:
         rows = 2 if cell.preserve else 1

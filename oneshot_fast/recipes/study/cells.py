@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from oneshot_fast.jobs.assign.options import AssignOptions
-from oneshot_fast.recipes.study.subjects import Recipe
+from oneshot_fast.recipes.study.subjects import SubjectRecipe
 from oneshot_fast.training.batch import SftOptions
 
 BATCH_SIZE, LR = 32, 2e-4
@@ -61,7 +61,7 @@ class Cell:
         )
 
 
-def cells(recipe: Recipe, quick: bool) -> list[Cell]:
+def cells(recipe: SubjectRecipe, quick: bool) -> list[Cell]:
     """All trainings, the plain ones first; with ``quick`` only one of each kind."""
     found = [Cell("direct SFT", None), *_by_gradients(recipe), *_by_choice()]
     if not quick:
@@ -70,7 +70,7 @@ def cells(recipe: Recipe, quick: bool) -> list[Cell]:
     return [cell for cell in found if cell.name in names]
 
 
-def _by_gradients(recipe: Recipe) -> Iterator[Cell]:
+def _by_gradients(recipe: SubjectRecipe) -> Iterator[Cell]:
     def options(method: str, **changes: object) -> AssignOptions:
         plain = AssignOptions(
             method=method,

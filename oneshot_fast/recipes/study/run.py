@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,56 @@ from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.assign.targets import Preparer, problem_of
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.noise.diagnose import diagnose
-from oneshot_fast.recipes.study.cells import Cell
+from oneshot_fast.recipes.study.cells import Cell, cells
 from oneshot_fast.recipes.study.subjects import Subject
 from oneshot_fast.runtime.files import read_json, write_json
 from oneshot_fast.runtime.seeds import derived_seed
 
 _KEPT = ("mean noise", "mean patch", "patch covariance", "nearest noises")
 RECONSTRUCTION = AssignOptions(steps=20, sphere_optimizer="adam")
+
+
+def study(
+    name: str, folder: Path, *, quick: bool, seeds: int, budget: int, samples: int
+) -> dict[str, Any]:
+    """All results of one generator; each is kept as it is finished.
+
+    Args:
+        name: "digits" or "shapes".
+        folder: For models, targets and results.
+        quick: Few and short trainings.
+        seeds: Trainings per cell.
+        budget: Generator evaluations per target and training.
+        samples: Random noises per measure.
+    """
+    subject, results = Subject(name, folder, quick), folder / "results"
+    base = subject.base()
+
+    def trained(cell: Cell, seed: int) -> dict[str, Any]:
+        print(f"[{name}] {cell.name}, seed {seed}", file=sys.stderr)
+        label = f"{cell.name.replace(',', '').replace(' ', '-')}-{seed}"
+        work = folder / "work" / label
+        return kept(
+            results / f"{label}.json",
+            lambda: train(subject, cell, work, seed=seed, budget=budget, samples=samples),
+        )
+
+    return {
+        "real": kept(results / "real.json", subject.real_quality),
+        "base": kept(
+            results / "base.json",
+            lambda: (
+                measured(subject, base, samples) | {"reconstruction": reconstruction(subject, base)}
+            ),
+        ),
+        "speeds": kept(
+            results / "speeds.json", lambda: speeds(subject, *((10, 16) if quick else (30, 64)))
+        ),
+        "cells": {
+            cell.name: [trained(cell, seed) for seed in range(seeds)]
+            for cell in cells(subject.recipe, quick)
+        },
+    }
 
 
 def kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from oneshot_fast.data.pairs import Record, read_pairs
@@ -16,7 +17,7 @@ from oneshot_fast.recipes.toy.train import train_classifier, train_generator
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SubjectRecipe:
     """How a base generator is made, and what it is aligned with.
 
     Attributes:
@@ -42,9 +43,9 @@ class Recipe:
         return 5e-4 * 2 * (D - 1) ** 0.5
 
 
-RECIPES = {
-    "digits": Recipe((64, 1, 1), 300, 16, 256, 1, 1),
-    "shapes": Recipe((4, 8, 8), 800, 24, 256, 2, 4),
+SUBJECTS = {
+    "digits": SubjectRecipe((64, 1, 1), 300, 16, 256, 1, 1),
+    "shapes": SubjectRecipe((4, 8, 8), 800, 24, 256, 2, 4),
 }
 
 
@@ -59,26 +60,19 @@ class Subject:
             folder: Holds the base model and the targets.
             quick: Small data and a short training.
         """
-        self.name, self.recipe = name, RECIPES[name]
+        self.recipe = SUBJECTS[name]
         self._base_images: dict[tuple[int, int], Tensor] = {}
         if name == "digits":
             train, self.real = digits("train"), digits("heldout")
         else:
-            train, self.real = (
-                shapes("train", 2000 if quick else 8000, 16),
-                shapes("heldout", 1600, 16),
-            )
+            train = shapes("train", 2000 if quick else 8000, 16)
+            self.real = shapes("heldout", 1600, 16)
         self.base_folder = folder / "base"
         if not self.base_folder.exists():
             self._make_base(train, quick)
-        data = folder / "targets"
-        if not (data / "pairs.jsonl").exists():
-            train.write_pairs(data, 64 if quick else self.recipe.targets)
-        self.records: list[Record] = read_pairs(data)[0]
-        heldout = folder / "heldout"
-        if not (heldout / "pairs.jsonl").exists():
-            self.real.write_pairs(heldout, 64)
-        self.heldout: list[Record] = read_pairs(heldout)[0]
+        count = 64 if quick else self.recipe.targets
+        self.records = _on_disk(train, folder / "targets", count)
+        self.heldout = _on_disk(self.real, folder / "heldout", 64)
         base = self.base()
         assert base.classifier is not None
         self.classifier = base.classifier
@@ -144,7 +138,14 @@ class Subject:
         }
 
 
+def _on_disk(images: LabelledImages, folder: Path, count: int) -> list[Record]:
+    """Some of the ``images`` as pairs, written where they are not there yet."""
+    if not (folder / "pairs.jsonl").exists():
+        images.write_pairs(folder, count)
+    return read_pairs(folder)[0]
+
+
 def _laplacian_energy(images: Tensor) -> float:
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
     flat = images.flatten(0, 1)[:, None]
-    return torch.nn.functional.conv2d(flat, kernel).square().mean().item()
+    return F.conv2d(flat, kernel).square().mean().item()
