@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot_fast.cli import OK, SOME_FAILED, check_defaults, public, run_command
 from oneshot_fast.data.options import DataOptions
 from oneshot_fast.data.prompts import read_prompts
-from oneshot_fast.errors import require
+from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.rewards.options import RewardOptions, RewardTrainingOptions
@@ -67,10 +66,6 @@ class EmCommand:
 def execute(command: EmCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
     by_reward = bool(command.rewards.reward)
-    if by_reward:
-        _check_flags_of_rewards(command)
-    else:
-        check_defaults(command.rewards, command.reward_training, needs="--reward")
     own_data = command.data.data_root is not None or by_reward
     model_id = command.initial_model_id or ("stabilityai/sdxl-turbo" if own_data else "tiny")
     options = command.em.resolve(embedded=not own_data)
@@ -94,17 +89,16 @@ def execute(command: EmCommand) -> int:
 
 def run_on_targets(command: EmCommand, model_id: str) -> EmRun:
     """The run without --reward."""
+    check_defaults(command.rewards, command.reward_training, needs="--reward")
+
     from oneshot_fast.jobs.em.targets import EmRun
 
-    with contextlib.ExitStack() as stack:
-        data = command.work_dir / "data"
-        if command.dry_run:
-            data = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        train, heldout = data_roots(command, data)
-        targets, others = [*command.data.open(train)], []
-        if heldout is not None:
-            whole = dataclasses.replace(command.data, start_index=0, max_samples=None)
-            others = [*whole.open(heldout)]
+    whole = dataclasses.replace(command.data, start_index=0, max_samples=None)
+    with tempfile.TemporaryDirectory() as unused:
+        place = Path(unused) if command.dry_run else command.work_dir / "data"
+        train, heldout = data_roots(command, place)
+        targets = [*command.data.open(train)]
+        others = [] if heldout is None else [*whole.open(heldout)]
     return EmRun(
         command.model.load(model_id, master_weights=True),
         targets,
@@ -118,13 +112,38 @@ def run_on_targets(command: EmCommand, model_id: str) -> EmRun:
     )
 
 
+def data_roots(command: EmCommand, embedded: Path) -> tuple[str | Path, Path | None]:
+    """Pairs and held-out pairs; without data of the user's, digits are written to ``embedded``."""
+    if command.data.data_root is not None:
+        return command.data.data_root, command.heldout_root
+
+    from oneshot_fast.embedded.digits import write_default_dataset
+    from oneshot_fast.runtime.processes import main_first
+
+    main_first(lambda: write_default_dataset(embedded))
+    return embedded / "train", command.heldout_root or embedded / "heldout"
+
+
 def run_on_rewards(command: EmCommand, model_id: str) -> RewardEmRun:
     """The run with --reward."""
+    options, rewards = command.reward_training, command.rewards
+    if options.prompt_file is None:
+        raise UserError("with --reward, give --prompt_file FILE")
+    options.check(rewards.reward)
+    same = dataclasses.replace(
+        command, data=DataOptions(resolution=command.data.resolution), heldout_root=None,
+        compare_direct=False, num_images=EmCommand.num_images,
+    )  # fmt: skip
+    require(
+        command == same,
+        "--reward takes prompts, no targets; leave data_root, the flags that say how it is read, "
+        "heldout_root, compare_direct and num_images out",
+    )
+    command.em.optimize().check()
+    prompts = read_prompts(options.prompt_file)
+
     from oneshot_fast.jobs.em.rewards import RewardEmRun
 
-    options, rewards = command.reward_training, command.rewards
-    assert options.prompt_file is not None
-    prompts = read_prompts(options.prompt_file)
     generator = command.model.load(model_id, master_weights=True)
     return RewardEmRun(
         generator,
@@ -148,37 +167,6 @@ def _common(command: EmCommand) -> dict[str, Any]:
         "save_minutes": command.save_minutes,
         "keep_checkpoints": command.train_keep_checkpoints,
     }
-
-
-def data_roots(command: EmCommand, embedded: Path) -> tuple[str | Path, Path | None]:
-    """Pairs and held-out pairs; without data of the user's, digits are written to ``embedded``."""
-    if command.data.data_root is not None:
-        return command.data.data_root, command.heldout_root
-
-    from oneshot_fast.embedded.digits import write_default_dataset
-    from oneshot_fast.runtime.processes import main_first
-
-    main_first(lambda: write_default_dataset(embedded))
-    return embedded / "train", command.heldout_root or embedded / "heldout"
-
-
-def _check_flags_of_rewards(command: EmCommand) -> None:
-    """Raise UserError for flags that a run on rewards needs, or that would do nothing in it."""
-    options = command.reward_training
-    require(options.prompt_file is not None, "with --reward, give --prompt_file FILE")
-    options.check(command.rewards.reward)
-    require(
-        dataclasses.replace(command.data, resolution=None) == DataOptions()
-        and command.heldout_root is None,
-        "--reward takes prompts, no targets; leave data_root, the flags that say how it is read, "
-        "and heldout_root out",
-    )
-    require(not command.compare_direct, "--compare_direct needs targets; not with --reward")
-    require(
-        command.num_images == EmCommand.num_images,
-        "with --reward all images found are kept, as targets; leave --num_images out",
-    )
-    command.em.optimize().check()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,11 +15,11 @@ class Plan:
 
     Attributes:
         lines: For a person.
-        seconds: For all of it; None where the number of samples is not known.
+        seconds: For all of it; NaN where the number of samples is not known.
     """
 
     lines: list[str]
-    seconds: float | None
+    seconds: float
 
     def __str__(self) -> str:
         """The lines, as printed."""

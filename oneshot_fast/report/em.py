@@ -30,11 +30,6 @@ from oneshot_fast.report.sft import training_section
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
 
 _GRID_SIDE = 1280
-_PRINTED = {
-    "accuracy": "prompt accuracy",
-    "frechet_distance": "Frechet distance",
-    "drift": "drift from base",
-}
 
 
 def write_em_report(folder: Path, flags: Mapping[str, Any]) -> None:
@@ -149,7 +144,7 @@ _METRICS = {
         "pixel distance between images of one prompt; 0: all alike",
     ),
     "drift": (
-        "Drift",
+        "Drift from base",
         "neither good nor bad",
         "RMS latent distance to the base generator, same noises",
     ),
@@ -261,7 +256,12 @@ def cycles_section(summary: Json) -> Section | None:
 def print_summary(folder: Path) -> None:
     """Say what the run in ``folder`` has reached and where it is, as the command does."""
     summary = read_json(folder / "summary.json")
-    _print_measures(summary)
+    noise = {**summary["random_noise"], "real images": summary.get("real")}
+    names = ("base", "final", "direct", "real images")
+    print(f"\nOn {noise['base']['samples']} random noises:")
+    print_measures({name: noise[name] for name in names if noise.get(name)})
+    if "assign" in summary["cycles"][0]:
+        print("\nMatching loss, before -> after the E-step -> after the M-step:")
     for row in summary["cycles"]:
         if "search" in row:
             before, after = (row["search"][name] for name in ("initial_reward", "best_reward"))
@@ -286,15 +286,12 @@ def print_summary(folder: Path) -> None:
     print(f"report: {folder / 'report.html'}")
 
 
-def _print_measures(summary: Json) -> None:
-    """Of the generator before and after, and what the lines of the cycles are."""
-    noise = {**summary["random_noise"], "real images": summary.get("real", {})}
-    columns = [name for name in ("base", "final", "direct", "real images") if noise.get(name)]
-    print(f"\nOn {noise['base']['samples']} random noises:")
+def print_measures(columns: Mapping[str, Json]) -> None:
+    """Print measures on random noise, those of the first column, side by side."""
     print(f"{'':24}" + "".join(f"{name:>14}" for name in columns))
-    for key in noise["base"]:
+    for key in next(iter(columns.values())):
         if key != "samples":
-            cells = [f"{noise[c][key]:14.3f}" if key in noise[c] else f"{'-':>14}" for c in columns]
-            print(f"{_PRINTED.get(key, key):24}" + "".join(cells))
-    if "assign" in summary["cycles"][0]:
-        print("\nMatching loss, before -> after the E-step -> after the M-step:")
+            label = _METRICS[key][0].lower().replace("é", "e") if key in _METRICS else key
+            found = [column.get(key) for column in columns.values()]
+            cells = [f"{'-':>14}" if value is None else f"{value:14.3f}" for value in found]
+            print(f"{label:24}" + "".join(cells))

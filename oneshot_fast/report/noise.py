@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from oneshot_fast.noise.checks import LEVEL
 from oneshot_fast.noise.diagnose import diagnose
 from oneshot_fast.report import plots
 from oneshot_fast.report.page import Cell, Plot, Row, Section, Table, number
+from oneshot_fast.runtime.files import Json
 
 _STORED = ("stored noise", "stored rotations")
 
@@ -21,22 +23,29 @@ def noise_section(folder: Path, of: str = "") -> Section | None:
     if not (folder / "manifest.jsonl").is_file() or not (folder / "noises").is_dir():
         return None
     found = diagnose(folder)
+    table = checks_table(found["checks"])
+    return Section(
+        f"Is the assigned noise{of} still Gaussian?", _verdict(found), table, plots=_plots(found)
+    )
+
+
+def checks_table(checks: Sequence[Json]) -> Table:
+    """Rows of ``Check``: what was measured beside what Gaussian noise allows."""
     rows = [
         Row(
             check["name"],
             [
-                Cell(_fixed(check["value"])),
-                Cell(f"{_fixed(check['low'])} to {_fixed(check['high'])}"),
+                Cell(number(check["value"])),
+                Cell(f"{number(check['low'])} to {number(check['high'])}"),
+                Cell(number(check["p_value"]) if "p_value" in check else ""),
                 Cell("within", "good") if check["ok"] else Cell("outside", "bad"),
             ],
             words=check["meaning"],
         )
-        for check in found["checks"]
+        for check in checks
     ]
-    table = Table(("", "assigned noise", "allowed", "verdict"), rows, dense=True)
-    return Section(
-        f"Is the assigned noise{of} still Gaussian?", _verdict(found), table, plots=_plots(found)
-    )
+    allowed = f"allowed in {100 * (1 - LEVEL):g} % of cases"
+    return Table(("", "measured", allowed, "p-value", "verdict"), rows, dense=True)
 
 
 def _verdict(found: dict[str, Any]) -> list[str]:
@@ -100,10 +109,6 @@ def _plots(found: dict[str, Any]) -> list[Plot]:
             "raise lr); at the dashed line nothing of the base noise is left.",
         ),
     ]
-
-
-def _fixed(value: float) -> str:
-    return f"{value:.1e}" if 0 < abs(value) < 1e-4 else f"{value:.4f}"
 
 
 def _word(check: dict[str, Any]) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot_fast.report.page import Cell, Plot, Row, Section, Table, number
+from oneshot_fast.report.noise import checks_table
+from oneshot_fast.report.page import Plot, Section, number
 from oneshot_fast.report.plots import GREY, PALETTE, inline_svg, new_axes
 from oneshot_fast.report.run import write_run
 from oneshot_fast.runtime.files import replacing
@@ -52,28 +53,14 @@ def write_theory_report(folder: Path, found: Mapping[str, Any]) -> None:
 
 
 def _section(name: str, part: Mapping[str, Any]) -> Section:
-    rows = [
-        Row(
-            check["name"],
-            [
-                Cell(number(check["value"])),
-                Cell(f"{number(check['low'])} to {number(check['high'])}"),
-                Cell(number(check["p_value"])),
-                Cell("within", "good") if check["ok"] else Cell("outside", "bad"),
-            ],
-            words=check["meaning"],
-        )
-        for check in part["checks"]
-    ]
     far = (
         f"{part['noises']} noises, {part['patches']} patches. Distance of the patch covariance "
         f"from I: {number(part['kl'])} nats a patch (by chance {number(part['kl_by_chance'])}). "
         f"What all noises share: {number(part['mean_shift'])} of their deviation at each element "
         f"(by chance {number(part['mean_shift_by_chance'])})."
     )
-    head = ("", "measured", "allowed in 99.9 % of cases", "p-value", "verdict")
     title = name[0].upper() + name[1:]
-    return Section(title, [_WORDS[name], far], Table(head, rows, dense=True))
+    return Section(title, [_WORDS[name], far], checks_table(part["checks"]))
 
 
 def _histogram(key: str) -> Callable[[Axes, Sets], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +60,7 @@ def assign_plan(
         f"time: {duration(seconds)} per step, {1 / per_target:.2f} images/s",
     ]
     if samples is None:
-        return Plan(lines, None)
+        return Plan(lines, math.nan)
     disk = each * samples + pictures * (samples if num_images < 0 else min(num_images, samples))
     note = " at most, as targets stop early" if options.stops_early else ""
     lines.append(

@@ -28,8 +28,6 @@ def em_plan(run: EmRun | RewardEmRun) -> str:
             num_images=run.num_images,
         )
     m_step = sft_plan(generator, options.sft(), resolution=side, samples=samples)
-    assert e_step.seconds is not None
-    assert m_step.seconds is not None
     cycles = len(options.schedule())
     needed = duration(cycles * (e_step.seconds + m_step.seconds))
     return (

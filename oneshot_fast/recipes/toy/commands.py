@@ -80,6 +80,7 @@ class TrainCommand(ToyOptions):
     def execute(self) -> int:
         """Run ``toy train``."""
         from oneshot_fast.recipes.toy.train_run import train
+        from oneshot_fast.report.em import print_measures
 
         given = {"steps": self.steps, "width": self.width}
         changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
@@ -94,7 +95,7 @@ class TrainCommand(ToyOptions):
             samples=self.eval_samples,
             overwrite=self.overwrite,
         )
-        print_table({name: summary[name] for name in ("generator", "real images")})
+        print_measures({name: summary[name] for name in ("generator", "real images")})
         print(f"\ntook {summary['seconds']:.0f} s; generator: {folder / 'model'}")
         print(f"samples: {folder / 'eval' / 'base.png'}")
         return OK
@@ -160,11 +161,12 @@ class PairOptions(ToyOptions):
     def compare(self, real: LabelledImages, code: int) -> int:
         """Print what there is side by side, on the same noises, and return ``code``."""
         from oneshot_fast.recipes.toy.compare import compare
+        from oneshot_fast.report.em import print_measures
         from oneshot_fast.runtime.processes import is_main
 
         if is_main():
             print("\nOn 1000 random noises, beside real images that are no targets:")
-            print_table(compare(self.folder, real, seed=self.run.seed))
+            print_measures(compare(self.folder, real, seed=self.run.seed))
             print(f"samples: {self.folder / 'comparison'}")
         return code
 
@@ -271,16 +273,3 @@ class EmToyCommand(PairOptions):
             )
         )
         return code if self.dry_run else self.compare(real, code)
-
-
-def print_table(columns: dict[str, dict[str, float]]) -> None:
-    """Print measures of several generators side by side."""
-    print(f"{'':18}" + "".join(f"{name:>13}" for name in columns))
-    for key, label in (
-        ("accuracy", "prompt accuracy"),
-        ("frechet_distance", "Frechet distance"),
-        ("diversity", "diversity"),
-        ("drift", "drift from base"),
-    ):
-        cells = [f"{c[key]:13.3f}" if key in c else f"{'-':>13}" for c in columns.values()]
-        print(f"{label:18}" + "".join(cells))
