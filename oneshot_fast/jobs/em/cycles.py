@@ -118,7 +118,7 @@ class Cycles(ABC):
         }
 
     def run(self, *, overwrite: bool = False, report_to: str = "none") -> dict[str, Any]:
-        """Run all stages that have no result yet; the generator ends with the final weights.
+        """Run all stages that have no result yet.
 
         Args:
             overwrite: Start anew.
