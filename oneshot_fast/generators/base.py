@@ -83,15 +83,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a generator is loaded, as ``load_generator`` explains."""
+    """How a generator is loaded."""
 
     device: torch.device = torch.device("cpu")
-    dtype: torch.dtype | None = None
-    master_weights: bool = False
-    variant: str | None = None
-    revision: str | None = None
-    model_config: str | None = None
-    local_files_only: bool = False
+    dtype: torch.dtype | None = None  # computes in it; by default bfloat16 on cuda, else float32
+    master_weights: bool = False  # keep the weights in float32, for training
+    variant: str | None = None  # of the weights, such as "fp16"; plain ones serve where it lacks
+    revision: str | None = None  # of the hub
+    model_config: str | None = None  # for a single file: folder or hub id with the configs
+    local_files_only: bool = False  # never ask the hub
 
 
 def unit_rgb(raw: Tensor) -> Tensor:
@@ -124,6 +124,7 @@ class Generator(ABC):
     runs_in_half: bool = True  # bfloat16 on a GPU, unless another type is asked for
     classifier: Classifier | None = None  # a judge of samples that comes with the model
     autocast: torch.dtype | None = None  # of the arithmetic, over float32 weights
+    is_compiled: bool = False  # then each batch size costs a compilation
 
     @classmethod
     def reads(cls, model_id: str) -> bool:
@@ -138,11 +139,6 @@ class Generator(ABC):
         Raises:
             ModelError: If it cannot be loaded or is not of this family.
         """
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether each batch size costs a compilation."""
-        return False
 
     @property
     @abstractmethod
@@ -212,12 +208,7 @@ class Generator(ABC):
     def cached_latent(
         self, read: Callable[[], Tensor], key: Callable[[], Sequence[object]]
     ) -> Tensor:
-        """Latent [C, h, w] float32, on the CPU, of the image that ``read`` gives.
-
-        Args:
-            read: Gives an image [3, H, W] in [0, 1]; not called for what a cache has.
-            key: Gives what names the image, for a cache.
-        """
+        """Latent [C, h, w], on the CPU, of the image that ``read`` gives; a cache asks its key."""
         return self.encode_image(read()).cpu()
 
     @abstractmethod
@@ -285,8 +276,7 @@ class Generator(ABC):
         """Recompute activations in the backward pass instead of keeping them.
 
         Args:
-            level: "rewards": the decoder's, through which rewards are differentiated; "full": the
-                denoiser's, too; "none" changes nothing.
+            level: "rewards": of what follows the latents; "full": of the denoiser, too; or "none".
         """
         if level == "full":
             self.denoiser.enable_gradient_checkpointing()
@@ -296,14 +286,7 @@ class Generator(ABC):
         return {}
 
     def compile(self, mode: str = "default") -> None:
-        """Compile the denoiser.
-
-        Args:
-            mode: "default", "max-autotune", or "reduce-overhead" for CUDA graphs.
-
-        Raises:
-            UserError: If this model is not compiled.
-        """
+        """Compile the denoiser in a mode of torch.compile, or raise UserError."""
         raise UserError("this model is not compiled; leave --compile out")
 
     def use_channels_last(self) -> None:
@@ -313,31 +296,13 @@ class Generator(ABC):
             network.to(memory_format=torch.channels_last)
 
     def tune_decoder(
-        self,
-        tiny: str | None = None,
-        dtype: torch.dtype | None = None,
-        checkpointing: bool = False,
-        tile: int = 0,
+        self, tiny: str | None, dtype: torch.dtype | None, checkpointing: bool, tile: int
     ) -> None:
-        """Decode otherwise from now on.
-
-        Args:
-            tiny: Folder or hub id of a tiny autoencoder that takes the decoder's place.
-            dtype: Type it computes in; None leaves it.
-            checkpointing: Recompute its activations in the backward pass.
-            tile: Side of overlapping tiles in latent pixels; 0: as a whole.
-
-        Raises:
-            UserError: If the model has no decoder, or it cannot be done.
-        """
+        """Decode as decoder_id and the other flags of the decoder say, or raise UserError."""
         raise UserError("this model has no decoder; leave the decoder's options out")
 
     def use_cache(self, folder: Path) -> None:
-        """Keep encoded prompts and images in ``folder`` for other runs, too.
-
-        Raises:
-            UserError: If the model encodes nothing.
-        """
+        """Keep encoded prompts and images in ``folder`` for other runs, or raise UserError."""
         raise UserError("this model encodes nothing; leave --cache_dir out")
 
     @abstractmethod
@@ -349,11 +314,7 @@ class Generator(ABC):
         """Take over the denoiser's weights from a folder of ``save``."""
 
     def save_adapter(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Write an adapter of the denoiser, by its weights' names there, atomically.
-
-        Raises:
-            UserError: If the model takes no adapter.
-        """
+        """Write an adapter of the denoiser, weights by name, atomically, or raise UserError."""
         raise UserError("this model takes no adapter; leave --lora_rank out")
 
     @abstractmethod

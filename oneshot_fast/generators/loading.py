@@ -38,11 +38,7 @@ def load_generator(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    master_weights: bool = False,
-    variant: str | None = None,
-    revision: str | None = None,
-    model_config: str | None = None,
-    local_files_only: bool = False,
+    **more: Any,
 ) -> Generator:
     """Load a one-step generator.
 
@@ -52,19 +48,12 @@ def load_generator(
             python:module.Class[:MODEL] for a subclass of ``Generator`` of your own.
         device: Default: cuda where there is one, else cpu.
         dtype: Compute type; default bfloat16 on cuda, float32 on cpu.
-        master_weights: Keep the weights in float32, for training.
-        variant: Weight variant such as "fp16"; where the model has none, the plain files serve.
-        revision: Hub revision.
-        model_config: For a single file: folder or hub id with the pipeline's configs.
-        local_files_only: Never ask the hub.
+        **more: As in ``LoadOptions``: master_weights, variant, revision, ...
 
     Raises:
         ModelError: If it cannot be loaded or is not a one-step model of a family that is known.
     """
-    options = LoadOptions(
-        _usable_device(device or _default_device()),
-        dtype, master_weights, variant, revision, model_config, local_files_only,
-    )  # fmt: skip
+    options = LoadOptions(_usable_device(device or _default_device()), dtype, **more)
     family, source = find_family(str(model_id))
     return family.load(source, options)
 

@@ -22,7 +22,7 @@ from oneshot_fast.generators.base import (
     LoadOptions,
     Prediction,
     Recomputed,
-)
+)  # fmt: skip
 from oneshot_fast.generators.cache import EncodingCache
 from oneshot_fast.generators.decoder import (
     Decoder,
@@ -95,7 +95,7 @@ class PipelineGenerator(Generator):
         Raises:
             ModelError: If it cannot be loaded or is not of this family.
         """
-        usual = torch.float32 if options.device.type == "cpu" else torch.bfloat16
+        usual = torch.bfloat16 if options.device.type != "cpu" else torch.float32
         dtype = options.dtype or usual
         weights = torch.float32 if options.master_weights else dtype
         try:
@@ -123,7 +123,7 @@ class PipelineGenerator(Generator):
         for name, network in networks.items():
             setattr(other.pipe, name, None)
             setattr(other.pipe, name, network)
-        other._compiled = None
+        other._compiled, other.is_compiled = None, False
         other._forget()
         return other
 
@@ -143,10 +143,6 @@ class PipelineGenerator(Generator):
     def latent_factor(self) -> int:
         return self.pipe.vae_scale_factor
 
-    @property
-    def is_compiled(self) -> bool:
-        return self._compiled is not None
-
     def compile(self, mode: str = "default") -> None:
         """Compile the denoiser where it is differentiated; see torch.compile.
 
@@ -159,6 +155,7 @@ class PipelineGenerator(Generator):
             mode: "default", "max-autotune", or "reduce-overhead" for CUDA graphs.
         """
         self._compiled = torch.compile(self.denoiser, mode=mode, dynamic=False)
+        self.is_compiled = True
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         factor = self.latent_factor
@@ -191,10 +188,8 @@ class PipelineGenerator(Generator):
         if self._cache is None:
             return self._encode_prompt(prompt)
         encoders = self.parts[2:]
-        tokenizers = [
-            getattr(self.pipe, name.replace("text_encoder", "tokenizer")) for name in encoders
-        ]
-        tokens = [tokenizer(prompt, verbose=False).input_ids for tokenizer in tokenizers]
+        names = [name.replace("text_encoder", "tokenizer") for name in encoders]
+        tokens = [getattr(self.pipe, name)(prompt, verbose=False).input_ids for name in names]
         key = ("prompt", self._encoder_key(*encoders), tokens)
         return Conditioning(**self._cache.get(key, lambda: self._encode_prompt(prompt).tensors()))
 
@@ -294,11 +289,7 @@ class PipelineGenerator(Generator):
             self.decoder.checkpoint()
 
     def tune_decoder(
-        self,
-        tiny: str | None = None,
-        dtype: torch.dtype | None = None,
-        checkpointing: bool = False,
-        tile: int = 0,
+        self, tiny: str | None, dtype: torch.dtype | None, checkpointing: bool, tile: int
     ) -> None:
         if tiny is not None:
             channels, dtype = self.latent_shape(8, 8)[0], dtype or self.decoder.dtype
@@ -332,12 +323,7 @@ class PipelineGenerator(Generator):
         self.denoiser.load_state_dict(trained.state_dict())
 
     def save_adapter(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Write an adapter that diffusers' ``pipe.load_lora_weights(folder)`` reads, atomically.
-
-        Args:
-            weights: The adapter's weights, by their names in the denoiser, which has one.
-            folder: Where pytorch_lora_weights.safetensors is written.
-        """
+        """Write an adapter that diffusers' ``pipe.load_lora_weights(folder)`` reads, atomically."""
         write_adapter(self.pipe, self.parts[0], weights, folder)
 
     def fingerprint(self) -> str:
