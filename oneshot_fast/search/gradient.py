@@ -1,6 +1,6 @@
-"""Searches by gradients side by side: each slot of a batch holds one target at a step of its own.
+"""Searches by gradients side by side: each slot of a batch holds one search at a step of its own.
 
-A slot's moments, step, step size and best result are its own, so that a finished target can leave
+A slot's moments, step, step size and best result are its own, so that a finished search can leave
 its slot to another one while the rest go on. Nothing here waits for the device.
 """
 
@@ -8,69 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from oneshot_fast.search.movers.mover import Mover, mover_of
+from oneshot_fast.search.movers.adam import per_row
+from oneshot_fast.search.movers.mover import Mover
+from oneshot_fast.search.movers.registry import mover_of
 from oneshot_fast.search.options import SearchOptions
+from oneshot_fast.search.problem import Assignment, Evaluation, Objective, Problem
 
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Conditioning
-
-# lr auto: the step size of a target grows while its loss falls and shrinks when it has risen
+# lr auto: the step size of a search grows while its loss falls and shrinks when it has risen
 _GROWTH, _SHRINKAGE = 1.05, 0.8
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is matched, a row per target.
-
-    Attributes:
-        eps: Base noise, [B, C, h, w] float32, N(0, 1).
-        prompts: Encoding of B prompts.
-        latents: Target latents, [B, C, h, w] float32.
-        images: Target images, [B, 3, H, W] float32 in [0, 1]; None without a pixel loss.
-        features: Features of the target images, [B, F] float32; None without their loss.
-        start: Noises that the search begins at, like ``eps``; None: at ``eps``.
-    """
-
-    eps: Tensor
-    prompts: Conditioning
-    latents: Tensor
-    images: Tensor | None = None
-    features: Tensor | None = None
-    start: Tensor | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name."""
-        found = {"eps": self.eps, "latents": self.latents, **self.prompts.tensors()}
-        more = {"images": self.images, "features": self.features}
-        return found | {name: value for name, value in more.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """Result for a batch of targets.
-
-    Attributes:
-        z: Best noise, [B, C, h, w] float32.
-        q: Its rotation, [B, D, D] or [B, G, G, D, D] float32; None for methods without one.
-        losses: Loss of every target at every step, the last one included, [steps + 1, B]; after
-            the last step of a target that was stopped early, 0.
-        best_loss: Smallest of them, [B].
-        best_step: Where it was, [B] int64.
-        last_step: The step after which the search ended, [B] int64.
-    """
-
-    z: Tensor
-    q: Tensor | None
-    losses: Tensor
-    best_loss: Tensor
-    best_step: Tensor
-    last_step: Tensor
+_SCORE, _IMAGE = "score ", "image "  # what the objective tells, in the state
 
 
 class Search:
@@ -80,20 +30,24 @@ class Search:
         self,
         problem: Problem,
         options: SearchOptions,
-        objective: Callable[[Tensor, Problem], Tensor],
+        objective: Objective,
         mover: Mover | None = None,
+        images_at: Sequence[int] = (),
     ) -> None:
         """Start every search at its base noise.
 
         Args:
-            problem: B targets.
+            problem: B noises to move, and what the objective needs.
             options: Method, steps, step size, when to stop.
-            objective: Loss per target, [B], of the noises [B, C, h, w].
+            objective: What is lowered.
             mover: How noises move; by default the one that ``options`` name.
+            images_at: Steps whose images are kept, where the objective makes any.
         """
-        self._options, self._objective, self._prompts = options, objective, problem.prompts
+        self._options, self._objective = options, objective
         self._mover = mover or mover_of(options)
+        self._images_at = tuple(images_at)
         self._state = self._start(problem)
+        self._problem = dataclasses.replace(problem, start=None)
 
     def _start(self, problem: Problem) -> dict[str, Tensor]:
         """State of new searches; every tensor has a row per search."""
@@ -104,10 +58,10 @@ class Search:
         start = torch.zeros(B, dtype=torch.int64, device=device)
         lr = self._options.lr
         first = self._mover.first_step if lr == "auto" else float(lr)
-        return problem.tensors() | {
+        return {
             **searching,
             "best_point": searching["point"].clone(),
-            "losses": torch.zeros(B, self._options.gradient_steps + 1, device=device),
+            "losses": torch.zeros(B, self.steps + 1, device=device),
             "rate": torch.full((B,), first, device=device),
             "before": far.clone(),
             "best_loss": far,
@@ -119,6 +73,16 @@ class Search:
         }
 
     @property
+    def steps(self) -> int:
+        """Steps of a search that is not stopped."""
+        return self._options.gradient_steps
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self._state["step"].device
+
+    @property
     def running(self) -> Tensor:
         """Which searches are not at their end, [B] bool."""
         return self._state["running"]
@@ -126,33 +90,39 @@ class Search:
     @property
     def bytes(self) -> int:
         """Memory of all that is kept from step to step."""
-        return sum(value.nbytes for value in self._state.values())
+        return self._problem.bytes + sum(value.nbytes for value in self._state.values())
 
     @property
     def shard_bytes(self) -> int:
         """Size of the noises and rotations that are found."""
-        point = self._state["point"]
-        q = self._mover.rotation(point)
-        return self._state["eps"].nbytes + (0 if q is None else q.nbytes)
+        q = self._mover.rotation(self._state["point"])
+        return self._problem.eps.nbytes + (0 if q is None else q.nbytes)
 
-    @property
-    def problem(self) -> Problem:
-        """The targets of all slots."""
-        s = self._state
-        prompts = dataclasses.replace(self._prompts, **{k: s[k] for k in self._prompts.tensors()})
-        return Problem(s["eps"], prompts, s["latents"], s.get("images"), s.get("features"))
-
-    def place(self, slots: Sequence[int], problem: Problem) -> None:
-        """Start searches for new targets in ``slots``, in which others have ended."""
-        index = torch.tensor(slots, device=problem.eps.device)
-        for name, value in self._start(problem).items():
-            # not in place: the caller's own tensors may be among these
+    def place(self, slots: Sequence[int], new: Search) -> None:
+        """Let ``new`` searches, just started, take over ``slots``, in which others have ended."""
+        size, index = len(self.running), torch.tensor(slots, device=self.device)
+        order = [*range(size)]
+        for k, slot in enumerate(slots):
+            order[slot] = size + k
+        self._problem = self._problem.cat(new._problem).select(order)
+        for name, value in new._state.items():
             self._state[name] = self._state[name].index_copy(0, index, value)
 
     def keep(self, slots: Sequence[int]) -> None:
         """Give up all searches but those in ``slots``, which then are 0, 1, ..."""
-        index = torch.tensor(slots, device=self._state["step"].device)
+        index = torch.tensor(slots, device=self.device)
+        self._problem = self._problem.select(slots)
         self._state = {name: value.index_select(0, index) for name, value in self._state.items()}
+
+    def run(self, on_step: Callable[[Tensor], object] = lambda loss: None) -> Assignment:
+        """Take all steps; a search that is stopped early waits for the others.
+
+        Args:
+            on_step: Called with the losses [B] of every step.
+        """
+        for step in range(self.steps + 1):
+            on_step(self.advance(is_last=step == self.steps))
+        return self.result()
 
     def advance(self, is_last: bool = False) -> Tensor:
         """Evaluate all searches once and move those that go on; without effect where it raises.
@@ -163,41 +133,52 @@ class Search:
         Returns:
             The losses, [B].
         """
-        s = self._state
-        with torch.set_grad_enabled(not is_last):
-            point = s["point"].detach().requires_grad_(not is_last)
-            z = self._mover.noise(s["eps"], point)
-            loss = self._objective(z, self.problem)
-        gradient = None if is_last else torch.autograd.grad(loss.sum(), point)[0]
-        loss = loss.detach()
-        self._record(loss)
+        s, differentiates = self._state, self._mover.differentiates and not is_last
+        with torch.set_grad_enabled(differentiates):
+            point = s["point"].detach().requires_grad_(differentiates)
+            found = self._objective(self._mover.noise(self._problem.eps, point), self._problem)
+        gradient = torch.zeros_like(point)
+        if differentiates:
+            gradient = torch.autograd.grad(found.loss.sum(), point)[0]
+        loss = found.loss.detach()
+        self._record(loss, found)
         self._stop(loss)
-        if gradient is not None:
+        if not is_last:
             self._move(gradient, loss)
         return loss
 
-    def _record(self, loss: Tensor) -> None:
+    def _record(self, loss: Tensor, found: Evaluation) -> None:
         s = self._state
         step, running = s["step"], s["running"]
-        before = s["losses"].gather(1, step[:, None])
-        now = torch.where(running[:, None], loss[:, None], before)
-        s["losses"].scatter_(1, step[:, None], now)
+        curves = {"losses": loss, **{_SCORE + k: v.detach() for k, v in found.scores.items()}}
+        for name, value in curves.items():
+            curve = s.setdefault(name, torch.zeros_like(s["losses"]))
+            now = torch.where(running[:, None], value[:, None], curve.gather(1, step[:, None]))
+            curve.scatter_(1, step[:, None], now)
         better = running & (loss < s["best_loss"])
         s["best_loss"] = torch.where(better, loss, s["best_loss"])
         s["best_step"] = torch.where(better, step, s["best_step"])
         point = s["point"]
-        s["best_point"] = torch.where(_per_row(better, point), point, s["best_point"])
+        s["best_point"] = torch.where(per_row(better, point), point, s["best_point"])
+        if found.images is None:
+            return
+        at = {f"{_IMAGE}{k}": running & (step == k) for k in self._images_at}
+        for name, rows in {f"{_IMAGE}best": better, **at}.items():
+            kept = s.setdefault(name, torch.zeros_like(found.images))
+            s[name] = torch.where(per_row(rows, kept), found.images, kept)
 
     def _stop(self, loss: Tensor) -> None:
         """End the searches that took all steps or need no more."""
         s, options = self._state, self._options
-        on = s["running"] & (s["step"] < options.gradient_steps)
+        on = s["running"] & (s["step"] < self.steps)
         if options.stops_early:
             on &= loss.isfinite()
         if options.stop_loss is not None:
             on &= loss > options.stop_loss
         if options.stop_patience:
-            fell = loss < s["level"] * (1 - options.stop_improvement)
+            level, part = s["level"], options.stop_improvement
+            # a loss may be negative: minus a reward
+            fell = loss < torch.where(level > 0, level * (1 - part), level * (1 + part))
             s["level"] = torch.where(fell, loss, s["level"])
             s["level_step"] = torch.where(fell, s["step"], s["level_step"])
             on &= s["step"] - s["level_step"] < options.stop_patience
@@ -210,23 +191,31 @@ class Search:
             s["rate"] = s["rate"] * torch.where(loss > s["before"], _SHRINKAGE, _GROWTH)
             s["before"] = loss
         moving = {name: s[name] for name in self._moving}
-        moved = self._mover.move(moving, s["eps"], gradient, s["step"], s["rate"])
+        moved = self._mover.move(moving, self._problem.eps, gradient, s["step"], s["rate"])
         for name, value in moved.items():
-            s[name] = torch.where(_per_row(running, value), value, s[name])
+            s[name] = torch.where(per_row(running, value), value, s[name])
         s["step"] = s["step"] + running
 
     def result(self, slots: Sequence[int] | None = None) -> Assignment:
         """What the searches in ``slots`` (default: all) have found so far."""
-        s = self._state
+        s, eps = self._state, self._problem.eps
         if slots is not None:
-            index = torch.tensor(slots, device=self._state["step"].device)
-            names = ("eps", "best_point", "losses", "best_loss", "best_step", "step")
-            s = {name: s[name].index_select(0, index) for name in names}
-        z = self._mover.noise(s["eps"], s["best_point"])
-        q, losses = self._mover.rotation(s["best_point"]), s["losses"].T.contiguous()
-        return Assignment(z, q, losses, s["best_loss"], s["best_step"], s["step"])
-
-
-def _per_row(values: Tensor, like: Tensor) -> Tensor:
-    """Values [B] shaped to broadcast over ``like`` [B, ...]."""
-    return values.view(-1, *[1] * (like.ndim - 1))
+            index = torch.tensor(slots, device=self.device)
+            told = [name for name in s if name.startswith((_SCORE, _IMAGE))]
+            names = ("best_point", "losses", "best_loss", "best_step", "step", *told)
+            s, eps = {name: s[name].index_select(0, index) for name in names}, eps[index]
+        return Assignment(
+            self._mover.noise(eps, s["best_point"]),
+            self._mover.rotation(s["best_point"]),
+            s["losses"].T.contiguous(),
+            s["best_loss"],
+            s["best_step"],
+            s["step"],
+            {
+                k.removeprefix(_SCORE): v.T.contiguous()
+                for k, v in s.items()
+                if k.startswith(_SCORE)
+            },
+            s.get(f"{_IMAGE}best"),
+            {k: s[f"{_IMAGE}{k}"] for k in self._images_at if f"{_IMAGE}{k}" in s},
+        )

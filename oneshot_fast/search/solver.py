@@ -1,77 +1,109 @@
-"""Batches of targets in, their assignments out; smaller batches where memory runs out."""
+"""Batches of whatever is searched in, what was found out; smaller batches where memory runs out."""
 
 from __future__ import annotations
 
-import functools
+import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from oneshot_fast.errors import UserError
-from oneshot_fast.jobs.assign.objective import objective
-from oneshot_fast.jobs.assign.options import AssignOptions
-from oneshot_fast.jobs.assign.targets import Target, problem_of
-from oneshot_fast.search.gradient import Assignment, Search
+from oneshot_fast.search.gradient import Search
+from oneshot_fast.search.options import SearchOptions
+from oneshot_fast.search.problem import Assignment
 
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
+
+class Indexed(Protocol):
+    """What is searched for: a target, a prompt."""
+
+    @property
+    def index(self) -> int:
+        """Its place in the run."""
+        ...
+
+
+Item = TypeVar("Item", bound=Indexed)
 
 
 @dataclass(frozen=True)
-class Solved:
-    """What was found for one target; tensors are on the CPU.
+class Solved(Generic[Item]):
+    """What was found for one item; tensors are on the CPU.
 
     Attributes:
-        target: The target.
+        item: The item.
         z: Best noise, [C, h, w] float32.
         q: Its rotation, [D, D] or [G, G, D, D] float32; None for methods without one.
         losses: Loss at every step.
         best_step: Where it was lowest.
+        scores: What the objective told of every step, by name.
+        best_image: Of the best noise, [3, H, W] uint8; None for an objective without images.
+        images: The same of some steps, by step.
     """
 
-    target: Target
+    item: Item
     z: Tensor
     q: Tensor | None
     losses: list[float]
     best_step: int
+    scores: Mapping[str, list[float]] = field(default_factory=dict)
+    best_image: Tensor | None = None
+    images: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
-    def nfe(self) -> int:
-        """Generator evaluations: a forward per candidate and loss; each backward counts two."""
-        return self.target.candidates + 3 * len(self.losses) - 2
+    def index(self) -> int:
+        """The item's place in the run."""
+        return self.item.index
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no loss was NaN or infinite."""
+        return all(map(math.isfinite, self.losses))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept: "z", and "q" where there is one."""
+        return {"z": self.z} if self.q is None else {"z": self.z, "q": self.q}
 
 
-class Solver:
-    """Runs the searches of a data set on the device."""
+class Solver(Generic[Item]):
+    """Runs the searches of many items on the device."""
 
     def __init__(
         self,
-        generator: Generator,
-        options: AssignOptions,
+        start: Callable[[Sequence[Item]], Search],
+        options: SearchOptions,
         batch_size: int,
+        *,
+        fixed_size: bool = False,
+        of: str = "target",
+        advice: str = "use a smaller --resolution",
         on_evaluations: Callable[[int], object] = lambda count: None,
     ) -> None:
-        """Bind what all targets share.
+        """Bind what all items share.
 
         Args:
-            generator: Its weights stay fixed.
-            options: How a noise is searched.
-            batch_size: TargetImages on the device at once; halved where memory runs out.
-            on_evaluations: Called with how many evaluations, over all targets, were done.
+            start: Starts the searches of some items, all on the device.
+            options: Those of these searches.
+            batch_size: Items on the device at once; halved where memory runs out.
+            fixed_size: Whether a batch that became smaller costs more than its empty rows.
+            of: What an item is called where memory runs out.
+            advice: What to do if not even one fits.
+            on_evaluations: Called with how many evaluations, over all items, were done.
         """
-        self.generator, self.options, self.batch_size = generator, options, batch_size
-        self.on_evaluations = on_evaluations
+        self.start, self.options, self.batch_size = start, options, batch_size
+        self.fixed_size, self.on_evaluations = fixed_size, on_evaluations
+        self._of, self._advice = of, advice
 
-    def solve(self, batches: Iterable[Sequence[Target]]) -> Iterator[list[Solved]]:
-        """Assignments, a list per batch or, where targets stop early, as they finish.
+    def solve(self, batches: Iterable[Sequence[Item]]) -> Iterator[list[Solved[Item]]]:
+        """What was found, a list per batch or, where searches stop early, as they finish.
 
         Raises:
-            UserError: If not even one target fits into memory.
+            UserError: If not even one item fits into memory.
         """
         if self.options.stops_early:
             yield from _Slots(self, iter(batches)).run()
@@ -79,14 +111,9 @@ class Solver:
             for batch in batches:
                 yield self._solve_batch(batch)
 
-    def start(self, targets: Sequence[Target]) -> Search:
-        """Searches for ``targets``."""
-        function = functools.partial(objective, self.generator, self.options)
-        return Search(problem_of(targets), self.options, function)
-
-    def _solve_batch(self, batch: Sequence[Target]) -> list[Solved]:
-        """All targets of the batch, every one to its last step."""
-        found: list[Solved] = []
+    def _solve_batch(self, batch: Sequence[Item]) -> list[Solved[Item]]:
+        """All items of the batch, every one to its last step."""
+        found: list[Solved[Item]] = []
         while len(found) < len(batch):
             part = batch[len(found) : len(found) + self.batch_size]
             result = self._search(part)
@@ -96,16 +123,17 @@ class Solver:
                 found += solved(part, result)
         return found
 
-    def _search(self, targets: Sequence[Target]) -> Assignment | None:
-        """All steps for ``targets`` at once; None if memory ran out, and then all is freed."""
+    def _search(self, items: Sequence[Item]) -> Assignment | None:
+        """All steps for ``items`` at once; None if memory ran out, and then all is freed."""
         done = 0
+
+        def count(loss: Tensor) -> None:
+            nonlocal done
+            done += len(items)
+            self.on_evaluations(len(items))
+
         try:
-            search = self.start(targets)
-            for step in range(self.options.gradient_steps + 1):
-                search.advance(is_last=step == self.options.gradient_steps)
-                done += len(targets)
-                self.on_evaluations(len(targets))
-            return search.result()
+            return self.start(items).run(count)
         except torch.OutOfMemoryError:
             self.on_evaluations(-done)
             return None
@@ -117,60 +145,54 @@ class Solver:
             UserError: If ``size`` is 1.
         """
         if size == 1:
-            raise UserError(
-                "out of memory with a single target; use a smaller --dtype or --resolution, "
-                "or, where images are decoded, --decoder_checkpointing, --decoder_tiling or "
-                "--decoder_id"
-            )
+            raise UserError(f"out of memory with a single {self._of}; {self._advice}")
         self.batch_size = (size + 1) // 2
         print(
-            f"warning: out of memory with {size} targets at once; going on with "
+            f"warning: out of memory with {size} {self._of}s at once; going on with "
             f"{self.batch_size} (--batch_size {self.batch_size} avoids the attempt)",
             file=sys.stderr,
         )
-        if self.generator.device.type == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-class _Slots:
-    """Places on the device, each of which goes to the next target once its own has finished."""
+class _Slots(Generic[Item]):
+    """Places on the device, each of which goes to the next item once its own has finished."""
 
-    def __init__(self, solver: Solver, arriving: Iterator[Sequence[Target]]) -> None:
+    def __init__(self, solver: Solver[Item], arriving: Iterator[Sequence[Item]]) -> None:
         self._solver, self._arriving = solver, arriving
-        self._waiting: deque[Target] = deque()
-        self._slots: list[Target | None] = []  # a place per row of the search; None: free
+        self._waiting: deque[Item] = deque()
+        self._slots: list[Item | None] = []  # a place per row of the search; None: free
         self._search: Search | None = None
-        # a look at the device makes the host wait for it; on the CPU it costs nothing
-        self._check_every = 1 if solver.generator.device.type == "cpu" else 4
 
-    def run(self) -> Iterator[list[Solved]]:
+    def run(self) -> Iterator[list[Solved[Item]]]:
         while (search := self._fill()) is not None:
-            for _ in range(self._check_every):
+            # a look at the device makes the host wait for it; on the CPU it costs nothing
+            for _ in range(1 if search.device.type == "cpu" else 4):
                 self._advance(search)
             yield self._collect(search)
 
     def _fill(self) -> Search | None:
-        """Put the next targets into free slots; None if no search is left."""
+        """Put the next items into free slots; None if no search is left."""
         if self._search is None:
-            self._slots = [*self._next(self._solver.batch_size)]
-            if self._slots:
-                self._search = self._solver.start([t for t in self._slots if t is not None])
+            first = self._next(self._solver.batch_size)
+            self._slots = [*first]
+            self._search = self._solver.start(first) if first else None
             return self._search
-        free = [k for k, target in enumerate(self._slots) if target is None]
+        free = [k for k, item in enumerate(self._slots) if item is None]
         new = self._next(len(free))
         if new:
-            self._search.place(free[: len(new)], problem_of(new))
-            for k, target in zip(free, new, strict=False):
-                self._slots[k] = target
-        used = [k for k, target in enumerate(self._slots) if target is not None]
-        # compiled code is for one batch size, so there the empty slots stay
-        if 0 < len(used) < len(self._slots) and not self._solver.generator.is_compiled:
+            self._search.place(free[: len(new)], self._solver.start(new))
+            for k, item in zip(free, new, strict=False):
+                self._slots[k] = item
+        used = [k for k, item in enumerate(self._slots) if item is not None]
+        if 0 < len(used) < len(self._slots) and not self._solver.fixed_size:
             self._search.keep(used)
             self._slots = [self._slots[k] for k in used]
         return self._search if used else None
 
-    def _next(self, count: int) -> list[Target]:
-        """The next ``count`` targets, or all that are left."""
+    def _next(self, count: int) -> list[Item]:
+        """The next ``count`` items, or all that are left."""
         while len(self._waiting) < count and (batch := next(self._arriving, None)) is not None:
             self._waiting.extend(batch)
         return [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
@@ -185,32 +207,65 @@ class _Slots:
         self._solver.halve(size)
         keep = self._solver.batch_size
         search.keep(range(keep))
-        given_up = [target for target in self._slots[keep:] if target is not None]
+        given_up = [item for item in self._slots[keep:] if item is not None]
         self._waiting.extendleft(reversed(given_up))
         self._slots = self._slots[:keep]
 
-    def _collect(self, search: Search) -> list[Solved]:
-        """Results of the targets that have finished; their slots are free again."""
+    def _collect(self, search: Search) -> list[Solved[Item]]:
+        """Results of the items that have finished; their slots are free again."""
         running = search.running.tolist()
-        targets = {
-            k: target
-            for k, target in enumerate(self._slots)
-            if target is not None and not running[k]
+        items = {
+            k: item for k, item in enumerate(self._slots) if item is not None and not running[k]
         }
-        if not targets:
+        if not items:
             return []
-        for k in targets:
+        for k in items:
             self._slots[k] = None
-        self._solver.on_evaluations(len(targets) * (self._solver.options.gradient_steps + 1))
-        return solved(list(targets.values()), search.result(list(targets)))
+        self._solver.on_evaluations(len(items) * (search.steps + 1))
+        return solved(list(items.values()), search.result(list(items)))
 
 
-def solved(targets: Sequence[Target], result: Assignment) -> list[Solved]:
-    """The rows of ``result``, a row per target, on the CPU; waits for the device."""
+def solved(items: Sequence[Item], result: Assignment) -> list[Solved[Item]]:
+    """The rows of ``result``, a row per item, on the CPU; waits for the device."""
     z, losses = result.z.cpu(), result.losses.T.tolist()
     q = None if result.q is None else result.q.cpu()
-    rows = zip(targets, losses, result.best_step.tolist(), result.last_step.tolist(), strict=True)
+    scores = {name: values.T.tolist() for name, values in result.scores.items()}
+    best = None if result.best_images is None else result.best_images.cpu()
+    images = {step: batch.cpu() for step, batch in result.images.items()}
+    ends, best_steps = result.last_step.tolist(), result.best_step.tolist()
     return [
-        Solved(target, z[k], None if q is None else q[k], curve[: last + 1], best)
-        for k, (target, curve, best, last) in enumerate(rows)
+        Solved(
+            item,
+            z[k],
+            None if q is None else q[k],
+            losses[k][: ends[k] + 1],
+            best_steps[k],
+            {name: values[k][: ends[k] + 1] for name, values in scores.items()},
+            None if best is None else best[k],
+            {step: batch[k] for step, batch in images.items() if step <= ends[k]},
+        )
+        for k, item in enumerate(items)
     ]
+
+
+def stacked(found: Sequence[Solved[Item]]) -> Assignment:
+    """One result of all rows of ``found``, the opposite of ``solved``; on the CPU."""
+
+    def curves(rows: Sequence[list[float]]) -> Tensor:
+        columns = [torch.tensor(row) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(columns)
+
+    steps = torch.tensor([one.best_step for one in found])
+    losses = curves([one.losses for one in found])
+    images = [one.best_image for one in found if one.best_image is not None]
+    q = [one.q for one in found if one.q is not None]
+    return Assignment(
+        torch.stack([one.z for one in found]),
+        torch.stack(q) if q else None,
+        losses,
+        losses.gather(0, steps[None])[0],
+        steps,
+        torch.tensor([len(one.losses) - 1 for one in found]),
+        {name: curves([one.scores[name] for one in found]) for name in found[0].scores},
+        torch.stack(images) if images else None,
+    )

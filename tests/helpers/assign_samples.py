@@ -14,7 +14,11 @@ from torch import Tensor
 from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.generators.base import Conditioning, Generator
 from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.assign.objective import MatchingObjective
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
+from oneshot_fast.search.gradient import Search
+from oneshot_fast.search.problem import Assignment, Problem
 
 ROUNDING = 1e-4  # of a loss, relative: a few steps of Adam amplify float32
 
@@ -50,3 +54,17 @@ def batch_of(tiny: Generator, data: Path) -> tuple[Tensor, Conditioning, Tensor,
     eps = gaussian([derived_seed(0, record.id) for record in records], (4, 8, 8))
     prompts = tiny.encode_prompts([record.prompt for record in records])
     return eps, prompts, targets.latents(paths), targets.images(paths)
+
+
+def assign_batch(
+    generator: Generator,
+    eps: Tensor,
+    conditioning: Conditioning,
+    latents: Tensor,
+    images: Tensor | None,
+    options: AssignOptions,
+) -> Assignment:
+    """Move noises towards targets by gradients."""
+    target = {"latents": latents} if images is None else {"latents": latents, "images": images}
+    problem = Problem(eps, conditioning, target=target)
+    return Search(problem, options, MatchingObjective(generator, options)).run()

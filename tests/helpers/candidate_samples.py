@@ -1,4 +1,4 @@
-"""Shared by tests: parts of test_methods."""
+"""Ways to move noises, and targets to choose for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ import torch
 
 from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.jobs.assign.targets import Target
+from oneshot_fast.search.options import SearchOptions
+
+GRADIENT = {
+    "rotation": SearchOptions("rotation", steps=8),
+    "raw": SearchOptions("rotation", steps=8, rotation_optimizer="raw_adam"),
+    "tiles": SearchOptions("rotation", steps=8, rotation_groups=2),
+    "sphere": SearchOptions("sphere", steps=8),
+    "white": SearchOptions("white", steps=8),
+    "sphere, Adam": SearchOptions("sphere", steps=8, sphere_optimizer="adam"),
+    "white, Adam": SearchOptions("white", steps=8, sphere_optimizer="adam"),
+}
 
 
 def no_prompts(count: int) -> Conditioning:

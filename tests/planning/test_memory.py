@@ -12,13 +12,13 @@ import torch
 
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
-from oneshot_fast.jobs.assign.objective import objective
+from oneshot_fast.jobs.assign.objective import MatchingObjective
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.plan import assignment_memory
 from oneshot_fast.jobs.sft.plan import training_batch, training_memory
 from oneshot_fast.planning.memory import LiveMemory
 from oneshot_fast.runtime.units import duration, size_text
-from oneshot_fast.search.gradient import Problem
+from oneshot_fast.search.problem import Problem
 from oneshot_fast.training.batch import SftOptions
 from oneshot_fast.training.memory import checkpoint_activations
 from oneshot_fast.training.trainer import Trainer
@@ -101,13 +101,13 @@ def test_the_estimate_of_an_assignment(pixel: float, tiny: Generator) -> None:
     options = AssignOptions(pixel_l1_weight=pixel)
     estimate = assignment_memory(tiny, options, 64, 3)
     z, latents = torch.zeros(2, 3, 4, 8, 8).unbind()
-    images = torch.zeros(3, 3, 64, 64) if pixel else None
-    problem = Problem(z, tiny.blank_prompts(3), latents, images)
+    target = {"latents": latents, "images": torch.zeros(3, 3, 64, 64)}
+    problem = Problem(z, tiny.blank_prompts(3), target=target)
     networks = tiny.networks.values()
     known = [t for n in networks for t in (*n.parameters(), *n.buffers())]
     z = z.clone().requires_grad_()
     with LiveMemory(known) as memory:
-        objective(tiny, options, z, problem).sum().backward()
+        MatchingObjective(tiny, options)(z, problem).loss.sum().backward()
     weights = sum(p.nbytes for n in networks for p in n.parameters())
     assert estimate.peak == pytest.approx(weights + memory.peak, rel=0.15)
 

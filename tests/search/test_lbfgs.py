@@ -9,10 +9,11 @@ import torch
 from candidate_samples import no_prompts
 from torch import Tensor
 
-from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.runtime.seeds import gaussian
-from oneshot_fast.search.gradient import Assignment, Problem, Search
+from oneshot_fast.search.gradient import Search
 from oneshot_fast.search.movers.lbfgs import newton_direction
+from oneshot_fast.search.options import SearchOptions
+from oneshot_fast.search.problem import Assignment, Evaluation, Problem
 
 CURVATURE = torch.tensor([1.0, 10.0, 100.0]).repeat(86)[:256].view(4, 8, 8)
 
@@ -48,16 +49,13 @@ def test_the_direction_is_that_of_the_dense_updates() -> None:
     assert ((found * gradient).sum((1, 2)) > 0).all()
 
 
-def solve(eps: Tensor, goal: Tensor, options: AssignOptions) -> Assignment:
+def solve(eps: Tensor, goal: Tensor, options: SearchOptions) -> Assignment:
     """Minimise squares of three different curvatures around ``goal``."""
 
-    def loss(z: Tensor, problem: Problem) -> Tensor:
-        return (CURVATURE * (z - problem.latents).square()).mean((1, 2, 3))
+    def loss(z: Tensor, problem: Problem) -> Evaluation:
+        return Evaluation((CURVATURE * (z - goal).square()).mean((1, 2, 3)))
 
-    search = Search(Problem(eps, no_prompts(len(eps)), goal), options, loss)
-    for step in range(options.steps + 1):
-        search.advance(is_last=step == options.steps)
-    return search.result()
+    return Search(Problem(eps, no_prompts(len(eps))), options, loss).run()
 
 
 def test_the_curvature_of_a_quadratic_is_learnt() -> None:
@@ -66,7 +64,7 @@ def test_the_curvature_of_a_quadratic_is_learnt() -> None:
     eps = near + 0.1 * gaussian([3, 4], (4, 8, 8))
     norms = eps.flatten(1).norm(dim=1) / near.flatten(1).norm(dim=1)
     goal = near * norms.view(-1, 1, 1, 1)
-    result = solve(eps, goal, AssignOptions(steps=20))
+    result = solve(eps, goal, SearchOptions(steps=20))
     assert (result.losses[1] > result.losses[0]).all()
     assert (result.best_loss < 1e-4 * result.losses[0]).all()
 
@@ -86,5 +84,5 @@ def test_a_bounded_search_finds_the_best_noise_of_the_boundary() -> None:
         return best().detach()
 
     torch.optim.LBFGS([way], max_iter=300, line_search_fn="strong_wolfe").step(closure)
-    found = solve(eps, goal, AssignOptions(steps=30, max_angle=angle)).best_loss.item()
+    found = solve(eps, goal, SearchOptions(steps=30, max_angle=angle)).best_loss.item()
     assert found == pytest.approx(best().item(), rel=1e-3)

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.jobs.assign.features import features_of
-from oneshot_fast.jobs.assign.objective import objective
+from oneshot_fast.jobs.assign.objective import MatchingObjective
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.targets import Target, problem_of
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
+from oneshot_fast.search.candidates import best_of_n, drawing
+from oneshot_fast.search.gradient import Search
+from oneshot_fast.search.solver import Solver
 
 if TYPE_CHECKING:
     from oneshot_fast.generators.base import Generator
@@ -43,16 +46,22 @@ class Chooser:
             seed: Seed of the run.
             on_evaluations: Called with how many evaluations were done.
         """
-        self._generator, self._seed = generator, seed
-        self._options = options
+        self._generator, self._options, self._seed = generator, options, seed
         self._on_evaluations = on_evaluations
+        self._objective = MatchingObjective(generator, options)
+        self._solver = Solver(
+            self._start, drawing(options.draws), _ROWS, on_evaluations=on_evaluations
+        )
 
     @torch.no_grad()
     def choose(self, targets: list[Target]) -> list[Target]:
         """The same targets with chosen noises; without a choice, as they are."""
         if self._options.choice == "best_of_n":
-            parts = (targets[k : k + _ROWS] for k in range(0, len(targets), _ROWS))
-            return [found for part in parts for found in self._search(part)]
+            return [
+                self._chosen(s.item, self._seed_of(s.item, s.best_step), s.z, s.losses[0])
+                for part in self._solver.solve([targets])
+                for s in part
+            ]
         if self._options.choice == "pool":
             groups: dict[str, list[Target]] = {}
             for target in targets:
@@ -61,47 +70,31 @@ class Chooser:
             return sorted(found, key=lambda target: target.index)
         return targets
 
-    def _search(self, targets: list[Target]) -> list[Target]:
-        """Every target's best of its own candidates; the first is the base noise it came with."""
+    def _start(self, targets: Sequence[Target]) -> Search:
+        """Each target's own candidates; the first is the base noise that it came with."""
         problem = problem_of(targets)
-        best = torch.full((len(targets),), float("inf"), device=problem.eps.device)
-        first, chosen = best, torch.zeros_like(best, dtype=torch.int64)
-        for k in range(self._options.draws):
-            eps = problem.eps if k == 0 else self._noises(self._seeds(targets, k), problem.eps)
-            loss = objective(
-                self._generator, self._options, eps, dataclasses.replace(problem, eps=eps)
-            )
-            first = loss if k == 0 else first
-            chosen = torch.where(loss < best, k, chosen)
-            best = torch.minimum(loss, best)
-            self._on_evaluations(len(targets))
-        seeds = [self._seeds([t], k)[0] for t, k in zip(targets, chosen.tolist(), strict=True)]
-        return self._chosen(targets, seeds, first.tolist())
 
-    def _seeds(self, targets: Sequence[Target], k: int) -> list[int]:
-        """Seeds of the candidates number ``k`` of all targets."""
-        if k == 0:
-            return [target.seed for target in targets]
-        return [derived_seed(self._seed, target.record.id, k) for target in targets]
+        def draw(k: int) -> Tensor:
+            return self._noises([self._seed_of(target, k) for target in targets], problem.eps)
+
+        return best_of_n(problem, self._objective, draw, self._options.draws)
+
+    def _seed_of(self, target: Target, k: int) -> int:
+        """Of candidate number ``k``."""
+        return derived_seed(self._seed, target.record.id, k) if k else target.seed
 
     def _noises(self, seeds: Sequence[int], like: Tensor) -> Tensor:
         return gaussian(seeds, like.shape[1:]).to(like.device)
 
-    def _chosen(
-        self, targets: Sequence[Target], seeds: Sequence[int], first: Sequence[float]
-    ) -> list[Target]:
-        noises = self._noises(seeds, targets[0].eps[None])
-        return [
-            dataclasses.replace(
-                target,
-                seed=seeds[k],
-                eps=noises[k],
-                start=None,
-                candidates=self._options.draws,
-                first_loss=first[k],
-            )
-            for k, target in enumerate(targets)
-        ]
+    def _chosen(self, target: Target, seed: int, eps: Tensor, first_loss: float) -> Target:
+        return dataclasses.replace(
+            target,
+            seed=seed,
+            eps=eps.to(target.eps.device),
+            start=None,
+            candidates=self._options.draws,
+            first_loss=first_loss,
+        )
 
     def _match(self, targets: list[Target]) -> list[Target]:
         """Targets of one prompt, each matched with a noise of the pool that they share.
@@ -127,7 +120,13 @@ class Chooser:
             kept = (~near).nonzero()[:, 0] if allowed.isinf().any() else torch.arange(count)
             finite = allowed[:, kept].nan_to_num(torch.finfo(losses.dtype).max)
             chosen = kept[scipy.optimize.linear_sum_assignment(finite.numpy())[1]].tolist()
-        return self._chosen(targets, [seeds[k] for k in chosen], losses.diagonal().tolist())
+        noises = self._noises([seeds[k] for k in chosen], targets[0].eps[None])
+        return [
+            self._chosen(target, seeds[k], eps, first)
+            for target, k, eps, first in zip(
+                targets, chosen, noises, losses.diagonal().tolist(), strict=True
+            )
+        ]
 
     def _losses(self, targets: Sequence[Target], seeds: Sequence[int]) -> Iterator[Tensor]:
         """Losses of all targets, [targets, at most 64 noises] at a time, on the CPU."""

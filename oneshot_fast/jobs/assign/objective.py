@@ -1,12 +1,7 @@
-"""Matching one batch: the noise, near each base noise, that lands closest to its target.
-
-How a noise may move is in search/movers. Many targets are solved at once, each on its own.
-"""
+"""How far what the generator makes of a noise is from its target."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -16,7 +11,7 @@ from oneshot_fast.generators.base import unit_rgb
 from oneshot_fast.jobs.assign.features import feature_mse
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.noise.prior import norm_penalty
-from oneshot_fast.search.gradient import Assignment, Problem, Search
+from oneshot_fast.search.problem import Evaluation, Problem
 
 if TYPE_CHECKING:
     from oneshot_fast.generators.base import Conditioning, Generator
@@ -61,48 +56,27 @@ def matching_loss(
     return loss
 
 
-def objective(generator: Generator, options: AssignOptions, z: Tensor, problem: Problem) -> Tensor:
-    """What the search lowers: the distance to the target and the weighted penalties, [B]."""
-    loss = matching_loss(
-        generator, z, problem.prompts, problem.latents, problem.images, options, problem.features
-    )
-    if options.noise_l2_weight:
-        loss = loss + options.noise_l2_weight * (z - problem.eps).square().mean((1, 2, 3))
-    if options.norm_weight:
-        loss = loss + options.norm_weight * norm_penalty(z)
-    return loss
+class MatchingObjective:
+    """What an assignment lowers: the distance to the target and the weighted penalties."""
 
+    def __init__(self, generator: Generator, options: AssignOptions) -> None:
+        """Bind the generator, whose weights stay fixed, and the weights of the parts."""
+        self._generator, self._options = generator, options
 
-def assign_batch(
-    generator: Generator,
-    eps: Tensor,
-    prompts: Conditioning,
-    target_latents: Tensor,
-    target_images: Tensor | None,
-    options: AssignOptions,
-    on_step: Callable[[Tensor], None] = lambda loss: None,
-    target_features: Tensor | None = None,
-) -> Assignment:
-    """Move base noises towards their targets by gradients; nothing here waits for the device.
-
-    All targets take as many steps as the slowest; solving.py gives the places of those that end
-    early to others.
-
-    Args:
-        generator: Its weights stay fixed.
-        eps: Base noise, [B, C, h, w] float32, N(0, 1).
-        prompts: Encoding of B prompts.
-        target_latents: [B, C, h, w] float32.
-        target_images: [B, 3, H, W] float32 in [0, 1]; None without a pixel loss.
-        options: Gradient method, steps, step size, weights; no noise is chosen here.
-        on_step: Called with the losses [B] after each evaluation.
-        target_features: [B, F] float32; None without a feature loss.
-
-    Returns:
-        The best noise found for every target.
-    """
-    problem = Problem(eps, prompts, target_latents, target_images, target_features)
-    search = Search(problem, options, functools.partial(objective, generator, options))
-    for step in range(options.gradient_steps + 1):
-        on_step(search.advance(is_last=step == options.gradient_steps))
-    return search.result()
+    def __call__(self, z: Tensor, problem: Problem) -> Evaluation:
+        """Losses of noises ``z`` [B, C, h, w]; the targets are latents, images and features."""
+        options, target = self._options, problem.target
+        loss = matching_loss(
+            self._generator,
+            z,
+            problem.conditioning,
+            target["latents"],
+            target.get("images"),
+            options,
+            target.get("features"),
+        )
+        if options.noise_l2_weight:
+            loss = loss + options.noise_l2_weight * (z - problem.eps).square().mean((1, 2, 3))
+        if options.norm_weight:
+            loss = loss + options.norm_weight * norm_penalty(z)
+        return Evaluation(loss)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import TYPE_CHECKING
 
 import torch
 
-from oneshot_fast.jobs.assign.objective import objective
+from oneshot_fast.jobs.assign.objective import MatchingObjective
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.targets import random_problem
 from oneshot_fast.planning import memory
@@ -82,7 +81,7 @@ def assignment_memory(
         kept = _search(fake, options, resolution, batch_size).bytes
         z = torch.zeros_like(problem.eps, requires_grad=options.gradient_steps > 0)
         with LiveMemory(tensors_of(fake.networks)) as live:
-            loss = objective(fake, options, z, problem).sum()
+            loss = MatchingObjective(fake, options)(z, problem).loss.sum()
             activations = live.live
             if options.gradient_steps:
                 loss.backward()
@@ -105,7 +104,7 @@ def fitting_batch_size(generator: Generator, options: AssignOptions, resolution:
 def _search(generator: Generator, options: AssignOptions, resolution: int, count: int) -> Search:
     """A search of random targets."""
     problem = random_problem(generator, options, resolution, count)
-    return Search(problem, options, functools.partial(objective, generator, options))
+    return Search(problem, options, MatchingObjective(generator, options))
 
 
 def _step_worths(options: AssignOptions) -> float:

@@ -17,14 +17,14 @@ from oneshot_fast.data.pairs import Failure, Record
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.generators.target_images import TargetImages
-from oneshot_fast.jobs.assign.candidates import Chooser
 from oneshot_fast.jobs.assign.options import AssignOptions
+from oneshot_fast.jobs.assign.search import TargetSearch
 from oneshot_fast.jobs.assign.shards import ShardWriter, shard_path
 from oneshot_fast.jobs.assign.targets import Preparer, Target
 from oneshot_fast.runtime.concurrency import ahead
 from oneshot_fast.runtime.files import read_metadata
 from oneshot_fast.runtime.progress import silence_imports
-from oneshot_fast.search.solver import Solved, Solver
+from oneshot_fast.search.solver import Solved
 
 if TYPE_CHECKING:
     from oneshot_fast.generators.base import Generator
@@ -99,9 +99,8 @@ class Worker:
             needs_images=options.pixel_l1_weight > 0,
             features=options.features,
         )
-        self._chooser = Chooser(generator, options, job.seed)
         self._size = int(job.batch_size)
-        self._solver = Solver(generator, options, self._size)
+        self._search = TargetSearch(generator, options, seed=job.seed, batch_size=self._size)
         self._writer = ShardWriter(
             generator,
             targets,
@@ -119,7 +118,7 @@ class Worker:
             [x for x in batch if isinstance(x, Failure) or x[1].id not in done] for batch in batches
         ]
         failures: list[Failure] = []
-        ready: list[Solved] = []
+        ready: list[Solved[Target]] = []
 
         def keep() -> None:
             shard, failed = self._writer.shard(ready)
@@ -129,7 +128,7 @@ class Worker:
             ready.clear()
 
         prepared = self._prepared(left, failures)
-        for found in self._solver.solve(map(self._chooser.choose, prepared)):
+        for found in self._search.solve(prepared):
             ready += found
             if len(ready) >= self._size or not self._job.options.stops_early:
                 keep()

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from oneshot_fast.data.pairs import Failure, Record, file_sha256
 from oneshot_fast.data.sources import FolderSource, Source, pending
 from oneshot_fast.errors import RunError, require
-from oneshot_fast.jobs.assign.candidates import Chooser
 from oneshot_fast.jobs.assign.options import AssignOptions
+from oneshot_fast.jobs.assign.search import TargetSearch
 from oneshot_fast.jobs.assign.shards import ShardWriter
 from oneshot_fast.jobs.assign.targets import Preparer, Target
 from oneshot_fast.noise.rotation import check_patching
@@ -40,7 +40,7 @@ from oneshot_fast.runtime.processes import (
     processes,
 )
 from oneshot_fast.runtime.progress import end_tracking, progress, start_tracking
-from oneshot_fast.search.solver import Solved, Solver
+from oneshot_fast.search.solver import Solved
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -216,18 +216,23 @@ class AssignRun:
             Background(functools.partial(writer.write, done=done)) as writing,
         ):
 
-            def keep(found: Sequence[Solved]) -> None:
+            def keep(found: Sequence[Solved[Target]]) -> None:
                 shard, failed = writer.shard(found)
                 failures.extend(failed)
                 if shard is not None:
                     writing.submit(shard)
 
-            solver = Solver(self.generator, self.options, self.batch_size, bar.update)
-            ready: list[Solved] = []
+            search = TargetSearch(
+                self.generator,
+                self.options,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                on_evaluations=bar.update,
+            )
+            ready: list[Solved[Target]] = []
             try:
-                chooser = Chooser(self.generator, self.options, self.seed, bar.update)
                 prepared = self._prepared(source, done, failures)
-                for found in solver.solve(map(chooser.choose, prepared)):
+                for found in search.solve(prepared):
                     ready += found
                     if len(ready) >= self.batch_size or not self.options.stops_early:
                         full, ready = ready, []

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oneshot_fast.data.images import save_png
 from oneshot_fast.data.pairs import Failure, image_text
-from oneshot_fast.jobs.assign.targets import failure
+from oneshot_fast.jobs.assign.targets import Target, failure
 from oneshot_fast.runtime.files import append_jsonl, write_safetensors
 from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.search.solver import Solved
@@ -39,7 +39,7 @@ class Shard:
         images: Images [3, H, W] to save, by file name.
     """
 
-    solved: Sequence[Solved]
+    solved: Sequence[Solved[Target]]
     z: Tensor
     q: Tensor | None
     images: dict[str, Tensor]
@@ -77,24 +77,24 @@ class ShardWriter:
         self._tracker, self._resize_mode, self._num_images = tracker, resize_mode, num_images
         self._since = time.perf_counter()
 
-    def shard(self, found: Sequence[Solved]) -> tuple[Shard | None, list[Failure]]:
+    def shard(self, found: Sequence[Solved[Target]]) -> tuple[Shard | None, list[Failure]]:
         """What is to be written of ``found``, and the failures: losses that are not finite."""
         good = [s for s in found if all(map(math.isfinite, s.losses))]
-        bad = [s.target.record for s in found if s not in good]
+        bad = [s.item.record for s in found if s not in good]
         failures = [failure(record, "its loss became NaN or infinite") for record in bad]
         if not good:
             return None, failures
         images: dict[str, Tensor] = {}
         for s in good:
-            if self._num_images < 0 or s.target.index < self._num_images:
+            if self._num_images < 0 or s.item.index < self._num_images:
                 images |= self._images(s)
         q = [s.q for s in good if s.q is not None]
         z = torch.stack([s.z for s in good])
         return Shard(good, z, torch.stack(q) if q else None, images), failures
 
     @torch.no_grad()
-    def _images(self, s: Solved) -> dict[str, Tensor]:
-        target = s.target
+    def _images(self, s: Solved[Target]) -> dict[str, Tensor]:
+        target = s.item
         image = self._targets.image(target.record.image_path, self._resize_mode)
         images = {f"{target.record.id}-target.png": image}
         for name, noise in (("base", target.eps), ("assigned", s.z.to(target.eps.device))):
@@ -116,7 +116,7 @@ class ShardWriter:
 
     def keep(self, shard: Shard) -> list[dict[str, Any]]:
         """Write images, then the shard; returns its rows."""
-        noise_path = self._new_path(shard.solved[0].target.index)
+        noise_path = self._new_path(shard.solved[0].item.index)
         rows = [self._row(s, noise_path, k) for k, s in enumerate(shard.solved)]
         for name, image in shard.images.items():
             save_png(self._folder / "images" / name, image)
@@ -153,8 +153,8 @@ class ShardWriter:
                 return path
         raise AssertionError
 
-    def _row(self, s: Solved, noise_path: Path, position: int) -> dict[str, Any]:
-        target, record = s.target, s.target.record
+    def _row(self, s: Solved[Target], noise_path: Path, position: int) -> dict[str, Any]:
+        target, record = s.item, s.item.record
         return {
             "id": record.id,
             "index": target.index,
@@ -170,6 +170,6 @@ class ShardWriter:
             "best_loss": min(s.losses),
             "best_step": s.best_step,
             "candidates": target.candidates,
-            "nfe": s.nfe,
+            "nfe": target.candidates + 3 * len(s.losses) - 2,
             "losses": s.losses,
         }

@@ -15,7 +15,7 @@ from oneshot_fast.data.pairs import DataError, Failure, Record, file_sha256
 from oneshot_fast.jobs.assign.features import features_of, target_features
 from oneshot_fast.runtime.files import mend_jsonl
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
-from oneshot_fast.search.gradient import Problem
+from oneshot_fast.search.problem import Problem
 
 if TYPE_CHECKING:
     from oneshot_fast.generators.base import Conditioning, Generator
@@ -159,17 +159,16 @@ class Preparer:
 
 def problem_of(targets: Sequence[Target]) -> Problem:
     """The batch of ``targets``."""
-    prompts = targets[0].prompt.cat([target.prompt for target in targets])
-    images = [target.image for target in targets if target.image is not None]
-    features = [target.features for target in targets if target.features is not None]
-    starts = [target.eps if target.start is None else target.start for target in targets]
+    columns = {
+        "latents": [target.latent for target in targets],
+        "images": [target.image for target in targets if target.image is not None],
+        "features": [target.features for target in targets if target.features is not None],
+    }
     return Problem(
         torch.stack([target.eps for target in targets]),
-        prompts,
-        torch.stack([target.latent for target in targets]),
-        torch.stack(images) if images else None,
-        torch.stack(features) if features else None,
-        torch.stack(starts),
+        targets[0].prompt.cat([target.prompt for target in targets]),
+        target={name: torch.stack(column) for name, column in columns.items() if column},
+        start=torch.stack([t.eps if t.start is None else t.start for t in targets]),
     )
 
 
@@ -180,13 +179,14 @@ def random_problem(
     """A batch of ``count`` random targets with all that their search needs, on the device."""
     with torch.device(generator.device):
         eps = torch.randn(count, *generator.noise_shape(resolution, resolution))
-        latents = torch.randn(count, *generator.latent_shape(resolution, resolution))
-        prompts = generator.blank_prompts(count)
+        target = {"latents": torch.randn(count, *generator.latent_shape(resolution, resolution))}
         images = torch.rand(count, 3, resolution, resolution) if options.decodes else None
-    features = None
-    if options.features is not None and images is not None:
-        features = features_of(images, options.features)
-    return Problem(eps, prompts, latents, images if options.pixel_l1_weight else None, features)
+        conditioning = generator.blank_prompts(count)
+    if images is not None and options.pixel_l1_weight:
+        target["images"] = images
+    if images is not None and options.features is not None:
+        target["features"] = features_of(images, options.features)
+    return Problem(eps, conditioning, target=target)
 
 
 def failure(record: Record, reason: str) -> Failure:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from oneshot_fast.errors import require
-from oneshot_fast.search.movers.mover import mover_of
+from oneshot_fast.search.movers.registry import mover_of
 from oneshot_fast.search.options import SearchOptions
 
 

@@ -81,7 +81,7 @@ def optimize_plan(search: RewardSearch, samples: Sequence[Sample], batch_size: i
     lines += memory.peak_lines(search.generator.device)
     options = search.options
     evaluations = options.gradient_steps + 1 if options.gradient_steps else 0
-    forwards = options.draws if options.draws > 1 or not evaluations else 0
+    forwards = options.draws if options.choice else 0
     # a candidate needs no backward pass, which costs about twice a forward one
     whole = seconds * (evaluations + forwards / (3 if evaluations else 1)) * len(samples) / count
     lines.append(f"time: {duration(seconds)} per step of {count} images")
@@ -91,12 +91,8 @@ def optimize_plan(search: RewardSearch, samples: Sequence[Sample], batch_size: i
 
 def _seconds(search: RewardSearch, samples: Sequence[Sample]) -> float:
     """Of an evaluation of ``samples``, with its backward pass if the method has one."""
-    problem, objective = search.problem(samples), search.objective(samples)
-    if search.options.gradient_steps:
-        searching = search.start(problem, objective)
-        return shortest(lambda: searching.advance().cpu())
-    with torch.no_grad():
-        return shortest(lambda: objective(problem.eps, problem).cpu())
+    searching = search.start(samples)
+    return shortest(lambda: searching.advance().cpu())
 
 
 def fitting_batch_size(search: RewardSearch, sample: Sample) -> int:

@@ -193,9 +193,9 @@ class OptimizeRun:
                     path = self.folder / "images" / f"{one.sample.id}-{kind}.png"
                     save_png(path, image.float() / 255)
         rows = [_row(one, name, k) for k, one in enumerate(found)]
-        q = [one.q for one in found if one.q is not None]
-        tensors = {"z": torch.stack([one.z for one in found])}
-        tensors |= {"q": torch.stack(q)} if q else {}
+        tensors = {
+            name: torch.stack([one.tensors[name] for one in found]) for name in found[0].tensors
+        }
         write_safetensors(self.folder / name, tensors, {"rows": rows})
         return rows
 
@@ -239,13 +239,13 @@ def _row(found: Optimized, noise_path: str, position: int) -> Row:
         "noise_index": position,
         "seed": found.seed,
         "first_seed": found.sample.seed,
-        "initial": found.first,
+        "initial": found.initial,
         "best": found.best,
-        "best_step": found.best_step,
+        "best_step": found.last.best_step,
         "angle": round(found.angle, 4),
-        "energy": round(found.z.square().mean().item(), 6),
-        "losses": found.losses,
-        "scores": found.scores,
+        "energy": round(found.last.z.square().mean().item(), 6),
+        "losses": found.last.losses,
+        "scores": found.last.scores,
     }
 
 

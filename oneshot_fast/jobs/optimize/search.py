@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from oneshot_fast.errors import UserError, require
-from oneshot_fast.jobs.optimize.objective import Objective
+from oneshot_fast.errors import require
+from oneshot_fast.jobs.optimize.objective import RewardObjective
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.noise.rotation import angles_between
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
-from oneshot_fast.search.gradient import Problem, Search
+from oneshot_fast.search.candidates import best_of_n, drawing
+from oneshot_fast.search.gradient import Search
+from oneshot_fast.search.options import SearchOptions
+from oneshot_fast.search.problem import Problem
+from oneshot_fast.search.solver import Solved, Solver
 
 if TYPE_CHECKING:
     from oneshot_fast.generators.base import Generator
@@ -39,37 +43,44 @@ class Optimized:
 
     Attributes:
         sample: The sample.
-        seed: Of the noise the search started at, which may have been chosen.
-        z: Best noise, [C, h, w] float32, N(0, 1) units.
-        q: Its rotation, if the method has one.
-        losses: Of every step; without gradient steps, of every candidate.
-        scores: Every reward's score at those, by name, without its weight.
-        first: Every reward's score of the base noise, and their weighted sum as "total".
-        best_step: Where the loss was lowest.
-        angle: Degrees between ``z`` and the noise of ``seed``.
+        seed: Of the noise the gradients started at, which may have been chosen.
+        first: What was found first: of the candidates, or by gradients.
+        last: What was found last: by gradients, or of the candidates.
+        angle: Degrees between the best noise and that of ``seed``.
         images: [3, H, W] uint8 by name: initial, best and step-NNN.
     """
 
     sample: Sample
     seed: int
-    z: Tensor
-    q: Tensor | None
-    losses: list[float]
-    scores: dict[str, list[float]]
-    first: dict[str, float]
-    best_step: int
+    first: Solved[Sample]
+    last: Solved[Sample]
     angle: float
     images: dict[str, Tensor]
 
     @property
+    def index(self) -> int:
+        """The sample's place in the run."""
+        return self.sample.index
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The best noise "z", [C, h, w] float32, and "q", its rotation, if there is one."""
+        return self.last.tensors
+
+    @property
+    def initial(self) -> dict[str, float]:
+        """Every reward's score of the base noise, and their weighted sum as "total"."""
+        return {name: curve[0] for name, curve in self.first.scores.items()}
+
+    @property
     def best(self) -> dict[str, float]:
         """Scores of the best noise, and their weighted sum."""
-        return {name: curve[self.best_step] for name, curve in self.scores.items()}
+        return {name: curve[self.last.best_step] for name, curve in self.last.scores.items()}
 
     @property
     def is_finite(self) -> bool:
         """Whether no score was NaN or infinite."""
-        return all(map(math.isfinite, [*self.losses, *self.first.values()]))
+        return self.last.is_finite and all(map(math.isfinite, self.initial.values()))
 
 
 class RewardSearch:
@@ -108,6 +119,23 @@ class RewardSearch:
         self.side = resolution or generator.image_size
         self.save_steps = tuple(save_steps)
         self.on_evaluations = on_evaluations
+        self._objective = RewardObjective(generator, rewards, options)
+        self._draws = self._solver(self._draw, drawing(options.draws))
+        self._moves = self._solver(self._move, options)
+
+    def _solver(
+        self, start: Callable[[Sequence[Sample]], Search], options: SearchOptions
+    ) -> Solver[Sample]:
+        return Solver(
+            start,
+            options,
+            sys.maxsize,  # a batch is what ``solve`` is given
+            fixed_size=self.generator.is_compiled,
+            of="image",
+            advice="use --checkpointing full, --decoder_tiling, --decoder_id or a smaller "
+            "--resolution",
+            on_evaluations=lambda count: self.on_evaluations(count),
+        )
 
     def solve(self, samples: Sequence[Sample]) -> list[Optimized]:
         """The best noise of every sample; smaller batches where memory runs out.
@@ -115,68 +143,44 @@ class RewardSearch:
         Raises:
             UserError: If not even one sample fits into memory.
         """
-        try:
-            return self._solve(samples)
-        except torch.OutOfMemoryError:
-            if len(samples) == 1:
-                raise UserError(
-                    "out of memory with a single image; use --checkpointing full, "
-                    "--decoder_tiling, --decoder_id or a smaller --resolution"
-                ) from None
-        if self.generator.device.type == "cuda":
-            torch.cuda.empty_cache()
-        middle = (len(samples) + 1) // 2
-        return [*self.solve(samples[:middle]), *self.solve(samples[middle:])]
+        first: list[Solved[Sample]] = []
+        starts = [*samples]
+        if self.options.choice:
+            first = _in_order(self._draws.solve([samples]))
+            starts = [
+                dataclasses.replace(one.item, seed=self._seed_of(one.item, one.best_step))
+                for one in first
+            ]
+        last = _in_order(self._moves.solve([starts])) if self.options.mover else first
+        return [
+            self._optimized(sample, start.seed, one, other)
+            for sample, start, one, other in zip(samples, starts, first or last, last, strict=True)
+        ]
 
-    def _solve(self, samples: Sequence[Sample]) -> list[Optimized]:
-        problem = self.problem(samples)
-        seeds = [sample.seed for sample in samples]
-        first = None
-        if self.options.draws > 1:
-            first, chosen = self._draw(samples, problem)
-            seeds = [self._seed(s, k) for s, k in zip(samples, chosen, strict=True)]
-            problem = dataclasses.replace(problem, eps=self._noises(seeds))
-        if not self.options.gradient_steps:
-            if first is None:
-                first, _ = self._draw(samples, problem)
-            return self._found(samples, seeds, problem.eps, problem.eps, None, first, first)
-        objective = self.objective(samples)
-        search = self.start(problem, objective)
-        for step in range(self.options.gradient_steps + 1):
-            search.advance(is_last=step == self.options.gradient_steps)
-            self.on_evaluations(len(samples))
-        result = search.result()
-        return self._found(
-            samples, seeds, problem.eps, result.z, result.q, first or objective, objective
+    def start(self, samples: Sequence[Sample]) -> Search:
+        """The search for ``samples``: by gradients, or among candidates where there are none."""
+        return (self._move if self.options.mover else self._draw)(samples)
+
+    def _draw(self, samples: Sequence[Sample]) -> Search:
+        """The candidates of ``samples``; the first ones are the base noises."""
+
+        def draw(k: int) -> Tensor:
+            return self._noises([self._seed_of(sample, k) for sample in samples])
+
+        return best_of_n(
+            self._problem(samples), self._objective, draw, self.options.draws, images_at=[0]
         )
 
-    def problem(self, samples: Sequence[Sample]) -> Problem:
-        """Base noises and prompts of ``samples``; there is no target, so the noises stand there."""
+    def _move(self, samples: Sequence[Sample]) -> Search:
+        problem, images_at = self._problem(samples), {0, *self.save_steps}
+        return Search(problem, self.options, self._objective, images_at=[*images_at])
+
+    def _problem(self, samples: Sequence[Sample]) -> Problem:
+        prompts = [sample.prompt for sample in samples]
         eps = self._noises([sample.seed for sample in samples])
-        prompts = self.generator.encode_prompts([sample.prompt for sample in samples])
-        return Problem(eps, prompts, latents=eps)
+        return Problem(eps, self.generator.encode_prompts(prompts), prompts)
 
-    def objective(self, samples: Sequence[Sample]) -> Objective:
-        """The loss of ``samples``."""
-        prompts = [sample.prompt for sample in samples]
-        return Objective(self.generator, self.rewards, self.options, prompts, self.save_steps)
-
-    def start(self, problem: Problem, objective: Objective) -> Search:
-        """The search by gradients."""
-        return Search(problem, self.options, objective)
-
-    @torch.no_grad()
-    def _draw(self, samples: Sequence[Sample], problem: Problem) -> tuple[Objective, list[int]]:
-        """All candidates of all samples, and which is best."""
-        prompts = [sample.prompt for sample in samples]
-        objective = Objective(self.generator, self.rewards, self.options, prompts)
-        for k in range(self.options.draws):
-            eps = self._noises([self._seed(sample, k) for sample in samples])
-            objective(eps, dataclasses.replace(problem, eps=eps))
-            self.on_evaluations(len(samples))
-        return objective, objective.losses.nan_to_num(math.inf).argmin(0).tolist()
-
-    def _seed(self, sample: Sample, k: int) -> int:
+    def _seed_of(self, sample: Sample, k: int) -> int:
         """Of candidate ``k``; the first is the base noise."""
         return derived_seed(sample.seed, "candidate", k) if k else sample.seed
 
@@ -188,42 +192,15 @@ class RewardSearch:
     def _noises(self, seeds: Sequence[int]) -> Tensor:
         return gaussian(seeds, self.noise_shape).to(self.generator.device)
 
-    def _found(
-        self,
-        samples: Sequence[Sample],
-        seeds: Sequence[int],
-        eps: Tensor,
-        z: Tensor,
-        q: Tensor | None,
-        first: Objective,
-        last: Objective,
-    ) -> list[Optimized]:
-        """Results on the CPU; waits for the device."""
-        losses, scores = last.losses.T.tolist(), _curves(last.scores())
-        initial = _curves({name: curve[:1] for name, curve in first.scores().items()})
-        angles = angles_between(eps.double(), z.double()).tolist()
-        best_step = last.losses.nan_to_num(math.inf).argmin(0).tolist()
-        kept = {f"step-{k:03d}": x for k, x in last.images.items() if k in self.save_steps}
-        assert last.best_images is not None
-        images = {"initial": first.images[0], "best": last.best_images, **kept}
-        z, images = z.cpu(), {name: batch.cpu() for name, batch in images.items()}
-        q = None if q is None else q.cpu()
-        return [
-            Optimized(
-                sample,
-                seeds[k],
-                z[k],
-                None if q is None else q[k],
-                losses[k],
-                {name: rows[k] for name, rows in scores.items()},
-                {name: rows[k][0] for name, rows in initial.items()},
-                best_step[k],
-                angles[k],
-                {name: batch[k] for name, batch in images.items()},
-            )
-            for k, sample in enumerate(samples)
-        ]
+    def _optimized(
+        self, sample: Sample, seed: int, first: Solved[Sample], last: Solved[Sample]
+    ) -> Optimized:
+        noises = gaussian([seed], self.noise_shape).double(), last.z[None].double()
+        kept = {f"step-{k:03d}": last.images[k] for k in self.save_steps if k in last.images}
+        assert last.best_image is not None
+        images = {"initial": first.images[0], "best": last.best_image, **kept}
+        return Optimized(sample, seed, first, last, angles_between(*noises).item(), images)
 
 
-def _curves(scores: dict[str, Tensor]) -> dict[str, list[list[float]]]:
-    return {name: values.T.tolist() for name, values in scores.items()}
+def _in_order(parts: Iterable[Sequence[Solved[Sample]]]) -> list[Solved[Sample]]:
+    return sorted((one for part in parts for one in part), key=lambda one: one.index)

@@ -15,7 +15,7 @@ from oneshot_fast.data.pairs import read_manifest
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.generators.toy import ToyGenerator
-from oneshot_fast.jobs.assign.objective import assign_batch
+from oneshot_fast.jobs.assign.objective import MatchingObjective
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.assign.targets import Preparer, problem_of
@@ -25,6 +25,7 @@ from oneshot_fast.recipes.study.cells import Cell, cells
 from oneshot_fast.recipes.study.subjects import Subject
 from oneshot_fast.runtime.files import read_json, write_json
 from oneshot_fast.runtime.seeds import derived_seed
+from oneshot_fast.search.gradient import Search
 
 _KEPT = ("mean noise", "mean patch", "patch covariance", "nearest noises")
 RECONSTRUCTION = AssignOptions(steps=20, sphere_optimizer="adam")
@@ -143,9 +144,7 @@ def curve(
         generator, TargetImages(generator), seed=0, resize_mode="crop", needs_images=False
     )
     problem = problem_of(preparer.prepare([*enumerate(records)])[0])
-    losses = assign_batch(
-        generator, problem.eps, problem.prompts, problem.latents, None, options
-    ).losses
+    losses = Search(problem, options, MatchingObjective(generator, options)).run().losses
     return losses.cummin(0).values.mean(1).tolist()
 
 

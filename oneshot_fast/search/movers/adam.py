@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]  # a row per search
+from oneshot_fast.search.movers.mover import State
+
 BETA1, BETA2 = 0.9, 0.999
 # Adam's: the root mean square of a target's first gradient is 1, so that the scale of its loss does
 # not matter, and what rounding leaves of an element that is 0 does not move it

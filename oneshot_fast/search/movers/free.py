@@ -8,17 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oneshot_fast.search.movers.adam import State, at_rest, direction, moments, per_row
+from oneshot_fast.search.movers.adam import at_rest, direction, moments, per_row
+from oneshot_fast.search.movers.mover import Mover, State
 from oneshot_fast.search.movers.sphere import within_angle_of
 
 _MOMENTUM, _CLIP = 0.9, 0.1
 
 
-class Free:
+class Free(Mover):
     """The noise itself moves, by Adam (Kingma and Ba 2015, arXiv 1412.6980)."""
 
     first_step = 0.3
-    adapts = True
 
     def __init__(self, max_angle: float | None = None) -> None:
         """Bound the direction of the noise; its norm stays free.
@@ -35,10 +35,6 @@ class Free:
     def noise(self, eps: Tensor, point: Tensor) -> Tensor:
         """The point itself, [B, C, h, w]."""
         return point
-
-    def rotation(self, point: Tensor) -> Tensor | None:
-        """None: there is no rotation."""
-        return None
 
     def move(
         self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oneshot_fast.search.movers.adam import TINY, State, per_row, scaled
+from oneshot_fast.search.movers.adam import TINY, per_row, scaled
+from oneshot_fast.search.movers.mover import State
 from oneshot_fast.search.movers.sphere import Sphere, tangent
 
 _PAIRS = 20  # steps and changes of the gradient that are remembered

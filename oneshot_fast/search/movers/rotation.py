@@ -11,23 +11,22 @@ from oneshot_fast.ops.rotation_step import rotation_step
 from oneshot_fast.search.movers.adam import (
     EPS,
     TINY,
-    State,
     at_rest,
     direction,
     moments,
     per_row,
     scaled,
 )
+from oneshot_fast.search.movers.mover import Mover, State
 
 
-class Rotation:
+class Rotation(Mover):
     """Every patch is turned by one matrix q, or one per tile: Riemannian Adam on q itself.
 
     See ``ops.rotation_step`` for the formulas and their sources.
     """
 
     first_step = 0.3
-    adapts = True
 
     def __init__(self, patch_size: int, groups: int = 1, max_angle: float | None = None) -> None:
         """Bind the patches.

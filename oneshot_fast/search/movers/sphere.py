@@ -7,18 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from oneshot_fast.search.movers.adam import (
-    TINY,
-    State,
-    at_rest,
-    direction,
-    moments,
-)
+from oneshot_fast.search.movers.adam import TINY, at_rest, direction, moments
+from oneshot_fast.search.movers.mover import Mover, State
 
 _LONGEST = 1.0  # radians that no step of a sphere exceeds
 
 
-class Sphere:
+class Sphere(Mover):
     """The noise moves freely on the sphere of its base noise's norm: Riemannian Adam on the sphere.
 
     With ``white``, on a product of spheres instead: every block of 16 or more neighbouring
@@ -28,7 +23,6 @@ class Sphere:
     """
 
     first_step = 0.7
-    adapts = True
 
     def __init__(self, max_angle: float | None = None, white: bool = False) -> None:
         """Choose the manifold.
@@ -61,10 +55,6 @@ class Sphere:
         c, p, r = _block_sides(C, h, w)
         parts = point.view(B, C // c, h // p, w // r, c, p, r).permute(0, 1, 4, 2, 5, 3, 6)
         return _cosines(h, eps).mT @ parts.reshape(eps.shape) @ _cosines(w, eps)
-
-    def rotation(self, point: Tensor) -> Tensor | None:
-        """None: no rotation of patches makes these noises."""
-        return None
 
     def move(
         self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor

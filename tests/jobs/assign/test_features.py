@@ -19,13 +19,13 @@ from oneshot_fast.errors import UserError
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.candidates import Chooser
-from oneshot_fast.jobs.assign.objective import objective
+from oneshot_fast.jobs.assign.objective import MatchingObjective
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.plan import assign_plan, assignment_memory
+from oneshot_fast.jobs.assign.search import TargetSearch
 from oneshot_fast.jobs.assign.targets import Preparer, Target, problem_of
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.runtime.seeds import gaussian
-from oneshot_fast.search.solver import Solver
 
 ROWS = AssignOptions(
     steps=4, latent_loss_weight=0.0, feature_weight=3.0, features="python:feature_samples.rows"
@@ -64,9 +64,10 @@ def test_the_loss_is_a_weighted_sum_of_all_distances(tiny: Generator, small_data
     single = []
     for name in parts:
         weights = {other: parts[other] if other == name else 0.0 for other in parts}
-        single.append(objective(tiny, dataclasses.replace(ROWS, **weights), problem.eps, problem))
+        alone = MatchingObjective(tiny, dataclasses.replace(ROWS, **weights))
+        single.append(alone(problem.eps, problem).loss)
     torch.testing.assert_close(
-        objective(tiny, both, problem.eps, problem), torch.stack(single).sum(0)
+        MatchingObjective(tiny, both)(problem.eps, problem).loss, torch.stack(single).sum(0)
     )
     assert all((loss > 1e-4).all() for loss in single)
 
@@ -77,7 +78,7 @@ def test_search_finds_the_candidate_nearest_in_features(
     options = dataclasses.replace(ROWS, method="best_of_n", candidates=6)
     chooser = Chooser(tiny, options, 0)
     for before, after in zip(targets, chooser.choose(targets), strict=True):
-        seeds = [chooser._seeds([before], k)[0] for k in range(6)]
+        seeds = [chooser._seed_of(before, k) for k in range(6)]
         known = [distance(tiny, before, gaussian([s], before.eps.shape)[0]) for s in seeds]
         assert after.seed == seeds[known.index(min(known))]
         assert after.first_loss == pytest.approx(3 * known[0], rel=1e-3)
@@ -100,11 +101,11 @@ def test_gradients_go_through_the_features(
 ) -> None:
     """With more targets than places on the device, which others take over."""
     options = dataclasses.replace(ROWS, method=method, stop_loss=1e-9)
-    found = [s for part in Solver(tiny, options, 4).solve([targets]) for s in part]
-    assert sorted(s.target.index for s in found) == [0, 1, 2, 3, 4, 5]
+    found = [s for part in TargetSearch(tiny, options, batch_size=4).solve([targets]) for s in part]
+    assert sorted(s.item.index for s in found) == [0, 1, 2, 3, 4, 5]
     for s in found:
-        assert s.losses[0] == pytest.approx(3 * distance(tiny, s.target, s.target.eps), rel=1e-3)
-        assert min(s.losses) == pytest.approx(3 * distance(tiny, s.target, s.z), rel=1e-2)
+        assert s.losses[0] == pytest.approx(3 * distance(tiny, s.item, s.item.eps), rel=1e-3)
+        assert min(s.losses) == pytest.approx(3 * distance(tiny, s.item, s.z), rel=1e-2)
         assert min(s.losses) < 0.9 * s.losses[0]
 
 
@@ -130,7 +131,7 @@ def test_a_function_that_does_not_fit(
     options = dataclasses.replace(ROWS, features=f"python:feature_samples.{name}")
     with pytest.raises(UserError, match=message):
         batch = targets if name in ("one", "counts") else prepare(tiny, small_data, options)[0]
-        [*Solver(tiny, options, 6).solve([batch])]
+        [*TargetSearch(tiny, options, batch_size=6).solve([batch])]
 
 
 def test_one_number_without_a_gradient_can_be_searched_for(

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from assign_samples import NOISE, ROUNDING, batch_of, noises_of, rows_of, same_results
+from assign_samples import NOISE, ROUNDING, assign_batch, batch_of, noises_of, rows_of, same_results
 from safetensors.torch import load_file
 from torch import Tensor
 
 from oneshot_fast.data.pairs import read_manifest, read_pairs
 from oneshot_fast.generators.base import Conditioning, Generator, Prediction
 from oneshot_fast.generators.target_images import TargetImages
-from oneshot_fast.jobs.assign.objective import assign_batch, matching_loss
+from oneshot_fast.jobs.assign.objective import matching_loss
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.runtime.files import read_metadata

@@ -1,0 +1,66 @@
+"""The best of N random noises, by any objective."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from oneshot_fast.search.gradient import Search
+from oneshot_fast.search.movers.mover import Mover, State
+from oneshot_fast.search.options import SearchOptions
+from oneshot_fast.search.problem import Evaluation, Objective, Problem
+
+
+def drawing(count: int) -> SearchOptions:
+    """Options of a search that only draws ``count`` noises."""
+    return SearchOptions(steps=count - 1)
+
+
+def best_of_n(
+    problem: Problem,
+    objective: Objective,
+    draw: Callable[[int], Tensor],
+    count: int,
+    images_at: Sequence[int] = (),
+) -> Search:
+    """A search whose steps are random noises; the loss is the only thing it looks at.
+
+    Args:
+        problem: Its base noises are the first ones.
+        objective: What is lowered; each noise counts as a base noise of its own.
+        draw: Noises [B, C, h, w] number k, from 1.
+        count: Noises in all, N.
+        images_at: Numbers of noises whose images are kept.
+
+    Returns:
+        The search, not begun. ``best_step`` of its result is the number of the best noise.
+    """
+
+    def judge(z: Tensor, problem: Problem) -> Evaluation:
+        return objective(z, dataclasses.replace(problem, eps=z))
+
+    return Search(problem, drawing(count), judge, _Draws(draw), images_at)
+
+
+class _Draws(Mover):
+    """From each noise to the next one drawn; all searches side by side are at the same one."""
+
+    first_step = 0.0
+    differentiates = False
+
+    def __init__(self, draw: Callable[[int], Tensor]) -> None:
+        self._draw, self._drawn = draw, 0
+
+    def start(self, eps: Tensor, at: Tensor | None = None) -> State:
+        return {"point": eps.clone()}
+
+    def noise(self, eps: Tensor, point: Tensor) -> Tensor:
+        return point
+
+    def move(
+        self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
+    ) -> State:
+        self._drawn += 1
+        return {"point": self._draw(self._drawn)}
