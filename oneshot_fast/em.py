@@ -18,6 +18,7 @@ from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.rewards.options import RewardOptions, RewardTrainingOptions
 from oneshot_fast.runtime.options import RunOptions
+from oneshot_fast.runtime.processes import is_main, main_first
 
 if TYPE_CHECKING:
     from oneshot_fast.jobs.em.rewards import RewardEmRun
@@ -74,9 +75,8 @@ def execute(command: EmCommand) -> int:
 
     from oneshot_fast.jobs.em.plan import em_plan
     from oneshot_fast.report.em import print_summary, write_em_report
-    from oneshot_fast.runtime.processes import is_main
 
-    run = run_on_rewards(command, model_id) if by_reward else run_on_targets(command, model_id)
+    run = _on_rewards(command) if by_reward else _on_targets(command)
     if command.dry_run:
         print(em_plan(run))
         return OK
@@ -87,80 +87,72 @@ def execute(command: EmCommand) -> int:
     return SOME_FAILED if summary["failed"] else OK
 
 
-def run_on_targets(command: EmCommand, model_id: str) -> EmRun:
-    """The run without --reward."""
+def _on_targets(command: EmCommand) -> EmRun:
     check_defaults(command.rewards, command.reward_training, needs="--reward")
 
+    from oneshot_fast.embedded.digits import write_default_dataset
     from oneshot_fast.jobs.em.targets import EmRun
 
-    whole = dataclasses.replace(command.data, start_index=0, max_samples=None)
-    with tempfile.TemporaryDirectory() as unused:
-        place = Path(unused) if command.dry_run else command.work_dir / "data"
-        train, heldout = data_roots(command, place)
-        targets = [*command.data.open(train)]
-        others = [] if heldout is None else [*whole.open(heldout)]
-    return EmRun(
-        command.model.load(model_id, master_weights=True),
-        targets,
-        command.work_dir,
-        command.em,
-        heldout=others,
-        resize_mode=command.data.resize_mode,
-        num_images=command.num_images,
-        compare_direct=command.compare_direct,
-        **_common(command),
+    root: str | Path | None = command.data.data_root
+    heldout, whole = (
+        command.heldout_root,
+        dataclasses.replace(command.data, start_index=0, max_samples=None),
     )
+    with tempfile.TemporaryDirectory() as unused:
+        if root is None:
+            place = Path(unused) if command.dry_run else command.work_dir / "data"
+            main_first(lambda: write_default_dataset(place))
+            root, heldout = place / "train", heldout or place / "heldout"
+        return EmRun(
+            data=[*command.data.open(root)],
+            heldout=[*whole.open(heldout)] if heldout else (),
+            resize_mode=command.data.resize_mode,
+            num_images=command.num_images,
+            compare_direct=command.compare_direct,
+            **_more(command),
+        )
 
 
-def data_roots(command: EmCommand, embedded: Path) -> tuple[str | Path, Path | None]:
-    """Pairs and held-out pairs; without data of the user's, digits are written to ``embedded``."""
-    if command.data.data_root is not None:
-        return command.data.data_root, command.heldout_root
-
-    from oneshot_fast.embedded.digits import write_default_dataset
-    from oneshot_fast.runtime.processes import main_first
-
-    main_first(lambda: write_default_dataset(embedded))
-    return embedded / "train", command.heldout_root or embedded / "heldout"
-
-
-def run_on_rewards(command: EmCommand, model_id: str) -> RewardEmRun:
-    """The run with --reward."""
+def _on_rewards(command: EmCommand) -> RewardEmRun:
     options, rewards = command.reward_training, command.rewards
     if options.prompt_file is None:
         raise UserError("with --reward, give --prompt_file FILE")
     options.check(rewards.reward)
-    same = dataclasses.replace(
-        command, data=DataOptions(resolution=command.data.resolution), heldout_root=None,
-        compare_direct=False, num_images=EmCommand.num_images,
-    )  # fmt: skip
+    without_targets = dataclasses.replace(
+        command,
+        data=DataOptions(resolution=command.data.resolution),
+        heldout_root=None,
+        compare_direct=False,
+        num_images=EmCommand.num_images,
+    )
     require(
-        command == same,
+        command == without_targets,
         "--reward takes prompts, no targets; leave data_root, the flags that say how it is read, "
         "heldout_root, compare_direct and num_images out",
     )
     command.em.optimize().check()
-    prompts = read_prompts(options.prompt_file)
+    prompts, more = read_prompts(options.prompt_file), _more(command)
 
     from oneshot_fast.jobs.em.rewards import RewardEmRun
 
-    generator = command.model.load(model_id, master_weights=True)
+    device = more["generator"].device
     return RewardEmRun(
-        generator,
-        prompts,
-        command.work_dir,
-        command.em,
-        rewards=rewards.load(generator.device),
-        judge=rewards.load(generator.device, options.judge) if options.judge else None,
+        prompts=prompts,
+        rewards=rewards.load(device),
+        judge=rewards.load(device, options.judge) if options.judge else None,
         images_per_prompt=options.images_per_prompt,
         names=[*rewards.names, *(f"judge {name}" for name in options.judge)],
-        recompute=rewards.recomputed(generator.device),
-        **_common(command),
+        recompute=rewards.recomputed(device),
+        **more,
     )
 
 
-def _common(command: EmCommand) -> dict[str, Any]:
+def _more(command: EmCommand) -> dict[str, Any]:
+    """Arguments of either run."""
     return {
+        "generator": command.model.load(command.initial_model_id or "tiny", master_weights=True),
+        "folder": command.work_dir,
+        "options": command.em,
         "seed": command.run.seed,
         "resolution": command.data.resolution,
         "eval_samples": command.eval_samples,
