@@ -1,15 +1,18 @@
-"""A generator of a user's own, named on the command line as python:generator_samples.Tinted."""
+"""Generators of a user's own, named on the command line as python:generator_samples.Tinted."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from oneshot_fast.generators.base import Conditioning, Generator, LoadOptions, Prediction
+from oneshot_fast.generators.pipeline import PipelineGenerator
 
 
 class Tinted(Generator):
@@ -69,3 +72,23 @@ class Tinted(Generator):
     def fingerprint(self) -> str:
         weights = self._network.weight.numpy().tobytes()
         return hashlib.sha256(weights).hexdigest()[:16]
+
+
+class OneEncoder(PipelineGenerator):
+    """Of the shape of Stable Diffusion 1.5: one text encoder, and nothing pooled."""
+
+    pipeline = StableDiffusionPipeline
+    parts = ("unet", "vae", "text_encoder")
+
+    def blank_prompts(self, count: int) -> Conditioning:
+        return Conditioning(torch.zeros(count, 77, self.denoiser.config.cross_attention_dim))
+
+    @torch.no_grad()
+    def _encode_prompt(self, prompt: str) -> Conditioning:
+        device = self.pipe.text_encoder.device
+        return Conditioning(self.pipe.encode_prompt(prompt, device, 1, False)[0].cpu())
+
+    def _arguments(
+        self, eps: Tensor, conditioning: Conditioning, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        return {"encoder_hidden_states": conditioning.embeds.to(dtype)}
