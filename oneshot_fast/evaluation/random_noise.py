@@ -119,8 +119,8 @@ class RandomNoiseMeasure:
                 encoding = generator.encode_prompts(self.prompts[part])
                 latents.append(generator.latents(self.eps[part].to(generator.device), encoding))
                 full = generator.decode(latents[-1])
-                found = self.scores(full, self.prompts[part]) if self.scores else {}
-                for name, values in found.items():
+                scored = self.scores(full, self.prompts[part]) if self.scores else {}
+                for name, values in scored.items():
                     scores.setdefault(name, []).append(values)
                 full = full.cpu()
                 shown.append(shrink(full, 128)[: max(0, rows * columns - start)])

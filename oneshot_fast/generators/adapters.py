@@ -35,12 +35,9 @@ def add_adapter(denoiser: Any, rank: int, alpha: float | None, seed: int = 0) ->
 
     if not hasattr(denoiser, "add_adapter"):
         raise UserError("this model takes no adapter; leave --lora_rank out")
+    scale: Any = rank if alpha is None else alpha  # peft computes with floats, though it says int
     config = LoraConfig(
-        r=rank,
-        # peft computes with floats, though it says int
-        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
-        init_lora_weights="gaussian",
-        target_modules=list(TARGETS),
+        r=rank, lora_alpha=scale, init_lora_weights="gaussian", target_modules=list(TARGETS)
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
