@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from oneshot_fast.rewards.base import Setup
 from oneshot_fast.rewards.clip_encoder import VIT_L, CosineReward, load_clip
 
@@ -12,8 +14,10 @@ class ClipReward(CosineReward):
     Radford et al. 2021, arXiv 2103.00020. By default ViT-L/14.
     """
 
+    model: ClassVar = VIT_L
+
     @classmethod
     def load(cls, name: str, setup: Setup) -> ClipReward:
-        """The reward with the CLIPModel in CLIP-ViT-L-14."""
-        encoder = load_clip(setup, VIT_L)
+        """The reward with the CLIPModel in the folder ``model``."""
+        encoder = load_clip(setup, cls.model)
         return cls(name, encoder, encoder.scale)

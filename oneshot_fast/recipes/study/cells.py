@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.recipes.study.subjects import SubjectRecipe
@@ -71,19 +71,11 @@ def cells(recipe: SubjectRecipe, quick: bool) -> list[Cell]:
 
 
 def _by_gradients(recipe: SubjectRecipe) -> Iterator[Cell]:
-    def options(method: str, **changes: object) -> AssignOptions:
-        plain = AssignOptions(
-            method=method,
-            steps=_STEPS,
-            patch_size=recipe.patch_size,
-            sphere_optimizer="adam",
-        )
-        return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
-
-    yield Cell("direct SFT, preserve", None, preserve=0.5)
-    usual = dataclasses.replace(
-        options("rotation"), rotation_optimizer="raw_adam", lr=recipe.usual_step
+    options = partial(
+        AssignOptions, steps=_STEPS, patch_size=recipe.patch_size, sphere_optimizer="adam"
     )
+    yield Cell("direct SFT, preserve", None, preserve=0.5)
+    usual = options("rotation", rotation_optimizer="raw_adam", lr=recipe.usual_step)
     yield Cell("rotation, usual lr", usual)
     yield Cell("rotation", options("rotation"))
     if recipe.tiles > 1:
@@ -94,27 +86,24 @@ def _by_gradients(recipe: SubjectRecipe) -> Iterator[Cell]:
     yield Cell("sphere, 10 steps", options("sphere", steps=10))
     for angle in (0.2, 0.4, 0.6, 0.8):
         yield Cell(f"sphere, {angle} rad", options("sphere", max_angle=angle))
-    newton = options("sphere", sphere_optimizer="lbfgs")
-    yield Cell("sphere, L-BFGS", newton)
-    yield Cell("sphere, L-BFGS, 0.6 rad", dataclasses.replace(newton, max_angle=0.6))
+    newton = partial(options, "sphere", sphere_optimizer="lbfgs")
+    yield Cell("sphere, L-BFGS", newton())
+    yield Cell("sphere, L-BFGS, 0.6 rad", newton(max_angle=0.6))
     both = options("best_of_n+sphere", candidates=32, steps=10, max_angle=0.3)
     yield Cell("search 32, then sphere 0.3 rad", both)
     yield Cell("EM, sphere 0.4 rad, 3 cycles", options("sphere", steps=10, max_angle=0.4), 3)
 
 
 def _by_choice() -> Iterator[Cell]:
-    def options(method: str, candidates: int, **changes: object) -> AssignOptions:
-        plain = AssignOptions(method=method, candidates=candidates)
-        return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
-
+    best_of, pool = (partial(AssignOptions, method) for method in ("best_of_n", "pool"))
     for count in (8, 32, 96):
-        yield Cell(f"search {count}", options("best_of_n", count))
-    yield Cell("search 32, preserve", options("best_of_n", 32), preserve=0.5)
+        yield Cell(f"search {count}", best_of(count))
+    yield Cell("search 32, preserve", best_of(32), preserve=0.5)
     for count in (8, 32):
-        yield Cell(f"pool {count}", options("pool", count))
-    yield Cell("pool 32, nearest", options("pool", 32, pool_matching="nearest"))
-    yield Cell("EM, search 8, 6 cycles", options("best_of_n", 8), 6)
-    yield Cell("EM, search 8, 6 cycles, same noise", options("best_of_n", 8), 6, new_noise=False)
-    yield Cell("EM, pool 8, 6 cycles", options("pool", 8), 6)
-    yield Cell("EM, pool 16, 6 cycles", options("pool", 16), 6)
-    yield Cell("EM, pool 8, 6 cycles, preserve", options("pool", 8), 6, preserve=0.5)
+        yield Cell(f"pool {count}", pool(count))
+    yield Cell("pool 32, nearest", pool(32, pool_matching="nearest"))
+    yield Cell("EM, search 8, 6 cycles", best_of(8), 6)
+    yield Cell("EM, search 8, 6 cycles, same noise", best_of(8), 6, new_noise=False)
+    yield Cell("EM, pool 8, 6 cycles", pool(8), 6)
+    yield Cell("EM, pool 16, 6 cycles", pool(16), 6)
+    yield Cell("EM, pool 8, 6 cycles, preserve", pool(8), 6, preserve=0.5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -151,7 +150,6 @@ def curve(
 def speeds(subject: Subject, steps: int, count: int) -> dict[str, list[float]]:
     """Loss curves of the gradient methods: at several fixed step sizes and with ``lr auto``."""
     recipe = subject.recipe
-    plain = AssignOptions(steps=steps, patch_size=recipe.patch_size)
     methods: dict[str, dict[str, Any]] = {
         "rotation, raw Adam": {"method": "rotation", "rotation_optimizer": "raw_adam"},
         "rotation, Riemannian": {"method": "rotation"},
@@ -162,16 +160,15 @@ def speeds(subject: Subject, steps: int, count: int) -> dict[str, list[float]]:
     }
     if recipe.tiles > 1:
         for tiles in (2, recipe.tiles):
-            changes = {"method": "rotation", "rotation_groups": tiles}
-            methods[f"rotation, Riemannian, {tiles} x {tiles} tiles"] = changes
+            name = f"rotation, Riemannian, {tiles} x {tiles} tiles"
+            methods[name] = {"method": "rotation", "rotation_groups": tiles}
     base, found = subject.base(), {}
     for name, changes in methods.items():
         rates: list[float | str] = [0.05, 0.1, 0.2, 0.4, 0.8, "auto"]
         if "raw" in name:
             rates.insert(0, recipe.usual_step)
         for lr in rates:
-            settings: dict[str, Any] = {"lr": lr, **changes}
-            options = dataclasses.replace(plain, **settings)
+            options = AssignOptions(steps=steps, patch_size=recipe.patch_size, lr=lr, **changes)
             label = "usual" if lr == recipe.usual_step else lr
             found[f"{name} | {label}"] = curve(subject, base, options, subject.records[:count])
     return found
