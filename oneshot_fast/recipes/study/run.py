@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -164,7 +164,7 @@ def speeds(subject: Subject, steps: int, count: int) -> dict[str, list[float]]:
             methods[name] = {"method": "rotation", "rotation_groups": tiles}
     base, found = subject.base(), {}
     for name, changes in methods.items():
-        rates: list[float | str] = [0.05, 0.1, 0.2, 0.4, 0.8, "auto"]
+        rates: list[float | Literal["auto"]] = [0.05, 0.1, 0.2, 0.4, 0.8, "auto"]
         if "raw" in name:
             rates.insert(0, recipe.usual_step)
         for lr in rates:
