@@ -18,10 +18,10 @@ import sys
 from pathlib import Path
 
 from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.rewards import RewardRun
 from oneshot_fast.report.rewards import draw_histories, history
 from oneshot_fast.rewards import load_rewards
-from oneshot_fast.training.batch import SftOptions
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = [f"a handwritten digit {digit}" for digit in DIGITS]
@@ -49,14 +49,15 @@ def main(
         place = Path(folder) / f"preserve-{weight:g}"
         run = RewardRun(
             load_generator("tiny", master_weights=True),
-            load_rewards(["thickness:0.2"]),
+            PROMPTS,
             place,
             options,
+            rewards=load_rewards(["thickness:0.2"]),
             judge=load_rewards(["digit"]),
             images_per_prompt=images_per_prompt,
             eval_samples=eval_samples,
         )
-        run.run(PROMPTS)
+        run.run()
         histories[name] = rows = history(place)
         first, last = rows[0], rows[-1]
         print(

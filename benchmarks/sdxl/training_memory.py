@@ -18,9 +18,9 @@ from oneshot_fast.generators.decoder import Decoder
 from oneshot_fast.generators.sdxl import SdxlGenerator
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.plan import assignment_memory
+from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.plan import training_memory
 from oneshot_fast.planning.memory import StepMemory
-from oneshot_fast.training.batch import SftOptions
 
 RESOLUTION = 512
 LATENT_ONLY = {"batch_size": 1, "preserve_pixel_weight": 0.0, "gradient_checkpointing": True}

@@ -20,10 +20,10 @@ from oneshot_fast.generators.sdxl import SdxlGenerator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
+from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime.files import write_jsonl, write_safetensors
 from oneshot_fast.runtime.seeds import gaussian
-from oneshot_fast.training.batch import SftOptions
 
 
 class Bench:
@@ -145,7 +145,7 @@ class Bench:
         pairs, _ = read_manifest(self._manifest(generator))
         targets, folder = TargetImages(generator, self.side), self._fresh("sft")
         with Clock(self.config.device) as clock:
-            summary = SftRun(generator, targets, folder, options).run(pairs[:steps])
+            summary = SftRun(generator, pairs[:steps], folder, options, targets=targets).run()
         once = clock.seconds - summary["seconds"]
         return {"seconds": summary["seconds"], "once": once, "steps": summary["steps"]} | {
             "loss": summary["matched_loss_after"]

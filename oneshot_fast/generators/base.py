@@ -146,6 +146,12 @@ class Generator(ABC):
         """What is trained: an nn.Module with diffusers' ``dtype`` and gradient checkpointing."""
 
     @property
+    def module(self) -> nn.Module:
+        """The denoiser, by the name that all trainees have for what is trained."""
+        module: nn.Module = self.denoiser
+        return module
+
+    @property
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:
         """All networks by name; the first is the denoiser."""
@@ -310,7 +316,7 @@ class Generator(ABC):
         """Write the whole model to ``folder``, atomically."""
 
     @abstractmethod
-    def load_denoiser(self, folder: Path) -> None:
+    def load_weights(self, folder: Path) -> None:
         """Take over the denoiser's weights from a folder of ``save``."""
 
     def save_adapter(self, weights: Mapping[str, Tensor], folder: Path) -> None:

@@ -317,7 +317,7 @@ class PipelineGenerator(Generator):
         with write_folder(folder) as temporary:
             self.pipe.save_pretrained(temporary, safe_serialization=True)
 
-    def load_denoiser(self, folder: Path) -> None:
+    def load_weights(self, folder: Path) -> None:
         """Take over the denoiser's weights from a pipeline folder of ``save``."""
         trained = type(self.denoiser).from_pretrained(folder, subfolder=self.parts[0])
         self.denoiser.load_state_dict(trained.state_dict())

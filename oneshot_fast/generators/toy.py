@@ -129,7 +129,7 @@ class ToyGenerator(Generator):
             if self.classifier is not None:
                 save_file(self.classifier.state_dict(), temporary / "classifier.safetensors")
 
-    def load_denoiser(self, folder: Path) -> None:
+    def load_weights(self, folder: Path) -> None:
         """Take over the weights of a folder of ``save``."""
         self._network.load_state_dict(load_file(folder / "model.safetensors"))
 
@@ -149,7 +149,7 @@ class ToyGenerator(Generator):
             sizes = found["image_size"], (C, h, w), found["width"]
             config = ToyConfig(tuple(found["prompts"]), *sizes)
             generator = cls(config)
-            generator.load_denoiser(folder)
+            generator.load_weights(folder)
             generator.denoiser.to(options.device)
             judge = folder / "classifier.safetensors"
             if judge.exists():

@@ -1,45 +1,46 @@
-"""What a training leaves for others: whole pipelines, adapters, and some on the way."""
+"""What a training leaves: a state to resume from, whole pipelines, adapters, some on the way."""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from oneshot_fast.generators.adapters import merge_adapter
-from oneshot_fast.runtime.files import TEMPORARY
+from oneshot_fast.runtime.files import TEMPORARY, read_metadata, write_safetensors
 from oneshot_fast.runtime.processes import is_main
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
-    from oneshot_fast.training.trainer import Trainer
+from oneshot_fast.training.trainer import Trainer, below
 
 _STEP = re.compile(r"checkpoint-(\d+)")
 
 
-class Checkpoints:
-    """The checkpoints of one run, written by the main process.
+STUDENT = "student"  # whose files lie in the run's own folder, under their plain names
 
-    A training of all weights leaves pipelines: checkpoint-best, checkpoint-final. That of an
-    adapter leaves adapters, lora-best and lora-final, for the generator it began with, and the
-    pipeline checkpoint-final that has lora-final merged in. On the way there is checkpoint-<step>
-    after an epoch, a pipeline or an adapter.
+
+class Checkpoints:
+    """The checkpoints of one trainee, written by the main process.
+
+    A training of all weights leaves what the trainee saves, for a generator pipelines:
+    checkpoint-best, checkpoint-final. That of an adapter leaves adapters, lora-best and lora-final,
+    for the generator it began with, and the pipeline checkpoint-final that has lora-final merged
+    in. On the way there is checkpoint-<step> after an epoch, of either kind.
     """
 
-    def __init__(self, generator: Generator, folder: Path, keep: int = 0) -> None:
+    def __init__(self, folder: Path, keep: int = 0) -> None:
         """Describe what is kept.
 
         Args:
-            generator: The trained generator.
             folder: Where the checkpoints are.
             keep: How many of those on the way; the oldest go first.
         """
-        self._generator, self._folder, self._keep = generator, folder, keep
+        self._folder, self._keep = folder, keep
 
     def intermediate(self) -> list[str]:
         """Names of the checkpoints on the way, oldest first; half-written ones count."""
@@ -52,45 +53,63 @@ class Checkpoints:
             return
         path = self._folder / f"checkpoint-{trainer.step}"
         if trainer.options.lora_rank:
-            self._generator.save_adapter(trainer.final(), path)
+            trainer.trainee.save_adapter(trainer.final(), path)
         else:
             with ended(trainer):
-                self._generator.save(path)
+                trainer.trainee.save(path)
         for name in self.intermediate()[: -self._keep]:
             doomed = self._folder / (TEMPORARY + name)  # a kill leaves nothing half removed
             shutil.rmtree(doomed, ignore_errors=True)
             (self._folder / name).rename(doomed)
             shutil.rmtree(doomed)
 
-    def finish(self, trainer: Trainer, dtype: torch.dtype) -> None:
-        """Write the best and the final weights; the generator ends with the final ones, frozen.
-
-        Args:
-            trainer: The finished training.
-            dtype: Type that the weights have afterwards.
-        """
-        generator, unet, home = self._generator, self._generator.denoiser, self._generator.device
+    def finish(self, trainer: Trainer) -> None:
+        """Write the best and the final weights; the trainee ends with the final ones, frozen."""
+        trainee, module = trainer.trainee, trainer.trainee.module
+        home = next(module.parameters()).device
         final = {name: p.clone() for name, p in trainer.final().items()}
         if trainer.options.lora_rank:
             if is_main():
-                generator.save_adapter(trainer.best, self._folder / "lora-best")
-                generator.save_adapter(final, self._folder / "lora-final")
+                trainee.save_adapter(trainer.best, self._folder / "lora-best")
+                trainee.save_adapter(final, self._folder / "lora-final")
             trainer.load_weights(final)
             # in full precision, for which a GPU that holds the rounded weights may be too small
-            merge_adapter(unet.to("cpu", torch.float32))
+            merge_adapter(module.to("cpu", torch.float32))
         else:
             if is_main():
                 trainer.load_weights(trainer.best)
-                generator.save(self._folder / "checkpoint-best")
+                trainee.save(self._folder / "checkpoint-best")
             trainer.load_weights(final)
         if is_main():
-            generator.save(self._folder / "checkpoint-final")
-        unet.requires_grad_(False).to(home, dtype)
+            trainee.save(self._folder / "checkpoint-final")
+        module.requires_grad_(False).to(home, trainer.initial_dtype)
+
+
+def save_state(path: Path, trainers: Mapping[str, Trainer]) -> None:
+    """Write the states of all trainers to one file, atomically, for ``load_state``."""
+    tensors, positions = dict[str, Tensor](), dict[str, Any]()
+    for name, trainer in trainers.items():
+        found, position = trainer.state()
+        tensors |= {_prefix(name) + key: tensor for key, tensor in found.items()}
+        positions[_prefix(name) + "position"] = position
+    write_safetensors(path, tensors, positions)
+
+
+def load_state(path: Path, trainers: Mapping[str, Trainer]) -> None:
+    """Let all trainers continue from a file of ``save_state``."""
+    tensors = load_file(path)
+    for name, trainer in trainers.items():
+        prefix = _prefix(name)
+        trainer.resume(below(tensors, prefix), read_metadata(path, prefix + "position"))
+
+
+def _prefix(name: str) -> str:
+    return "" if name == STUDENT else f"{name}:"
 
 
 @contextmanager
 def ended(trainer: Trainer) -> Iterator[None]:
-    """The UNet has, for a while, the weights that the training would end with now."""
+    """The module has, for a while, the weights that the training would end with now."""
     if trainer.ema is None:
         yield
         return

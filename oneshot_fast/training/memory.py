@@ -1,7 +1,9 @@
-"""Activations that the backward pass recomputes, so that the forward pass need not keep them."""
+"""Memory that a training can do without: activations are recomputed, networks wait on the CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 if TYPE_CHECKING:
-    from oneshot_fast.training.batch import SftOptions
+    from oneshot_fast.generators.base import Generator
+    from oneshot_fast.training.options import TrainOptions
 
 _COSTLY = (
     "convolution",
@@ -24,12 +27,12 @@ _COSTLY = (
 )  # aten ops whose results selective checkpointing keeps
 
 
-def checkpoint_activations(unet: Any, options: SftOptions) -> None:
-    """Let ``unet``, of diffusers or with the same method, recompute what ``options`` say."""
+def checkpoint_activations(module: Any, options: TrainOptions) -> None:
+    """Let ``module``, of diffusers or with the same method, recompute what ``options`` say."""
     if options.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        module.enable_gradient_checkpointing()
     elif options.selective_checkpointing:
-        unet.enable_gradient_checkpointing(_run_selectively)
+        module.enable_gradient_checkpointing(_run_selectively)
 
 
 def _run_selectively(module: nn.Module, *args: Any) -> Any:
@@ -43,3 +46,32 @@ def _run_selectively(module: nn.Module, *args: Any) -> Any:
         context_fn=contexts,
         preserve_rng_state=False,  # nothing here is random: the networks have no dropout
     )
+
+
+def offloads_by_default(generator: Generator) -> bool:
+    """Whether there is memory to free: on a GPU."""
+    return generator.device.type != "cpu"
+
+
+@contextmanager
+def offloaded(
+    generator: Generator, keep_decoder: bool, device: str | torch.device = "cpu"
+) -> Iterator[None]:
+    """Keep text encoders and image encoder on ``device``; they still encode, there.
+
+    Args:
+        generator: Its denoiser stays where it is.
+        keep_decoder: Leave the VAE's decoder where it is, too.
+        device: Where the others wait.
+    """
+    home = generator.device
+    parts = [module for part in generator.encoders(keep_decoder).values() for module in part]
+    try:
+        for module in parts:
+            module.to(device)
+        if home.type == "cuda":
+            torch.cuda.empty_cache()
+        yield
+    finally:
+        for module in parts:
+            module.to(home)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from oneshot_fast.errors import UserError
 from oneshot_fast.runtime.seeds import derived_seed
-from oneshot_fast.training.batch import SftOptions
+from oneshot_fast.training.options import TrainOptions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -22,7 +22,7 @@ class WeightOptimizer:
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], options: SftOptions, seed: int = 0
+        self, parameters: dict[str, nn.Parameter], options: TrainOptions, seed: int = 0
     ) -> None:
         """Make the optimiser.
 
@@ -144,7 +144,7 @@ class WeightOptimizer:
         ]
 
 
-def _make_optimizer(parameters: list[nn.Parameter], options: SftOptions) -> torch.optim.Optimizer:
+def _make_optimizer(parameters: list[nn.Parameter], options: TrainOptions) -> torch.optim.Optimizer:
     if options.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
     try:

@@ -1,6 +1,6 @@
 """A training into one folder: it resumes exactly, and leaves checkpoints.
 
-What it learns from is said by a subclass: matched pairs (sft_run.py), rewards (reward_training.py).
+What it learns from is said by a subclass, as the runs of jobs/sft: matched pairs, rewards.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from oneshot_fast.errors import require
 from oneshot_fast.runtime.concurrency import Interrupts
@@ -21,13 +21,14 @@ from oneshot_fast.runtime.files import read_json, write_json, write_jsonl
 from oneshot_fast.runtime.folder import RunFolder
 from oneshot_fast.runtime.processes import is_main, kept_by_main, processes
 from oneshot_fast.runtime.progress import end_tracking, progress, start_tracking
-from oneshot_fast.runtime.seeds import derived_seed, gaussian
-from oneshot_fast.training.batch import Batch, PreservePool, SftOptions, batches, sft_losses
-from oneshot_fast.training.checkpoints import Checkpoints
-from oneshot_fast.training.memory import checkpoint_activations
-from oneshot_fast.training.offloading import offloaded, offloads_by_default
-from oneshot_fast.training.trainer import BadStepsError, Trainer
-from oneshot_fast.training.training_step import TrainingStep
+from oneshot_fast.runtime.seeds import derived_seed
+from oneshot_fast.training.batch import Batch, Rows, batches
+from oneshot_fast.training.checkpoints import STUDENT, Checkpoints, load_state, save_state
+from oneshot_fast.training.losses.base import Loss
+from oneshot_fast.training.losses.preserve import PreservePool
+from oneshot_fast.training.memory import offloaded, offloads_by_default
+from oneshot_fast.training.options import TrainOptions
+from oneshot_fast.training.trainer import BadStepsError, Trainee, Trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,8 +36,18 @@ if TYPE_CHECKING:
     from oneshot_fast.generators.base import Generator
 
 
-class TrainingRun:
-    """A training into one folder; a subclass gives the batches, and what is measured."""
+class TrainingRun(ABC):
+    """A training into one folder; a subclass gives loss and batches, and what is measured.
+
+    More may be trained beside the generator, such as a critic: a subclass adds to ``trainees`` and
+    ``losses``, and says in ``take_step`` whose turn it is. All have one state to resume from; the
+    checkpoints of the others lie in folders of their names.
+
+    Attributes:
+        trainees: What is trained, by name; the generator is "student".
+        losses: What each lowers.
+        trainers: Made of both when the training begins.
+    """
 
     outputs: tuple[str, ...] = (
         "checkpoint-best", "checkpoint-final", "lora-best", "lora-final", "logs", "failures.jsonl",
@@ -46,9 +57,10 @@ class TrainingRun:
     def __init__(
         self,
         generator: Generator,
+        loss: Loss,
         resolution: int,
         folder: Path,
-        options: SftOptions,
+        options: TrainOptions,
         *,
         seed: int = 0,
         save_minutes: float = 5.0,
@@ -59,9 +71,10 @@ class TrainingRun:
 
         Args:
             generator: The generator to train, in place; float32 weights.
+            loss: What it lowers.
             resolution: Image side in pixels.
             folder: Where everything is written.
-            options: Losses and schedule.
+            options: Schedule.
             seed: Seed of the run.
             save_minutes: Minutes between saved states.
             keep_checkpoints: How many of the epochs' checkpoints are kept, the newest.
@@ -82,26 +95,40 @@ class TrainingRun:
         )
         self.generator, self.resolution, self.folder = generator, resolution, Path(folder)
         self.options, self.seed, self.save_minutes = options, seed, save_minutes
-        self.checkpoints = Checkpoints(generator, self.folder, keep_checkpoints)
+        self.trainees: dict[str, Trainee] = {STUDENT: generator}
+        self.losses: dict[str, Loss] = {STUDENT: loss}
+        self.trainers: dict[str, Trainer] = {}
+        self.pool: PreservePool | None = None
         self.offloads = offload_encoders
         if offload_encoders is None:
             self.offloads = offloads_by_default(generator)
-        self.pool: PreservePool | None = None
+        self._keep_checkpoints = keep_checkpoints
 
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Everything the result depends on."""
+
+    @abstractmethod
+    def learn(self, tracker: Accelerator) -> dict[str, Any]:
+        """Read the data and ``train``; returns the summary."""
+
+    @abstractmethod
     def batch(self, rows: list[int], step: int) -> Batch:
         """The examples at ``rows``, and the preserve noises of this step."""
-        raise NotImplementedError
 
-    def losses(
-        self, generator: Generator, batch: Batch, options: SftOptions
-    ) -> tuple[Tensor, Tensor]:
-        """Matching and preserve loss, two scalars, of a part of a batch."""
-        return sft_losses(generator, batch, options)
+    def trainer(self, name: str) -> Trainer:
+        """A new trainer of one of the trainees."""
+        return Trainer(self.trainees[name], self.losses[name], self.options, self.seed)
 
-    def after_epoch(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        """Add what is measured after an epoch to its ``row`` of the history."""
+    def take_step(self, rows: list[int], step: int) -> None:
+        """Let the trainers whose turn it is take a step; the student has one each time."""
+        self.trainers[STUDENT](self.batch(rows, step))
 
-    def at_end(self, trainer: Trainer) -> dict[str, Any]:
+    def after_epoch(self, epoch: int) -> dict[str, Any]:
+        """What is measured after an epoch, for its row of the history."""
+        return {}
+
+    def at_end(self) -> dict[str, Any]:
         """What the summary says of the generator, which has its final weights."""
         return {}
 
@@ -115,41 +142,75 @@ class TrainingRun:
         """Of a noise, [C, h, w]."""
         return self.generator.noise_shape(self.resolution, self.resolution)
 
-    def _common_settings(self) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "resolution": self.resolution,
-            "model": self.generator.fingerprint(),
-            "device": self.generator.device.type,
-        }
-
-    def _keep(
-        self,
-        settings: dict[str, Any],
-        learn: Callable[[Accelerator], dict[str, Any]],
-        overwrite: bool,
-        report_to: str,
+    def run(
+        self, *, overwrite: bool = False, report_to: str = "none", pool: PreservePool | None = None
     ) -> dict[str, Any]:
-        """The summary of the folder's run, which ``learn`` does unless it is finished."""
-        outputs = (*self.outputs, *self.checkpoints.intermediate())
+        """Train, or finish an interrupted training; all trainees end with their final weights.
+
+        Args:
+            overwrite: Start anew.
+            report_to: Tracker.
+            pool: Preserve targets; by default made from the generator as it is now.
+
+        Returns:
+            The summary, as in summary.json.
+
+        Raises:
+            UserError: If nothing can be trained on, or the loss becomes NaN or infinite.
+        """
+        self.pool, settings = pool, self.settings()
+        others = (name for name in self.trainees if name != STUDENT)
+        outputs = (*self.outputs, *others, *self._checkpoints(STUDENT).intermediate())
         with kept_by_main(RunFolder(self.folder, settings, outputs, overwrite)):
-            final, path = self.folder / "checkpoint-final", self.folder / "summary.json"
-            state = self.folder / "state.safetensors"
-            if path.exists() and final.exists():
+            path, state = self.folder / "summary.json", self.folder / "state.safetensors"
+            finals = {name: self._home(name) / "checkpoint-final" for name in self.trainees}
+            if path.exists() and all(final.exists() for final in finals.values()):
                 if is_main():
                     state.unlink(missing_ok=True)
-                self.generator.load_denoiser(final)
+                for name, final in finals.items():
+                    self.trainees[name].load_weights(final)
                 return dict(read_json(path))
             tracker = start_tracking(report_to, self.folder, settings)
-            summary = learn(tracker)
+            summary = self.learn(tracker) | {"settings": settings}
             end_tracking(tracker)
-            summary |= {"settings": settings}
             if is_main():
                 write_json(path, summary)
                 state.unlink(missing_ok=True)
             return summary
 
-    def _make_pool(self, prompts: Sequence[str]) -> None:
+    def train(self, prompts: Sequence[str], tracker: Accelerator) -> dict[str, Any]:
+        """Train on one example per prompt; all trainees end with their final weights."""
+        self.trainers = {name: self.trainer(name) for name in self.trainees}
+        student, state = self.trainers[STUDENT], self.folder / "state.safetensors"
+        if state.exists():
+            load_state(state, self.trainers)
+        started, resumed_at = time.perf_counter(), student.step
+        try:
+            with self._only_needed(prompts):
+                self._steps(len(prompts), tracker)
+        finally:
+            for trainer in self.trainers.values():
+                trainer.close()
+        seconds = time.perf_counter() - started
+        for trainer in self.trainers.values():
+            require(bool(trainer.best), "no step had a finite loss and gradient; lower the lr")
+            trainer.load_weights(trainer.final())
+        measured = self.at_end()
+        if is_main():
+            write_jsonl(self.folder / "history.jsonl", student.history)
+        for name, trainer in self.trainers.items():
+            self._checkpoints(name).finish(trainer)
+        return {
+            "samples": len(prompts),
+            "steps": student.step,
+            "skipped_steps": student.skipped,
+            **measured,
+            "best_epoch": min(student.history, key=lambda row: row["loss"])["epoch"],
+            "seconds": round(seconds, 3),
+            "steps_per_second": round((student.step - resumed_at) / max(seconds, 1e-9), 3),
+        }
+
+    def make_pool(self, prompts: Sequence[str]) -> None:
         """Preserve targets of the generator as it is now, if none are there."""
         if self.options.preserves and self.pool is None:
             self.pool = PreservePool.build(
@@ -161,97 +222,71 @@ class TrainingRun:
                 self.folder / "preserve.safetensors",
             )
 
-    def _train(self, prompts: Sequence[str], tracker: Accelerator) -> dict[str, Any]:
-        """Train on one example per prompt; the generator ends with the final weights."""
-        unet = self.generator.denoiser
-        dtype, trainer = unet.dtype, Trainer(unet, self.options, self.seed)
-        checkpoint_activations(unet, self.options)
-        state = self.folder / "state.safetensors"
-        if state.exists():
-            trainer.load(state)
-        started, resumed_at = time.perf_counter(), trainer.step
-        try:
-            with self._only_needed(prompts):
-                self._steps(trainer, len(prompts), tracker)
-        finally:
-            trainer.close()
-        seconds = time.perf_counter() - started
-        unet.disable_gradient_checkpointing()
-        require(bool(trainer.best), "no step had a finite loss and gradient; lower the lr")
-        trainer.load_weights(trainer.final())
-        measured = self.at_end(trainer)
-        if is_main():
-            write_jsonl(self.folder / "history.jsonl", trainer.history)
-        self.checkpoints.finish(trainer, dtype)
+    def preserved(self, step: int) -> dict[str, Rows]:
+        """The preserve noises of ``step``, as a group of a batch."""
+        if self.pool is None:
+            return {}
+        count = self.options.preserve_batch_size or self.options.batch_size
+        seed = derived_seed(self.seed, "preserve step", step)
+        return {"preserve": self.pool.rows(self.generator, count, seed)}
+
+    def common_settings(self) -> dict[str, Any]:
+        """What the result of every training depends on, options aside."""
         return {
-            "samples": len(prompts),
-            "steps": trainer.step,
-            "skipped_steps": trainer.skipped,
-            **measured,
-            "best_epoch": min(trainer.history, key=lambda row: row["loss"])["epoch"],
-            "seconds": round(seconds, 3),
-            "steps_per_second": round((trainer.step - resumed_at) / max(seconds, 1e-9), 3),
+            "seed": self.seed,
+            "resolution": self.resolution,
+            "model": self.generator.fingerprint(),
+            "device": self.generator.device.type,
         }
 
-    def _steps(self, trainer: Trainer, count: int, tracker: Accelerator) -> None:
-        take_step = TrainingStep(self.generator, trainer, self.losses)
+    def _home(self, name: str) -> Path:
+        return self.folder if name == STUDENT else self.folder / name
+
+    def _checkpoints(self, name: str) -> Checkpoints:
+        return Checkpoints(self._home(name), self._keep_checkpoints)
+
+    def _steps(self, count: int, tracker: Accelerator) -> None:
+        student = self.trainers[STUDENT]
         per_epoch = math.ceil(count / self.options.batch_size)
         total = self.options.epochs * per_epoch
         saved = time.monotonic()
         with progress(total, "sft", "step") as bar, Interrupts() as interrupts:
-            bar.update(trainer.step)
-            for rows in batches(count, self.options.batch_size, self.seed, trainer.step, total):
+            bar.update(student.step)
+            for rows in batches(count, self.options.batch_size, self.seed, student.step, total):
                 try:
-                    take_step(self.batch(rows, trainer.step))
+                    self.take_step(rows, student.step)
                 except BadStepsError:
-                    self._save(trainer)
+                    self._save()
                     raise
-                if trainer.step % per_epoch == 0:
-                    row = trainer.end_epoch(trainer.step // per_epoch)
-                    self.checkpoints.keep(trainer)
+                if student.step % per_epoch == 0:
+                    row = self._end_epoch(student.step // per_epoch)
                     if row is not None:
-                        self.after_epoch(trainer, row)
+                        row |= self.after_epoch(row["epoch"])
                         bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-                        tracker.log(row, step=trainer.step)
+                        tracker.log(row, step=student.step)
                 if interrupts.pending or time.monotonic() - saved >= 60 * self.save_minutes:
-                    self._save(trainer)
+                    self._save()
                     saved = time.monotonic()
                 interrupts.check()
                 bar.update()
 
-    def _save(self, trainer: Trainer) -> None:
+    def _end_epoch(self, epoch: int) -> dict[str, Any] | None:
+        """The student's row of the history, and the others' losses; None if all was bad."""
+        row = None
+        for name, trainer in self.trainers.items():
+            found = trainer.end_epoch(epoch)
+            self._checkpoints(name).keep(trainer)
+            if name == STUDENT:
+                row = found
+            elif row is not None and found is not None:
+                row |= {f"{name} {key}": found[key] for key in ("loss", *trainer.loss.parts)}
+        return row
+
+    def _save(self) -> None:
         if not is_main():
             return
-        trainer.save(self.folder / "state.safetensors")
-        write_jsonl(self.folder / "history.jsonl", trainer.history)
-
-    def _with_preserve(
-        self,
-        noise: Tensor,
-        latents: Tensor,
-        prompts: Sequence[str],
-        step: int,
-        *,
-        images: Tensor | None = None,
-        texts: Sequence[str] = (),
-    ) -> Batch:
-        """These examples, then the preserve noises of ``step``."""
-        options, generator, encoded = self.options, self.generator, [*prompts]
-        noises, targets = [noise], [latents]
-        if self.pool is not None:
-            count = options.preserve_batch_size or options.batch_size
-            drawn = self.pool.draw(count, derived_seed(self.seed, "preserve step", step))
-            encoded += [self.pool.prompts[k] for k in drawn]
-            noises.append(gaussian([self.pool.seeds[k] for k in drawn], noise.shape[1:]))
-            targets.append(self.pool.latents[drawn])
-        return Batch(
-            torch.cat(noises).to(generator.device),
-            generator.encode_prompts(encoded),
-            torch.cat(targets).to(generator.device),
-            images,
-            len(prompts),
-            texts,
-        )
+        save_state(self.folder / "state.safetensors", self.trainers)
+        write_jsonl(self.folder / "history.jsonl", self.trainers[STUDENT].history)
 
     @contextlib.contextmanager
     def _only_needed(self, prompts: Sequence[str]) -> Iterator[None]:

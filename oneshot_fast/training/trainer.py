@@ -1,21 +1,27 @@
-"""The optimiser's side of the M-step: steps, bad steps, averages, and a state to resume from."""
+"""Steps on the weights of one module: gradients, bad steps, averages, a state to resume from."""
 
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.adapters import add_adapter
-from oneshot_fast.runtime.files import read_metadata, write_safetensors
+from oneshot_fast.runtime.processes import all_reduce, processes
 from oneshot_fast.runtime.seeds import derived_seed
-from oneshot_fast.training.batch import SftOptions
+from oneshot_fast.training.batch import Batch
+from oneshot_fast.training.ema import Ema
+from oneshot_fast.training.losses.base import Loss, shared_losses, total
+from oneshot_fast.training.memory import checkpoint_activations
 from oneshot_fast.training.optimizer import WeightOptimizer
+from oneshot_fast.training.options import TrainOptions
 
 BAD_IN_A_ROW = 3  # bad steps that end a training
 
@@ -24,48 +30,128 @@ class BadStepsError(UserError):
     """Losses or gradients were not finite too often; the weights are still the last good ones."""
 
 
+class Trainee(Protocol):
+    """What is trained: a generator, a reward, a critic."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Whose weights are trained."""
+
+    def save(self, folder: Path) -> None:
+        """Write everything that ``load_weights``, or a user, needs, atomically."""
+
+    def load_weights(self, folder: Path) -> None:
+        """Take over the weights of ``module`` from a folder of ``save``."""
+
+    def save_adapter(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Write an adapter of ``module``, by its weights' names there, atomically."""
+
+    def fingerprint(self) -> str:
+        """Changes when anything changes that results depend on."""
+
+
 class Trainer:
-    """AdamW on the UNet with warm-up, clipping, the best weights and a file to resume from.
+    """AdamW on one module with warm-up, clipping, the best weights and a state to resume from.
 
     A step whose loss or gradient is NaN or infinite leaves weights and moments as they are; with
     ``optimizer_in_backward`` only the weights whose own gradient is, since others are updated then.
+    Where memory runs out, once, the parts that a batch is computed in are halved.
     """
 
-    def __init__(self, unet: nn.Module, options: SftOptions, seed: int = 0) -> None:
-        """Unfreeze ``unet``, or add an adapter to it, and make the optimiser.
+    def __init__(self, trainee: Trainee, loss: Loss, options: TrainOptions, seed: int = 0) -> None:
+        """Unfreeze the module, or add an adapter to it, and make the optimiser.
 
         Args:
-            unet: The trained module; its weights are cast to ``options.weights_dtype``.
+            trainee: Its module's weights are cast to ``options.weights_dtype``.
+            loss: What is lowered; it is given the trainee.
             options: How it is trained.
             seed: Of the adapter and of the stochastic rounding.
 
         Raises:
             UserError: If the optimiser is not installed, or the module takes no adapter.
         """
-        unet.to(getattr(torch, options.weights_dtype)).requires_grad_(not options.lora_rank)
+        module = trainee.module
+        self.trainee, self.loss, self.options = trainee, loss, options
+        self.initial_dtype = next(module.parameters()).dtype
+        module.to(getattr(torch, options.weights_dtype)).requires_grad_(not options.lora_rank)
         if options.lora_rank:
-            add_adapter(unet, options.lora_rank, options.lora_alpha, derived_seed(seed, "lora"))
-        self.options = options
-        self.parameters = {k: p for k, p in unet.named_parameters() if p.requires_grad}
+            add_adapter(module, options.lora_rank, options.lora_alpha, derived_seed(seed, "lora"))
+        checkpoint_activations(module, options)
+        self.parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self.optimizer = WeightOptimizer(self.parameters, options, seed)
         self.step = self.skipped = self.bad_in_a_row = self.good_in_epoch = 0
-        device = next(unet.parameters()).device
-        self.sums = torch.zeros(3, device=device)
-        self.losses = torch.zeros(2, device=device)
+        device = next(module.parameters()).device
+        self.sums = torch.zeros(len(loss.parts) + 1, device=device)  # and the gradient's norm
+        self.losses = torch.zeros(len(loss.parts), device=device)
         self.history: list[dict[str, Any]] = []
         self.best_loss = math.inf
         self.best: dict[str, Tensor] = {}
-        self.ema: Any = None
-        if options.use_ema:
-            from diffusers.training_utils import EMAModel
+        self.ema = Ema(self.parameters.values(), options.ema_decay) if options.use_ema else None
+        self._parts, self._halved = options.gradient_accumulation_steps, False
+        self._freeze(True)
 
-            float_weights = [p.detach().float() for p in self.parameters.values()]
-            self.ema = EMAModel(float_weights, decay=options.ema_decay)
+    def __call__(self, batch: Batch) -> None:
+        """Update the weights with the gradient of the whole batch.
 
-    def add(self, match: Tensor, keep: Tensor) -> None:
+        Raises:
+            UserError: If memory runs out although the parts were halved, or cannot be.
+            BadStepsError: See ``update``.
+        """
+        while not self._backward(batch):
+            self.forget()
+            whole = self.options.optimizer_in_backward
+            if whole or self._halved or self._parts >= batch.size:
+                raise UserError(
+                    "out of memory; try --gradient_checkpointing, a smaller --batch_size, "
+                    "--optimizer adamw8bit or --lora_rank 16"
+                )
+            self._halved, self._parts = True, 2 * self._parts
+            print(
+                f"out of memory: from now on a batch is computed in {self._parts} parts, as with "
+                f"--gradient_accumulation_steps {self._parts}",
+                file=sys.stderr,
+            )
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if processes().num_processes > 1:
+            all_reduce(self.gradients())
+        self.update()
+
+    def _backward(self, batch: Batch) -> bool:
+        """Add the gradients of all parts; False if memory ran out.
+
+        The tensors of a failed attempt live as long as its exception, so that ends here.
+        """
+        here = processes()
+        # by process first: where memory ran out in one of them, only its parts are smaller
+        mine = batch.split(here.num_processes)[here.process_index : here.process_index + 1]
+        try:
+            with self.unfrozen():
+                for rows in mine:
+                    for part in rows.split(self._parts):
+                        self.add(shared_losses(self.loss, self.trainee, part))
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    @contextmanager
+    def unfrozen(self) -> Iterator[None]:
+        """Let the weights have gradients; the steps of other trainees leave them alone."""
+        self._freeze(False)
+        try:
+            yield
+        finally:
+            self._freeze(True)
+
+    def _freeze(self, frozen: bool) -> None:
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(not frozen)
+
+    def add(self, losses: dict[str, Tensor]) -> None:
         """Add the gradients of a batch, or of a part of it, to those of this step."""
-        loss = match + keep
-        self.losses = self.losses + torch.stack((match.detach(), keep.detach()))
+        parts = dict.fromkeys(self.loss.parts, self.losses.new_zeros(())) | losses
+        loss = total(parts)
+        self.losses = self.losses + torch.stack([part.detach() for part in parts.values()])
         if self.options.optimizer_in_backward:
             if not torch.isfinite(loss):
                 return
@@ -80,6 +166,9 @@ class Trainer:
     def close(self) -> None:
         """End the training; the weights stay as they are."""
         self.optimizer.close()
+        if self.options.gradient_checkpointing or self.options.selective_checkpointing:
+            module: Any = self.trainee.module
+            module.disable_gradient_checkpointing()
 
     def gradients(self) -> list[Tensor]:
         """What ``add`` summed up: the gradient of every weight, zero if it has none, and losses."""
@@ -104,7 +193,7 @@ class Trainer:
             self.good_in_epoch += 1
             self.bad_in_a_row = 0
             if self.ema is not None:
-                self.ema.step(self.parameters.values())
+                self.ema.update()
         else:
             self.skipped += 1
             self.bad_in_a_row += 1
@@ -121,8 +210,7 @@ class Trainer:
 
     def final(self) -> dict[str, Tensor]:
         """The weights that the training ends with, as it stands: the average or the last ones."""
-        average = None if self.ema is None else self.ema.shadow_params
-        weights = self.parameters.values() if average is None else average
+        weights = self.parameters.values() if self.ema is None else self.ema.average
         return {k: v.detach() for k, v in zip(self.parameters, weights, strict=True)}
 
     def end_epoch(self, epoch: int) -> dict[str, Any] | None:
@@ -130,10 +218,10 @@ class Trainer:
         good, self.good_in_epoch = self.good_in_epoch, 0
         if not good:
             return None
-        match, keep, norm = (self.sums / good).tolist()
+        *losses, norm = (self.sums / good).tolist()
         self.sums.zero_()
-        row = {"epoch": epoch, "step": self.step, "loss": match + keep}
-        row |= {"matching": match, "preserve": keep, "gradient_norm": norm}
+        row = {"epoch": epoch, "step": self.step, "loss": sum(losses)}
+        row |= dict(zip(self.loss.parts, losses, strict=True)) | {"gradient_norm": norm}
         self.history.append(row)
         if row["loss"] < self.best_loss:
             self.best_loss = row["loss"]
@@ -141,20 +229,19 @@ class Trainer:
         return row
 
     @torch.no_grad()
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Copy ``weights``, the trained ones by name, into the UNet."""
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy ``weights``, the trained ones by name, into the module."""
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
 
-    def save(self, path: Path) -> None:
-        """Write weights, moments, averages, best weights, step and history as safetensors."""
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights, moments, averages and best weights by name; step and history as JSON values."""
         tensors = {f"best/{name}": value for name, value in self.best.items()}
         tensors |= {"sums": self.sums, **self.optimizer.tensors()}
-        for name, parameter in self.parameters.items():
-            tensors[f"weight/{name}"] = parameter
+        tensors |= {f"weight/{name}": value for name, value in self.parameters.items()}
         if self.ema is not None:
             tensors |= {f"ema/{name}": value for name, value in self.final().items()}
-        position = {
+        return tensors, {
             "step": self.step,
             "skipped": self.skipped,
             "bad_in_a_row": self.bad_in_a_row,
@@ -162,24 +249,21 @@ class Trainer:
             "history": self.history,
             "best_loss": self.best_loss if self.best else None,
         }
-        write_safetensors(path, tensors, {"position": position})
 
-    def load(self, path: Path) -> None:
-        """Continue from a file of ``save``."""
-        position = read_metadata(path, "position")
-        tensors = load_file(path)
+    def resume(self, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
+        """Continue from what ``state`` gave."""
         for key in ("step", "skipped", "bad_in_a_row", "good_in_epoch", "history"):
             setattr(self, key, position[key])
         self.best_loss = math.inf if position["best_loss"] is None else position["best_loss"]
-        self.load_weights(_named(tensors, "weight/"))
+        self.load_weights(below(tensors, "weight/"))
         self.sums.copy_(tensors["sums"])
-        self.best = _named(tensors, "best/")
+        self.best = below(tensors, "best/")
         self.optimizer.load(tensors)
         if self.ema is not None:
-            self.ema.optimization_step = self.step - self.skipped
-            for shadow, name in zip(self.ema.shadow_params, self.parameters, strict=True):
-                shadow.copy_(tensors[f"ema/{name}"])
+            averages = below(tensors, "ema/")
+            self.ema.load([averages[name] for name in self.parameters], self.step - self.skipped)
 
 
-def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, by the rest of it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

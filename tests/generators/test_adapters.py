@@ -21,10 +21,12 @@ from oneshot_fast.generators.adapters import add_adapter
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.sdxl import SdxlGenerator
-from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime.seeds import gaussian
-from oneshot_fast.training.batch import Batch, PreservePool, SftOptions, sft_losses
+from oneshot_fast.training.batch import Batch, Rows
+from oneshot_fast.training.losses.base import OneStepLoss
+from oneshot_fast.training.losses.preserve import Preserve, PreservePool
 
 LORA: dict[str, Any] = {"lora_rank": 4, "lr": 5e-3, "preserve_pool_size": 4, "batch_size": 4}
 PROMPT = "a handwritten digit one"
@@ -34,8 +36,8 @@ def train(assigned: Path, folder: Path, **more: Any) -> tuple[Generator, dict[st
     generator = load_generator("tiny", master_weights=True)
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
     options = SftOptions(**{**LORA, "epochs": 2, **more})
-    run = SftRun(generator, TargetImages(generator), folder, options, keep_checkpoints=1)
-    return generator, run.run(pairs)
+    run = SftRun(generator, pairs, folder, options, keep_checkpoints=1)
+    return generator, run.run()
 
 
 def make(generator: Generator) -> Tensor:
@@ -98,22 +100,22 @@ def test_only_the_adapter_is_trained_and_kept(
     assert changed == adapted
 
 
-def live_losses(
-    generator: Generator, base: nn.Module | None, batch: Batch, options: SftOptions
-) -> list[Tensor]:
-    """Preserve losses against a live copy of the base UNet, or against the adapter switched off."""
+def live_loss(
+    generator: Generator, base: nn.Module | None, rows: Rows, loss: OneStepLoss
+) -> Tensor:
+    """Preserve loss against a live copy of the base UNet, or against the adapter switched off."""
     unet: Any = generator.denoiser
     with torch.no_grad():
         if base is None:
             unet.disable_adapters()
-            latents = generator.latents(batch.noise, batch.prompts)
+            latents = generator.latents(rows.noise, rows.prompts)
             unet.enable_adapters()
         else:
             generator.pipe.unet = base
-            latents = generator.latents(batch.noise, batch.prompts)
+            latents = generator.latents(rows.noise, rows.prompts)
             generator.pipe.unet = unet
-        live = Batch(batch.noise, batch.prompts, latents, None, batch.matched)
-        return [sft_losses(generator, live, options)[1]]
+        live = Rows(rows.noise, rows.prompts, {"latents": latents})
+        return loss(generator, Batch(preserve=live))["preserve"]
 
 
 def test_the_pool_gives_the_losses_of_a_live_base_generator(tmp_path: Path) -> None:
@@ -126,16 +128,12 @@ def test_the_pool_gives_the_losses_of_a_live_base_generator(tmp_path: Path) -> N
         for name, parameter in generator.denoiser.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
-    drawn = pool.draw(6, 1)
-    encoding = generator.encode_prompts([pool.prompts[k] for k in drawn])
-    noise = gaussian([pool.seeds[k] for k in drawn], (4, 8, 8))
-    batch = Batch(noise, encoding, pool.latents[drawn], None, matched=0)
-    options = SftOptions(preserve_latent_weight=0.5, preserve_pixel_weight=0.5)
-    ours = sft_losses(generator, batch, options)[1].detach()
+    rows, loss = pool.rows(generator, 6, 1), OneStepLoss(preserve=Preserve(0.5, 0.5))
+    ours = loss(generator, Batch(preserve=rows))["preserve"].detach()
     assert ours > 1e-3
     for teacher in (base, None):
-        (theirs,) = live_losses(generator, teacher, batch, options)
-        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-6)
+        theirs = live_loss(generator, teacher, rows, loss)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_a_bfloat16_base_trains_a_float32_adapter(assigned: Path, tmp_path: Path) -> None:
@@ -152,7 +150,7 @@ def test_an_average_of_the_adapter_and_a_second_training_go_on(
     generator, first = train(assigned, tmp_path / "1", use_ema=True, ema_decay=0.5)
     options = SftOptions(**{**LORA, "epochs": 1})
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
-    second = SftRun(generator, TargetImages(generator), tmp_path / "2", options).run(pairs)
+    second = SftRun(generator, pairs, tmp_path / "2", options).run()
     assert second["matched_loss_before"] == pytest.approx(first["matched_loss_after"], rel=1e-4)
     assert json.loads((tmp_path / "2" / "summary.json").read_text())["steps"] == 2
 
@@ -170,7 +168,7 @@ def test_the_adapters_of_all_cycles_make_the_final_generator(
         made.append(make(load_generator(tmp_path / "em" / name / "sft" / "checkpoint-final")))
     pipe.set_adapters(["cycle-01", "cycle-02"])
     assert (made[0] - made[1]).abs().max() > 0.01
-    torch.testing.assert_close(make(SdxlGenerator(pipe)), made[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(make(Generator(pipe)), made[1], rtol=1e-4, atol=1e-4)
     final = load_generator(tmp_path / "em" / "checkpoint-final")
     assert torch.equal(make(final), made[1])
 

@@ -66,7 +66,7 @@ class Tinted(Generator):
         folder.mkdir()
         torch.save(self._network.state_dict(), folder / "tint.pt")
 
-    def load_denoiser(self, folder: Path) -> None:
+    def load_weights(self, folder: Path) -> None:
         self._network.load_state_dict(torch.load(folder / "tint.pt"))
 
     def fingerprint(self) -> str:

@@ -15,14 +15,12 @@ from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.jobs.assign.objective import MatchingObjective
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.plan import assignment_memory
+from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.plan import training_batch, training_memory
 from oneshot_fast.planning.memory import LiveMemory
 from oneshot_fast.runtime.units import duration, size_text
 from oneshot_fast.search.problem import Problem
-from oneshot_fast.training.batch import SftOptions
-from oneshot_fast.training.memory import checkpoint_activations
 from oneshot_fast.training.trainer import Trainer
-from oneshot_fast.training.training_step import TrainingStep
 
 MOMENTS = "optimiser's moments"
 FULL: dict[str, Any] = {"batch_size": 2}
@@ -44,15 +42,14 @@ CASES: dict[str, dict[str, Any]] = {
 def counted(options: SftOptions) -> int:
     """Most bytes of weights, moments, average and what a real step makes, in use at once."""
     generator = load_generator("tiny", master_weights=True)
-    trainer = Trainer(generator.denoiser, options)
-    checkpoint_activations(generator.denoiser, options)
+    trainer = Trainer(generator, options.loss(), options)
     networks = generator.networks.values()
     known = [t for n in networks for t in (*n.parameters(), *n.buffers())]
-    average = [] if trainer.ema is None else trainer.ema.shadow_params
-    batch, step = training_batch(generator, options, 64), TrainingStep(generator, trainer)
+    average = [] if trainer.ema is None else trainer.ema.average
+    batch = training_batch(generator, options, 64)
     with LiveMemory([*known, *average]) as memory:
         for _ in range(2):
-            step(batch)
+            trainer(batch)
     weights = sum(p.nbytes for n in networks for p in n.parameters())
     return weights + sum(p.nbytes for p in average) + memory.peak
 

@@ -126,7 +126,7 @@ def test_save_and_load(trained: Path, generator: ToyGenerator, tmp_path: Path) -
     with torch.no_grad():
         again.denoiser.last.bias.add_(1)
     assert again.fingerprint() != generator.fingerprint()
-    again.load_denoiser(tmp_path / "again")
+    again.load_weights(tmp_path / "again")
     assert again.fingerprint() == generator.fingerprint()
     (tmp_path / "again" / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(ModelError, match="cannot use small model"):

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from oneshot_fast.data.pairs import read_manifest
+from oneshot_fast.data.pairs import file_sha256, read_manifest
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.pairs import Examples
 from oneshot_fast.runtime.processes import claims, gather_objects, is_main, map_over_processes
@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 import oneshot_fast.runtime.processes
-from oneshot_fast.data.pairs import read_manifest
+from oneshot_fast.data.pairs import file_sha256, read_manifest
 from oneshot_fast.jobs.sft.pairs import Examples
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.runtime.files import write_json
@@ -39,7 +39,8 @@ oneshot_fast.runtime.processes._AT_ONCE = 2
 generator, encoded = load_generator("tiny"), []
 generator.pipe.vae.encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
 pairs, failures = read_manifest(Path(sys.argv[1]))
-found = Examples.load(generator, TargetImages(generator), pairs, failures)
+hashes = {pair.image_path: file_sha256(pair.image_path) for pair in pairs}
+found = Examples.load(generator, TargetImages(generator), pairs, hashes, failures)
 here = oneshot_fast.runtime.processes.processes()
 place = Path(sys.argv[2]) / str(here.process_index)
 save_file({"noises": found.noises, "latents": found.latents}, place.with_suffix(".safetensors"))
@@ -143,7 +144,8 @@ def test_each_process_encodes_its_part_and_knows_all(tmp_path, damaged, tiny, on
     )
     assert ended.returncode == 0, ended.stderr[-4000:]
     pairs, failures = read_manifest(damaged)
-    one = Examples.load(tiny, TargetImages(tiny), pairs, failures)
+    hashes = {pair.image_path: file_sha256(pair.image_path) for pair in pairs}
+    one = Examples.load(tiny, TargetImages(tiny), pairs, hashes, failures)
     assert len(one.pairs) == 4 and len(failures) == 2
     for process in ("0", "1"):
         tensors = load_file(tmp_path / f"{process}.safetensors")

@@ -15,10 +15,9 @@ from torch import Tensor
 from oneshot_fast.data.pairs import read_manifest
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.loading import load_generator
-from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
-from oneshot_fast.training.batch import SftOptions
-from oneshot_fast.training.offloading import offloaded
+from oneshot_fast.training.memory import offloaded
 from oneshot_fast.training.trainer import BadStepsError, Trainer
 
 BASE: dict[str, Any] = {"epochs": 2, "batch_size": 4, "lr": 1e-4, "preserve_pool_size": 4}
@@ -30,8 +29,8 @@ def train(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     generator = load_generator("tiny", master_weights=True)
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
-    run = SftRun(generator, TargetImages(generator), folder, SftOptions(**options), **more)
-    summary = run.run(pairs)
+    run = SftRun(generator, pairs, folder, SftOptions(**options), **more)
+    summary = run.run()
     return generator.denoiser.state_dict(), summary
 
 
@@ -120,7 +119,7 @@ def test_a_bad_step_destroys_no_weight(assigned: Path, tmp_path: Path, forward: 
     generator = load_generator("tiny", master_weights=True)
     poison, options = Poison(generator, {2}, forward), SftOptions(**IN_BACKWARD)
     before = poison.weight.detach().clone()
-    summary = SftRun(generator, TargetImages(generator), tmp_path / "run", options).run(pairs)
+    summary = SftRun(generator, pairs, tmp_path / "run", options).run()
     assert (summary["skipped_steps"], summary["steps"]) == (1, 4)
     assert all(value.isfinite().all() for value in generator.denoiser.state_dict().values())
     assert not torch.equal(poison.weight, before)  # the good steps trained it
@@ -129,7 +128,7 @@ def test_a_bad_step_destroys_no_weight(assigned: Path, tmp_path: Path, forward: 
     poison = Poison(generator, {1, 2, 3}, forward)
     before = {k: v.clone() for k, v in generator.denoiser.state_dict().items()}
     with pytest.raises(BadStepsError):
-        SftRun(generator, TargetImages(generator), tmp_path / "bad", options).run(pairs)
+        SftRun(generator, pairs, tmp_path / "bad", options).run()
     state = load_file(tmp_path / "bad" / "state.safetensors")
     changed = [k for k in before if not torch.equal(before[k], state[f"weight/{k}"])]
     assert all(value.isfinite().all() for value in state.values())
@@ -146,7 +145,7 @@ def test_what_cannot_go_with_it_is_refused() -> None:
 def test_no_hook_is_left_behind(assigned: Path, tmp_path: Path) -> None:
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
     generator = load_generator("tiny", master_weights=True)
-    SftRun(generator, TargetImages(generator), tmp_path, SftOptions(**IN_BACKWARD)).run(pairs)
+    SftRun(generator, pairs, tmp_path, SftOptions(**IN_BACKWARD)).run()
     weight = next(iter(generator.denoiser.parameters())).requires_grad_(True)
     before = weight.detach().clone()
     weight.sum().backward()
@@ -169,10 +168,8 @@ def test_training_encodes_nothing_once_it_has_begun(
         update(self)
 
     monkeypatch.setattr(Trainer, "update", watched)
-    run = SftRun(
-        generator, TargetImages(generator), tmp_path, SftOptions(**BASE), offload_encoders=True
-    )
-    run.run(pairs)
+    run = SftRun(generator, pairs, tmp_path, SftOptions(**BASE), offload_encoders=True)
+    run.run()
     assert started[0] > 0 and started == [started[0]] * 4
 
 

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from oneshot_fast.data.pairs import read_manifest
 from oneshot_fast.errors import UserError
-from oneshot_fast.generators.base import Conditioning, Generator
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
-from oneshot_fast.training.batch import Batch, SftOptions, sft_losses
+from oneshot_fast.training.batch import Batch, Rows
+from oneshot_fast.training.losses.base import shared_losses
 from oneshot_fast.training.memory import checkpoint_activations
 from oneshot_fast.training.trainer import BadStepsError, Trainer
 
@@ -48,7 +50,7 @@ def train(
         Fault(generator, lambda count: act(generator, count))
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
     options = SftOptions(**{**BASE, **more})
-    summary = SftRun(generator, TargetImages(generator), folder, options, save_minutes=0).run(pairs)
+    summary = SftRun(generator, pairs, folder, options, save_minutes=0).run()
     return generator.denoiser.state_dict(), summary
 
 
@@ -75,9 +77,7 @@ def test_a_bad_step_is_skipped_and_counted(assigned: Path, tmp_path: Path, steps
     generator = load_generator("tiny", master_weights=True)
     poison(generator, steps)
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
-    summary = SftRun(generator, TargetImages(generator), tmp_path / "run", SftOptions(**BASE)).run(
-        pairs
-    )
+    summary = SftRun(generator, pairs, tmp_path / "run", SftOptions(**BASE)).run()
     assert summary["skipped_steps"] == len(steps) and summary["steps"] == 4
     assert all(value.isfinite().all() for value in generator.denoiser.state_dict().values())
 
@@ -91,7 +91,7 @@ def test_three_bad_steps_in_a_row_stop_with_the_last_good_weights(
     poison(generator, {2, 3, 4})
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
     with pytest.raises(BadStepsError, match="3 steps in a row"):
-        SftRun(generator, TargetImages(generator), tmp_path / "run", SftOptions(**BASE)).run(pairs)
+        SftRun(generator, pairs, tmp_path / "run", SftOptions(**BASE)).run()
     state = load_file(tmp_path / "run" / "state.safetensors")
     for name, value in generator.denoiser.state_dict().items():
         assert torch.equal(state[f"weight/{name}"], value) and value.isfinite().all()
@@ -99,10 +99,10 @@ def test_three_bad_steps_in_a_row_stop_with_the_last_good_weights(
 
 def gradient(generator: Generator, batch: Batch, parts: int) -> Tensor:
     options = SftOptions(pixel_l1_weight=0.5)
-    trainer = Trainer(generator.denoiser, options)
-    for part, pairs, others in batch.split(parts):
-        match, keep = sft_losses(generator, part, options)
-        trainer.add(match * pairs, keep * others)
+    trainer = Trainer(generator, options.loss(), options)
+    with trainer.unfrozen():
+        for part in batch.split(parts):
+            trainer.add(shared_losses(trainer.loss, generator, part))
     rows = [p.grad.double().flatten() for p in trainer.parameters.values() if p.grad is not None]
     trainer.forget()
     return torch.cat(rows)
@@ -112,9 +112,13 @@ def test_parts_and_recomputation_give_the_same_gradient() -> None:
     generator = load_generator("tiny", master_weights=True)
     noise, latents = torch.randn(2, 5, 4, 8, 8)
     prompts = generator.encode_prompts([f"a handwritten digit {k}" for k in ("one", "two")] * 2)
-    prompts = Conditioning.cat([prompts, prompts.row(0)])
-    images = generator.decode(latents[:2])
-    batch = Batch(noise, prompts, latents, 1 - images, matched=2)
+    images = 1 - generator.decode(latents[:2])
+    batch = Batch(
+        matching=Rows(
+            noise[:2], prompts.select(slice(2)), {"latents": latents[:2], "images": images}
+        ),
+        preserve=Rows(noise[2:], prompts.select(slice(1, None)), {"latents": latents[2:]}),
+    )
     whole = gradient(generator, batch, 1)
     for parts in (2, 3, 5):
         assert (gradient(generator, batch, parts) - whole).norm() < 1e-5 * whole.norm()
@@ -185,4 +189,4 @@ def test_options_that_do_not_go_together_are_refused() -> None:
         SftOptions(weights_dtype="bfloat16").check()
     with pytest.raises(UserError, match="bfloat16 or float32"):
         generator = load_generator("tiny", dtype=torch.float16, master_weights=True)
-        SftRun(generator, TargetImages(generator), Path("unused"), SftOptions())
+        SftRun(generator, [], Path("unused"), SftOptions(), targets=TargetImages(generator))

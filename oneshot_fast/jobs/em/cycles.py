@@ -20,6 +20,7 @@ from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, classifier_
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.schedule import cycle_seeds, is_stuck
+from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime.files import (
     append_jsonl,
@@ -31,7 +32,7 @@ from oneshot_fast.runtime.files import (
 from oneshot_fast.runtime.folder import RunFolder
 from oneshot_fast.runtime.processes import is_main, kept_by_main, main_first
 from oneshot_fast.runtime.progress import end_tracking, start_tracking
-from oneshot_fast.training.batch import PreservePool, SftOptions
+from oneshot_fast.training.losses.preserve import PreservePool
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -84,7 +85,10 @@ class Cycles(ABC):
         self.targets = TargetImages(generator, resolution)
         self.classifier = classifier_for(generator, self.prompts)
         self.seed, self.eval_samples = seed, eval_samples
-        self._saving = {"save_minutes": save_minutes, "keep_checkpoints": keep_checkpoints}
+        self._saving: dict[str, Any] = {
+            "save_minutes": save_minutes,
+            "keep_checkpoints": keep_checkpoints,
+        }
         self._pool: PreservePool | None = None
         self.summary: dict[str, Any] = {"random_noise": {}, "cycles": []}
 
@@ -196,8 +200,11 @@ class Cycles(ABC):
     def train(self, folder: Path, manifest: Path, options: SftOptions, seed: int) -> dict[str, Any]:
         """Train on the pairs of ``manifest``; returns the training's summary."""
         pairs, failures = read_manifest(manifest)
-        run = SftRun(self.generator, self.targets, folder, options, seed=seed, **self._saving)
-        return run.run(pairs, failures, pool=self._pool)
+        run = SftRun(
+            self.generator, pairs, folder, options, targets=self.targets, failures=failures,
+            seed=seed, **self._saving,
+        )  # fmt: skip
+        return run.run(pool=self._pool)
 
     def _make_pool(self) -> None:
         options = self.options.sft()

@@ -13,9 +13,9 @@ from tyro.conf import arg
 from oneshot_fast.errors import require
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
+from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.runtime.options import pick
 from oneshot_fast.search.options import SearchOptions
-from oneshot_fast.training.batch import SftOptions
 
 Search = TypeVar("Search", bound=SearchOptions)
 _OF_TARGETS = (

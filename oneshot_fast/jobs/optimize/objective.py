@@ -1,4 +1,4 @@
-"""What a search by rewards lowers; what a training on them lowers."""
+"""What a search by rewards lowers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.noise.prior import norm_penalty
 from oneshot_fast.search.problem import Evaluation, Problem
-from oneshot_fast.training.batch import Batch, SftOptions, preserve_loss
 
 if TYPE_CHECKING:
     from oneshot_fast.generators.base import Generator
@@ -39,26 +38,3 @@ class RewardObjective:
             loss = loss + self._options.norm_weight * norm_penalty(z)
         pixels = (images.detach() * 255).round().to(torch.uint8)
         return Evaluation(loss, {**scores, "total": total}, pixels)
-
-
-def reward_losses(
-    rewards: WeightedRewards, generator: Generator, batch: Batch, options: SftOptions
-) -> tuple[Tensor, Tensor]:
-    """Minus the mean reward, and the preserve loss, from one evaluation of all rows.
-
-    Args:
-        rewards: Score the images of the matched rows, whose latents are not read.
-        generator: The trained generator.
-        batch: With ``texts``.
-        options: Weights of the preserve losses.
-
-    Returns:
-        Two scalars, differentiable with respect to the denoiser; their sum is the loss.
-    """
-    made = generator.predict(batch.noise, batch.prompts)
-    n = batch.matched
-    keep = preserve_loss(generator, batch, made, options)
-    if not n:
-        return keep.new_zeros(()), keep
-    images = generator.images(made.latents[:n])
-    return -rewards(images, batch.texts).mean(), keep

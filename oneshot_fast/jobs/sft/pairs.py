@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from oneshot_fast.data.pairs import DataError, Failure, MatchedPair, file_sha256, load_noise
+from oneshot_fast.data.pairs import DataError, Failure, ImageRef, MatchedPair, load_noise
 from oneshot_fast.errors import UserError
 from oneshot_fast.runtime.processes import map_over_processes
 
@@ -38,6 +39,7 @@ class Examples:
         generator: Generator,
         targets: TargetImages,
         pairs: Sequence[MatchedPair],
+        hashes: Mapping[ImageRef, str],
         failures: list[Failure],
     ) -> Examples:
         """Read the noises of ``pairs`` and encode their targets; each process does its part of it.
@@ -46,6 +48,7 @@ class Examples:
             generator: Gives the shape of a noise.
             targets: Reads and encodes the target images.
             pairs: What to read.
+            hashes: Sha256 of each image as it is now.
             failures: Takes the pairs that cannot be read.
 
         Raises:
@@ -55,7 +58,7 @@ class Examples:
 
         def read(k: int) -> tuple[Tensor, Tensor] | str:
             try:
-                return _read(pairs[k], targets, shape)
+                return _read(pairs[k], targets, shape, hashes)
             except DataError as error:
                 return str(error)
 
@@ -73,7 +76,21 @@ class Examples:
         return cls(usable, torch.stack(noises), torch.stack(latents))
 
 
-def _read(pair: MatchedPair, targets: TargetImages, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+def first_noise_shape(pairs: Sequence[MatchedPair]) -> tuple[int, ...]:
+    """Shape of the first noise that can be read; the others must be like it.
+
+    Raises:
+        DataError: If none can.
+    """
+    for pair in pairs[:-1]:
+        with contextlib.suppress(DataError):
+            return tuple(load_noise(pair).shape)
+    return tuple(load_noise(pairs[-1]).shape)
+
+
+def _read(
+    pair: MatchedPair, targets: TargetImages, shape: Sequence[int], hashes: Mapping[ImageRef, str]
+) -> tuple[Tensor, Tensor]:
     """Noise, of ``shape``, and target latent of one pair, [C, h, w] float32 on the CPU.
 
     Raises:
@@ -84,6 +101,6 @@ def _read(pair: MatchedPair, targets: TargetImages, shape: Sequence[int]) -> tup
         raise DataError(
             f"{pair.noise_path}: the noise is {list(noise.shape)}, the model takes {list(shape)}"
         )
-    if pair.image_sha256 not in (None, file_sha256(pair.image_path)):
+    if pair.image_sha256 not in (None, hashes[pair.image_path]):
         raise DataError(f"{pair.image_path} changed after its noise was assigned")
     return noise, targets.latent(pair.image_path, pair.resize_mode)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from oneshot_fast.generators.adapters import add_adapter
-from oneshot_fast.jobs.optimize.objective import reward_losses
+from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.planning.memory import (
     LiveMemory,
     StepMemory,
@@ -26,9 +25,9 @@ from oneshot_fast.planning.memory import (
 )
 from oneshot_fast.planning.timing import Plan, shortest
 from oneshot_fast.runtime.units import count_text, duration, size_text
-from oneshot_fast.training.batch import Batch, SftOptions, sft_losses
-from oneshot_fast.training.memory import checkpoint_activations
-from oneshot_fast.training.offloading import offloads_by_default
+from oneshot_fast.training.batch import Batch, Rows
+from oneshot_fast.training.losses.base import Loss, shared_losses, total
+from oneshot_fast.training.memory import checkpoint_activations, offloads_by_default
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from oneshot_fast.generators.base import Generator
     from oneshot_fast.rewards import WeightedRewards
 
-    Losses = Callable[[Generator, Batch, SftOptions], tuple[Tensor, Tensor]]
     ByReward = tuple[WeightedRewards, str]  # and an example of a prompt
 
 # torchao keeps the moments of smaller tensors, and of those not of whole blocks, as they are
@@ -116,11 +114,10 @@ def training_memory(
     with fake_copy(generator) as fake:
         trained = _prepare(fake.denoiser, options)
         batch = training_batch(fake, options, resolution, by_reward)
-        losses, networks = sft_losses, fake.networks
-        if by_reward is not None:
-            rewards = fake_rewards(*by_reward, fake)
-            losses, networks = functools.partial(reward_losses, rewards), networks | rewards.by_name
-        kept, held = _passes(fake, options, trained, batch, losses, tensors_of(networks))
+        rewards = None if by_reward is None else fake_rewards(*by_reward, fake)
+        networks = fake.networks | ({} if rewards is None else rewards.by_name)
+        loss = options.loss(rewards)
+        kept, held = _passes(fake, options, trained, batch, loss, tensors_of(networks))
         weights = weights_by_part(networks)
         if offloads:
             for name, gone in fake.encoders(options.decodes or by_reward is not None).items():
@@ -148,22 +145,22 @@ def _passes(
     options: SftOptions,
     trained: Sequence[nn.Parameter],
     batch: Batch,
-    losses: Losses,
+    loss: Loss,
     known: Sequence[Tensor],
 ) -> tuple[int, int]:
     """Bytes that forward passes keep, and the most that forward and backward passes hold."""
     if options.optimizer_in_backward:
         _drop_gradients(trained)
-    parts = list(batch.split(options.gradient_accumulation_steps))
+    parts = batch.split(options.gradient_accumulation_steps)
     kept = 0
     with LiveMemory(known) as memory:
         # from the second part on, all gradients are there already
-        for part, pairs, others in parts[:2]:
-            match, keep = losses(generator, part, options)
+        for part in parts[:2]:
+            value = total(shared_losses(loss, generator, part))
             gradients = bytes_of(p.grad for p in trained if p.grad is not None)
             kept = max(kept, memory.live - gradients)
-            (match * pairs + keep * others).backward()
-            del match, keep
+            value.backward()
+            del value
     return kept, memory.peak
 
 
@@ -201,14 +198,21 @@ def training_batch(
     by_reward: ByReward | None = None,
 ) -> Batch:
     """A batch of zeros, of the training's sizes."""
-    n, m = options.batch_size, 0
+
+    def rows(count: int, **extra: Any) -> Rows:
+        noise = torch.zeros(count, *generator.noise_shape(resolution, resolution))
+        latents = torch.zeros(count, *generator.latent_shape(resolution, resolution))
+        return Rows(noise, generator.blank_prompts(count), {"latents": latents, **extra})
+
+    n, extra = options.batch_size, dict[str, Any]()
+    if options.pixel_l1_weight:
+        extra["images"] = torch.zeros(n, 3, resolution, resolution)
+    if by_reward is not None:
+        extra["texts"] = [by_reward[1]] * n
+    batch = Batch(matching=rows(n, **extra))
     if options.preserves:
-        m = options.preserve_batch_size or n
-    noise = torch.zeros(n + m, *generator.noise_shape(resolution, resolution))
-    latents = torch.zeros(n + m, *generator.latent_shape(resolution, resolution))
-    images = torch.zeros(n, 3, resolution, resolution) if options.pixel_l1_weight else None
-    texts = [by_reward[1]] * n if by_reward else ()
-    return Batch(noise, generator.blank_prompts(n + m), latents, images, n, texts)
+        batch["preserve"] = rows(options.preserve_batch_size or n)
+    return batch
 
 
 def _training_seconds(
@@ -219,21 +223,20 @@ def _training_seconds(
 ) -> float:
     """Shortest of a few forward and backward passes of a whole batch."""
     denoiser, rank = generator.denoiser, options.lora_rank
-    losses = functools.partial(reward_losses, by_reward[0]) if by_reward else sft_losses
+    loss = options.loss(by_reward[0] if by_reward else None)
     with torch.device(generator.device):
         batch = training_batch(generator, options, resolution, by_reward)
-    batch.noise.requires_grad_(bool(rank))
+    for rows in batch.values():
+        rows.noise.requires_grad_(bool(rank))
     denoiser.requires_grad_(not rank)
     hooks = _drop_gradients(denoiser.parameters())
     checkpoint_activations(denoiser, options)
 
     def run() -> None:
-        loss = torch.zeros(())
-        for part, pairs, others in batch.split(options.gradient_accumulation_steps):
-            match, keep = losses(generator, part, options)
-            loss = match * pairs + keep * others
-            loss.backward()
-        loss.detach().cpu()
+        for part in batch.split(options.gradient_accumulation_steps):
+            value = total(shared_losses(loss, generator, part))
+            value.backward()
+        value.detach().cpu()
 
     try:
         return shortest(run)

@@ -1,10 +1,9 @@
 """Train a one-step generator on rewards, through its single step.
 
-With one step the gradient of the reward is exact and short: image, decoder, UNet. This is DRaFT-1
-(Clark et al. 2023, arXiv 2309.17400) and AlignProp (Prabhudesai et al. 2023, arXiv 2310.03739)
-where the sampler has no other step. A reward that is only raised is over-optimised: images drift
-away, grow alike, and other judges like them less. So the distance to the base generator is weighed
-(the preserve losses), and drift, diversity and independent judges are measured at every epoch.
+A reward that is only raised is over-optimised: images drift away, grow alike, and other judges like
+them less. So the distance to the base generator is weighed (the preserve losses), and drift,
+diversity and independent judges are measured at every epoch. The loss and its sources are in
+training/losses/reward.py.
 """
 
 from __future__ import annotations
@@ -14,18 +13,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from oneshot_fast.errors import require
 from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, classifier_for
-from oneshot_fast.jobs.optimize.objective import reward_losses
+from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.sft.options import SftOptions
+from oneshot_fast.jobs.sft.plan import sft_plan
+from oneshot_fast.planning.timing import Plan
 from oneshot_fast.runtime.processes import main_first
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
-from oneshot_fast.training.batch import Batch, SftOptions
-from oneshot_fast.training.checkpoints import ended
+from oneshot_fast.training.batch import Batch, Rows
+from oneshot_fast.training.checkpoints import STUDENT, ended
 from oneshot_fast.training.run import TrainingRun
-from oneshot_fast.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,17 +48,24 @@ def all_scores(rewards: WeightedRewards, judge: WeightedRewards | None = None) -
 
 
 class RewardRun(TrainingRun):
-    """Training on rewards of random noises' images, into one folder."""
+    """Training on rewards of random noises' images, into one folder.
+
+    The summary's ``base`` and ``final`` hold what was measured before and at the end: ``reward``,
+    every reward's mean by name, those of the judges as ``judge NAME``, ``drift`` (RMS latent
+    distance to the base) and ``diversity`` (mean pixel distance within a prompt). The rows of
+    history.jsonl have the same of every epoch.
+    """
 
     outputs = (*TrainingRun.outputs, "eval", "curves.png")
 
     def __init__(
         self,
         generator: Generator,
-        rewards: WeightedRewards,
+        prompts: Sequence[str],
         folder: Path,
         options: SftOptions,
         *,
+        rewards: WeightedRewards,
         judge: WeightedRewards | None = None,
         resolution: int | None = None,
         images_per_prompt: int = 8,
@@ -70,9 +77,10 @@ class RewardRun(TrainingRun):
 
         Args:
             generator: The generator to train, in place; float32 weights.
-            rewards: What is raised; differentiable.
+            prompts: Of the images.
             folder: Where everything is written.
             options: Preserve losses and schedule.
+            rewards: What is raised; differentiable.
             judge: Rewards that are measured, too, but not trained on.
             resolution: Image side in pixels; by default the generator's own.
             images_per_prompt: New random noises of each prompt in an epoch.
@@ -84,7 +92,9 @@ class RewardRun(TrainingRun):
         Raises:
             UserError: If an option makes no sense, or a reward has no gradient.
         """
-        super().__init__(generator, resolution or generator.image_size, folder, options, **more)
+        side = TargetImages(generator, resolution).resolution  # checks it
+        super().__init__(generator, options.loss(rewards), side, folder, options, **more)
+        require(bool(prompts), "there is no prompt")
         require(
             rewards.differentiable,
             "training needs rewards with a gradient; for the others, train on the images that "
@@ -97,86 +107,68 @@ class RewardRun(TrainingRun):
         )
         require(images_per_prompt >= 1, "images_per_prompt must be at least 1")
         require(eval_samples >= 10, "eval_samples must be at least 10")
-        self.rewards, self.judge, self.names = rewards, judge, list(names)
+        self.options: SftOptions = options
+        self.prompts, self.rewards, self.judge, self.names = prompts, rewards, judge, list(names)
         self.images_per_prompt, self.eval_samples = images_per_prompt, eval_samples
-        self._prompts: list[str] = []
+        self._examples = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         self._measure: RandomNoiseMeasure | None = None
 
-    def settings(self, prompts: Sequence[str]) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Everything the result depends on."""
         return {
             "command": "sft",
             "rewards": self.names,
             **dataclasses.asdict(self.options),
-            **self._common_settings(),
+            **self.common_settings(),
             "images_per_prompt": self.images_per_prompt,
             "eval_samples": self.eval_samples,
-            "samples": len(prompts),
-            "prompts": content_id(*prompts),
+            "samples": len(self.prompts),
+            "prompts": content_id(*self.prompts),
         }
 
-    def run(
-        self, prompts: Sequence[str], *, overwrite: bool = False, report_to: str = "none"
-    ) -> dict[str, Any]:
-        """Train, or finish an interrupted training; the generator ends with the final weights.
+    def plan(self) -> Plan:
+        """What the run will need; does nothing of it."""
+        return sft_plan(
+            self.generator,
+            self.options,
+            resolution=self.resolution,
+            samples=len(self._examples),
+            offload_encoders=self.offloads,
+            by_reward=(self.rewards, self.prompts[0]),
+        )
 
-        Args:
-            prompts: Of the images.
-            overwrite: Start anew.
-            report_to: Tracker.
-
-        Returns:
-            The summary, as in summary.json: ``base`` and ``final`` hold what was measured before
-            and at the end: ``reward``, every reward's mean by name, those of the judges as ``judge
-            NAME``, ``drift`` (RMS latent distance to the base) and ``diversity`` (mean pixel
-            distance within a prompt). The rows of history.jsonl have the same of every epoch.
-
-        Raises:
-            UserError: If the loss becomes NaN or infinite.
-        """
-        require(bool(prompts), "there is no prompt")
-
-        def learn(tracker: Accelerator) -> dict[str, Any]:
-            self._prompts = [prompt for prompt in prompts for _ in range(self.images_per_prompt)]
-            self._make_pool(prompts)
-            self._measure = RandomNoiseMeasure(
-                prompts,
-                self.noise_shape,
-                samples=self.eval_samples,
-                seed=self.seed,
-                classifier=classifier_for(self.generator, prompts),
-                scores=all_scores(self.rewards, self.judge),
-            )
-            base = self._measured("base")
-            tracker.log(base, step=0)
-            return {"base": base, **self._train(self._prompts, tracker), "failed": 0}
-
-        return self._keep(self.settings(prompts), learn, overwrite, report_to)
+    def learn(self, tracker: Accelerator) -> dict[str, Any]:
+        """Measure the generator, train, and measure after every epoch."""
+        self.make_pool(self.prompts)
+        self._measure = RandomNoiseMeasure(
+            self.prompts,
+            self.noise_shape,
+            samples=self.eval_samples,
+            seed=self.seed,
+            classifier=classifier_for(self.generator, self.prompts),
+            scores=all_scores(self.rewards, self.judge),
+        )
+        base = self._measured("base")
+        tracker.log(base, step=0)
+        return {"base": base, **self.train(self._examples, tracker), "failed": 0}
 
     def batch(self, rows: list[int], step: int) -> Batch:
         """New random noises for the prompts at ``rows``, then the preserve noises of this step."""
-        prompts = [self._prompts[k] for k in rows]
+        texts = [self._examples[k] for k in rows]
         seeds = [derived_seed(self.seed, "reward", step, k) for k in rows]
-        noise = gaussian(seeds, self.noise_shape)
-        # there is no target, so nothing reads these rows' latents
-        return self._with_preserve(
-            noise, torch.zeros_like(noise), prompts, step, texts=tuple(prompts)
-        )
+        noise = gaussian(seeds, self.noise_shape).to(self.generator.device)
+        made = Rows(noise, self.generator.encode_prompts(texts), {"texts": texts})
+        return Batch(matching=made, **self.preserved(step))
 
-    def losses(
-        self, generator: Generator, batch: Batch, options: SftOptions
-    ) -> tuple[Tensor, Tensor]:
-        """``reward_losses`` of one part of a batch."""
-        return reward_losses(self.rewards, generator, batch, options)
+    def after_epoch(self, epoch: int) -> dict[str, Any]:
+        """Reward, judges, drift and diversity."""
+        with ended(self.trainers[STUDENT]):
+            return self._measured(f"epoch-{epoch:03d}")
 
-    def after_epoch(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        """Add reward, judges, drift and diversity to ``row``."""
-        with ended(trainer):
-            row |= self._measured(f"epoch-{row['epoch']:03d}")
-
-    def at_end(self, trainer: Trainer) -> dict[str, Any]:
+    def at_end(self) -> dict[str, Any]:
         """What was measured after the last epoch."""
-        return {"final": self._measured(f"epoch-{trainer.history[-1]['epoch']:03d}")}
+        last = self.trainers[STUDENT].history[-1]["epoch"]
+        return {"final": self._measured(f"epoch-{last:03d}")}
 
     @property
     def decodes(self) -> bool:

@@ -11,56 +11,75 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from oneshot_fast import ops
-from oneshot_fast.data.pairs import Failure, MatchedPair, file_sha256
-from oneshot_fast.jobs.sft.pairs import Examples
+from oneshot_fast.data.pairs import Failure, ImageRef, MatchedPair, file_sha256
+from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.sft.options import SftOptions
+from oneshot_fast.jobs.sft.pairs import Examples, first_noise_shape
+from oneshot_fast.jobs.sft.plan import sft_plan
+from oneshot_fast.planning.timing import Plan
 from oneshot_fast.runtime.files import write_jsonl
 from oneshot_fast.runtime.processes import is_main, map_over_processes
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
-from oneshot_fast.training.batch import Batch, PreservePool, SftOptions
+from oneshot_fast.training.batch import Batch, Rows
+from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.run import TrainingRun
-from oneshot_fast.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from oneshot_fast.generators.base import Generator
-    from oneshot_fast.generators.target_images import TargetImages
 
 
 class SftRun(TrainingRun):
-    """Training on one manifest into one folder."""
+    """Training on matched pairs into one folder."""
 
     def __init__(
         self,
         generator: Generator,
-        targets: TargetImages,
+        pairs: Sequence[MatchedPair],
         folder: Path,
         options: SftOptions,
+        *,
+        targets: TargetImages | None = None,
+        failures: Sequence[Failure] = (),
+        loss: Loss | None = None,
         **more: Any,
     ) -> None:
         """Describe the run.
 
         Args:
             generator: The generator to train, in place; float32 weights.
-            targets: Reads and encodes the target images.
+            pairs: Matched pairs.
             folder: Where everything is written.
             options: Losses and schedule.
+            targets: Reads and encodes the target images; by default in the size of the noises.
+            failures: Lines of the manifest that could not be used.
+            loss: Another loss than ``options.loss()``; of its own options only the class is
+                compared when a run resumes. Its batches have the groups "matching" (with "latents",
+                and "images" where there is a pixel weight) and "preserve" ("latents").
             **more: As for ``TrainingRun``.
 
         Raises:
-            UserError: If an option makes no sense.
+            UserError: If an option makes no sense, or no noise can be read.
         """
-        super().__init__(generator, targets.resolution, folder, options, **more)
-        self.targets = targets
+        if targets is None:
+            targets = TargetImages(generator, generator.side_of(first_noise_shape(pairs)))
+        super().__init__(
+            generator, loss or options.loss(), targets.resolution, folder, options, **more
+        )
+        self.options: SftOptions = options
+        self.pairs, self.targets, self.failures = pairs, targets, failures
+        self._own_loss = None if loss is None else type(loss).__qualname__
+        self._hashes: dict[ImageRef, str] = {}
         self._examples: Examples | None = None
-        self._before = math.nan
 
-    def settings(self, pairs: Sequence[MatchedPair]) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Everything the result depends on."""
+        pairs = self.pairs
         # in the same order in every process
         paths = list(dict.fromkeys(path for p in pairs for path in (p.image_path, p.noise_path)))
         hashes = map_over_processes(lambda k: file_sha256(paths[k]), len(paths))
-        files = dict(zip(paths, hashes, strict=True))
+        self._hashes = files = dict(zip(paths, hashes, strict=True))
         contents: dict[str, list[tuple[object, ...]]] = {
             "prompts": [(pair.id, pair.prompt) for pair in pairs],
             "images": [(files[pair.image_path], pair.resize_mode) for pair in pairs],
@@ -69,70 +88,54 @@ class SftRun(TrainingRun):
         return {
             "command": "sft",
             **dataclasses.asdict(self.options),
-            **self._common_settings(),
+            **({"loss": self._own_loss} if self._own_loss else {}),
+            **self.common_settings(),
             "samples": len(pairs),
             **{key: content_id(*value) for key, value in contents.items()},
         }
 
-    def run(
-        self,
-        pairs: Sequence[MatchedPair],
-        failures: Sequence[Failure] = (),
-        *,
-        pool: PreservePool | None = None,
-        overwrite: bool = False,
-        report_to: str = "none",
-    ) -> dict[str, Any]:
-        """Train, or finish an interrupted training; the generator ends with the final weights.
+    def plan(self) -> Plan:
+        """What the run will need; does nothing of it."""
+        return sft_plan(
+            self.generator,
+            self.options,
+            resolution=self.resolution,
+            samples=len(self.pairs),
+            offload_encoders=self.offloads,
+        )
 
-        Args:
-            pairs: Matched pairs.
-            failures: Lines of the manifest that could not be used.
-            pool: Preserve targets; by default made from the generator as it is now.
-            overwrite: Start anew.
-            report_to: Tracker.
-
-        Returns:
-            The summary, as in summary.json.
-
-        Raises:
-            UserError: If no pair can be used, or the loss becomes NaN or infinite.
-        """
-        self.pool = pool
-
-        def learn(tracker: Accelerator) -> dict[str, Any]:
-            bad = list(failures)
-            self._examples = examples = Examples.load(self.generator, self.targets, pairs, bad)
-            prompts = [pair.prompt for pair in examples.pairs]
-            self._make_pool(prompts)
-            self._before = self._matched_loss()
-            summary = self._train(prompts, tracker)
-            if is_main():
-                rows = [{k: v for k, v in vars(f).items() if v is not None} for f in bad]
-                write_jsonl(self.folder / "failures.jsonl", rows)
-            return summary | {"failed": len(bad)}
-
-        return self._keep(self.settings(pairs), learn, overwrite, report_to)
+    def learn(self, tracker: Accelerator) -> dict[str, Any]:
+        """Read and encode the pairs, and train on them."""
+        bad = list(self.failures)
+        self._examples = Examples.load(self.generator, self.targets, self.pairs, self._hashes, bad)
+        prompts = [pair.prompt for pair in self._examples.pairs]
+        self.make_pool(prompts)
+        before = self._matched_loss()
+        summary = self.train(prompts, tracker) | {"matched_loss_before": before}
+        if is_main():
+            rows = [{k: v for k, v in vars(f).items() if v is not None} for f in bad]
+            write_jsonl(self.folder / "failures.jsonl", rows)
+        return summary | {"failed": len(bad)}
 
     def batch(self, rows: list[int], step: int) -> Batch:
         """The pairs at ``rows``, then the preserve noises of this step."""
         assert self._examples is not None
-        pairs, noise = [self._examples.pairs[k] for k in rows], self._examples.noises[rows]
+        generator, pairs = self.generator, [self._examples.pairs[k] for k in rows]
+        noise = self._examples.noises[rows]
         if self.options.noise == "random":
             seeds = [derived_seed(self.seed, "direct", step, pair.id) for pair in pairs]
             noise = gaussian(seeds, noise.shape[1:])
-        images = None
+        extra = {"latents": self._examples.latents[rows].to(generator.device)}
         if self.options.pixel_l1_weight:
-            images = self.targets.images([(pair.image_path, pair.resize_mode) for pair in pairs])
-        latents, prompts = self._examples.latents[rows], [pair.prompt for pair in pairs]
-        return self._with_preserve(noise, latents, prompts, step, images=images)
+            places = [(pair.image_path, pair.resize_mode) for pair in pairs]
+            extra["images"] = self.targets.images(places)
+        prompts = generator.encode_prompts([pair.prompt for pair in pairs])
+        learned = Rows(noise.to(generator.device), prompts, extra)
+        return Batch(matching=learned, **self.preserved(step))
 
-    def at_end(self, trainer: Trainer) -> dict[str, Any]:
-        """The loss of the pairs, before and after."""
-        return {
-            "matched_loss_before": self._before,
-            "matched_loss_after": self._matched_loss(),
-        }
+    def at_end(self) -> dict[str, Any]:
+        """The loss of the pairs."""
+        return {"matched_loss_after": self._matched_loss()}
 
     @torch.no_grad()
     def _matched_loss(self) -> float:

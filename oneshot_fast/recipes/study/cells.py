@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from oneshot_fast.jobs.assign.options import AssignOptions
+from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.recipes.study.subjects import SubjectRecipe
-from oneshot_fast.training.batch import SftOptions
 
 BATCH_SIZE, LR = 32, 2e-4
 _STEPS = 30  # of the gradient methods

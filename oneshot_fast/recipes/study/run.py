@@ -113,10 +113,11 @@ def train(
             generator, targets, folder / f"assign-{cycle}", options, seed=noises, num_images=0,
             batch_size=64,
         ).run(subject.records)  # fmt: skip
+        pairs, _ = read_manifest(folder / f"assign-{cycle}" / "manifest.jsonl")
         trained = SftRun(
-            generator, targets, folder / f"sft-{cycle}", cell.training(budget), seed=noises,
-            save_minutes=1e9,
-        ).run(read_manifest(folder / f"assign-{cycle}" / "manifest.jsonl")[0])  # fmt: skip
+            generator, pairs, folder / f"sft-{cycle}", cell.training(budget), seed=noises,
+            targets=targets, save_minutes=1e9,
+        ).run()  # fmt: skip
         if cell.assign is not None:
             result["nfe"] += found["nfe"]
             result["matched_loss"] = found["best_loss"]

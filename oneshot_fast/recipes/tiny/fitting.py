@@ -11,6 +11,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from tqdm import trange
 
+from oneshot_fast.training.ema import Ema
+
 
 @torch.no_grad()
 def start_near_linear(module: nn.Module) -> None:
@@ -31,25 +33,6 @@ def start_near_linear(module: nn.Module) -> None:
             continue
         for parameter in last.parameters():
             parameter.zero_()
-
-
-class Ema:
-    """Exponential moving average of parameters with a warm-up (the first steps count less)."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
-        self.parameters: list[Tensor] = list(parameters)
-        self.average = [p.detach().clone() for p in self.parameters]
-        self.decay, self.count = decay, 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self.count += 1
-        weight = 1 - min(self.decay, self.count / (self.count + 9))
-        torch._foreach_lerp_(self.average, self.parameters, weight)
-
-    @torch.no_grad()
-    def copy_to_parameters(self) -> None:
-        torch._foreach_copy_(self.parameters, self.average)
 
 
 def fit(

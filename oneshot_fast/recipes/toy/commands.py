@@ -17,13 +17,13 @@ from oneshot_fast.errors import require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.em.options import EmOptions
+from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.recipes.toy.data import LabelledImages
 from oneshot_fast.recipes.toy.datasets import RECIPES, DatasetName, Recipe
 from oneshot_fast.runtime.files import write_folder
 from oneshot_fast.runtime.options import RunOptions, pick
 from oneshot_fast.sft import SftCommand
 from oneshot_fast.sft import execute as execute_sft
-from oneshot_fast.training.batch import SftOptions
 
 _SFT = SftOptions(epochs=20, batch_size=16, lr=1e-4)
 

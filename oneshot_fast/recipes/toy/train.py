@@ -11,9 +11,10 @@ from tqdm import trange
 
 from oneshot_fast.generators.toy import ToyGenerator
 from oneshot_fast.generators.toy_networks import ToyClassifier, ToyConfig, ToyNetwork
-from oneshot_fast.recipes.tiny.fitting import Ema, fit
+from oneshot_fast.recipes.tiny.fitting import fit
 from oneshot_fast.recipes.toy.critics import HingeCritic, MakeCritic
 from oneshot_fast.recipes.toy.data import LabelledImages
+from oneshot_fast.training.ema import Ema
 
 
 def train_generator(

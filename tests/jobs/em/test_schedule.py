@@ -15,7 +15,7 @@ from oneshot_fast.errors import UserError
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
-from oneshot_fast.training.batch import SftOptions
+from oneshot_fast.jobs.sft.options import SftOptions
 
 Call = Callable[..., Any]
 SMALL = (

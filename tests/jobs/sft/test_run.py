@@ -19,10 +19,12 @@ from torch import Tensor
 from oneshot_fast.data.pairs import load_noise, read_manifest
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
-from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
-from oneshot_fast.training.batch import Batch, PreservePool, SftOptions, batches, sft_losses
+from oneshot_fast.training.batch import Batch, batches
+from oneshot_fast.training.losses.base import OneStepLoss
+from oneshot_fast.training.losses.preserve import Preserve, PreservePool
 from oneshot_fast.training.trainer import Trainer
 
 Call = Callable[..., Any]
@@ -100,7 +102,7 @@ def test_the_best_epoch_is_kept_when_training_diverges(assigned: Path, tmp_path:
         options = SftOptions(
             epochs=epochs, lr=0.05, preserve_latent_weight=0.0, preserve_pixel_weight=0.0
         )
-        summary = SftRun(generator, TargetImages(generator), tmp_path / name, options).run(pairs)
+        summary = SftRun(generator, pairs, tmp_path / name, options).run()
         assert equal(generator.denoiser.state_dict(), unet_of(tmp_path / name / "checkpoint-final"))
         return summary
 
@@ -160,26 +162,24 @@ def test_a_moved_run_still_trains(small_data: Path, tmp_path: Path, call: Call) 
     assert call("sft", *flags(manifest, tmp_path / "there" / "s", "--epochs", 1)).code == 0
 
 
-def pool_and_batch(generator: Generator, path: Path, count: int) -> Batch:
+def preserved(generator: Generator, path: Path, count: int) -> Batch:
     prompts = ["a handwritten digit one", "a handwritten digit two"]
     pool = PreservePool.build(generator, prompts, (4, 8, 8), 20, 0, path)
-    drawn = pool.draw(count, 5)
-    encoding = generator.encode_prompts([pool.prompts[k] for k in drawn])
-    noise = gaussian([pool.seeds[k] for k in drawn], (4, 8, 8))
-    return Batch(noise, encoding, pool.latents[drawn], None, matched=1)
+    return Batch(preserve=pool.rows(generator, count, 5))
 
 
 def test_the_preserve_loss_starts_at_zero_and_sees_any_change(tmp_path: Path) -> None:
     generator = load_generator("tiny", master_weights=True)
-    options = SftOptions(preserve_latent_weight=0.5, preserve_pixel_weight=0.5)
-    batch = pool_and_batch(generator, tmp_path / "pool.safetensors", 7)
+    loss = OneStepLoss(preserve=Preserve(0.5, 0.5))
+    batch = preserved(generator, tmp_path / "pool.safetensors", 7)
     with torch.no_grad():
-        assert 0 <= sft_losses(generator, batch, options)[1].item() < 1e-5
+        assert 0 <= loss(generator, batch)["preserve"].item() < 1e-5
         next(iter(generator.denoiser.parameters())).add_(0.01)
-        assert sft_losses(generator, batch, options)[1].item() > 1e-4
+        assert loss(generator, batch)["preserve"].item() > 1e-4
     # The pool on disk is of the base generator, so a resumed run is held to the same targets.
-    again = pool_and_batch(generator, tmp_path / "pool.safetensors", 7)
-    assert torch.equal(again.latents, batch.latents)
+    again = preserved(generator, tmp_path / "pool.safetensors", 7)
+    kept = [rows["preserve"].extra["latents"] for rows in (batch, again)]
+    assert torch.equal(*kept)
 
 
 def test_random_noise_and_pixels_train_differently(
@@ -205,8 +205,7 @@ def test_a_resumed_training_equals_the_uninterrupted_one(
 
     def train(folder: Path) -> Generator:
         generator = load_generator("tiny", master_weights=True)
-        targets = TargetImages(generator)
-        SftRun(generator, targets, folder, options, seed=1, save_minutes=0).run(pairs)
+        SftRun(generator, pairs, folder, options, seed=1, save_minutes=0).run()
         return generator
 
     whole = train(tmp_path / "whole")

@@ -1,0 +1,70 @@
+"""How a generator is trained on matched pairs, or on rewards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from oneshot_fast.errors import require
+from oneshot_fast.rewards.options import RewardTrainingOptions
+from oneshot_fast.training.losses.base import OneStepLoss, Term
+from oneshot_fast.training.losses.matching import Matching
+from oneshot_fast.training.losses.preserve import Preserve
+from oneshot_fast.training.losses.reward import RewardLoss
+from oneshot_fast.training.options import TrainOptions
+
+if TYPE_CHECKING:
+    from oneshot_fast.rewards import WeightedRewards
+
+
+@dataclass(frozen=True)
+class SftOptions(TrainOptions):
+    """How the generator is trained."""
+
+    latent_loss_weight: float = 1.0
+    """Weight of the mean squared error between the latents."""
+    pixel_l1_weight: float = 0.0
+    """Weight of the mean absolute error between the images ([0, 1] RGB); 0 never decodes."""
+    noise: Literal["matched", "random"] = "matched"
+    """Train on the matched noises, or (baseline: direct SFT) on new random noise at every step."""
+
+    def check(self) -> None:
+        """Raise UserError for values that make no sense."""
+        super().check()
+        require(
+            self.latent_loss_weight + self.pixel_l1_weight > 0,
+            "both latent_loss_weight and pixel_l1_weight are 0; there is nothing to learn",
+        )
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """All weights of losses, and the weight decay."""
+        return (self.latent_loss_weight, self.pixel_l1_weight, *super().weights)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a loss is in pixels."""
+        return self.pixel_l1_weight > 0 or super().decodes
+
+    def loss(self, rewards: WeightedRewards | None = None) -> OneStepLoss:
+        """What is lowered: matching, or minus ``rewards`` where they are given, and preserve.
+
+        Both are called "matching", the name of their column in history.jsonl.
+        """
+        learn: Term = Matching(self.latent_loss_weight, self.pixel_l1_weight)
+        if rewards is not None:
+            learn = RewardLoss(rewards)
+        keep = Preserve(self.preserve_latent_weight, self.preserve_pixel_weight)
+        return OneStepLoss(matching=learn, preserve=keep)
+
+
+@dataclass(frozen=True)
+class MeasuredTrainingOptions(RewardTrainingOptions):
+    """Training on rewards: of which images, and what is measured."""
+
+    resolution: int | None = None
+    """With --reward: image side in pixels; by default the model's own. Pairs have that of their
+    noises."""
+    eval_samples: int = 64
+    """With --reward: random noises, not trained on, on which rewards, judges, drift and diversity
+    are measured before training and after every epoch."""

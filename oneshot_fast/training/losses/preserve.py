@@ -1,0 +1,102 @@
+"""Against drift: what the generator makes of random noises stays what it was before training.
+
+    L = w_latent mean (x0 - x0_base)^2 + w_pixel mean |decoder(x0) - decoder(x0_base)|
+
+Distillation from the model's own past, as in Learning without Forgetting (Li and Hoiem 2016, arXiv
+1606.09282).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from oneshot_fast.runtime.files import read_metadata, write_safetensors
+from oneshot_fast.runtime.processes import is_main, map_over_processes
+from oneshot_fast.runtime.seeds import derived_seed, gaussian
+from oneshot_fast.training.batch import Rows
+from oneshot_fast.training.losses.matching import Matching
+
+if TYPE_CHECKING:
+    from oneshot_fast.generators.base import Generator
+
+_ROWS = 16  # of the pool, computed at once
+
+
+@dataclass(frozen=True)
+class Preserve(Matching):
+    """``Matching``, where the targets are the base generator's latents and their images."""
+
+    def images(self, generator: Generator, rows: Rows) -> Tensor:
+        """What the decoder, which is not trained, makes of the base generator's latents."""
+        return generator.decode(rows.extra["latents"])
+
+
+@dataclass(frozen=True)
+class PreservePool:
+    """Random noises and what the base generator makes of them, computed once.
+
+    Attributes:
+        prompts: M prompts.
+        seeds: M seeds of the noises.
+        latents: Base latents, [M, C, h, w] float32, on the CPU.
+        noise_shape: [C, h, w] of a noise.
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    latents: Tensor
+    noise_shape: tuple[int, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def build(
+        cls, generator: Generator, prompts: Sequence[str], shape: Sequence[int],
+        size: int, seed: int, path: Path,
+    ) -> PreservePool:  # fmt: skip
+        """Read the pool from ``path``, or compute it with the generator as it is now.
+
+        Each process computes its part; the main one writes the file.
+
+        Args:
+            generator: The base generator.
+            prompts: Prompts to draw from.
+            shape: [C, h, w] of a noise.
+            size: M.
+            seed: Seed of the run.
+            path: Safetensors file that keeps the pool, so that a resumed run has the same.
+        """
+        if path.exists():
+            kept = read_metadata(path, "pool")
+            return cls(kept["prompts"], kept["seeds"], load_file(path)["latents"], tuple(shape))
+        draw = torch.Generator().manual_seed(derived_seed(seed, "preserve prompts"))
+        chosen = torch.randint(len(prompts), (size,), generator=draw).tolist()
+        pool_prompts = [prompts[k] for k in chosen]
+        seeds = [derived_seed(seed, "preserve", k) for k in range(size)]
+
+        def latents(k: int) -> Tensor:
+            part = slice(_ROWS * k, _ROWS * (k + 1))
+            eps = gaussian(seeds[part], shape).to(generator.device)
+            return generator.latents(eps, generator.encode_prompts(pool_prompts[part])).cpu()
+
+        made = torch.cat(map_over_processes(latents, math.ceil(size / _ROWS)))
+        if is_main():
+            kept = {"prompts": pool_prompts, "seeds": seeds}
+            write_safetensors(path, {"latents": made}, {"pool": kept})
+        return cls(pool_prompts, seeds, made, tuple(shape))
+
+    def rows(self, generator: Generator, count: int, seed: int) -> Rows:
+        """``count`` different noises for ``Preserve``, or all if there are fewer, on its device."""
+        draw = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(len(self.seeds), generator=draw)[:count].tolist()
+        noise = gaussian([self.seeds[k] for k in drawn], self.noise_shape)
+        prompts = generator.encode_prompts([self.prompts[k] for k in drawn])
+        extra = {"latents": self.latents[drawn].to(generator.device)}
+        return Rows(noise.to(generator.device), prompts, extra)

@@ -1,0 +1,32 @@
+"""Training on rewards through the single step.
+
+    L = -mean sum_i w_i r_i(decoder(x0), prompt)
+
+With one step the gradient of the reward is exact and short: image, decoder, denoiser. This is
+DRaFT-1 (Clark et al. 2023, arXiv 2309.17400) and AlignProp (Prabhudesai et al. 2023, arXiv
+2310.03739) where the sampler has no other step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from oneshot_fast.training.batch import Rows
+
+if TYPE_CHECKING:
+    from oneshot_fast.generators.base import Generator, Prediction
+    from oneshot_fast.rewards import WeightedRewards
+
+
+@dataclass(frozen=True)
+class RewardLoss:
+    """Minus the mean reward of the images, whose prompts are in ``rows.extra["texts"]``."""
+
+    rewards: WeightedRewards
+
+    def __call__(self, generator: Generator, made: Prediction, rows: Rows) -> Tensor:
+        """See ``Term``."""
+        return -self.rewards(generator.images(made.latents), rows.extra["texts"]).mean()

@@ -1,0 +1,192 @@
+"""Losses from outside the package, more than one trainee, and averages of weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from oneshot_fast.data.pairs import read_manifest
+from oneshot_fast.errors import RunError
+from oneshot_fast.generators.base import Generator, Prediction
+from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.jobs.sft.options import SftOptions
+from oneshot_fast.jobs.sft.run import SftRun
+from oneshot_fast.training.batch import Batch, Rows
+from oneshot_fast.training.ema import Ema
+from oneshot_fast.training.losses.base import OneStepLoss, shared_losses, total
+from oneshot_fast.training.trainer import Trainer
+
+FREE: dict[str, Any] = {
+    "batch_size": 4, "preserve_latent_weight": 0.0, "preserve_pixel_weight": 0.0,
+}  # fmt: skip
+
+
+class Brightness:
+    """Makes images bright: a loss that evaluates the generator itself."""
+
+    parts = ("brightness",)
+
+    def __call__(self, model: Generator, batch: Batch) -> dict[str, Tensor]:
+        """Minus the mean of the images."""
+        rows = batch["matching"]
+        return {"brightness": -model.images(model.latents(rows.noise, rows.prompts)).mean()}
+
+
+def contrast(generator: Generator, made: Prediction, rows: Rows) -> Tensor:
+    """Minus the mean deviation of the latents: a term, which shares the evaluation."""
+    return -made.latents.flatten(1).std(1).mean()
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def test_a_loss_from_elsewhere_trains_the_generator(assigned: Path, tmp_path: Path) -> None:
+    pairs, _ = read_manifest(assigned / "manifest.jsonl")
+    options = SftOptions(epochs=3, lr=1e-3, **FREE)
+
+    def run(loss: Any) -> SftRun:
+        generator = load_generator("tiny", master_weights=True)
+        return SftRun(generator, pairs, tmp_path / "run", options, loss=loss)
+
+    run(Brightness()).run()
+    first, *_, last = rows_of(tmp_path / "run")
+    assert last["brightness"] == last["loss"] < first["brightness"] - 0.05
+    with pytest.raises(RunError, match="loss: Brightness then"):
+        run(None).run()
+
+
+def test_terms_share_one_evaluation_and_parts_add_up(tiny: Generator) -> None:
+    noise, latents = torch.randn(2, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    prompts = tiny.encode_prompts([f"a handwritten digit {k}" for k in ("one", "two")] * 2 + [""])
+    batch = Batch(
+        matching=Rows(noise[:3], prompts.select(slice(3)), {"latents": latents[:3]}),
+        contrast=Rows(noise[3:], prompts.select(slice(3, None))),
+    )
+    terms = SftOptions(**FREE).loss().terms
+    loss, evaluated = OneStepLoss(matching=terms["matching"], contrast=contrast), []
+    hook = tiny.denoiser.register_forward_pre_hook(lambda *_: evaluated.append(1))
+    with torch.no_grad():
+        whole = loss(tiny, batch)
+        assert list(whole) == list(loss.parts) == ["matching", "contrast"] and len(evaluated) == 1
+        for parts in (2, 3, 9):
+            pieces = batch.split(parts)
+            assert [len(pieces), sum(piece.size for piece in pieces)] == [min(parts, 3), 5]
+            found = sum(total(shared_losses(loss, tiny, piece)) for piece in pieces)
+            torch.testing.assert_close(found, total(whole))
+    hook.remove()
+    # a part that is no group is a mean over all rows
+    assert sum(piece.share("all") for piece in batch.split(3)) == pytest.approx(1)
+
+
+class Critic:
+    """A second trainee: tells latents of targets from those that the generator makes."""
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.module = nn.Sequential(nn.Flatten(), nn.Linear(256, 1))
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        save_file(self.module.state_dict(), folder / "critic.safetensors")
+
+    def load_weights(self, folder: Path) -> None:
+        self.module.load_state_dict(load_file(folder / "critic.safetensors"))
+
+    def save_adapter(self, weights: Any, folder: Path) -> None:
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+class CriticLoss:
+    """Least squares (Mao et al. 2016, arXiv 1611.04076)."""
+
+    parts = ("real", "fake")
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+
+    def __call__(self, model: Critic, batch: Batch) -> dict[str, Tensor]:
+        rows = batch["matching"]
+        with torch.no_grad():
+            made = self.generator.latents(rows.noise, rows.prompts)
+        real, fake = (model.module(latents) for latents in (rows.extra["latents"], made))
+        return {"real": (real - 1).square().mean(), "fake": fake.square().mean()}
+
+
+class AdversarialRun(SftRun):
+    """Both are trained in every step."""
+
+    def __init__(self, generator: Generator, *args: Any, **more: Any) -> None:
+        critic = Critic()
+
+        def convince(generator: Generator, made: Prediction, rows: Rows) -> Tensor:
+            value: Tensor = critic.module(made.latents)
+            return (value - 1).square().mean()
+
+        super().__init__(generator, *args, loss=OneStepLoss(matching=convince), **more)
+        self.trainees["critic"], self.losses["critic"] = critic, CriticLoss(generator)
+
+    def take_step(self, rows: list[int], step: int) -> None:
+        batch = self.batch(rows, step)
+        for name in ("critic", "student"):
+            self.trainers[name](batch)
+
+
+def test_two_trainees_resume_together(
+    assigned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs, _ = read_manifest(assigned / "manifest.jsonl")
+    options = SftOptions(epochs=2, lr=1e-3, **FREE)
+
+    def train(folder: Path) -> AdversarialRun:
+        generator = load_generator("tiny", master_weights=True)
+        run = AdversarialRun(generator, pairs, folder, options, save_minutes=0)
+        run.run()
+        return run
+
+    whole, update = train(tmp_path / "whole"), Trainer.update
+
+    def dying(self: Trainer) -> None:
+        if self.step == 2 and isinstance(self.trainee, Generator):  # the critic has its third step
+            raise KeyboardInterrupt
+        update(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "update", dying)
+        train(tmp_path / "parts")
+    resumed = train(tmp_path / "parts")
+    again = train(tmp_path / "parts")  # is finished: all take over their weights
+    for name, trainee in whole.trainees.items():
+        expected = trainee.module.state_dict()
+        for run in (resumed, again):
+            found = run.trainees[name].module.state_dict()
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
+    one, two = (rows_of(tmp_path / name) for name in ("whole", "parts"))
+    assert one == two and one[1]["critic loss"] == one[1]["critic real"] + one[1]["critic fake"]
+    names = {path.name for path in (tmp_path / "parts" / "critic").iterdir()}
+    assert names == {"checkpoint-best", "checkpoint-final"}
+
+
+def test_the_average_is_that_of_diffusers() -> None:
+    weights = [torch.randn(7, 3), torch.randn(5)]
+    ours, theirs = Ema(weights, 0.9), EMAModel(weights, decay=0.9)  # type: ignore[arg-type]
+    for parameter in weights:
+        parameter.requires_grad_(True)
+    for _ in range(100):
+        with torch.no_grad():
+            for parameter in weights:
+                parameter += torch.randn_like(parameter)
+        ours.update()
+        theirs.step(weights)  # type: ignore[arg-type]
+    assert all(map(torch.equal, ours.average, theirs.shadow_params))
