@@ -40,8 +40,6 @@ def load_image(path: ImageRef, height: int, width: int, resize_mode: str = "crop
     Raises:
         DataError: the file is missing, damaged, too large, not an image, or `resize_mode` is wrong.
     """
-    if resize_mode not in ("crop", "squash"):
-        raise DataError(f"resize_mode is '{resize_mode}': use crop or squash")
     if isinstance(path, Path) and not os.path.isfile(path):
         raise DataError(f"{path}: no such image file")
     try:
@@ -52,6 +50,13 @@ def load_image(path: ImageRef, height: int, width: int, resize_mode: str = "crop
         raise DataError(f"{path}: not an image in a known format ({', '.join(_FORMATS)})") from None
     except Exception as error:  # on damaged bytes Pillow's decoders raise nearly any class
         raise DataError(f"{path}: cannot be decoded: {one_line(error)}") from error
+    return resized(image, height, width, resize_mode)
+
+
+def resized(image: Image.Image, height: int, width: int, resize_mode: str = "crop") -> Tensor:
+    """As ``load_image``, of a picture of mode "RGB", or "F" in [0, 1]."""
+    if resize_mode not in ("crop", "squash"):
+        raise DataError(f"resize_mode is '{resize_mode}': use crop or squash")
     if resize_mode == "crop":
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     else:

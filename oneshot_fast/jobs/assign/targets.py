@@ -98,52 +98,42 @@ class Preparer:
         self, batch: Sequence[tuple[int, Record] | Failure]
     ) -> tuple[list[Target], list[Failure]]:
         """Targets of (index, record) pairs; failures are passed on, with those of reading."""
-        readable, failures = [], []
+        ready, failures = [], []
         for item in batch:
             if isinstance(item, Failure):
                 failures.append(item)
                 continue
             index, record = item
             try:
-                latent = self._targets.latent(record.image_path, self._resize_mode)
-                features = self._features_of(record)
-                sha256 = file_sha256(record.image_path)
-                readable.append((index, record, latent, features, sha256))
+                ready.append(self._target(index, record))
             except DataError as error:
                 failures.append(failure(record, str(error)))
-        if not readable:
-            return [], failures
-        generator, device = self._generator, self._generator.device
-        prompts = generator.encode_prompts([record.prompt for _, record, *_ in readable])
-        seeds = [self._seed_of(record) for _, record, *_ in readable]
-        latents = torch.stack([latent for _, _, latent, *_ in readable]).to(device)
-        side = self._targets.resolution
-        eps = gaussian(seeds, generator.noise_shape(side, side)).to(device)
-        paths = [(record.image_path, self._resize_mode) for _, record, *_ in readable]
-        images = self._targets.images(paths) if self._needs_images else None
-        ready = [
-            Target(
-                index,
-                record,
-                seeds[k],
-                sha256,
-                generator.is_truncated(record.prompt),
-                eps[k],
-                prompts.row(k),
-                latents[k],
-                None if images is None else images[k],
-                features,
-                start=self._start_of(record),
-            )
-            for k, (index, record, _, features, sha256) in enumerate(readable)
-        ]
         return ready, failures
 
-    def _features_of(self, record: Record) -> Tensor | None:
-        if self._features is None:
-            return None
-        [image] = self._targets.images([(record.image_path, self._resize_mode)])
-        return target_features(image, self._features)
+    def _target(self, index: int, record: Record) -> Target:
+        generator, place = self._generator, (record.image_path, self._resize_mode)
+        latent = self._targets.latent(*place).to(generator.device)
+        image = None
+        if self._needs_images or self._features is not None:
+            image = self._targets.image(*place).to(generator.device)
+        features = None
+        if image is not None and self._features is not None:
+            features = target_features(image, self._features)
+        seed, side = self._seed_of(record), self._targets.resolution
+        eps = gaussian([seed], generator.noise_shape(side, side))[0].to(generator.device)
+        return Target(
+            index,
+            record,
+            seed,
+            file_sha256(record.image_path),
+            generator.is_truncated(record.prompt),
+            eps,
+            generator.encode_prompts([record.prompt]),
+            latent,
+            image if self._needs_images else None,
+            features,
+            start=self._start_of(record),
+        )
 
     def _seed_of(self, record: Record) -> int:
         if record.id in self._previous:

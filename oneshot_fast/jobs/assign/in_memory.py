@@ -1,0 +1,124 @@
+"""Noises of images at hand, found in memory and without a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from torch import Tensor
+
+from oneshot_fast.data.images import load_image, resized
+from oneshot_fast.data.pairs import Record
+from oneshot_fast.errors import require
+from oneshot_fast.jobs.assign.features import target_features
+from oneshot_fast.jobs.assign.options import AssignOptions
+from oneshot_fast.jobs.assign.search import TargetSearch
+from oneshot_fast.jobs.assign.targets import Target
+from oneshot_fast.runtime.seeds import derived_seed, gaussian
+from oneshot_fast.search.problem import Assignment
+from oneshot_fast.search.solver import stacked
+
+if TYPE_CHECKING:
+    from oneshot_fast.generators.base import Generator
+
+Pictures = Tensor | Sequence[Image.Image | Path | str]
+
+
+def assign_noise(
+    generator: Generator,
+    prompts: Sequence[str],
+    images: Pictures,
+    options: AssignOptions = AssignOptions(),  # noqa: B008 (frozen)
+    *,
+    seed: int = 0,
+    eps: Tensor | None = None,
+    batch_size: int = 16,
+    resolution: int | None = None,
+    resize_mode: str = "crop",
+) -> Assignment:
+    """Find, for N images, the noises that the generator maps closest to them.
+
+    It is the search of ``AssignRun``, which keeps its results in a folder and can be resumed, for
+    records with the ids "0", "1", ...
+
+    Args:
+        generator: Its weights stay fixed.
+        prompts: N prompts.
+        images: [N, 3, H, W] in [0, 1] RGB, of a size that the generator makes; or N Pillow images
+            or paths, which are resized.
+        options: How a noise is searched.
+        seed: Of the base noises, and of those that are drawn to choose from.
+        eps: Instead: base noises, [N, C, h, w], N(0, 1).
+        batch_size: Images on the device at once; halved where memory runs out.
+        resolution: Side in pixels that Pillow images and files are resized to; by default the
+            generator's own.
+        resize_mode: "crop" scales to cover the square and cuts the centre; "squash" changes the
+            aspect.
+
+    Returns:
+        ``z`` [N, C, h, w], ``best_loss`` [N], ``losses`` [steps + 1, N] and more, on the CPU.
+        Where a loss became NaN, the best one before it counts.
+
+    Raises:
+        UserError: If an option makes no sense, numbers or sizes do not match, or memory runs out.
+        DataError: If a file cannot be read.
+
+    Example:
+        >>> from oneshot_fast.generators.loading import load_generator
+        >>> from oneshot_fast.jobs.assign.in_memory import assign_noise
+        >>> from oneshot_fast.jobs.assign.options import AssignOptions
+        >>> generator = load_generator("tiny")
+        >>> prompts = ["a photo of the digit three"]
+        >>> pictures = generator.generate(prompts, seed=7)
+        >>> found = assign_noise(generator, prompts, pictures, AssignOptions(steps=2))
+        >>> found.z.shape, found.losses.shape
+        (torch.Size([1, 4, 8, 8]), torch.Size([3, 1]))
+        >>> closest = generator.generate(prompts, found.z)
+    """
+    options.check()
+    side = resolution or generator.image_size
+    if isinstance(images, Tensor):
+        pictures = [*images]
+    else:
+        pictures = [_read(image, side, resize_mode) for image in images]
+    require(
+        len(prompts) == len(pictures) > 0,
+        f"expected as many prompts as images, at least one, got {len(prompts)} and {len(pictures)}",
+    )
+    H, W = pictures[0].shape[-2:]
+    shape, device = generator.noise_shape(H, W), generator.device
+    seeds = [derived_seed(seed, str(k)) for k in range(len(prompts))]
+    eps = gaussian(seeds, shape) if eps is None else eps.float()
+    expected = (len(prompts), *shape)
+    require(eps.shape == expected, f"expected eps of shape {expected}, got {tuple(eps.shape)}")
+    targets = []
+    for k, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+        image = picture.float().to(device)
+        targets.append(
+            Target(
+                k,
+                Record(str(k), k + 1, prompt, "", Path()),
+                seeds[k],
+                "",
+                generator.is_truncated(prompt),
+                eps[k].to(device),
+                generator.encode_prompts([prompt]),
+                generator.encode_image(image).to(device),
+                image if options.pixel_l1_weight else None,
+                None if options.features is None else target_features(image, options.features),
+            )
+        )
+    search = TargetSearch(generator, options, seed=seed, batch_size=batch_size)
+    found = sorted(
+        (one for part in search.solve([targets]) for one in part), key=lambda one: one.index
+    )
+    return stacked(found)
+
+
+def _read(picture: Image.Image | Path | str, side: int, resize_mode: str) -> Tensor:
+    """[3, side, side] float32 in [0, 1]."""
+    if isinstance(picture, Image.Image):
+        return resized(picture.convert("RGB"), side, side, resize_mode)
+    return load_image(Path(picture), side, side, resize_mode)
