@@ -18,8 +18,10 @@ export OMP_WAIT_POLICY ?= passive
 em: build
 	$(BIN)/python -m oneshot_fast.em
 
+# on all cores, one thread each; the gpu tests are skipped and counted where there is no GPU
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 test: build
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: build
 	$(BIN)/ruff format --check .
@@ -28,7 +30,7 @@ check: build
 	    xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	$(MAKE) .venv/.kernels
 
 # the GPU kernels for all architectures, compiled without a GPU; repeated only when they change

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads leave the cores to the others
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # as the commands do, but before imports
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -40,8 +42,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def same_start() -> Iterator[None]:
+    """Every test starts with seed 0 and the same number of threads."""
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread() -> None:
+    """As many threads as processes that a test starts have, for the same bits."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["interpreter"] if INTERPRETED else ["cpu", *ON_GPU])
@@ -96,6 +108,16 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """The file of two prompts."""
+    from samples import PROMPTS
+
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS), encoding="utf-8")
+    return path
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a command ended; a negative code is the signal that killed it."""
@@ -134,6 +156,17 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(source / json.loads(line)["image"], small / "images")
     (small / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return small
+
+
+@pytest.fixture(scope="session")
+def targets(tiny: Any, small_data: Path) -> list[Any]:
+    """The small data set's targets, as the search takes them."""
+    from oneshot_fast.data.pairs import read_pairs
+    from oneshot_fast.generators.target_images import TargetImages
+    from oneshot_fast.jobs.assign.targets import Preparer
+
+    preparer = Preparer(tiny, TargetImages(tiny), seed=0, resize_mode="crop", needs_images=False)
+    return preparer.prepare([*enumerate(read_pairs(small_data)[0])])[0]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -34,6 +35,9 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 Launch = tuple[JITFunction, dict[str, Any]]
+
+# architecture, kernel, arguments and specialisation of each thing to compile
+TASKS: dict[str, tuple[int, JITFunction, dict[str, Any], tuple[Any, ...]]] = {}
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -145,6 +149,13 @@ def compile_for(arch: int, kernel: JITFunction, specialised: tuple[Any, ...]) ->
     }
 
 
+def compiled_row(key: str) -> dict[str, Any]:
+    """Compile one of ``TASKS``; what the table has of it."""
+    arch, kernel, values, specialised = TASKS[key]
+    about = {"arch": arch, "kernel": kernel.__name__, "case": _label(values, specialised)}
+    return about | compile_for(arch, kernel, specialised)
+
+
 def _output(tool: str, *arguments: str) -> str:
     command = [str(TOOLS / tool), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -172,30 +183,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     options = parser.parse_args(argv)
-    rows: dict[str, dict[str, Any]] = {}
-    bad = 0
     for kernel, values in recorded([getattr(torch, name) for name in options.dtype]):
-        specialised = specialise(kernel, values)
-        if options.kernel not in kernel.__name__:
-            continue
-        for arch in options.arch:
-            key = f"{arch} {kernel.__name__} {specialised}"
-            if key in rows:
-                continue
-            result = compile_for(arch, kernel, specialised)
-            failed = result["spills"] > 0 or result["shared"] > SHARED_LIMIT[arch]
+        if options.kernel in kernel.__name__:
+            specialised = specialise(kernel, values)
+            for arch in options.arch:
+                key = f"{arch} {kernel.__name__} {specialised}"
+                TASKS.setdefault(key, (arch, kernel, values, specialised))
+    rows, bad = [], 0
+    # forked, since kernels cannot be sent to a process
+    with multiprocessing.get_context("fork").Pool() as pool:
+        for row in pool.imap(compiled_row, TASKS):
+            failed = row["spills"] > 0 or row["shared"] > SHARED_LIMIT[row["arch"]]
             bad += failed
-            label = _label(values, specialised)
-            rows[key] = {"arch": arch, "kernel": kernel.__name__, "case": label, **result}
+            rows.append(row)
             print(
-                f"sm_{arch:<4} {kernel.__name__:24} {result['registers']:>4} registers "
-                f"{result['shared']:>7} bytes shared {result['spills']:>5} spills "
-                f"{'FAILED ' if failed else ''} {label}",
+                f"sm_{row['arch']:<4} {row['kernel']:24} {row['registers']:>4} registers "
+                f"{row['shared']:>7} bytes shared {row['spills']:>5} spills "
+                f"{'FAILED ' if failed else ''} {row['case']}",
                 flush=True,
             )
     print(f"Triton {triton.__version__}: {len(rows)} kernels compiled, {bad} failed")
     if options.json:
-        options.json.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return int(bad > 0)
 
 

@@ -14,7 +14,7 @@ cores and of fast instructions, registers and speed.
 CXX and CXXFLAGS are used as by make. With the sanitizers of GCC every access is checked, and every
 pair of accesses within a block for a barrier between them:
 
-    T="python -m pytest tests/test_cuda_emulation.py"
+    T="python -m pytest tests/ops/test_cuda_emulation.py"
     CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" ASAN_OPTIONS=detect_leaks=0 \
         LD_PRELOAD=$(g++ -print-file-name=libasan.so) $T
     CXXFLAGS=-fsanitize=thread LD_PRELOAD=$(g++ -print-file-name=libtsan.so) setarch -R $T

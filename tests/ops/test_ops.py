@@ -6,6 +6,7 @@ A test with ``device`` runs on the CPU and, where there is a GPU, on each of its
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,9 @@ def test_value_and_gradients(spec, case, layout, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("spec", "case"), MORE_CASES)
 def test_value_and_gradients_of_larger_tensors(spec, case, dtype, device):
+    half_tiled = spec.name == "skew_exp" and case[0][-1] > 64 and dtype.itemsize == 2
+    if INTERPRETED and dtype is not torch.float32 and not half_tiled:
+        pytest.skip("the interpreter is slow, and small tensors take the same path")
     assert_value_and_gradients(spec, make(spec, case, dtype, device=device), dtype)
 
 
@@ -146,8 +150,9 @@ def test_every_instruction_set(isa):
     probe = [sys.executable, "-c", "from oneshot_fast import _C; _C.isa()"]
     if "but this CPU has" in subprocess.run(probe, env=env, capture_output=True, text=True).stderr:
         pytest.skip(f"no {isa} here")
-    tests = ["-k", "cpu and (value_and_gradients or batch_mates)", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", "-q", __file__, *tests]
+    files = [Path(__file__), Path(__file__).with_name("test_rotation_step.py")]
+    chosen = "cpu and (value_and_gradients or batch_mates or (test_values and contiguous))"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
 
@@ -157,7 +162,7 @@ def test_every_instruction_set(isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_skew_exp_is_orthogonal(dtype, D, norm, device):
     tiled = D > 64 or (D > 32 and dtype is torch.float64)
-    if INTERPRETED and tiled and (D > 72 or norm != 30):
+    if INTERPRETED and tiled and ((37 if dtype is torch.float64 else 72) != D or norm != 30):
         pytest.skip("the interpreter is slow")
     a = torch.randn(2, D, D, dtype=dtype)
     a *= norm / (a - a.mT).abs().sum(-1).max()
@@ -175,10 +180,12 @@ def test_skew_exp_of_a_symmetric_matrix_is_exactly_the_identity(D, device):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
 @pytest.mark.parametrize("D", [5, 65])
-def test_skew_exp_without_a_result_is_not_finite(D, bad, device):
+def test_skew_exp_without_a_result_is_not_finite(D, bad, device, monkeypatch):
     """And ends; its batch mates are not touched."""
-    if INTERPRETED and D > 64 and bad is not torch.nan:
-        pytest.skip("the interpreter is slow")
+    if INTERPRETED and D > 64:
+        if bad is not torch.nan:
+            pytest.skip("the interpreter is slow")
+        monkeypatch.setattr("oneshot_fast.kernels.skew_exp_tiled._SQUARINGS", 2)
     a = torch.randn(2, D, D, device=device) / D
     good = a[1].clone()
     a[0, 1, 0] = bad

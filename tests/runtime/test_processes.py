@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from samples import rows_of
 
 from oneshot_fast.data.pairs import file_sha256, read_manifest
 from oneshot_fast.generators.target_images import TargetImages
@@ -82,14 +82,10 @@ def run(processes: int, command: str, *flags: object) -> str:
     return out
 
 
-def rows(folder: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-
-
 def results(folder: Path) -> list[tuple[object, ...]]:
     """What was found for each target, and its noise, in the order of the manifest."""
     found = []
-    for row in rows(folder):
+    for row in rows_of(folder / "manifest.jsonl"):
         with safe_open(folder / str(row["noise_path"]), framework="pt") as file:
             z = file.get_slice("z")[row["noise_index"]]
         found.append((row["id"], row["index"], row["losses"], z.tolist()))
@@ -110,7 +106,7 @@ def damaged(tmp_path: Path, assigned: Path, small_data: Path) -> Path:
     folder, data = tmp_path / "assigned", tmp_path / "data"
     shutil.copytree(assigned, folder)
     shutil.copytree(small_data, data)
-    for k, row in enumerate(found := rows(folder)):
+    for k, row in enumerate(found := rows_of(folder / "manifest.jsonl")):
         row["target_image_path"] = str(data / "images" / Path(str(row["target_image_path"])).name)
         if k == 4:
             row["noise_index"] = 99
@@ -119,15 +115,6 @@ def damaged(tmp_path: Path, assigned: Path, small_data: Path) -> Path:
     manifest = folder / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in found))
     return manifest
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As many threads as the other processes have, for the same bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.slow
@@ -222,7 +209,7 @@ def test_a_killed_worker_loses_nothing(tmp_path, small_data):
     out, _ = job.communicate(timeout=300)
     assert job.returncode != 0, out
     left = len(list(noises.glob("*.safetensors")))
-    assert 0 < left < len(rows(tmp_path / "one"))
+    assert 0 < left < len(rows_of(tmp_path / "one" / "manifest.jsonl"))
     run(2, "assign", *flags.split(), *steps, "--output_root", tmp_path / "many")
     assert results(tmp_path / "many") == results(tmp_path / "one")
     assert json.loads((tmp_path / "many" / "summary.json").read_text())["samples"] == 6

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from candidate_samples import no_prompts
+from samples import no_prompts
 from torch import Tensor
 
 from oneshot_fast.runtime.seeds import gaussian

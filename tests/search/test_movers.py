@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from candidate_samples import GRADIENT, no_prompts
+from samples import GRADIENT, no_prompts
 from torch import Tensor
 
 from oneshot_fast.errors import UserError

@@ -8,32 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from assign_samples import NOISE, ROUNDING, assign_batch, batch_of
 from diffusers.models.attention_processor import AttnProcessor2_0
-from search_samples import FULL, PATIENT, STEPS, Limited
+from samples import FULL, NOISE, PATIENT, ROUNDING, STEPS, Limited, assign_batch, batch_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oneshot_fast import ops
-from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.base import Generator
-from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.objective import matching_loss
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.search import TargetSearch
-from oneshot_fast.jobs.assign.targets import Preparer, Target
+from oneshot_fast.jobs.assign.targets import Target
 from oneshot_fast.noise.rotation import PatchRotation
 from oneshot_fast.planning.memory import largest_fit
 from oneshot_fast.search.solver import Solved
-
-# small steps, which do not amplify what rounding makes of other batches
-
-
-@pytest.fixture(scope="module")
-def targets(tiny: Generator, small_data: Path) -> list[Target]:
-    records, _ = read_pairs(small_data)
-    preparer = Preparer(tiny, TargetImages(tiny), seed=0, resize_mode="crop", needs_images=False)
-    return preparer.prepare([*enumerate(records)])[0]
 
 
 def solve(

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from candidate_samples import GRADIENT, of_one_prompt, pool_seed
+from samples import GRADIENT, of_one_prompt, pool_seed
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.base import Generator
-from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.candidates import Chooser
 from oneshot_fast.jobs.assign.objective import MatchingObjective
 from oneshot_fast.jobs.assign.options import AssignOptions
-from oneshot_fast.jobs.assign.targets import Preparer, Target, problem_of
+from oneshot_fast.jobs.assign.targets import Target, problem_of
 from oneshot_fast.runtime.seeds import gaussian
 from oneshot_fast.search.gradient import Search
 from oneshot_fast.search.options import SearchOptions
 from oneshot_fast.search.problem import Assignment
-
-
-@pytest.fixture(scope="module")
-def targets(tiny: Generator, small_data: Path) -> list[Target]:
-    records, _ = read_pairs(small_data)
-    preparer = Preparer(tiny, TargetImages(tiny), seed=0, resize_mode="crop", needs_images=False)
-    return preparer.prepare([*enumerate(records)])[0]
 
 
 def solve(tiny: Generator, targets: list[Target], options: SearchOptions) -> Assignment:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from candidate_samples import of_one_prompt, pool_seed
 from feature_samples import rows
+from samples import of_one_prompt, pool_seed
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from assign_samples import same_results
-from search_samples import FULL, PATIENT
+from samples import FULL, PATIENT, same_results
 
 from oneshot_fast.data.pairs import Failure, Record, read_pairs
 from oneshot_fast.data.sources import pending
@@ -36,15 +34,6 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """An actor computes with one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def local(generator: Any, folder: Path, records: list[Record], **more: Any) -> Path:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from assign_samples import NOISE, ROUNDING, assign_batch, batch_of, noises_of, rows_of, same_results
 from safetensors.torch import load_file
+from samples import NOISE, ROUNDING, assign_batch, batch_of, noises_of, rows_of, same_results
 from torch import Tensor
 
 from oneshot_fast.data.pairs import read_manifest, read_pairs

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from assign_samples import noises_of, rows_of, same_results
-from search_samples import FULL, PATIENT, Limited
+from samples import FULL, PATIENT, Limited, noises_of, rows_of, same_results
 from torch import Tensor
 
 from oneshot_fast.data.pairs import Record, read_pairs

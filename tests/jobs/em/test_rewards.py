@@ -9,24 +9,17 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from samples import PROMPTS
 
 from oneshot_fast.jobs.em.options import EmOptions
 
 Call = Callable[..., Any]
-PROMPTS = ["a handwritten digit three", "a handwritten digit seven"]
 FLAGS = (
     "--initial_model_id tiny --reward thickness --judge digit --images_per_prompt 4 "
     "--assign_method search --assign_candidates 4 --assign_batch_size 4 --num_cycles 2 "
     "--train_epochs 4 --train_batch_size 4 --train_lr 1e-4 --preserve_latent_weight 0 "
     "--preserve_pixel_weight 0 --eval_samples 12"
 )
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(PROMPTS), encoding="utf-8")
-    return path
 
 
 def weights(folder: Path) -> dict[str, Any]:

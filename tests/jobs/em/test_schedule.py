@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import rows_of
 
 from oneshot_fast.data.pairs import load_noise, read_manifest
 from oneshot_fast.errors import UserError
@@ -24,8 +25,8 @@ SMALL = (
 )
 
 
-def rows_of(path: Path) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
+def by_id(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in rows_of(path)}
 
 
 def test_partial_warm_cycles_of_a_schedule(tmp_path: Path, call: Call) -> None:
@@ -37,7 +38,7 @@ def test_partial_warm_cycles_of_a_schedule(tmp_path: Path, call: Call) -> None:
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [len(row["assign"]["losses"]) for row in summary["cycles"]] == [4, 3, 3]
     first, second, third = (
-        rows_of(tmp_path / f"cycle-0{k}" / "assign/manifest.jsonl") for k in (1, 2, 3)
+        by_id(tmp_path / f"cycle-0{k}" / "assign/manifest.jsonl") for k in (1, 2, 3)
     )
     assert len(first) == 6 and len(second) == len(third) == 3
     assert second.keys() | third.keys() == first.keys()
@@ -62,7 +63,7 @@ def test_partial_warm_cycles_of_a_schedule(tmp_path: Path, call: Call) -> None:
 def test_a_warm_search_keeps_or_betters_the_noise(tmp_path: Path, call: Call) -> None:
     flags = "--em_schedule 4:1,4:1 --assign_method search --warm_start --train_lr 1e-12"
     assert call("em", "--work_dir", tmp_path, *SMALL.split(), *flags.split()).code == 0
-    first, second = (rows_of(tmp_path / f"cycle-0{k}" / "assign/manifest.jsonl") for k in (1, 2))
+    first, second = (by_id(tmp_path / f"cycle-0{k}" / "assign/manifest.jsonl") for k in (1, 2))
     for name, row in second.items():
         assert row["best_loss"] <= first[name]["best_loss"] * (1 + 1e-3)
     assert any(row["seed"] != first[name]["seed"] for name, row in second.items())

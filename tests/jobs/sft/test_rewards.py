@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from samples import PROMPTS
 
 from oneshot_fast.data.pairs import load_noise, read_manifest
 from oneshot_fast.generators.loading import load_generator
@@ -23,7 +24,6 @@ from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.losses.base import shared_losses, total
 
 Call = Callable[..., Any]
-PROMPTS = ["a handwritten digit three", "a handwritten digit seven"]
 SHORT: dict[str, Any] = {
     "epochs": 2, "batch_size": 4, "lr": 1e-4, "preserve_pool_size": 16,
     "preserve_pixel_weight": 0.0,
@@ -53,13 +53,6 @@ def train(folder: Path, reward: str = "thickness", **options: Any) -> list[dict[
 def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[float, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("runs")
     return {w: train(folder / f"{w}", preserve_latent_weight=w) for w in (0.0, 30.0)}
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(PROMPTS), encoding="utf-8")
-    return path
 
 
 def test_the_reward_rises_and_everything_is_reported(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
+from samples import rows_of
 from torch import Tensor
 
 from oneshot_fast.data.pairs import load_noise, read_manifest
@@ -28,10 +29,6 @@ from oneshot_fast.training.losses.preserve import Preserve, PreservePool
 from oneshot_fast.training.trainer import Trainer
 
 Call = Callable[..., Any]
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def flags(manifest: Path, folder: Path, *more: object) -> list[object]:
