@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from assign_samples import rows_of
 from PIL import Image
 from safetensors.torch import load_file
+from samples import rows_of
 
 from oneshot_fast.data.pairs import Record, read_pairs
 from oneshot_fast.errors import UserError

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from assign_samples import rows_of
 from safetensors.torch import load_file
+from samples import rows_of
 
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.optimize import in_memory
