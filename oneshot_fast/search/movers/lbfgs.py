@@ -47,20 +47,15 @@ class QuasiNewtonSphere(Sphere):
         radius = y.norm(dim=-1, keepdim=True)
         unit = y / radius
         gradient, scale = scaled(tangent(gradient, unit), state, step)
-        moved = y - state["last_point"]  # 0 at the first step: no pair
-        changed = gradient - state["last_gradient"]
-        moves, changes = (
-            tangent(torch.cat([state[name][:, 1:], new[:, None]], 1), unit[:, None])
-            for name, new in (("moves", moved), ("changes", changed))
-        )
-        longest = rate * radius.square().sum((1, 2)).sqrt()
+        moves = _remembered(state["moves"], y - state["last_point"], unit)  # the first: 0, no pair
+        changes = _remembered(state["changes"], gradient - state["last_gradient"], unit)
+        longest = rate * radius.square().sum((1, 2)).sqrt()  # length of a step, [B]
         barred = self._barred(eps, unit, gradient)
         free = tangent(gradient, barred)
-        first = longest / free.flatten(1).norm(dim=1).clamp_min(TINY)
-        pairs = [tangent(x, barred[:, None]) for x in (moves, changes)]
-        way = -tangent(newton_direction(free, pairs[0], pairs[1], first), unit)
-        shorter = (longest / way.flatten(1).norm(dim=1).clamp_min(TINY)).clamp_max(1)
-        angle = way.norm(dim=-1, keepdim=True) * per_row(shorter, way) / radius
+        along, bends = (tangent(x, barred[:, None]) for x in (moves, changes))
+        way = -tangent(newton_direction(free, along, bends, longest / _lengths(free)), unit)
+        shorter = per_row((longest / _lengths(way)).clamp_max(1), way)
+        angle = way.norm(dim=-1, keepdim=True) * shorter / radius
         return {
             "point": self.turned(eps, unit, way, angle, radius),
             "scale": scale,
@@ -82,6 +77,16 @@ class QuasiNewtonSphere(Sphere):
         at_bound = torch.atan2(sine, (unit * base).sum(-1, keepdim=True)) > self.max_angle - _NEAR
         leaves = (gradient * away).sum(-1, keepdim=True) < 0
         return away.where(at_bound & leaves, torch.zeros_like(away))
+
+
+def _remembered(kept: Tensor, new: Tensor, unit: Tensor) -> Tensor:
+    """``kept`` [B, pairs, K, n], ``new`` [B, K, n] for the oldest one, all tangent at ``unit``."""
+    return tangent(torch.cat([kept[:, 1:], new[:, None]], 1), unit[:, None])
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """Norms [B], above 0, of rows [B, K, n]."""
+    return x.flatten(1).norm(dim=1).clamp_min(TINY)
 
 
 def newton_direction(gradient: Tensor, moves: Tensor, changes: Tensor, first: Tensor) -> Tensor:

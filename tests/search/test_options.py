@@ -1,0 +1,44 @@
+"""Flags of a search: one name each, the earlier ones as aliases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tyro
+
+from oneshot_fast.jobs.assign.options import AssignOptions
+from oneshot_fast.jobs.optimize.options import OptimizeOptions
+from oneshot_fast.search.options import SearchOptions
+
+
+def parsed(kind: type[SearchOptions], flags: str) -> SearchOptions:
+    return tyro.cli(kind, args=flags.split(), use_underscores=True)
+
+
+@pytest.mark.parametrize("kind", [AssignOptions, OptimizeOptions])
+def test_earlier_names_of_flags_and_values_still_work(kind: type[SearchOptions]) -> None:
+    old = parsed(kind, "--assign_method search+free --drift_reg_weight 0.5")
+    assert old == parsed(kind, "--method best_of_n+free --noise_l2_weight 0.5")
+    assert (old.choice, old.mover, old.draws, old.norm_weight) == ("best_of_n", "free", 32, 0.01)
+
+
+def test_help_names_the_aliases(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        parsed(AssignOptions, "--help")
+    said = capsys.readouterr().out
+    assert "--assign_method" in said and "--drift_reg_weight" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (SearchOptions("sphere"), (None, "sphere", 1, 40)),
+        (SearchOptions("sphere", 4), ("best_of_n", "sphere", 4, 40)),
+        (SearchOptions("best_of_n"), ("best_of_n", None, 32, 0)),
+        (SearchOptions("best_of_n", 1), ("best_of_n", None, 1, 0)),
+        (SearchOptions("pool+white", 8), ("pool", "white", 8, 40)),
+    ],
+)
+def test_what_a_method_means(options: SearchOptions, found: tuple[Any, ...]) -> None:
+    assert (options.choice, options.mover, options.draws, options.gradient_steps) == found
