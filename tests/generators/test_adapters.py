@@ -168,7 +168,7 @@ def test_the_adapters_of_all_cycles_make_the_final_generator(
         made.append(make(load_generator(tmp_path / "em" / name / "sft" / "checkpoint-final")))
     pipe.set_adapters(["cycle-01", "cycle-02"])
     assert (made[0] - made[1]).abs().max() > 0.01
-    torch.testing.assert_close(make(Generator(pipe)), made[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(make(SdxlGenerator(pipe)), made[1], rtol=1e-4, atol=1e-4)
     final = load_generator(tmp_path / "em" / "checkpoint-final")
     assert torch.equal(make(final), made[1])
 
