@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from oneshot_fast.cli import OK, SOME_FAILED, public, run_command
 from oneshot_fast.data.options import DataOptions
-from oneshot_fast.data.pairs import Record, pair_id
+from oneshot_fast.data.records import Record, pair_id
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.assign.options import AssignOptions
-from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.runtime.options import RunOptions
 
 if TYPE_CHECKING:
     from oneshot_fast.data.sources import Source
-    from oneshot_fast.generators.base import Generator
-    from oneshot_fast.generators.target_images import TargetImages
 
 
 @dataclass(frozen=True)
@@ -87,31 +84,32 @@ def execute(command: AssignCommand) -> int:
     if command.engine == "ray" and folder is not None and not command.dry_run:
         return _finish(command, folder, _run_on_ray(command, folder, source))
 
-    from oneshot_fast.generators.target_images import TargetImages
-    from oneshot_fast.jobs.assign.plan import fitting_batch_size
-    from oneshot_fast.runtime.processes import gather_objects
+    from oneshot_fast.jobs.assign.plan import assign_plan
+    from oneshot_fast.jobs.assign.run import AssignRun
 
-    generator = command.model.load(command.model_id)
-    targets = TargetImages(generator, command.data.resolution)
-    if command.batch_size == "auto":
-        fits = fitting_batch_size(generator, command.search, targets.resolution)
-        batch_size = min(gather_objects([fits]))  # batches are the same for all processes
-    else:
-        batch_size = command.batch_size
-    if folder is None or command.dry_run:
-        print_plan(command, generator, targets, batch_size, source.total)
-        return OK
     run = AssignRun(
-        generator,
-        targets,
-        folder,
+        command.model.load(command.model_id),
+        source,
+        folder or Path(),
         command.search,
         seed=command.run.seed,
+        batch_size=command.batch_size,
         resize_mode=command.data.resize_mode,
-        batch_size=batch_size,
+        resolution=command.data.resolution,
         num_images=command.num_images,
     )
-    summary = run.run(source, overwrite=command.run.overwrite, report_to=command.run.report_to)
+    if folder is None or command.dry_run:
+        plan = assign_plan(
+            run.generator,
+            run.options,
+            resolution=run.targets.resolution,
+            batch_size=run.batch_size,
+            samples=run.total,
+            num_images=run.num_images,
+        )
+        print(plan)
+        return OK
+    summary = run.run(overwrite=command.run.overwrite, report_to=command.run.report_to)
     return _finish(command, folder, summary)
 
 
@@ -130,12 +128,9 @@ def _run_on_ray(command: AssignCommand, folder: Path, source: Source) -> dict[st
         batch_size=command.batch_size,
         num_images=command.num_images,
     )
+    run = command.run
     return run_on_ray(
-        job,
-        source,
-        actors=command.ray_actors,
-        overwrite=command.run.overwrite,
-        report_to=command.run.report_to,
+        job, source, actors=command.ray_actors, overwrite=run.overwrite, report_to=run.report_to
     )
 
 
@@ -148,28 +143,6 @@ def _finish(command: AssignCommand, folder: Path, summary: dict[str, Any]) -> in
         write_assign_report(folder, public(command))
         print_summary(summary, folder)
     return SOME_FAILED if summary["failed"] else OK
-
-
-def print_plan(
-    command: AssignCommand,
-    generator: Generator,
-    targets: TargetImages,
-    batch_size: int,
-    samples: int | None,
-) -> None:
-    """Say what the command would need."""
-    from oneshot_fast.jobs.assign.plan import assign_plan
-
-    print(
-        assign_plan(
-            generator,
-            command.search,
-            resolution=targets.resolution,
-            batch_size=batch_size,
-            samples=samples,
-            num_images=command.num_images,
-        )
-    )
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:

@@ -20,7 +20,7 @@ from oneshot_fast.rewards.options import RewardOptions
 from oneshot_fast.runtime.options import RunOptions
 
 if TYPE_CHECKING:
-    from oneshot_fast.jobs.optimize.search import RewardSearch
+    pass
 
 
 @dataclass(frozen=True)
@@ -88,48 +88,36 @@ def execute(command: OptimizeCommand) -> int:
         require(0 <= step <= last, f"save_steps names step {step}; there are 0 to {last}")
     prompts = prompts_of(command)
 
-    from oneshot_fast.jobs.optimize.plan import fitting_batch_size, optimize_plan
-    from oneshot_fast.jobs.optimize.run import OptimizeRun, samples_of
+    from oneshot_fast.jobs.optimize.plan import optimize_plan
+    from oneshot_fast.jobs.optimize.run import OptimizeRun
     from oneshot_fast.report.optimize import write_optimize_report
-
-    search = load_search(command)
-    samples = samples_of(prompts, command.num_images_per_prompt, command.run.seed, command.seeds)
-    batch_size = command.batch_size
-    if batch_size == "auto":
-        batch_size = fitting_batch_size(search, samples[0])
-    if command.output_dir is None or command.dry_run:
-        print(optimize_plan(search, samples, batch_size))
-        return OK
-    run = OptimizeRun(
-        search,
-        command.output_dir,
-        batch_size=batch_size,
-        seed=command.run.seed,
-        num_images=command.num_images,
-        rewards=command.rewards.names,
-    )
-    summary = run.run(samples, overwrite=command.run.overwrite, report_to=command.run.report_to)
-    write_optimize_report(command.output_dir, public(command))
-    print_summary(summary, command.output_dir, command.model_id)
-    return SOME_FAILED if summary["failed"] else OK
-
-
-def load_search(command: OptimizeCommand) -> RewardSearch:
-    """Generator and rewards, ready to search."""
-    from oneshot_fast.generators.target_images import TargetImages
-    from oneshot_fast.jobs.optimize.search import RewardSearch
-    from oneshot_fast.noise.rotation import check_patching
+    from oneshot_fast.runtime.processes import is_main
 
     generator = command.model.load(command.model_id)
-    side = TargetImages(generator, command.resolution).resolution  # checks it
-    if command.search.mover == "rotation":
-        size = generator.noise_shape(side, side)[1:]
-        check_patching(size, command.search.patch_size, command.search.rotation_groups)
-    rewards = command.rewards.load(generator.device)
     generator.recompute(command.rewards.recomputed(generator.device))
-    return RewardSearch(
-        generator, rewards, command.search, resolution=side, save_steps=command.save_steps
+    run = OptimizeRun(
+        generator,
+        prompts,
+        command.output_dir or Path(),
+        command.search,
+        rewards=command.rewards.load(generator.device),
+        reward_names=command.rewards.names,
+        images_per_prompt=command.num_images_per_prompt,
+        seeds=command.seeds,
+        seed=command.run.seed,
+        batch_size=command.batch_size,
+        resolution=command.resolution,
+        save_steps=command.save_steps,
+        num_images=command.num_images,
     )
+    if command.output_dir is None or command.dry_run:
+        print(optimize_plan(run.search, run.samples, run.batch_size))
+        return OK
+    summary = run.run(overwrite=command.run.overwrite, report_to=command.run.report_to)
+    if is_main():
+        write_optimize_report(command.output_dir, public(command))
+        print_summary(summary, command.output_dir, command.model_id)
+    return SOME_FAILED if summary["failed"] else OK
 
 
 def print_summary(summary: dict[str, Any], folder: Path, model_id: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot_fast.cli import OK, SOME_FAILED, check_defaults, public, run_command
-from oneshot_fast.data.pairs import read_manifest
+from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions

@@ -14,7 +14,8 @@ import torch
 from benchmarks.sdxl.config import Config
 from benchmarks.sdxl.models import SIZES, build_pipeline, write_data
 from benchmarks.sdxl.reference_recipe import ReferenceRecipe
-from oneshot_fast.data.pairs import read_manifest, read_pairs
+from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.sdxl import SdxlGenerator
 from oneshot_fast.generators.target_images import TargetImages
@@ -105,15 +106,16 @@ class Bench:
         folder = self._fresh(f"ours-{batch_size}")
         run = AssignRun(
             generator,
-            TargetImages(generator, self.side),
+            self.records[:count],
             folder,
             self.options,
+            resolution=self.side,
             seed=self.config.seed,
             batch_size=batch_size,
             num_images=0,
         )
         with Clock(self.config.device) as clock:
-            summary = run.run(self.records[:count])
+            summary = run.run()
         return self._turn(clock, count, summary["best_loss"], folder)
 
     def reference_sft(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 from urllib.parse import quote, unquote
 
-from oneshot_fast.data.records import find_file
 from oneshot_fast.errors import DataError, one_line
 
 _SPAN = re.compile(r"(\d{1,18})\+(\d{1,18})")
@@ -83,6 +83,19 @@ def image_ref(text: str, *folders: Path) -> ImageRef:
         if not found:
             raise
         return Member(str(find_file(found[1], folders)), found[2])
+
+
+def find_file(name: str, folders: Sequence[Path]) -> Path:
+    """Absolute path of a file, absolute or in the first of the folders that has it.
+
+    Raises:
+        DataError: there is none.
+    """
+    for folder in folders:
+        path = folder.absolute() / name
+        if os.path.isfile(path):
+            return path
+    raise DataError(f"no such file: {name} (looked from {' and '.join(map(str, folders))})")
 
 
 def image_text(image: ImageRef, folder: Path) -> str:

@@ -103,13 +103,14 @@ def _deep_grey(path: ImageRef, image: Image.Image) -> npt.NDArray[np.float32]:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """An 8-bit Pillow image of [3, H, W] in [0, 1] RGB."""
-    array = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-    return Image.fromarray(array.cpu().numpy())
+    """An 8-bit Pillow image of RGB [3, H, W], uint8 or floats in [0, 1]."""
+    if image.is_floating_point():
+        image = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
 
 
 def save_png(path: Path, image: Tensor) -> None:
-    """Write an image [3, H, W] in [0, 1] RGB as an 8-bit PNG."""
+    """Write an RGB image [3, H, W], uint8 or floats in [0, 1], as an 8-bit PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     to_pil(image).save(path)
 

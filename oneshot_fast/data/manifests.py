@@ -6,14 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from oneshot_fast.data.image_refs import ImageRef, image_ref, image_text
-from oneshot_fast.data.noise_files import read_noise
+from oneshot_fast.data.image_refs import ImageRef, find_file, image_ref, image_text
 from oneshot_fast.data.records import (
     Failure,
     claim_id,
-    find_file,
     nothing_usable,
     pair_id,
     read_objects,
@@ -80,18 +76,6 @@ def merge_manifests(old: Path, new: Path, merged: Path) -> None:
                 "noise_path": os.path.relpath(noise, home),
             }
     write_jsonl(merged, lines.values())
-
-
-def load_noise(pair: MatchedPair) -> Tensor:
-    """Load the noise of one matched pair; of a shard, only its row is read.
-
-    Returns:
-        [C, h, w] float32 on the CPU, finite.
-
-    Raises:
-        DataError: the file is damaged or no plain tensor; the noise has a wrong shape or values.
-    """
-    return read_noise(pair.noise_path, pair.noise_index)
 
 
 def _parse_match(

@@ -11,7 +11,7 @@ from torch import Tensor
 from oneshot_fast.errors import DataError, one_line
 
 
-def read_noise(path: Path, index: int | None) -> Tensor:
+def read_noise(path: Path, index: int | None = None) -> Tensor:
     """Read one noise; of a safetensors shard, only its row.
 
     Args:

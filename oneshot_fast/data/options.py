@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from oneshot_fast.data.pairs import Failure, Record
+    from oneshot_fast.data.records import Failure, Record
     from oneshot_fast.data.sources import Source
 
 
@@ -51,7 +51,7 @@ class DataOptions:
 
     def read(self, data_root: str | Path) -> tuple[list[Record], list[Failure]]:
         """All records and failures of the data set in ``data_root``."""
-        from oneshot_fast.data.pairs import Failure, Record
+        from oneshot_fast.data.records import Failure, Record
 
         items = list(self.open(data_root))
         records = [item for item in items if isinstance(item, Record)]

@@ -6,16 +6,15 @@ is raised only where nothing at all can be done.
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from oneshot_fast.data.image_refs import ImageRef, Member, file_sha256, image_ref, image_text
-from oneshot_fast.data.images import load_image, save_png
-from oneshot_fast.data.manifests import MatchedPair, load_noise, read_manifest
+from oneshot_fast.data.images import save_png
 from oneshot_fast.data.records import (
     Failure,
+    Record,
     claim_id,
     nothing_usable,
     pair_id,
@@ -25,41 +24,7 @@ from oneshot_fast.data.records import (
 from oneshot_fast.errors import DataError, one_line
 from oneshot_fast.runtime.files import write_jsonl
 
-__all__ = [
-    "DataError",
-    "Failure",
-    "ImageRef",
-    "MatchedPair",
-    "Member",
-    "Record",
-    "check_range",
-    "file_sha256",
-    "image_ref",
-    "image_text",
-    "load_image",
-    "load_noise",
-    "pair_id",
-    "read_manifest",
-    "read_pairs",
-    "write_pairs",
-]
-
 _LAYOUTS = {"pairs.jsonl": ("prompt", "image"), "metadata.jsonl": ("text", "file_name")}
-
-
-@dataclass(frozen=True)
-class Record:
-    """One (prompt, target image) of a data set.
-
-    `id` is the first 12 hex digits of sha256(image as written + NUL + prompt); the second and later
-    lines with the same pair get "-1", "-2", ... in file order, whatever part of the file is used.
-    """
-
-    id: str
-    line: int  # 1-based
-    prompt: str
-    image: str  # as written
-    image_path: ImageRef  # absolute, symlinks resolved; of a shard, the part that holds it
 
 
 def read_pairs(

@@ -1,13 +1,28 @@
-"""What the readers of user input share: JSON lines, their text fields, ids and failures."""
+"""What the readers of user input share: records and failures, JSON lines, text fields, ids."""
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from oneshot_fast.data.image_refs import ImageRef
 from oneshot_fast.errors import DataError, one_line
+
+
+@dataclass(frozen=True)
+class Record:
+    """One (prompt, target image) of a data set.
+
+    `id` is the first 12 hex digits of sha256(image as written + NUL + prompt); the second and later
+    lines with the same pair get "-1", "-2", ... in file order, whatever part of the file is used.
+    """
+
+    id: str
+    line: int  # 1-based
+    prompt: str
+    image: str  # as written
+    image_path: ImageRef  # absolute, symlinks resolved; of a shard, the part that holds it
 
 
 @dataclass(frozen=True)
@@ -19,6 +34,11 @@ class Failure:
     id: str | None = None
     prompt: str | None = None
     image: str | None = None
+
+    @property
+    def row(self) -> dict[str, object]:
+        """What is known of it, by name."""
+        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, object] | str]]:
@@ -86,19 +106,6 @@ def claim_id(base: str, used: dict[str, int]) -> str:
     used[name] = 0
     used[base] = suffix
     return name
-
-
-def find_file(name: str, folders: Sequence[Path]) -> Path:
-    """Absolute path of a file, absolute or in the first of the folders that has it.
-
-    Raises:
-        DataError: there is none.
-    """
-    for folder in folders:
-        path = folder.absolute() / name
-        if os.path.isfile(path):
-            return path
-    raise DataError(f"no such file: {name} (looked from {' and '.join(map(str, folders))})")
 
 
 def nothing_usable(path: Path, failures: Sequence[Failure], example: str) -> DataError:

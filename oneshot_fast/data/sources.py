@@ -13,19 +13,23 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from oneshot_fast.data.image_refs import Member
-from oneshot_fast.data.pairs import DataError, Failure, Record, check_range, read_pairs
-from oneshot_fast.data.records import claim_id, pair_id
+from oneshot_fast.data.pairs import check_range, read_pairs
+from oneshot_fast.data.records import Failure, Record, claim_id, pair_id
 from oneshot_fast.data.shard_files import Shard, find_shards
 from oneshot_fast.data.shards import Sample, read_parquet, read_tar
-from oneshot_fast.errors import one_line
+from oneshot_fast.errors import DataError, one_line
 from oneshot_fast.runtime.seeds import content_id
 
 _READERS = {".tar": read_tar, ".parquet": read_parquet}
 _ID_DIGITS = 16
 _FIRST = 20  # samples, one of which must be usable before any work starts
+
+
+# records with their places in the data set, and failures
+Batch: TypeAlias = list[tuple[int, Record] | Failure]
 
 
 class Source(Protocol):
@@ -183,9 +187,7 @@ def open_source(
     return FolderSource(records, failures)
 
 
-def pending(
-    source: Source, done: Container[str], size: int
-) -> Iterator[list[tuple[int, Record] | Failure]]:
+def pending(source: Source, done: Container[str], size: int) -> Iterator[Batch]:
     """Cut a data set into batches and leave out what is done.
 
     Batches are cut before, so that a resumed run solves the same targets together.
@@ -198,7 +200,7 @@ def pending(
     Yields:
         Records with their places in the data set, and failures.
     """
-    batch: list[tuple[int, Record] | Failure] = []
+    batch: Batch = []
     index = 0
     for item in source:
         if isinstance(item, Failure):

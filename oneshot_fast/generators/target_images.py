@@ -7,7 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from oneshot_fast.data.pairs import ImageRef, file_sha256, load_image
+from oneshot_fast.data.image_refs import ImageRef, file_sha256
+from oneshot_fast.data.images import load_image
 from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Generator
 

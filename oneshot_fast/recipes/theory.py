@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from oneshot_fast import ops
-from oneshot_fast.data.manifests import load_noise
-from oneshot_fast.data.pairs import read_manifest
+from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.errors import DataError, UserError, require
 from oneshot_fast.noise.rotation import towards
 from oneshot_fast.noise.statistics import PatchStatistics
@@ -106,7 +106,7 @@ def manifest_set(path: Path, channels: int, p: int) -> PatchStatistics:
     pairs, _ = read_manifest(path)
     statistics: PatchStatistics | None = None
     for pair in pairs:
-        noise = load_noise(pair)
+        noise = read_noise(pair.noise_path, pair.noise_index)
         C, H, W = noise.shape
         if channels != C or H % p or W % p:
             raise UserError(

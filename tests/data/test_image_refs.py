@@ -9,15 +9,11 @@ import torch
 from safetensors.torch import save_file
 from shard_samples import grey, parquet, place, png, rows, samples, split, tar, write
 
-from oneshot_fast.data.pairs import (
-    DataError,
-    Member,
-    image_ref,
-    image_text,
-    load_image,
-    read_manifest,
-)
+from oneshot_fast.data.image_refs import Member, image_ref, image_text
+from oneshot_fast.data.images import load_image
+from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.data.sources import open_source
+from oneshot_fast.errors import DataError
 
 
 def test_an_image_is_read_without_the_rest_of_its_tar(tmp_path: Path) -> None:

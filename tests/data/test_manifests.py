@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from oneshot_fast.data.pairs import DataError, MatchedPair, load_noise, pair_id, read_manifest
+from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.noise_files import read_noise
+from oneshot_fast.data.records import pair_id
+from oneshot_fast.errors import DataError
 
 NOISE = torch.arange(3 * 4 * 2 * 2, dtype=torch.float32).reshape(3, 4, 2, 2)
 
@@ -51,20 +54,26 @@ def test_our_manifest(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(p.image_path.is_absolute() and p.noise_path.is_absolute() for p in pairs)
     assert pairs[0].image_path.samefile(run.parent / "a.png")
     for index, pair in enumerate(pairs, 1):
-        torch.testing.assert_close(load_noise(pair), NOISE[index], rtol=0, atol=0)
+        torch.testing.assert_close(
+            read_noise(pair.noise_path, pair.noise_index), NOISE[index], rtol=0, atol=0
+        )
     monkeypatch.chdir(run)
     relative, _ = read_manifest(Path("manifest.jsonl"))
     monkeypatch.chdir("/")
-    assert load_noise(relative[1]).equal(NOISE[2]) and relative[1].image_path.is_file()
+    assert (
+        read_noise(relative[1].noise_path, relative[1].noise_index).equal(NOISE[2])
+        and relative[1].image_path.is_file()
+    )
 
 
 def test_a_moved_or_linked_run_still_works(run: Path, tmp_path: Path) -> None:
     write(run / "manifest.jsonl", row())
     (tmp_path / "link").symlink_to(run)
-    assert load_noise(read_manifest(tmp_path / "link" / "manifest.jsonl")[0][0]).equal(NOISE[1])
+    pair = read_manifest(tmp_path / "link" / "manifest.jsonl")[0][0]
+    assert read_noise(pair.noise_path, pair.noise_index).equal(NOISE[1])
     (tmp_path / "data").rename(tmp_path / "moved")
     pairs, failures = read_manifest(tmp_path / "moved" / "run" / "manifest.jsonl")
-    assert load_noise(pairs[0]).equal(NOISE[1]) and not failures
+    assert read_noise(pairs[0].noise_path, pairs[0].noise_index).equal(NOISE[1]) and not failures
 
 
 def reference_row(noise: str, image: str = "../a.png") -> str:
@@ -94,7 +103,7 @@ def test_reference_noises(run: Path, stored: object) -> None:
     (pair,), failures = read_manifest(run / "manifest.jsonl")
     assert pair.noise_index is None and not failures
     assert pair.id == pair_id("../a.png", "a cat")
-    noise = load_noise(pair)
+    noise = read_noise(pair.noise_path, pair.noise_index)
     assert noise.equal(NOISE[0]) and noise.dtype == torch.float32
     assert noise.is_contiguous() and not noise.requires_grad
 
@@ -110,7 +119,7 @@ def test_reference_paths(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path / "cwd")
     pairs, failures = read_manifest(write(run / "manifest.jsonl", *lines))
     assert not failures
-    assert [float(load_noise(p)[0, 0, 0]) for p in pairs] == [
+    assert [float(read_noise(p.noise_path, p.noise_index)[0, 0, 0]) for p in pairs] == [
         0,
         32,
         0,
@@ -179,10 +188,6 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
-def matched(path: Path, index: int | None = None) -> MatchedPair:
-    return MatchedPair("f00", "a cat", path, path, index)
-
-
 @pytest.mark.parametrize("wrap", [False, True])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_pickled_code_is_refused_and_never_run(tmp_path: Path, wrap: bool, zipped: bool) -> None:
@@ -190,7 +195,7 @@ def test_pickled_code_is_refused_and_never_run(tmp_path: Path, wrap: bool, zippe
     stored = {"noise": NOISE[0], "extra": payload} if wrap else payload
     torch.save(stored, tmp_path / "n.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(DataError, match="pickled code is never run") as caught:
-        load_noise(matched(tmp_path / "n.pt"))
+        read_noise(tmp_path / "n.pt")
     assert not (tmp_path / "ran").exists() and "weights_only" not in str(caught.value)
 
 
@@ -221,7 +226,7 @@ def test_bad_pt_noises(tmp_path: Path, stored: object, reason: str) -> None:
     else:
         torch.save(stored, path)
     with pytest.raises(DataError, match=reason) as caught:
-        load_noise(matched(path))
+        read_noise(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -229,7 +234,7 @@ def test_bad_pt_noises(tmp_path: Path, stored: object, reason: str) -> None:
 def test_shard_dtypes_and_single_noises(tmp_path: Path, dtype: torch.dtype) -> None:
     for z, index in ((NOISE, 1), (NOISE[1], None), (NOISE[1:2], None)):
         save_file({"z": z.to(dtype), "other": torch.zeros(1)}, tmp_path / "n.safetensors")
-        noise = load_noise(matched(tmp_path / "n.safetensors", index))
+        noise = read_noise(tmp_path / "n.safetensors", index)
         assert noise.dtype == torch.float32 and noise.equal(NOISE[1])
 
 
@@ -250,7 +255,7 @@ def test_bad_shards(
 ) -> None:
     save_file(tensors, tmp_path / "n.safetensors")
     with pytest.raises(DataError, match=reason):
-        load_noise(matched(tmp_path / "n.safetensors", index))
+        read_noise(tmp_path / "n.safetensors", index)
 
 
 def test_damaged_shards(tmp_path: Path) -> None:
@@ -260,9 +265,9 @@ def test_damaged_shards(tmp_path: Path) -> None:
     for body in (b"", b"z", b"\xff" * 64, whole[:-1], whole[:40]):
         path.write_bytes(body)
         with pytest.raises(DataError, match="cannot be read as tensors"):
-            load_noise(matched(path, 0))
+            read_noise(path, 0)
     with pytest.raises(DataError, match="cannot be read as tensors"):
-        load_noise(matched(tmp_path / "none.safetensors", 0))
+        read_noise(tmp_path / "none.safetensors", 0)
 
 
 def test_only_the_row_is_read(tmp_path: Path) -> None:
@@ -271,7 +276,7 @@ def test_only_the_row_is_read(tmp_path: Path) -> None:
     rows[0] = float("nan")
     save_file({"z": rows}, tmp_path / "n.safetensors")
     before = anonymous_kib()
-    noises = [load_noise(matched(tmp_path / "n.safetensors", index)) for index in (1, 1023)]
+    noises = [read_noise(tmp_path / "n.safetensors", index) for index in (1, 1023)]
     assert anonymous_kib() - before < 8 << 10 and not any(noise.any() for noise in noises)
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from oneshot_fast.data.pairs import DataError, file_sha256, read_pairs
+from oneshot_fast.data.image_refs import file_sha256
+from oneshot_fast.data.pairs import read_pairs
+from oneshot_fast.errors import DataError
 
 
 def digest(image: str, prompt: str) -> str:

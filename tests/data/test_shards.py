@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 from shard_samples import grey, parquet, png, rows, samples, split, tar, write
 
-from oneshot_fast.data.pairs import (
-    DataError,
-    Record,
-    image_ref,
-)
+from oneshot_fast.data.image_refs import image_ref
+from oneshot_fast.data.records import Record
 from oneshot_fast.data.sources import open_source
+from oneshot_fast.errors import DataError
 
 
 def test_captions(tmp_path: Path) -> None:

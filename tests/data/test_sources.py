@@ -13,15 +13,13 @@ from typing import Any
 import pytest
 from shard_samples import grey, parquet, place, png, rows, samples, split, tar, write
 
-from oneshot_fast.data.pairs import (
-    DataError,
-    Failure,
-    file_sha256,
-    read_manifest,
-    read_pairs,
-)
+from oneshot_fast.data.image_refs import file_sha256
+from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.pairs import read_pairs
+from oneshot_fast.data.records import Failure
 from oneshot_fast.data.shard_files import expand_braces, find_shards
 from oneshot_fast.data.sources import open_source
+from oneshot_fast.errors import DataError
 
 
 @pytest.mark.parametrize("where", ["local", "memory"])

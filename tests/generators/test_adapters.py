@@ -14,7 +14,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from oneshot_fast.data.pairs import read_manifest
+from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.adapters import add_adapter

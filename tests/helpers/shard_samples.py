@@ -12,7 +12,8 @@ import fsspec
 import pytest
 from PIL import Image
 
-from oneshot_fast.data.pairs import Failure, Record, load_image
+from oneshot_fast.data.images import load_image
+from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.data.sources import Source
 
 # a folder or URL, and how a file is written into it

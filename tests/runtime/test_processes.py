@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from samples import rows_of
 
-from oneshot_fast.data.pairs import file_sha256, read_manifest
+from oneshot_fast.data.image_refs import file_sha256
+from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.pairs import Examples
 from oneshot_fast.runtime.processes import claims, gather_objects, is_main, map_over_processes
@@ -29,7 +30,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 import oneshot_fast.runtime.processes
-from oneshot_fast.data.pairs import file_sha256, read_manifest
+from oneshot_fast.data.image_refs import file_sha256
+from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.jobs.sft.pairs import Examples
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.runtime.files import write_json

@@ -12,7 +12,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from oneshot_fast.data.pairs import read_manifest
+from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.errors import RunError
 from oneshot_fast.generators.base import Generator, Prediction
 from oneshot_fast.generators.loading import load_generator

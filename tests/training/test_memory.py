@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from oneshot_fast.data.pairs import read_manifest
+from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.jobs.sft.options import SftOptions

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oneshot_fast.data.pairs import read_manifest
+from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator

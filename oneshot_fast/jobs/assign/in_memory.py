@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from oneshot_fast.data.images import load_image, resized
-from oneshot_fast.data.pairs import Record
+from oneshot_fast.data.records import Record
 from oneshot_fast.errors import require
 from oneshot_fast.jobs.assign.features import target_features
 from oneshot_fast.jobs.assign.options import AssignOptions

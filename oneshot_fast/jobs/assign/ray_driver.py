@@ -14,22 +14,17 @@ import logging
 import os
 import pickle
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from oneshot_fast.data.pairs import Failure
-from oneshot_fast.data.sources import Source, pending
+from oneshot_fast.data.sources import Batch, Source, pending
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.loading import find_family
 from oneshot_fast.jobs.assign.plan import fitting_batch_size
-from oneshot_fast.jobs.assign.ray_worker import EXPECTED, Actor, Batch, Job, Result
+from oneshot_fast.jobs.assign.ray_worker import EXPECTED, Actor, Job, Result
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.planning.memory import ON_CPU
-from oneshot_fast.runtime.files import write_jsonl
 from oneshot_fast.runtime.processes import processes
 from oneshot_fast.runtime.progress import progress, silence_imports
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 _AT_ONCE = 8  # batches of one call, where the next one is read ahead or fills free places
 
@@ -37,11 +32,12 @@ _AT_ONCE = 8  # batches of one call, where the next one is read ahead or fills f
 class RayRun(AssignRun):
     """A run whose batches are solved by actors; all the rest is that of one process."""
 
-    def __init__(self, job: Job, actors: int) -> None:
+    def __init__(self, job: Job, source: Source, actors: int) -> None:
         """Describe the run.
 
         Args:
             job: What the actors do.
+            source: The data set.
             actors: How many of them.
         """
         # its own generator tells weights and sizes, and needs no GPU for that
@@ -50,46 +46,27 @@ class RayRun(AssignRun):
             dtype = "bfloat16"
         model = dataclasses.replace(job.model, device="cpu", dtype=dtype, compile=False)
         model = dataclasses.replace(model, compile_mode="default")
-        generator, targets = dataclasses.replace(job, model=model).load()
-        super().__init__(
-            generator,
-            targets,
-            job.folder,
-            job.options,
-            seed=job.seed,
-            resize_mode=job.resize_mode,
-            batch_size=int(job.batch_size),
-            num_images=job.num_images,
-        )
+        super().__init__(model.load(job.model_id), source, **job.arguments)
         self._job, self._actors = job, actors
 
-    def settings(self, data: Source) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Those of a run by a process on the actors' device: one can finish the other's."""
-        return super().settings(data) | {"device": self._job.model.device}
+        return super().settings() | {"device": self._job.model.device}
 
-    def _solve(
-        self,
-        source: Source,
-        done: dict[str, dict[str, Any]],
-        failures: list[Failure],
-        tracker: Accelerator,
-    ) -> None:
+    def solve_all(self) -> None:
         """Let the actors solve what is not done, and note what they wrote."""
-        write_jsonl(self.folder / "manifest.jsonl", done.values())
-        writer = self._writer(tracker)
-        left = None if source.total is None else source.total - len(done)
-        with progress(left, "assign", "target") as bar:
-            for result in self._results(source, frozenset(done), left):
+        left = None if self.total is None else self.total - len(self.done)
+        with progress(left, self.command, "target") as bar:
+            for result in self._results(frozenset(self.done), left):
                 if result.error is not None:
                     raise result.error
-                failures += result.failures
+                self.failures += result.failures
                 for rows in result.shards:
-                    done.update((row["id"], row) for row in rows)
-                    writer.note(rows, len(done))
+                    self.note(rows)
                     bar.update(len(rows))
-                bar.update(sum(failure.id is not None for failure in result.failures))
+                bar.update(sum("id" in failure for failure in result.failures))
 
-    def _results(self, source: Source, done: frozenset[str], left: int | None) -> Iterator[Result]:
+    def _results(self, done: frozenset[str], left: int | None) -> Iterator[Result]:
         """The pipeline: the data set's stream in one task, batches by actors, results here."""
         import ray.data
 
@@ -98,7 +75,7 @@ class RayRun(AssignRun):
         context.target_max_block_size = 1
         context.enable_progress_bars = False
         work = functools.partial(
-            _work, source=source, done=done, window=self.window, at_once=self._at_once(left)
+            _work, source=self.source, done=done, window=self.window, at_once=self._at_once(left)
         )
         results = (
             ray.data.from_items([0])
@@ -155,7 +132,8 @@ def run_on_ray(
         job = dataclasses.replace(job, model=dataclasses.replace(job.model, device=device))
         if job.batch_size == "auto":
             job = dataclasses.replace(job, batch_size=_fitting(job))
-        return RayRun(job, count).run(source, overwrite=overwrite, report_to=report_to)
+        run = RayRun(job, source, count)
+        return run.run(overwrite=overwrite, report_to=report_to)
 
 
 @contextlib.contextmanager
@@ -197,8 +175,8 @@ def _fitting(job: Job) -> int:
 def _measure(job: Job) -> int:
     os.chdir(job.start)
     silence_imports()
-    generator, targets = job.load()
-    return fitting_batch_size(generator, job.options, targets.resolution)
+    generator = job.model.load(job.model_id)
+    return fitting_batch_size(generator, job.options, job.resolution or generator.image_size)
 
 
 def _work(

@@ -5,32 +5,24 @@ from __future__ import annotations
 import functools
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
-from oneshot_fast.data.pairs import Failure, Record
+from oneshot_fast.data.records import Failure
+from oneshot_fast.data.sources import Batch, FolderSource, Source
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.options import ModelOptions
-from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.options import AssignOptions
-from oneshot_fast.jobs.assign.search import TargetSearch
-from oneshot_fast.jobs.assign.shards import ShardWriter, shard_path
-from oneshot_fast.jobs.assign.targets import Preparer, Target
-from oneshot_fast.runtime.concurrency import ahead
-from oneshot_fast.runtime.files import read_metadata
+from oneshot_fast.jobs.assign.run import AssignRun
+from oneshot_fast.runtime.files import Json, read_metadata
 from oneshot_fast.runtime.progress import silence_imports
-from oneshot_fast.search.solver import Solved
+from oneshot_fast.runtime.shards import shard_path
 
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
-
-Batch = list[tuple[int, Record] | Failure]
-Rows = list[dict[str, Any]]
+Rows = list[Json]
 # what ends a command with one line; everything else is a fault of ours and keeps its traceback
 EXPECTED = (UserError, OSError, SafetensorError)
 
@@ -63,10 +55,22 @@ class Job:
     num_images: int = 16
     start: Path = field(default_factory=Path.cwd)
 
-    def load(self) -> tuple[Generator, TargetImages]:
-        """The generator, and what reads the targets."""
-        generator = self.model.load(self.model_id)
-        return generator, TargetImages(generator, self.resolution)
+    def run(self, source: Source) -> AssignRun:
+        """The run of one process, with its generator loaded."""
+        return AssignRun(self.model.load(self.model_id), source, **self.arguments)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of ``AssignRun`` beside generator and data."""
+        return {
+            "folder": self.folder,
+            "options": self.options,
+            "resolution": self.resolution,
+            "seed": self.seed,
+            "resize_mode": self.resize_mode,
+            "batch_size": int(self.batch_size),
+            "num_images": self.num_images,
+        }
 
     @property
     def on_gpu(self) -> bool:
@@ -79,7 +83,7 @@ class Result:
     """What became of some batches: the rows of each shard, failures, and what stopped the work."""
 
     shards: list[Rows]
-    failures: list[Failure]
+    failures: Rows
     error: Exception | None = None
 
 
@@ -89,74 +93,27 @@ class Worker:
     def __init__(self, job: Job) -> None:
         """Load the generator."""
         silence_imports()
-        self._job, options = job, job.options
-        generator, targets = job.load()
-        self._preparer = Preparer(
-            generator,
-            targets,
-            seed=job.seed,
-            resize_mode=job.resize_mode,
-            needs_images=options.pixel_l1_weight > 0,
-            features=options.features,
-        )
-        self._size = int(job.batch_size)
-        self._search = TargetSearch(generator, options, seed=job.seed, batch_size=self._size)
-        self._writer = ShardWriter(
-            generator,
-            targets,
-            job.folder,
-            None,
-            resize_mode=job.resize_mode,
-            num_images=job.num_images,
-        )
+        self._run = job.run(FolderSource([], []))
 
     def match(self, batches: Sequence[Batch]) -> Result:
         """Solve ``batches`` and write them, less what was written when they were tried before."""
-        shards = self._written(batches)
+        run, shards = self._run, self._written(batches)
         done = {row["id"] for rows in shards for row in rows}
         left = [
             [x for x in batch if isinstance(x, Failure) or x[1].id not in done] for batch in batches
         ]
-        failures: list[Failure] = []
-        ready: list[Solved[Target]] = []
-
-        def keep() -> None:
-            shard, failed = self._writer.shard(ready)
-            failures.extend(failed)
-            if shard is not None:
-                shards.append(self._writer.keep(shard))
-            ready.clear()
-
-        prepared = self._prepared(left, failures)
-        for found in self._search.solve(prepared):
-            ready += found
-            if len(ready) >= self._size or not self._job.options.stops_early:
-                keep()
-        keep()
-        return Result(shards, failures)
+        run.failures = []
+        run.solve_into(lambda *shard: shards.append(run.write(*shard)), left)
+        return Result(shards, run.failures)
 
     def _written(self, batches: Sequence[Batch]) -> list[Rows]:
         """Rows of the shards of these very targets."""
         shards = []
         for index, record in (x for batch in batches for x in batch if not isinstance(x, Failure)):
-            path = self._job.folder / shard_path(index)
+            path = self._run.folder / shard_path(index)
             if path.exists() and any(row["id"] == record.id for row in read_metadata(path, "rows")):
                 shards.append(read_metadata(path, "rows"))
         return shards
-
-    def _prepared(
-        self, batches: Sequence[Batch], failures: list[Failure]
-    ) -> Iterator[list[Target]]:
-        """Targets ready for the device; failures join ``failures``."""
-        prepare = self._preparer.prepare
-        with ThreadPoolExecutor(1) as reading:
-            in_time = (
-                ahead(reading, prepare, batches) if self._job.on_gpu else map(prepare, batches)
-            )
-            for targets, failed in in_time:
-                failures += failed
-                if targets:
-                    yield targets
 
 
 class Actor:

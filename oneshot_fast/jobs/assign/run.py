@@ -1,74 +1,62 @@
-"""The E-step over a data set: batches of targets, each kept as it finishes.
-
-A batch is one safetensors shard whose header carries the manifest's rows, so that noises and rows
-appear together or not at all; manifest.jsonl is made of the shards' rows.
-"""
+"""The E-step over a data set, into one folder."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
-from oneshot_fast.data.pairs import Failure, Record, file_sha256
-from oneshot_fast.data.sources import FolderSource, Source, pending
-from oneshot_fast.errors import RunError, require
+import torch
+from torch import Tensor
+
+from oneshot_fast.data.image_refs import file_sha256, image_text
+from oneshot_fast.data.images import save_png
+from oneshot_fast.data.records import Failure, Record
+from oneshot_fast.data.sources import Batch, FolderSource, Source, pending
+from oneshot_fast.errors import RunError
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.options import AssignOptions
+from oneshot_fast.jobs.assign.plan import fitting_batch_size
 from oneshot_fast.jobs.assign.search import TargetSearch
-from oneshot_fast.jobs.assign.shards import ShardWriter
-from oneshot_fast.jobs.assign.targets import Preparer, Target
+from oneshot_fast.jobs.assign.targets import Preparer, Target, failure
 from oneshot_fast.noise.rotation import check_patching
-from oneshot_fast.runtime.concurrency import Background, ahead
-from oneshot_fast.runtime.files import (
-    mend_jsonl,
-    read_json,
-    read_metadata,
-    write_json,
-    write_jsonl,
-)
-from oneshot_fast.runtime.folder import RunFolder
-from oneshot_fast.runtime.processes import (
-    barrier,
-    claims,
-    gather_objects,
-    is_main,
-    kept_by_main,
-    processes,
-)
-from oneshot_fast.runtime.progress import end_tracking, progress, start_tracking
+from oneshot_fast.runtime.concurrency import ahead
+from oneshot_fast.runtime.files import Json
+from oneshot_fast.runtime.shards import ShardRun
 from oneshot_fast.search.solver import Solved
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from oneshot_fast.generators.base import Generator
-    from oneshot_fast.generators.target_images import TargetImages
-
-T = TypeVar("T")
-OUTPUTS = (
-    "noises", "images", "logs", "manifest.jsonl", "failures.jsonl", "history.jsonl",
-    "summary.json", "diagnostics.json", "report.html",
-)  # fmt: skip
 
 
-class AssignRun:
+class AssignRun(ShardRun[Batch, Solved[Target]]):
     """Assignment of a whole data set into one folder, in batches that are kept as they finish."""
+
+    command = "assign"
+    outputs = (
+        "noises", "images", "logs", "manifest.jsonl", "failures.jsonl", "history.jsonl",
+        "summary.json", "diagnostics.json", "report.html",
+    )  # fmt: skip
+    nothing_kept = "no target could be assigned"
+    save_image = staticmethod(save_png)
 
     def __init__(
         self,
         generator: Generator,
-        targets: TargetImages,
-        folder: Path,
+        data: Source | Sequence[Record],
+        folder: Path | str,
         options: AssignOptions,
         *,
         seed: int = 0,
+        batch_size: int | Literal["auto"] = 16,
         resize_mode: str = "crop",
-        batch_size: int = 16,
+        resolution: int | None = None,
+        targets: TargetImages | None = None,
         num_images: int = 16,
+        failures: Sequence[Failure] = (),
         read_ahead: bool | None = None,
         previous: Path | None = None,
     ) -> None:
@@ -76,13 +64,16 @@ class AssignRun:
 
         Args:
             generator: The generator; its weights stay fixed.
-            targets: Reads and encodes the target images.
+            data: The data set; a stream is read once, as the work goes on.
             folder: Where everything is written.
             options: How a noise is searched.
             seed: Seed of the run.
+            batch_size: Targets solved at once; "auto" takes what fits on a GPU.
             resize_mode: "crop" or "squash".
-            batch_size: TargetImages solved at once.
-            num_images: TargetImages whose pictures are saved; -1 for all.
+            resolution: Image side in pixels; by default the generator's own.
+            targets: Instead: reads and encodes the images, and keeps them for other runs.
+            num_images: Targets whose pictures are saved; -1 for all.
+            failures: Records already given up; they are listed beside the run's own.
             read_ahead: Read and encode the next batch in a thread while this one is solved; by
                 default not on the CPU, where that takes the cores that solve.
             previous: Manifest of an earlier assignment, whose noises this one begins with.
@@ -91,159 +82,75 @@ class AssignRun:
             UserError: If an option makes no sense or does not fit the latent.
         """
         options.check()
-        require(batch_size >= 1, f"batch_size is {batch_size}; give at least 1")
-        side = targets.resolution
+        self.source = FolderSource([*data], [*failures]) if isinstance(data, Sequence) else data
+        self.targets = targets or TargetImages(generator, resolution)
+        side = self.targets.resolution
+        size = fitting_batch_size(generator, options, side) if batch_size == "auto" else batch_size
+        each = options.gradient_steps + 1 + (options.draws if options.choice else 0)
+        super().__init__(folder, size, self.source.total, each)
         if options.mover == "rotation":
-            size = generator.noise_shape(side, side)[1:]
-            check_patching(size, options.patch_size, options.rotation_groups)
-        self.generator, self.targets, self.folder = generator, targets, Path(folder)
-        self.options, self.seed, self.resize_mode = options, seed, resize_mode
-        self.batch_size, self.num_images, self.previous = batch_size, num_images, previous
+            latent = generator.noise_shape(side, side)[1:]
+            check_patching(latent, options.patch_size, options.rotation_groups)
+        self.generator, self.options, self.seed = generator, options, seed
+        self.resize_mode, self.num_images, self.previous = resize_mode, num_images, previous
         on_cpu = generator.device.type == "cpu"
         self.read_ahead = not on_cpu if read_ahead is None else read_ahead
 
-    def settings(self, data: Source) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Everything a result depends on."""
         return {
-            "command": "assign",
+            "command": self.command,
             **dataclasses.asdict(self.options),
             "seed": self.seed,
             "resolution": self.targets.resolution,
             "resize_mode": self.resize_mode,
             "model": self.generator.fingerprint(),
             "device": self.generator.device.type,
-            "samples": data.total,
-            "data": data.identity,
+            "samples": self.total,
+            "data": self.source.identity,
             "previous": None if self.previous is None else file_sha256(self.previous),
         }
 
-    def run(
-        self,
-        data: Sequence[Record] | Source,
-        failures: Sequence[Failure] = (),
-        *,
-        overwrite: bool = False,
-        report_to: str = "none",
-    ) -> dict[str, Any]:
-        """Assign every record that has no result yet, then write manifest, summary and report.
-
-        Args:
-            data: The data set; a stream is read once, as the work goes on.
-            failures: Records already given up; they are listed beside the run's own.
-            overwrite: Start anew.
-            report_to: Tracker.
-
-        Returns:
-            The summary, as in summary.json.
-        """
-        source = FolderSource([*data], [*failures]) if isinstance(data, Sequence) else data
-        settings = self.settings(source)
-        with kept_by_main(RunFolder(self.folder, settings, OUTPUTS, overwrite)):
-            done = self._done()
-            barrier()  # until all have seen the same
-            if isinstance(source, FolderSource):
-                self._check_unchanged(source.records, done)
-            if self._is_complete(source, done):
-                return self._summary()
-            failed: list[Failure] = []
-            tracker = start_tracking(report_to, self.folder, settings)
-            if is_main():
-                mend_jsonl(self.folder / "history.jsonl")
-            self._solve(source, done, failed, tracker)
-            end_tracking(tracker)
-            failed = gather_objects(failed)
-            if is_main():
-                self._finish(self._done(), failed)
-            barrier()
-            return self._summary()
-
-    def _done(self) -> dict[str, dict[str, Any]]:
-        """Rows of all shards by id."""
-        shards = sorted((self.folder / "noises").glob("*.safetensors"))
-        return {row["id"]: row for shard in shards for row in read_metadata(shard, "rows")}
-
-    def _summary(self) -> dict[str, Any]:
-        return dict(read_json(self.folder / "summary.json"))
-
-    def _is_complete(self, source: Source, done: Mapping[str, Any]) -> bool:
-        """Whether nothing is left to do; a failed record is tried again."""
-        if not (self.folder / "summary.json").exists():
-            return False
-        if source.total is not None:
-            return len(done) == source.total
-        summary = self._summary()
-        return summary["samples"] == len(done) and not summary["failed"]
-
-    def _check_unchanged(self, records: Sequence[Record], done: dict[str, Any]) -> None:
+    def check(self) -> None:
+        """Raise RunError if an image changed after its noise was assigned."""
+        records = self.source.records if isinstance(self.source, FolderSource) else ()
         for record in records:
             # Not by modification time, which a copied or restored file brings along.
-            row = done.get(record.id)
+            row = self.done.get(record.id)
             if row and file_sha256(record.image_path) != row["image_sha256"]:
                 raise RunError(
                     f"{record.image} changed after its noise was assigned; restore it, or start "
                     "anew with --overwrite"
                 )
 
-    def _writer(self, tracker: Accelerator) -> ShardWriter:
-        return ShardWriter(
+    @property
+    def window(self) -> int:
+        """Targets that are solved together: a batch, or those that share their noises."""
+        pools = self.options.choice == "pool"
+        return max(self.batch_size, self.options.pool_window if pools else 0)
+
+    @property
+    def fills_shards(self) -> bool:
+        """Where targets stop early, they finish one by one."""
+        return self.options.stops_early
+
+    def batches(self, done: frozenset[str]) -> Iterator[Batch]:
+        """All windows of the data set, less what is done."""
+        return pending(self.source, done, self.window)
+
+    def solve(self, batches: Iterable[Batch]) -> Iterator[Sequence[Solved[Target]]]:
+        """Choose noises for the targets of ``batches``, and move them."""
+        search = TargetSearch(
             self.generator,
-            self.targets,
-            self.folder,
-            tracker,
-            resize_mode=self.resize_mode,
-            num_images=self.num_images,
+            self.options,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            on_evaluations=self.on_evaluations,
         )
+        return search.solve(self._prepared(batches))
 
-    def _solve(
-        self,
-        source: Source,
-        done: dict[str, dict[str, Any]],
-        failures: list[Failure],
-        tracker: Accelerator,
-    ) -> None:
-        """Solve what is not done, while the next batch is read and the last one is written."""
-        if is_main():
-            write_jsonl(self.folder / "manifest.jsonl", done.values())
-        writer = self._writer(tracker)
-        total = None
-        if source.total is not None:
-            mine = -(-(source.total - len(done)) // processes().num_processes)
-            total = mine * (self.options.gradient_steps + 1)
-            if self.options.choice:
-                total += mine * self.options.draws
-        with (
-            progress(total, "assign", "eval") as bar,
-            Background(functools.partial(writer.write, done=done)) as writing,
-        ):
-
-            def keep(found: Sequence[Solved[Target]]) -> None:
-                shard, failed = writer.shard(found)
-                failures.extend(failed)
-                if shard is not None:
-                    writing.submit(shard)
-
-            search = TargetSearch(
-                self.generator,
-                self.options,
-                seed=self.seed,
-                batch_size=self.batch_size,
-                on_evaluations=bar.update,
-            )
-            ready: list[Solved[Target]] = []
-            try:
-                prepared = self._prepared(source, done, failures)
-                for found in search.solve(prepared):
-                    ready += found
-                    if len(ready) >= self.batch_size or not self.options.stops_early:
-                        full, ready = ready, []
-                        keep(full)
-            finally:  # after Ctrl-C, too, what has finished is kept
-                keep(ready)
-
-    def _prepared(
-        self, source: Source, done: Mapping[str, Any], failures: list[Failure]
-    ) -> Iterator[list[Target]]:
-        """What is not done of each batch, ready for the device; failures join ``failures``."""
+    def _prepared(self, batches: Iterable[Batch]) -> Iterator[list[Target]]:
+        """Targets ready for the device, read while others are solved."""
         preparer = Preparer(
             self.generator,
             self.targets,
@@ -253,54 +160,67 @@ class AssignRun:
             features=self.options.features,
             previous=self.previous,
         )
-        batches = self._claimed(pending(source, done, self.window))
         with ThreadPoolExecutor(1) as reading:
             inline = map(preparer.prepare, batches)
             for targets, failed in (
                 ahead(reading, preparer.prepare, batches) if self.read_ahead else inline
             ):
-                failures += failed
+                self.failures += [failure.row for failure in failed]
                 if targets:
                     yield targets
 
-    def _claimed(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches that this process is to solve."""
-        mine = claims(str(self.folder))
-        number = next(mine)
-        for k, batch in enumerate(batches):
-            if k == number:
-                yield batch
-                number = next(mine)
+    def failure(self, found: Solved[Target]) -> Json:
+        """Of a target whose loss is not finite."""
+        return failure(found.item.record, "its loss became NaN or infinite").row
 
-    @property
-    def window(self) -> int:
-        """Targets that are solved together: a batch, or those that share their noises."""
-        pools = self.options.choice == "pool"
-        return max(self.batch_size, self.options.pool_window if pools else 0)
+    @torch.no_grad()
+    def images(self, found: Solved[Target]) -> dict[str, Tensor]:
+        """Target, and what the generator makes of base noise and assigned noise."""
+        target = found.item
+        if 0 <= self.num_images <= target.index:
+            return {}
+        name = target.record.id
+        image = self.targets.image(target.record.image_path, self.resize_mode)
+        images = {f"{name}-target.png": image}
+        for kind, noise in (("base", target.eps), ("assigned", found.z.to(target.eps.device))):
+            latents = self.generator.latents(noise[None], target.prompt)
+            images[f"{name}-{kind}.png"] = self.generator.decode(latents)[0].cpu()
+        return images
 
-    def _finish(self, done: Mapping[str, dict[str, Any]], failures: Sequence[Failure]) -> None:
-        """Write the manifest, the failures and the summary."""
-        rows = sorted(done.values(), key=lambda row: int(row["index"]))
-        write_jsonl(self.folder / "manifest.jsonl", rows)
-        write_jsonl(
-            self.folder / "failures.jsonl",
-            [{k: v for k, v in dataclasses.asdict(f).items() if v is not None} for f in failures],
-        )
-        require(bool(rows), f"no target could be assigned; see {self.folder / 'failures.jsonl'}")
-        seconds = sum(event["seconds"] for event in mend_jsonl(self.folder / "history.jsonl"))
-        summary = {
-            "samples": len(rows),
-            "failed": len(failures),
+    def row(self, found: Solved[Target], place: Mapping[str, Any]) -> Json:
+        """What the manifest says of a target."""
+        target, record, losses = found.item, found.item.record, found.losses
+        return {
+            "id": record.id,
+            "index": target.index,
+            "prompt": record.prompt,
+            "prompt_truncated": target.is_truncated,
+            "target_image_path": image_text(record.image_path, self.folder.resolve()),
+            "image_sha256": target.image_sha256,
+            "resize_mode": self.resize_mode,
+            **place,
+            "seed": target.seed,
+            "initial_loss": losses[0] if target.first_loss is None else target.first_loss,
+            "best_loss": min(losses),
+            "best_step": found.best_step,
+            "candidates": target.candidates,
+            "nfe": target.candidates + 3 * len(losses) - 2,
+            "losses": losses,
+        }
+
+    def means(self, rows: Sequence[Json]) -> dict[str, float]:
+        """Losses before and after."""
+        names = ("initial_loss", "best_loss")
+        return {name: statistics.fmean(row[name] for row in rows) for name in names}
+
+    def summary(self, rows: Sequence[Json], is_last: bool) -> Json:
+        """Means over all targets."""
+        return {
             "truncated_prompts": sum(row["prompt_truncated"] for row in rows),
-            "initial_loss": statistics.fmean(row["initial_loss"] for row in rows),
-            "best_loss": statistics.fmean(row["best_loss"] for row in rows),
+            **self.means(rows),
             "nfe": statistics.fmean(row["nfe"] for row in rows),
             "losses": _mean_curve([row["losses"] for row in rows]),
-            "seconds": round(seconds, 3),
-            "images_per_second": round(len(rows) / max(seconds, 1e-9), 3),
-            "settings": read_json(self.folder / "run.json"),
         }
-        write_json(self.folder / "summary.json", summary)
 
 
 def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from oneshot_fast.data.image_refs import file_sha256
 from oneshot_fast.data.noise_files import read_noise
-from oneshot_fast.data.pairs import DataError, Failure, Record, file_sha256
+from oneshot_fast.data.records import Failure, Record
+from oneshot_fast.errors import DataError
 from oneshot_fast.jobs.assign.features import features_of, target_features
 from oneshot_fast.runtime.files import mend_jsonl
 from oneshot_fast.runtime.seeds import derived_seed, gaussian

@@ -14,9 +14,9 @@ def em_plan(run: EmRun | RewardEmRun) -> str:
     """The plans of the first cycle's steps, and the time of all cycles, for a person."""
     generator, options, side = run.generator, run.options, run.targets.resolution
     if isinstance(run, RewardEmRun):
-        images = run.samples(run.seed)
-        samples = len(images)
-        e_step = optimize_plan(run.search(1), images, options.assign_batch_size)
+        first = run.searcher(1, run.folder, run.seed)
+        samples = len(first.samples)
+        e_step = optimize_plan(first.search, first.samples, first.batch_size)
     else:
         samples = len(run.records)
         e_step = assign_plan(

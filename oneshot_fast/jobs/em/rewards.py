@@ -16,12 +16,8 @@ from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure
 from oneshot_fast.jobs.em.cycles import Cycles, name_of
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.optimize.pairs import MANIFEST
-from oneshot_fast.jobs.optimize.run import OptimizeRun, samples_of
-from oneshot_fast.jobs.optimize.search import RewardSearch, Sample
+from oneshot_fast.jobs.optimize.run import OptimizeRun
 from oneshot_fast.jobs.sft.rewards import all_scores
-from oneshot_fast.noise.rotation import check_patching
-from oneshot_fast.runtime.files import read_json
-from oneshot_fast.runtime.processes import barrier, is_main
 from oneshot_fast.runtime.seeds import content_id
 
 if TYPE_CHECKING:
@@ -68,7 +64,7 @@ class RewardEmRun(Cycles):
         self.rewards, self.judge, self.names = rewards, judge, list(names)
         self.images_per_prompt, self.recompute = images_per_prompt, recompute
         for cycle in range(1, len(self.options.schedule()) + 1):
-            self.search(cycle)  # checks its options before any long work
+            self.searcher(cycle, self.folder, 0)  # checks its options before any long work
 
     def describe(self) -> dict[str, Any]:
         """What is raised, of which images."""
@@ -83,32 +79,26 @@ class RewardEmRun(Cycles):
         """By rewards and judges."""
         return self.measure_of(scores=all_scores(self.rewards, self.judge))
 
-    def search(self, cycle: int) -> RewardSearch:
-        """The E-step's search of a cycle, from 1."""
-        options, side = self.options.optimize(cycle), self.targets.resolution
-        if options.method == "rotation":
-            check_patching(self.noise_shape[1:], options.patch_size, options.rotation_groups)
-        return RewardSearch(self.generator, self.rewards, options, resolution=side)
-
-    def samples(self, seed: int) -> list[Sample]:
-        """The images of a cycle."""
-        return samples_of(self.prompts, self.images_per_prompt, seed)
+    def searcher(self, cycle: int, folder: Path, seed: int) -> OptimizeRun:
+        """The E-step of a cycle, from 1."""
+        return OptimizeRun(
+            self.generator,
+            self.prompts,
+            folder,
+            self.options.optimize(cycle),
+            rewards=self.rewards,
+            reward_names=self.names,
+            images_per_prompt=self.images_per_prompt,
+            batch_size=self.options.assign_batch_size,
+            seed=seed,
+            resolution=self.targets.resolution,
+        )
 
     def e_step(self, cycle: int, seed: int) -> tuple[Path, dict[str, Any]]:
         """Search noises whose images score high."""
         self.generator.recompute(self.recompute)  # an M-step ends it
         with self.stage(f"{name_of(cycle)}/assign") as folder:
-            run = OptimizeRun(
-                self.search(cycle),
-                folder,
-                batch_size=self.options.assign_batch_size,
-                seed=seed,
-                rewards=self.names,
-            )
-            if is_main():
-                run.run(self.samples(seed))
-            barrier()
-            found = read_json(folder / "metrics_summary.json")
+            found = self.searcher(cycle, folder, seed).run()
         return folder / MANIFEST, {
             "search": {name: found[name] for name in ("initial_reward", "best_reward")},
             "failed": found["failed"],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneshot_fast.data.manifests import merge_manifests
-from oneshot_fast.data.pairs import Failure, Record
+from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.evaluation.measures import real_measures
 from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure
 from oneshot_fast.jobs.assign.run import AssignRun
@@ -66,7 +66,7 @@ class EmRun(Cycles):
         )
         self.resize_mode, self.num_images = resize_mode, num_images
         self.compare_direct = compare_direct
-        self._assigner(self.folder, 0)  # checks its options before any long work
+        self._assigner([], self.folder, 0)  # checks its options before any long work
 
     def describe(self) -> dict[str, Any]:
         """What is read, and how."""
@@ -112,10 +112,15 @@ class EmRun(Cycles):
         """Assign noises to the targets whose turn it is; the others keep theirs."""
         options = self.options
         previous = self._manifest(cycle - 1) if cycle > 1 else None
-        start = previous if options.warm_start else None
         with self.stage(f"{name_of(cycle)}/assign") as folder:
-            records = turn(self.records, cycle, options.assign_fraction)
-            assigned = self._assigner(folder, seed, cycle, start).run(records, self.failures)
+            assigned = self._assigner(
+                turn(self.records, cycle, options.assign_fraction),
+                folder,
+                seed,
+                cycle,
+                failures=self.failures,
+                previous=previous if options.warm_start else None,
+            ).run()
         if previous is not None and options.assign_fraction < 1 and is_main():
             merge_manifests(previous, folder / "manifest.jsonl", self._manifest(cycle))
         barrier()
@@ -126,25 +131,26 @@ class EmRun(Cycles):
         }
 
     def _assigner(
-        self, folder: Path, seed: int, cycle: int = 1, previous: Path | None = None
+        self, data: Sequence[Record], folder: Path, seed: int, cycle: int = 1, **more: Any
     ) -> AssignRun:
         return AssignRun(
             self.generator,
-            self.targets,
+            data,
             folder,
             self.options.assign(cycle),
             seed=seed,
             resize_mode=self.resize_mode,
             batch_size=self.options.assign_batch_size,
             num_images=self.num_images,
-            previous=previous,
+            targets=self.targets,
+            **more,
         )
 
     def _assign_heldout(self, name: str) -> None:
         if not self.heldout:
             return
         with self.stage(f"heldout-{name}") as folder:
-            result = self._assigner(folder, self.seed).run(self.heldout)
+            result = self._assigner(self.heldout, folder, self.seed).run()
         heldout = self.summary.setdefault("heldout", {"samples": result["samples"]})
         heldout[name] = {key: result[key] for key in ("initial_loss", "best_loss", "losses")}
 

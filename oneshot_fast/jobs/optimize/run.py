@@ -1,43 +1,34 @@
-"""Noise optimisation over many prompts: batches that are kept as they finish.
-
-A batch is one safetensors shard whose header carries its rows, so that noises and rows appear
-together or not at all; every other file is made of the shards' rows.
-"""
+"""Noise optimisation over many prompts, into one folder."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+from torch import Tensor
 
 from oneshot_fast.data.images import save_png
+from oneshot_fast.data.records import Failure
 from oneshot_fast.errors import require
+from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.pairs import write_training_pairs
+from oneshot_fast.jobs.optimize.plan import fitting_batch_size
 from oneshot_fast.jobs.optimize.search import Optimized, RewardSearch, Sample
-from oneshot_fast.runtime.files import (
-    append_jsonl,
-    mend_jsonl,
-    read_json,
-    read_metadata,
-    write_json,
-    write_jsonl,
-    write_safetensors,
-)
-from oneshot_fast.runtime.folder import RunFolder
-from oneshot_fast.runtime.progress import end_tracking, progress, start_tracking
+from oneshot_fast.noise.rotation import check_patching
+from oneshot_fast.runtime.files import Json, read_json, write_json, write_jsonl
+from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.seeds import content_id, derived_seed
+from oneshot_fast.runtime.shards import ShardRun
 
-Row = dict[str, Any]
-OUTPUTS = (
-    "noises", "images", "training", "logs", "manifest.jsonl", "pairs.jsonl", "failures.jsonl",
-    "history.jsonl", "metrics_per_prompt.json", "metrics_summary.json", "diagnostics.json",
-    "curves.png", "report.html",
-)  # fmt: skip
+if TYPE_CHECKING:
+    from oneshot_fast.generators.base import Generator
+    from oneshot_fast.rewards import WeightedRewards
+
 _METRICS_EVERY = 30.0  # seconds between two writings of the metrics of all prompts
 
 
@@ -60,206 +51,174 @@ def samples_of(
     return found
 
 
-class OptimizeRun:
+class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
     """Optimised noises of many prompts in one folder."""
+
+    command = "optimize"
+    outputs = (
+        "noises", "images", "training", "logs", "manifest.jsonl", "pairs.jsonl", "failures.jsonl",
+        "history.jsonl", "metrics_per_prompt.json", "metrics_summary.json", "diagnostics.json",
+        "curves.png", "report.html",
+    )  # fmt: skip
+    summary_name = "metrics_summary.json"
+    unlisted = ("losses", "scores")
+    nothing_kept = "no reward was finite"
+    save_image = staticmethod(save_png)
 
     def __init__(
         self,
-        search: RewardSearch,
-        folder: Path,
+        generator: Generator,
+        prompts: Sequence[str],
+        folder: Path | str,
+        options: OptimizeOptions,
         *,
-        batch_size: int = 16,
+        rewards: WeightedRewards,
+        reward_names: Sequence[str] | None = None,
+        images_per_prompt: int = 1,
+        seeds: Sequence[int] = (),
         seed: int = 0,
+        batch_size: int | Literal["auto"] = 16,
+        resolution: int | None = None,
+        save_steps: Sequence[int] = (),
         num_images: int = -1,
-        rewards: Sequence[str] = (),
     ) -> None:
         """Describe the run.
 
         Args:
-            search: Finds the noises.
+            generator: Its weights stay fixed.
+            prompts: May repeat.
             folder: Where everything is written.
-            batch_size: Images optimised at once.
+            options: How a noise is searched.
+            rewards: Score images; differentiable unless the method is best_of_n.
+            reward_names: How the rewards are called in the run's settings; by default by name and
+                weight.
+            images_per_prompt: Images of each prompt, each from a noise of its own.
+            seeds: Instead: one seed per image of a prompt, the same for all prompts.
             seed: Seed of the run.
+            batch_size: Images optimised at once; "auto" takes what fits on a GPU.
+            resolution: Image side in pixels; by default the generator's own.
+            save_steps: Gradient steps whose images are saved, too.
             num_images: Images whose pictures are saved; -1 for all.
-            rewards: How the rewards were named, for the run's settings.
 
         Raises:
-            UserError: If an option makes no sense.
+            UserError: If there is no prompt, an option makes no sense or does not fit the latent,
+                or the method needs gradients and a reward has none.
         """
-        require(batch_size >= 1, f"batch_size is {batch_size}; give at least 1")
-        self.search, self.folder, self.batch_size = search, Path(folder), batch_size
-        self.seed, self.num_images, self.rewards = seed, num_images, list(rewards)
+        self.samples = samples_of(prompts, images_per_prompt, seed, seeds)
+        require(bool(self.samples), "there is no prompt")
+        side = TargetImages(generator, resolution).resolution  # checks it
+        if options.mover == "rotation":
+            latent = generator.noise_shape(side, side)[1:]
+            check_patching(latent, options.patch_size, options.rotation_groups)
+        self.search = RewardSearch(
+            generator, rewards, options, resolution=side, save_steps=save_steps
+        )
+        if batch_size == "auto":
+            size = fitting_batch_size(self.search, self.samples[0])
+        else:
+            size = batch_size
+        steps, draws = options.gradient_steps, options.draws
+        each = steps + (steps > 0)
+        each += draws if draws > 1 or not each else 0
+        super().__init__(folder, size, len(self.samples), each)
+        weighted = (f"{name}:{weight:g}" for name, weight in rewards.weights.items())
+        self.reward_names = [*(weighted if reward_names is None else reward_names)]
+        self.seed, self.num_images = seed, num_images
 
-    def settings(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Everything a result depends on."""
-        generator = self.search.generator
+        search = self.search
         return {
-            "command": "optimize",
-            **dataclasses.asdict(self.search.options),
-            "rewards": self.rewards,
-            "save_steps": list(self.search.save_steps),
+            "command": self.command,
+            **dataclasses.asdict(search.options),
+            "rewards": self.reward_names,
+            "save_steps": list(search.save_steps),
             "seed": self.seed,
-            "resolution": self.search.side,
-            "model": generator.fingerprint(),
-            "device": generator.device.type,
-            "samples": len(samples),
-            "prompts": content_id(*((s.prompt, s.seed) for s in samples)),
+            "resolution": search.side,
+            "model": search.generator.fingerprint(),
+            "device": search.generator.device.type,
+            "samples": self.total,
+            "prompts": content_id(*((s.prompt, s.seed) for s in self.samples)),
         }
 
-    def run(
-        self, samples: Sequence[Sample], *, overwrite: bool = False, report_to: str = "none"
-    ) -> dict[str, Any]:
-        """Optimise every sample that has no result yet, then write all files.
+    def is_finished(self) -> bool:
+        """Whether the summary is the last one, not one written on the way."""
+        path = self.folder / self.summary_name
+        return super().is_finished() and read_json(path)["training_pairs"] is not None
 
-        Args:
-            samples: What to make.
-            overwrite: Start anew.
-            report_to: Tracker.
+    def batches(self, done: frozenset[str]) -> Iterator[Sequence[Sample]]:
+        """All batches of samples, less what is done."""
+        for start in range(0, len(self.samples), self.batch_size):
+            batch = self.samples[start : start + self.batch_size]
+            yield [sample for sample in batch if sample.id not in done]
 
-        Returns:
-            The summary, as in metrics_summary.json.
-        """
-        require(bool(samples), "there is no prompt")
-        settings = self.settings(samples)
-        with RunFolder(self.folder, settings, OUTPUTS, overwrite):
-            done = self._done()
-            if len(done) < len(samples) or not self._is_finished(done):
-                tracker = start_tracking(report_to, self.folder, settings)
-                mend_jsonl(self.folder / "history.jsonl")
-                failures = self._solve(samples, done, tracker)
-                end_tracking(tracker)
-                write_jsonl(self.folder / "failures.jsonl", failures)
-                require(bool(done), f"no reward was finite; see {self.folder / 'failures.jsonl'}")
-                shape = self.search.noise_shape
-                pairs = write_training_pairs(self.folder, _in_order(done), shape)
-                self._write_metrics(done, len(failures), pairs)
-            return dict(read_json(self.folder / "metrics_summary.json"))
+    def solve(self, batches: Iterable[Sequence[Sample]]) -> Iterator[Sequence[Optimized]]:
+        """The best noises of every batch."""
+        self.search.on_evaluations = self.on_evaluations
+        self._written = time.perf_counter()
+        return (self.search.solve(batch) for batch in batches if batch)
 
-    def _is_finished(self, done: dict[str, Row]) -> bool:
-        """Whether the summary is the last one; those written on the way count fewer."""
-        path = self.folder / "metrics_summary.json"
-        summary = read_json(path) if path.exists() else {"training_pairs": None}
-        return summary["training_pairs"] is not None and summary["samples"] == len(done)
+    def failure(self, found: Optimized) -> Json:
+        """Of a sample with a reward that is not finite."""
+        reason = "its reward became NaN or infinite"
+        return Failure(reason, id=found.sample.id, prompt=found.sample.prompt).row
 
-    def _done(self) -> dict[str, Row]:
-        """Rows of all shards by id."""
-        shards = sorted((self.folder / "noises").glob("*.safetensors"))
-        return {row["id"]: row for shard in shards for row in read_metadata(shard, "rows")}
+    def images(self, found: Optimized) -> dict[str, Tensor]:
+        """The first image, the best one, and those of the steps to save."""
+        if 0 <= self.num_images <= found.index:
+            return {}
+        return {f"{found.sample.id}-{kind}.png": image for kind, image in found.images.items()}
 
-    def _solve(self, samples: Sequence[Sample], done: dict[str, Row], tracker: Any) -> list[Row]:
-        """Solve and keep what is not done; returns the failures."""
-        failures: list[Row] = []
-        options = self.search.options
-        left = sum(sample.id not in done for sample in samples)
-        each = options.gradient_steps + (options.gradient_steps > 0)
-        each += options.draws if options.draws > 1 or not each else 0
-        written = since = time.perf_counter()
-        with progress(left * each, "optimize", "eval") as bar:
-            self.search.on_evaluations = bar.update
-            for batch in self._pending(samples, done):
-                found = self.search.solve(batch)
-                bad = [f.sample for f in found if not f.is_finite]
-                failures += [
-                    {"id": s.id, "prompt": s.prompt, "reason": "its reward became NaN or infinite"}
-                    for s in bad
-                ]
-                rows = self._keep([f for f in found if f.is_finite])
-                done.update((row["id"], row) for row in rows)
-                now = time.perf_counter()
-                event = {**_event(rows), "samples": len(done), "seconds": round(now - since, 3)}
-                since = now
-                append_jsonl(self.folder / "history.jsonl", [event])
-                tracker.log({k: v for k, v in event.items() if v is not None}, step=len(done))
-                if done and now - written > _METRICS_EVERY:
-                    self._write_metrics(done, len(failures))
-                    written = now
-        return failures
-
-    def _pending(self, samples: Sequence[Sample], done: dict[str, Row]) -> Iterator[list[Sample]]:
-        """What is not done, in batches cut before: a resumed run solves the same ones together."""
-        for start in range(0, len(samples), self.batch_size):
-            batch = samples[start : start + self.batch_size]
-            if left := [sample for sample in batch if sample.id not in done]:
-                yield left
-
-    def _keep(self, found: Sequence[Optimized]) -> list[Row]:
-        """Write images, then noises with their rows."""
-        if not found:
-            return []
-        name = f"noises/{found[0].sample.index:08d}.safetensors"
-        for one in found:
-            if self.num_images < 0 or one.sample.index < self.num_images:
-                for kind, image in one.images.items():
-                    path = self.folder / "images" / f"{one.sample.id}-{kind}.png"
-                    save_png(path, image.float() / 255)
-        rows = [_row(one, name, k) for k, one in enumerate(found)]
-        tensors = {
-            name: torch.stack([one.tensors[name] for one in found]) for name in found[0].tensors
+    def row(self, found: Optimized, place: Mapping[str, Any]) -> Json:
+        """What is kept of a sample."""
+        sample, last = found.sample, found.last
+        return {
+            "id": sample.id,
+            "index": sample.index,
+            "prompt": sample.prompt,
+            "target_image_path": f"images/{sample.id}-best.png",
+            **place,
+            "seed": found.seed,
+            "first_seed": sample.seed,
+            "initial": found.initial,
+            "best": found.best,
+            "best_step": last.best_step,
+            "angle": round(found.angle, 4),
+            "energy": round(last.z.square().mean().item(), 6),
+            "losses": last.losses,
+            "scores": last.scores,
         }
-        write_safetensors(self.folder / name, tensors, {"rows": rows})
-        return rows
 
-    def _write_metrics(
-        self, done: dict[str, Row], failed: int, training_pairs: int | None = None
-    ) -> None:
-        """Make all lists and metrics of the rows; ``training_pairs`` are counted at the end."""
-        rows = _in_order(done)
+    def means(self, rows: Sequence[Json]) -> dict[str, float]:
+        """Rewards before and after."""
+        return {
+            f"{name}_reward": statistics.fmean(row[name]["total"] for row in rows)
+            for name in ("initial", "best")
+        }
+
+    def note(self, rows: Sequence[Json]) -> None:
+        """Also write the metrics of all prompts now and then."""
+        super().note(rows)
+        now = time.perf_counter()
+        if is_main() and now - self._written > _METRICS_EVERY:
+            self.write_lists(len(self.failures), is_last=False)
+            self._written = now
+
+    def summary(self, rows: Sequence[Json], is_last: bool) -> Json:
+        """Means over all images; writes the metrics of each prompt, and in the end the pairs."""
+        write_json(self.folder / "metrics_per_prompt.json", metrics_per_prompt(rows))
         with_image = [r for r in rows if (self.folder / r["target_image_path"]).is_file()]
         pairs = [{"prompt": row["prompt"], "image": row["target_image_path"]} for row in with_image]
-        hidden = ("losses", "scores")
-        write_jsonl(
-            self.folder / "manifest.jsonl",
-            [{k: v for k, v in row.items() if k not in hidden} for row in rows],
-        )
         write_jsonl(self.folder / "pairs.jsonl", pairs)
-        write_json(self.folder / "metrics_per_prompt.json", metrics_per_prompt(rows))
-        seconds = sum(event["seconds"] for event in mend_jsonl(self.folder / "history.jsonl"))
-        summary = summarise(rows)
-        summary |= {
-            "failed": failed,
-            "training_pairs": training_pairs,
-            "seconds": round(seconds, 3),
-            "images_per_second": round(len(rows) / max(seconds, 1e-9), 3),
-            "settings": read_json(self.folder / "run.json"),
-        }
-        write_json(self.folder / "metrics_summary.json", summary)
+        count = None
+        if is_last:
+            count = write_training_pairs(self.folder, rows, self.search.noise_shape)
+        return {**summarise(rows), "training_pairs": count}
 
 
-def _in_order(done: dict[str, Row]) -> list[Row]:
-    return sorted(done.values(), key=lambda row: int(row["index"]))
-
-
-def _row(found: Optimized, noise_path: str, position: int) -> Row:
-    return {
-        "id": found.sample.id,
-        "index": found.sample.index,
-        "prompt": found.sample.prompt,
-        "target_image_path": f"images/{found.sample.id}-best.png",
-        "noise_path": noise_path,
-        "noise_index": position,
-        "seed": found.seed,
-        "first_seed": found.sample.seed,
-        "initial": found.initial,
-        "best": found.best,
-        "best_step": found.last.best_step,
-        "angle": round(found.angle, 4),
-        "energy": round(found.last.z.square().mean().item(), 6),
-        "losses": found.last.losses,
-        "scores": found.last.scores,
-    }
-
-
-def _event(rows: Sequence[Row]) -> dict[str, float | None]:
-    """Mean reward of a batch, before and after."""
-    return {
-        f"{name}_reward": statistics.fmean(row[name]["total"] for row in rows) if rows else None
-        for name in ("initial", "best")
-    }
-
-
-def metrics_per_prompt(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def metrics_per_prompt(rows: Sequence[Json]) -> list[dict[str, Any]]:
     """All images of each prompt with their scores at every step; the best of them named."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[Json]] = {}
     for row in rows:
         groups.setdefault(row["id"].rpartition("-")[0], []).append(row)
     keys = ("id", "seed", "initial", "best", "best_step", "angle", "energy", "losses", "scores")
@@ -275,7 +234,7 @@ def metrics_per_prompt(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+def summarise(rows: Sequence[Json]) -> dict[str, Any]:
     """Means over all images: of every reward before, after and at every step."""
     names = list(rows[0]["best"])
     steps = range(len(rows[0]["losses"]))

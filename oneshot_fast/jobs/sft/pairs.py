@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from oneshot_fast.data.pairs import DataError, Failure, ImageRef, MatchedPair, load_noise
-from oneshot_fast.errors import UserError
+from oneshot_fast.data.image_refs import ImageRef
+from oneshot_fast.data.manifests import MatchedPair
+from oneshot_fast.data.noise_files import read_noise
+from oneshot_fast.data.records import Failure
+from oneshot_fast.errors import DataError, UserError
 from oneshot_fast.runtime.processes import map_over_processes
 
 if TYPE_CHECKING:
@@ -84,8 +87,8 @@ def first_noise_shape(pairs: Sequence[MatchedPair]) -> tuple[int, ...]:
     """
     for pair in pairs[:-1]:
         with contextlib.suppress(DataError):
-            return tuple(load_noise(pair).shape)
-    return tuple(load_noise(pairs[-1]).shape)
+            return tuple(read_noise(pair.noise_path, pair.noise_index).shape)
+    return tuple(read_noise(pairs[-1].noise_path, pairs[-1].noise_index).shape)
 
 
 def _read(
@@ -96,7 +99,7 @@ def _read(
     Raises:
         DataError: If one of them cannot be read, or does not fit.
     """
-    noise = load_noise(pair)
+    noise = read_noise(pair.noise_path, pair.noise_index)
     if noise.shape != shape:
         raise DataError(
             f"{pair.noise_path}: the noise is {list(noise.shape)}, the model takes {list(shape)}"

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from oneshot_fast import ops
-from oneshot_fast.data.pairs import Failure, ImageRef, MatchedPair, file_sha256
+from oneshot_fast.data.image_refs import ImageRef, file_sha256
+from oneshot_fast.data.manifests import MatchedPair
+from oneshot_fast.data.records import Failure
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.pairs import Examples, first_noise_shape

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from oneshot_fast.data.pairs import read_manifest
+from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.generators.toy import ToyGenerator
@@ -110,9 +110,9 @@ def train(
         # without an E-step the pairs still need some noise, which is not used
         options = cell.assign or AssignOptions("best_of_n", 1)
         found = AssignRun(
-            generator, targets, folder / f"assign-{cycle}", options, seed=noises, num_images=0,
-            batch_size=64,
-        ).run(subject.records)  # fmt: skip
+            generator, subject.records, folder / f"assign-{cycle}", options, seed=noises,
+            num_images=0, batch_size=64, targets=targets,
+        ).run()  # fmt: skip
         pairs, _ = read_manifest(folder / f"assign-{cycle}" / "manifest.jsonl")
         trained = SftRun(
             generator, pairs, folder / f"sft-{cycle}", cell.training(budget), seed=noises,

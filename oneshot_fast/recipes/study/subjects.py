@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneshot_fast.data.pairs import Record, read_pairs
+from oneshot_fast.data.pairs import read_pairs
+from oneshot_fast.data.records import Record
 from oneshot_fast.evaluation.measures import frechet_distance, pairwise_diversity, prompt_accuracy
 from oneshot_fast.generators.toy import ToyGenerator
 from oneshot_fast.recipes.toy.data import LabelledImages, digits, shapes

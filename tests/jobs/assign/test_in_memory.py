@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from samples import rows_of
 
-from oneshot_fast.data.pairs import Record, read_pairs
+from oneshot_fast.data.pairs import read_pairs
+from oneshot_fast.data.records import Record
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages

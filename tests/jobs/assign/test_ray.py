@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from samples import FULL, PATIENT, same_results
 
-from oneshot_fast.data.pairs import Failure, Record, read_pairs
+from oneshot_fast.data.pairs import read_pairs
+from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.data.sources import pending
 from oneshot_fast.errors import ModelError, UserError
 from oneshot_fast.generators.options import ModelOptions
-from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.ray_worker import Actor, Job, Worker
 from oneshot_fast.jobs.assign.run import AssignRun
 
@@ -38,7 +38,7 @@ ENVIRONMENT = os.environ | {
 
 def local(generator: Any, folder: Path, records: list[Record], **more: Any) -> Path:
     options = {"options": FULL, "batch_size": 2, "num_images": 1} | more
-    AssignRun(generator, TargetImages(generator), folder, **options).run(records)
+    AssignRun(generator, records, folder, **options).run()
     return folder
 
 
@@ -123,7 +123,7 @@ def test_a_worker_writes_what_a_run_writes(
     first = [worker.match([batch]) for batch in batches]
     same_files(tmp_path / "ray", expected, "noises/*", "images/*")
     (failure,) = [failure for result in first for failure in result.failures]
-    assert failure.id == records[3].id
+    assert failure["id"] == records[3].id
     # as after a kill between the file and the answer
     again = worker.match(batches)
     assert again.shards == [rows for result in first for rows in result.shards]

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from samples import NOISE, ROUNDING, assign_batch, batch_of, noises_of, rows_of, same_results
 from torch import Tensor
 
-from oneshot_fast.data.pairs import read_manifest, read_pairs
+from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.generators.base import Conditioning, Generator, Prediction
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.objective import matching_loss
@@ -178,13 +179,14 @@ def test_a_loss_that_is_not_finite_fails_its_target_only(
     poisoned: Any = Poisoned(tiny, 2, value)
     run = AssignRun(
         poisoned,
-        TargetImages(tiny),
+        records,
         tmp_path,
         AssignOptions("rotation", steps=3, lr=0.15),
         batch_size=6,
         num_images=0,
+        targets=TargetImages(tiny),
     )
-    summary = run.run(records)
+    summary = run.run()
     assert (summary["samples"], summary["failed"]) == (5, 1)
     (failure,) = rows_of(tmp_path / "failures.jsonl")
     assert failure["id"] == records[2].id and "NaN or infinite" in failure["reason"]

@@ -11,9 +11,9 @@ import pytest
 from samples import FULL, PATIENT, Limited, noises_of, rows_of, same_results
 from torch import Tensor
 
-from oneshot_fast.data.pairs import Record, read_pairs
+from oneshot_fast.data.pairs import read_pairs
+from oneshot_fast.data.records import Record
 from oneshot_fast.generators.base import Conditioning, Generator, Prediction
-from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
 
@@ -24,19 +24,16 @@ SMALL_STEPS = (
 
 
 def run_of(
-    generator: Any, folder: Path, options: AssignOptions, batch_size: int = 3, **more: Any
+    generator: Any, data: Any, folder: Path, options: AssignOptions, size: int = 3, **more: Any
 ) -> AssignRun:
-    return AssignRun(
-        generator, TargetImages(generator), folder, options,
-        batch_size=batch_size, num_images=1, **more,
-    )  # fmt: skip
+    return AssignRun(generator, data, folder, options, batch_size=size, num_images=1, **more)
 
 
 @pytest.fixture(scope="module")
 def patient(tiny: Generator, small_data: Path, tmp_path_factory: Any) -> Path:
     """A finished run with early stopping."""
     folder: Path = tmp_path_factory.mktemp("patient")
-    run_of(tiny, folder, PATIENT).run(read_pairs(small_data)[0])
+    run_of(tiny, read_pairs(small_data)[0], folder, PATIENT).run()
     return folder
 
 
@@ -70,10 +67,10 @@ def test_ctrl_c_keeps_what_has_finished(
             return super().predict(eps, prompts)
 
     with pytest.raises(KeyboardInterrupt):
-        run_of(Interrupted(tiny, 9), tmp_path, PATIENT).run(records)
+        run_of(Interrupted(tiny, 9), records, tmp_path, PATIENT).run()
     kept = {row["id"] for row in rows_of(tmp_path / "manifest.jsonl")}
     assert 0 < len(kept) < 6
-    run_of(tiny, tmp_path, PATIENT).run(records)
+    run_of(tiny, records, tmp_path, PATIENT).run()
     same_results(patient, tmp_path)
 
 
@@ -96,8 +93,8 @@ def test_reading_ahead_changes_nothing(tiny: Generator, data: Path, tmp_path: Pa
     records = read_pairs(data)[0]
     records[3].image_path.write_bytes(b"not an image")  # type: ignore[union-attr]
     for name in ("ahead", "inline"):
-        run = run_of(tiny, tmp_path / name, FULL, 2, read_ahead=name == "ahead")
-        assert run.run(records)["failed"] == 1
+        run = run_of(tiny, records, tmp_path / name, FULL, 2, read_ahead=name == "ahead")
+        assert run.run()["failed"] == 1
     files = [*(tmp_path / "inline").rglob("*.safetensors"), *(tmp_path / "inline").rglob("*.png")]
     assert len(files) == 3 + 3
     for path in (*files, tmp_path / "inline/failures.jsonl", tmp_path / "inline/manifest.jsonl"):
@@ -116,18 +113,19 @@ def test_errors_of_reading_and_writing_are_raised(
             yield from read_pairs(small_data)[0][:3]
             raise ConnectionError("the data went away")
 
-    run = run_of(tiny, tmp_path / "a", FULL, 2, read_ahead=read_ahead)
+    run = run_of(tiny, Stream(), tmp_path / "a", FULL, 2, read_ahead=read_ahead)
     with pytest.raises(ConnectionError, match="went away"):
-        run.run(Stream())
+        run.run()
     (tmp_path / "b").mkdir()
-    run = run_of(tiny, tmp_path / "b", FULL, 2, read_ahead=read_ahead)
+    records = read_pairs(small_data)[0]
+    run = run_of(tiny, records, tmp_path / "b", FULL, 2, read_ahead=read_ahead)
     original: Callable[..., Any] = run.targets.image
     run.targets.image = lambda path, mode: (  # type: ignore[method-assign]
         (tmp_path / "b" / "images").write_text("a file in the folder's place"),
         original(path, mode),
     )[1]
     with pytest.raises(OSError, match="images"):
-        run.run(read_pairs(small_data)[0])
+        run.run()
 
 
 def test_a_stream_is_resumed(tiny: Generator, small_data: Path, tmp_path: Path) -> None:
@@ -144,11 +142,11 @@ def test_a_stream_is_resumed(tiny: Generator, small_data: Path, tmp_path: Path) 
 
     stream = Stream()
     with pytest.raises(ConnectionError):
-        run_of(tiny, tmp_path / "a", FULL, 2).run(stream)
-    assert run_of(tiny, tmp_path / "a", FULL, 2).run(stream)["samples"] == 6
-    run_of(tiny, tmp_path / "b", FULL, 2).run(records)
+        run_of(tiny, stream, tmp_path / "a", FULL, 2).run()
+    assert run_of(tiny, stream, tmp_path / "a", FULL, 2).run()["samples"] == 6
+    run_of(tiny, records, tmp_path / "b", FULL, 2).run()
     same_results(tmp_path / "a", tmp_path / "b")
-    run_of(tiny, tmp_path / "a", FULL, 2).run(stream)
+    run_of(tiny, stream, tmp_path / "a", FULL, 2).run()
     assert stream.passes == 2
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from samples import rows_of
 
-from oneshot_fast.data.pairs import load_noise, read_manifest
+from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.errors import UserError
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.em.options import EmOptions
@@ -52,7 +53,7 @@ def test_partial_warm_cycles_of_a_schedule(tmp_path: Path, call: Call) -> None:
         newest = third if name in third else second
         folder = tmp_path / ("cycle-03" if name in third else "cycle-02") / "assign"
         assert pair.noise_path.resolve() == (folder / newest[name]["noise_path"]).resolve()
-        assert load_noise(pair).shape == (4, 8, 8)
+        assert read_noise(pair.noise_path, pair.noise_index).shape == (4, 8, 8)
     steps = [json.loads((tmp_path / f"cycle-0{k}/sft/summary.json").read_text())["steps"]
              for k in (1, 2, 3)]  # fmt: skip
     assert steps == [2, 1, 1]

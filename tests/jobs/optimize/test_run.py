@@ -16,7 +16,8 @@ from torch import Tensor
 
 from benchmarks.jobs.optimize import markdown, measure
 from oneshot_fast.data.images import load_image
-from oneshot_fast.data.pairs import read_manifest, read_pairs
+from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
@@ -262,12 +263,13 @@ def test_bad_input(tmp_path: Path, call: Call, flags: list[str], message: str) -
 
 
 def test_images_are_saved_as_they_were_scored(tiny: Generator, tmp_path: Path) -> None:
-    search = RewardSearch(tiny, load_rewards(["digit"]), OptimizeOptions(steps=2))
-    OptimizeRun(search, tmp_path / "run", rewards=["digit"]).run(SAMPLES)
-    image = load_image(tmp_path / "run/images/0-best.png", 64, 64)
-    expected = search.solve(SAMPLES)[0].images["best"].float() / 255
+    options, rewards = OptimizeOptions(steps=2), load_rewards(["digit"])
+    run = OptimizeRun(tiny, PROMPTS, tmp_path / "run", options, rewards=rewards)
+    run.run()
+    image = load_image(tmp_path / "run/images/00000-00-best.png", 64, 64)
+    expected = run.search.solve(run.samples)[0].images["best"].float() / 255
     assert torch.equal(image, expected)
-    with Image.open(tmp_path / "run/images/0-best.png") as picture:
+    with Image.open(tmp_path / "run/images/00000-00-best.png") as picture:
         assert picture.size == (64, 64)
 
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from samples import PROMPTS
 
-from oneshot_fast.data.pairs import load_noise, read_manifest
+from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.plan import training_memory
@@ -172,7 +173,9 @@ def test_found_images_become_targets_of_their_base_noises(
         assert pair.image_path.resolve() == best.image_path.resolve()
     rows = [json.loads(line) for line in manifest.open()]
     for pair, row in zip(pairs, rows, strict=True):
-        assert torch.equal(load_noise(pair), gaussian([row["seed"]], (4, 8, 8))[0])
+        assert torch.equal(
+            read_noise(pair.noise_path, pair.noise_index), gaussian([row["seed"]], (4, 8, 8))[0]
+        )
     trained = call(
         "sft", "--manifest_path", manifest, "--model_id", "tiny", "--output_dir", tmp_path / "sft",
         "--epochs", 1, "--preserve_pool_size", 4,

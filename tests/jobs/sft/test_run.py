@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from samples import rows_of
 from torch import Tensor
 
-from oneshot_fast.data.pairs import load_noise, read_manifest
+from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.jobs.sft.options import SftOptions
@@ -115,7 +116,9 @@ def test_the_reference_workflow_gives_the_same_training(
 ) -> None:
     lines = []
     for pair in read_manifest(assigned / "manifest.jsonl")[0]:
-        torch.save({"z": load_noise(pair)[None]}, tmp_path / f"{pair.id}.pt")
+        torch.save(
+            {"z": read_noise(pair.noise_path, pair.noise_index)[None]}, tmp_path / f"{pair.id}.pt"
+        )
         lines.append({"prompt": pair.prompt, "target_image_path": str(pair.image_path),
                       "best_input_noise_path": str(tmp_path / f"{pair.id}.pt")})  # fmt: skip
     (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -133,8 +136,11 @@ def test_pickled_code_is_not_run_and_the_rest_is_trained(
 ) -> None:
     monkeypatch.setenv("HARM", str(tmp_path / "harm"))
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
-    torch.save({"z": load_noise(pairs[0])}, tmp_path / "good.pt")
-    torch.save({"z": load_noise(pairs[0]), "more": Harmful()}, tmp_path / "bad.pt")
+    torch.save({"z": read_noise(pairs[0].noise_path, pairs[0].noise_index)}, tmp_path / "good.pt")
+    torch.save(
+        {"z": read_noise(pairs[0].noise_path, pairs[0].noise_index), "more": Harmful()},
+        tmp_path / "bad.pt",
+    )
     torch.save(torch.zeros(4, 6, 6), tmp_path / "small.pt")
     pair = {"prompt": pairs[0].prompt, "target_image_path": str(pairs[0].image_path)}
     lines = [pair | {"best_input_noise_path": f"{name}.pt"} for name in ("bad", "good", "small")]
