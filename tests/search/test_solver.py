@@ -20,7 +20,6 @@ from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.search import TargetSearch
 from oneshot_fast.jobs.assign.targets import Target
 from oneshot_fast.noise.rotation import PatchRotation
-from oneshot_fast.planning.memory import largest_fit
 from oneshot_fast.search.solver import Solved
 
 
@@ -105,19 +104,6 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
     assert limited.sizes.count(max(limited.sizes)) == 1
     with pytest.raises(UserError, match="out of memory with a single target"):
         solve(Limited(tiny, 0), options, 4, targets)
-
-
-def test_the_largest_batch_that_fits() -> None:
-    def use(size: int, room: int = 1000) -> int:
-        if 40 * size > room:
-            raise torch.OutOfMemoryError("out of memory")
-        return 40 * size
-
-    assert largest_fit(use, lambda: 10**9) == 16
-    assert largest_fit(use, lambda: 800) == 16
-    assert largest_fit(use, lambda: 100) == 2
-    assert largest_fit(lambda size: size, lambda: 10**9) == 256
-    assert largest_fit(lambda size: use(1000), lambda: 10**9) == 1
 
 
 class Watch(TorchDispatchMode):

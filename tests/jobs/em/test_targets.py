@@ -168,3 +168,11 @@ def test_direct_training_starts_from_the_base_and_sees_other_noises(aligned: Pat
     assert not any(torch.equal(direct[key], final[key]) for key in direct if "conv_in" in key)
     settings = json.loads((aligned / "direct" / "run.json").read_text())
     assert (settings["noise"], settings["epochs"]) == ("random", 8)
+
+
+def test_the_dry_run_of_em_writes_nothing(tmp_path: Path, call: Call) -> None:
+    flags = ["--work_dir", tmp_path / "run", "--max_samples", 6, "--assign_steps", 2, "--dry_run"]
+    ended = call("em", *flags, "--train_lora_rank", 4, "--train_optimizer_in_backward")
+    assert ended.code == 0 and not (tmp_path / "run").exists(), ended.err
+    assert ended.out.count("peak of a step of ") == 2
+    assert re.search(r"in all, 2 cycles: [\d.]+ (ms|s|min), without the evaluations", ended.out)

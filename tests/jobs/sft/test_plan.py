@@ -1,0 +1,101 @@
+"""Memory of a training step as estimated, beside the count of real steps; the dry run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.jobs.sft.options import SftOptions
+from oneshot_fast.jobs.sft.plan import training_batch, training_memory
+from oneshot_fast.planning.memory import LiveMemory
+from oneshot_fast.training.trainer import Trainer
+
+MOMENTS = "optimiser's moments"
+FULL: dict[str, Any] = {"batch_size": 2}
+CASES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "latent losses only": {"preserve_pixel_weight": 0.0},
+    "pixel loss": {"pixel_l1_weight": 1.0},
+    "checkpointing": {"gradient_checkpointing": True, "preserve_pixel_weight": 0.0},
+    "selective": {"selective_checkpointing": True, "preserve_pixel_weight": 0.0},
+    "in backward": {"optimizer_in_backward": True, "preserve_pixel_weight": 0.0},
+    "two parts": {"gradient_accumulation_steps": 2},
+    "average": {"use_ema": True},
+    "adapter": {"lora_rank": 4},
+    "adapter on bfloat16": {"lora_rank": 4, "weights_dtype": "bfloat16"},
+    "selective adapter": {"selective_checkpointing": True, "lora_rank": 4},
+}
+
+
+def counted(options: SftOptions) -> int:
+    """Most bytes of weights, moments, average and what a real step makes, in use at once."""
+    generator = load_generator("tiny", master_weights=True)
+    trainer = Trainer(generator, options.loss(), options)
+    networks = generator.networks.values()
+    known = [t for n in networks for t in (*n.parameters(), *n.buffers())]
+    average = [] if trainer.ema is None else trainer.ema.average
+    batch = training_batch(generator, options, 64)
+    with LiveMemory([*known, *average]) as memory:
+        for _ in range(2):
+            trainer(batch)
+    weights = sum(p.nbytes for n in networks for p in n.parameters())
+    return weights + sum(p.nbytes for p in average) + memory.peak
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_estimate_is_near_the_count_of_real_steps(name: str, tiny: Generator) -> None:
+    options = SftOptions(**{**FULL, **CASES[name]})
+    before = {
+        key: (value.dtype, value.requires_grad) for key, value in tiny.denoiser.named_parameters()
+    }
+    estimate = training_memory(tiny, options, 64)
+    after = {k: (p.dtype, p.requires_grad) for k, p in tiny.denoiser.named_parameters()}
+    assert after == before
+    assert estimate.peak == pytest.approx(counted(options), rel=0.15)
+
+
+def test_each_option_saves_what_it_says(tiny: Generator) -> None:
+    def of(**more: Any) -> Any:
+        return training_memory(
+            tiny, SftOptions(**{**FULL, "preserve_pixel_weight": 0.0, **more}), 64
+        )
+
+    plain, offloaded = of(), training_memory(tiny, SftOptions(), 64, offloads=True)
+    weights = sum(p.nbytes for p in tiny.denoiser.parameters())
+    assert plain.held["gradients"] == plain.trained_bytes == weights == plain.weights["unet"]
+    assert plain.kept[MOMENTS] == 2 * weights
+    assert of(optimizer_in_backward=True).held["gradients"] < 0.1 * weights
+    selective = of(selective_checkpointing=True).held["activations"]
+    assert (
+        of(gradient_checkpointing=True).held["activations"]
+        < 0.6 * selective
+        < 0.6 * plain.held["activations"]
+    )
+    assert of(use_ema=True).kept["average of the weights"] == weights
+    adapter = of(lora_rank=4, weights_dtype="bfloat16")
+    assert adapter.kept[MOMENTS] == 2 * adapter.trained_bytes < 0.1 * weights
+    assert 0.5 * weights < adapter.weights["unet"] < 0.6 * weights
+    assert offloaded.weights["text_encoder"] == offloaded.weights["text_encoder_2"] == 0
+    assert 0 < offloaded.weights["vae"] < plain.weights["vae"]
+    nothing = SftOptions(preserve_pixel_weight=0.0)
+    assert training_memory(tiny, nothing, 64, offloads=True).weights["vae"] == 0
+
+
+def test_the_dry_run_of_a_training_writes_nothing(
+    assigned: Path, tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    flags = ["--manifest_path", assigned / "manifest.jsonl", "--model_id", "tiny", "--dry_run"]
+    before = {path: path.stat().st_mtime_ns for path in assigned.rglob("*")}
+    ended = call("sft", *flags, "--output_dir", tmp_path / "run", "--lora_rank", 4)
+    assert ended.code == 0 and not (tmp_path / "run").exists(), ended.err
+    assert {path: path.stat().st_mtime_ns for path in assigned.rglob("*")} == before
+    assert "in all, for 6 pairs and 20 steps: " in ended.out
+    trained = [float(v) for v in re.findall(r"trained parameters: ([\d.]+) thousand", ended.out)]
+    assert 1 < trained[0] < 200
+    assert call("sft", *flags).code == 0  # no output_dir is needed
