@@ -129,7 +129,7 @@ def random_noise_section(folder: Path, summary: Json) -> Section | None:
 # Key: name, which direction is good, plain words.
 _METRICS = {
     "accuracy": (
-        "Prompt accuracy",
+        "prompt accuracy",
         "↑ higher is better",
         "images that a classifier recognises as what was prompted",
     ),
@@ -139,12 +139,12 @@ _METRICS = {
         "distance to the held-out targets in a classifier's features",
     ),
     "diversity": (
-        "Diversity",
+        "diversity",
         "↑ higher is better",
         "pixel distance between images of one prompt; 0: all alike",
     ),
     "drift": (
-        "Drift from base",
+        "drift from base",
         "neither good nor bad",
         "RMS latent distance to the base generator, same noises",
     ),
@@ -161,7 +161,8 @@ def _metric_row(key: str, columns: Mapping[str, str], measured: Mapping[str, Jso
     base, final = measured["base"][key], measured["final"][key]
     change = f"{100 * (final - base):+.1f} points" if is_share else percent(final, base)
     mood = _mood(key, base, final, measured["real"].get("diversity", 0.0))
-    return Row(name, [*map(Cell, texts), Cell(change, mood)], direction, words)
+    title = name[0].upper() + name[1:]
+    return Row(title, [*map(Cell, texts), Cell(change, mood)], direction, words)
 
 
 def _mood(key: str, base: float, final: float, real_diversity: float) -> Mood:
@@ -289,9 +290,10 @@ def print_summary(folder: Path) -> None:
 def print_measures(columns: Mapping[str, Json]) -> None:
     """Print measures on random noise, those of the first column, side by side."""
     print(f"{'':24}" + "".join(f"{name:>14}" for name in columns))
-    for key in next(iter(columns.values())):
-        if key != "samples":
-            label = _METRICS[key][0].lower().replace("é", "e") if key in _METRICS else key
+    first = next(iter(columns.values()))
+    for key in dict.fromkeys((*_METRICS, *first)):
+        if key in first and key != "samples":
+            label = _METRICS[key][0].replace("é", "e") if key in _METRICS else key
             found = [column.get(key) for column in columns.values()]
             cells = [f"{'-':>14}" if value is None else f"{value:14.3f}" for value in found]
             print(f"{label:24}" + "".join(cells))
