@@ -19,7 +19,6 @@ from oneshot_fast.runtime.options import RunOptions
 from oneshot_fast.runtime.processes import is_main
 
 if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
     from oneshot_fast.jobs.sft.rewards import RewardRun
     from oneshot_fast.jobs.sft.run import SftRun
 
@@ -83,7 +82,7 @@ def _on_pairs(command: SftCommand) -> SftRun:
 
     from oneshot_fast.jobs.sft.run import SftRun
 
-    return SftRun(_load(command), pairs, failures=failures, **_more(command))
+    return SftRun(pairs=pairs, failures=failures, **_common(command))
 
 
 def _on_rewards(command: SftCommand) -> RewardRun:
@@ -104,29 +103,26 @@ def _on_rewards(command: SftCommand) -> RewardRun:
 
     from oneshot_fast.jobs.sft.rewards import RewardRun
 
-    generator = _load(command)
+    common = _common(command)
+    generator = common["generator"]
     generator.recompute(rewards.recomputed(generator.device))
     return RewardRun(
-        generator,
-        prompts,
+        prompts=prompts,
         rewards=rewards.load(generator.device),
         judge=rewards.load(generator.device, options.judge) if options.judge else None,
         resolution=options.resolution,
         images_per_prompt=options.images_per_prompt,
         eval_samples=options.eval_samples,
         names=[*rewards.names, *(f"judge {name}" for name in options.judge)],
-        **_more(command),
+        **common,
     )
 
 
-def _load(command: SftCommand) -> Generator:
-    master_weights = command.training.weights_dtype == "float32"
-    return command.model.load(command.model_id, master_weights=master_weights)
-
-
-def _more(command: SftCommand) -> dict[str, Any]:
+def _common(command: SftCommand) -> dict[str, Any]:
     """Arguments of either run."""
+    master_weights = command.training.weights_dtype == "float32"
     return {
+        "generator": command.model.load(command.model_id, master_weights=master_weights),
         "folder": command.output_dir or Path(),
         "options": command.training,
         "seed": command.run.seed,
@@ -144,10 +140,10 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         for name, before in summary["base"].items():
             print(f"{name:24}{before:10.4f} -> {summary['final'][name]:.4f}")
     else:
+        before, after = summary["matched_loss_before"], summary["matched_loss_after"]
         print(
             f"trained {steps} steps on {summary['samples']} pairs in {seconds:.0f} s: latent loss "
-            f"on the matched noises {summary['matched_loss_before']:.4f} -> "
-            f"{summary['matched_loss_after']:.4f}"
+            f"on the matched noises {before:.4f} -> {after:.4f}"
         )
     if summary["failed"]:
         print(f"{summary['failed']} pairs failed: {folder / 'failures.jsonl'}", file=sys.stderr)

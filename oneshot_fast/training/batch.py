@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,13 +23,13 @@ class Rows:
 
     Attributes:
         noise: [B, C, h, w] float32.
-        prompts: Encoding of B prompts.
+        conditioning: Of B prompts.
         extra: By name, B values each: tensors [B, ...] or lists.
         share: The part of its batch's rows that these are, where the batch was split.
     """
 
     noise: Tensor
-    prompts: Conditioning
+    conditioning: Conditioning
     extra: Mapping[str, Any] = field(default_factory=dict)
     share: float = 1.0
 
@@ -39,12 +39,9 @@ class Rows:
 
     def select(self, rows: slice) -> Rows:
         """These rows alone."""
-        noise = self.noise[rows]
+        noise, conditioning = self.noise[rows], self.conditioning.select(rows)
         extra = {name: value[rows] for name, value in self.extra.items()}
-        share = self.share * len(noise) / len(self)
-        return replace(
-            self, noise=noise, prompts=self.prompts.select(rows), extra=extra, share=share
-        )
+        return Rows(noise, conditioning, extra, self.share * len(noise) / len(self))
 
 
 class Batch(dict[str, Rows]):

@@ -108,13 +108,13 @@ def live_loss(
     with torch.no_grad():
         if base is None:
             unet.disable_adapters()
-            latents = generator.latents(rows.noise, rows.prompts)
+            latents = generator.latents(rows.noise, rows.conditioning)
             unet.enable_adapters()
         else:
             generator.pipe.unet = base
-            latents = generator.latents(rows.noise, rows.prompts)
+            latents = generator.latents(rows.noise, rows.conditioning)
             generator.pipe.unet = unet
-        live = Rows(rows.noise, rows.prompts, {"latents": latents})
+        live = Rows(rows.noise, rows.conditioning, {"latents": latents})
         return loss(generator, Batch(preserve=live))["preserve"]
 
 

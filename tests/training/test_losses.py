@@ -36,7 +36,7 @@ class Brightness:
     def __call__(self, model: Generator, batch: Batch) -> dict[str, Tensor]:
         """Minus the mean of the images."""
         rows = batch["matching"]
-        return {"brightness": -model.images(model.latents(rows.noise, rows.prompts)).mean()}
+        return {"brightness": -model.images(model.latents(rows.noise, rows.conditioning)).mean()}
 
 
 def contrast(generator: Generator, made: Prediction, rows: Rows) -> Tensor:
@@ -119,7 +119,7 @@ class CriticLoss:
     def __call__(self, model: Critic, batch: Batch) -> dict[str, Tensor]:
         rows = batch["matching"]
         with torch.no_grad():
-            made = self.generator.latents(rows.noise, rows.prompts)
+            made = self.generator.latents(rows.noise, rows.conditioning)
         real, fake = (model.module(latents) for latents in (rows.extra["latents"], made))
         return {"real": (real - 1).square().mean(), "fake": fake.square().mean()}
 

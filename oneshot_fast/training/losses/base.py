@@ -61,8 +61,8 @@ class OneStepLoss:
     def __call__(self, model: Generator, batch: Batch) -> dict[str, Tensor]:
         """See ``Loss``."""
         groups = list(batch.values())
-        prompts = Conditioning.cat([rows.prompts for rows in groups])
-        made = model.predict(torch.cat([rows.noise for rows in groups]), prompts)
+        conditioning = Conditioning.cat([rows.conditioning for rows in groups])
+        made = model.predict(torch.cat([rows.noise for rows in groups]), conditioning)
         losses, start = {}, 0
         for name, rows in batch.items():
             own = made.select(slice(start, start := start + len(rows)))
