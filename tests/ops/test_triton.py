@@ -71,10 +71,10 @@ def test_kernels_agree_with_the_references_in_the_interpreter(which):
 @needs_triton
 @pytest.mark.slow
 def test_kernels_compile_without_spills(tmp_path):
-    """One kernel in all its forms; the tool without arguments does all of them."""
+    """One kernel; `make check` has the tool compile all of them."""
     run(
         "tools/check_triton.py",
-        *("--arch", "90", "--dtype", "float32", "bfloat16", "--kernel", "patch_outer"),
+        *("--arch", "90", "--dtype", "float32", "--kernel", "latent_mse"),
         TRITON_CACHE_DIR=str(tmp_path),
         TRITON_INTERPRET="0",
     )
