@@ -64,7 +64,7 @@ def study(
             ),
         ),
         "speeds": kept(
-            results / "speeds.json", lambda: speeds(subject, *((10, 16) if quick else (30, 64)))
+            results / "speeds.json", lambda: speeds(subject, *((5, 8) if quick else (30, 64)))
         ),
         "cells": {
             cell.name: [trained(cell, seed) for seed in range(seeds)]

@@ -71,7 +71,7 @@ class Subject:
         self.base_folder = folder / "base"
         if not self.base_folder.exists():
             self._make_base(train, quick)
-        count = 64 if quick else self.recipe.targets
+        count = 32 if quick else self.recipe.targets
         self.records = _on_disk(train, folder / "targets", count)
         self.heldout = _on_disk(self.real, folder / "heldout", 64)
         base = self.base()
@@ -83,7 +83,7 @@ class Subject:
 
     def _make_base(self, train: LabelledImages, quick: bool) -> None:
         recipe = self.recipe
-        steps = recipe.steps // 10 if quick else recipe.steps
+        steps = recipe.steps // 20 if quick else recipe.steps
         generator = train_generator(train, recipe.noise_shape, steps=steps, width=recipe.width)
         generator.classifier = train_classifier(train, steps=150 if quick else 1500)
         generator.save(self.base_folder)
