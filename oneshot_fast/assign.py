@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from oneshot_fast.cli import OK, SOME_FAILED, public, run_command
 from oneshot_fast.data.options import DataOptions
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 class AssignCommand:
     """Find, for each (prompt, target image), the noise that the generator maps closest to it.
 
-    One target: --prompt and --target_image_path with --output_dir. A data set: --data_root with
-    --output_root. An interrupted run resumes when the same command is repeated.
+    One target: --prompt and --target_image_path. A data set: --data_root. An interrupted run
+    resumes when the same command is repeated.
     """
 
     prompt: str | None = None
@@ -34,10 +36,8 @@ class AssignCommand:
     """Image of a single target."""
     model_id: str = "stabilityai/sdxl-turbo"
     """One-step generator: folder in diffusers layout, hub id, .safetensors file, or "tiny"."""
-    output_dir: Path | None = None
+    output_dir: Annotated[Path | None, arg(aliases=["--output_root"])] = None
     """Folder of the results."""
-    output_root: Path | None = None
-    """The same as output_dir."""
     batch_size: int | Literal["auto"] = "auto"
     """Targets solved at once; a result does not depend on it beyond rounding. auto is the largest
     power of two that fits on a GPU, and 16 on the CPU, which has no device memory to fill."""
@@ -76,9 +76,9 @@ def open_data(command: AssignCommand) -> Source:
 
 def execute(command: AssignCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
-    folder = command.output_root or command.output_dir
+    folder = command.output_dir
     if folder is None and not command.dry_run:
-        raise UserError("give --output_root DIR (or --output_dir DIR)")
+        raise UserError("give --output_dir DIR")
     command.search.check()
     source = open_data(command)
     if command.engine == "ray" and folder is not None and not command.dry_run:

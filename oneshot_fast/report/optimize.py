@@ -33,7 +33,10 @@ def write_optimize_report(folder: Path, flags: Mapping[str, Any]) -> None:
         for group in read_json(folder / "metrics_per_prompt.json")
         for image in group["images"]
     ]
-    curves = {name: [image["scores"][name] for image in images] for name in summary["rewards"]}
+    curves = {
+        name: _of_one_length([image["scores"][name] for image in images])
+        for name in summary["rewards"]
+    }
     with replacing(folder / "curves.png") as path:
         _draw(curves).savefig(path, format="png", dpi=120)
     facts = [
@@ -88,6 +91,12 @@ def found_section(folder: Path, of: str = "") -> Section | None:
         _SIDE,
     )
     return None if shown is None else Section(f"Images{of}", strip=shown)
+
+
+def _of_one_length(curves: list[list[float]]) -> list[list[float]]:
+    """Searches that ended early stay at their last value."""
+    length = max(map(len, curves))
+    return [[*curve, *curve[-1:] * (length - len(curve))] for curve in curves]
 
 
 def _draw(curves: Curves) -> Figure:

@@ -7,6 +7,7 @@ together or not at all; every other file is made of the shards' rows.
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -300,3 +301,9 @@ class ShardRun(ABC, Generic[Item, Found]):
 def shard_path(index: int, suffix: str = "") -> Path:
     """Path, in a run's folder, of the shard whose first sample has this index."""
     return Path("noises") / f"{index:08d}{suffix}.safetensors"
+
+
+def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
+    """Mean per step; what ended early stays at its last value."""
+    steps = range(max(map(len, curves)))
+    return [statistics.fmean(curve[min(k, len(curve) - 1)] for curve in curves) for k in steps]

@@ -93,7 +93,7 @@ def test_bad_flags(
 @pytest.mark.parametrize(
     ("command", "flags", "message"),
     [
-        ("assign", "", "give --output_root DIR"),
+        ("assign", "", "give --output_dir DIR"),
         ("assign", "--output_dir {0}/run", "give --data_root DIR, or both --prompt"),
         ("assign", "--output_dir {0}/run --prompt a", "give --data_root DIR, or both --prompt"),
         ("assign", "--output_dir {0}/run --prompt a --target_image_path {0}/x", "no such image"),

@@ -22,10 +22,10 @@ from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.plan import fitting_batch_size
 from oneshot_fast.jobs.assign.search import TargetSearch
 from oneshot_fast.jobs.assign.targets import Preparer, Target, failure
-from oneshot_fast.noise.rotation import check_patching
 from oneshot_fast.runtime.concurrency import ahead
 from oneshot_fast.runtime.files import Json
-from oneshot_fast.runtime.shards import ShardRun
+from oneshot_fast.runtime.shards import ShardRun, mean_curve
+from oneshot_fast.search.movers.registry import check_fits
 from oneshot_fast.search.solver import Solved
 
 if TYPE_CHECKING:
@@ -85,12 +85,10 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         self.source = FolderSource([*data], [*failures]) if isinstance(data, Sequence) else data
         self.targets = targets or TargetImages(generator, resolution)
         side = self.targets.resolution
+        check_fits(options, generator.noise_shape(side, side))
         size = fitting_batch_size(generator, options, side) if batch_size == "auto" else batch_size
         each = options.gradient_steps + 1 + (options.draws if options.choice else 0)
         super().__init__(folder, size, self.source.total, each)
-        if options.mover == "rotation":
-            latent = generator.noise_shape(side, side)[1:]
-            check_patching(latent, options.patch_size, options.rotation_groups)
         self.generator, self.options, self.seed = generator, options, seed
         self.resize_mode, self.num_images, self.previous = resize_mode, num_images, previous
         on_cpu = generator.device.type == "cpu"
@@ -219,11 +217,5 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
             "truncated_prompts": sum(row["prompt_truncated"] for row in rows),
             **self.means(rows),
             "nfe": statistics.fmean(row["nfe"] for row in rows),
-            "losses": _mean_curve([row["losses"] for row in rows]),
+            "losses": mean_curve([row["losses"] for row in rows]),
         }
-
-
-def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
-    """Mean loss per step; targets that ended early stay at their last loss."""
-    steps = range(max(map(len, curves)))
-    return [statistics.fmean(curve[min(k, len(curve) - 1)] for curve in curves) for k in steps]

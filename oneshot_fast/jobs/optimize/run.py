@@ -19,11 +19,10 @@ from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.pairs import write_training_pairs
 from oneshot_fast.jobs.optimize.plan import fitting_batch_size
 from oneshot_fast.jobs.optimize.search import Optimized, RewardSearch, Sample
-from oneshot_fast.noise.rotation import check_patching
 from oneshot_fast.runtime.files import Json, read_json, write_json, write_jsonl
 from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.seeds import content_id, derived_seed
-from oneshot_fast.runtime.shards import ShardRun
+from oneshot_fast.runtime.shards import ShardRun, mean_curve
 
 if TYPE_CHECKING:
     from oneshot_fast.generators.base import Generator
@@ -107,9 +106,6 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
         self.samples = samples_of(prompts, images_per_prompt, seed, seeds)
         require(bool(self.samples), "there is no prompt")
         side = TargetImages(generator, resolution).resolution  # checks it
-        if options.mover == "rotation":
-            latent = generator.noise_shape(side, side)[1:]
-            check_patching(latent, options.patch_size, options.rotation_groups)
         self.search = RewardSearch(
             generator, rewards, options, resolution=side, save_steps=save_steps
         )
@@ -117,9 +113,8 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
             size = fitting_batch_size(self.search, self.samples[0])
         else:
             size = batch_size
-        steps, draws = options.gradient_steps, options.draws
-        each = steps + (steps > 0)
-        each += draws if draws > 1 or not each else 0
+        each = options.steps + 1 if options.mover else 0
+        each += options.draws if options.choice else 0
         super().__init__(folder, size, len(self.samples), each)
         weighted = (f"{name}:{weight:g}" for name, weight in rewards.weights.items())
         self.reward_names = [*(weighted if reward_names is None else reward_names)]
@@ -237,7 +232,6 @@ def metrics_per_prompt(rows: Sequence[Json]) -> list[dict[str, Any]]:
 def summarise(rows: Sequence[Json]) -> dict[str, Any]:
     """Means over all images: of every reward before, after and at every step."""
     names = list(rows[0]["best"])
-    steps = range(len(rows[0]["losses"]))
     return {
         "samples": len(rows),
         "prompts": len({row["id"].rpartition("-")[0] for row in rows}),
@@ -250,9 +244,7 @@ def summarise(rows: Sequence[Json]) -> dict[str, Any]:
             name: {
                 "initial": statistics.fmean(row["initial"][name] for row in rows),
                 "best": statistics.fmean(row["best"][name] for row in rows),
-                "per_step": [
-                    statistics.fmean(row["scores"][name][k] for row in rows) for k in steps
-                ],
+                "per_step": mean_curve([row["scores"][name] for row in rows]),
             }
             for name in names
         },

@@ -18,6 +18,7 @@ from oneshot_fast.noise.rotation import angles_between
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.search.candidates import best_of_n, drawing
 from oneshot_fast.search.gradient import Search
+from oneshot_fast.search.movers.registry import check_fits
 from oneshot_fast.search.options import SearchOptions
 from oneshot_fast.search.problem import Problem
 from oneshot_fast.search.solver import Solved, Solver
@@ -107,8 +108,8 @@ class RewardSearch:
             on_evaluations: Called with how many evaluations were done.
 
         Raises:
-            UserError: If an option makes no sense, or the method needs gradients and a reward has
-                none.
+            UserError: If an option makes no sense or does not fit the latent, or the method needs
+                gradients and a reward has none.
         """
         options.check()
         require(
@@ -117,6 +118,7 @@ class RewardSearch:
         )
         self.generator, self.rewards, self.options = generator, rewards, options
         self.side = resolution or generator.image_size
+        check_fits(options, self.noise_shape)
         self.save_steps = tuple(save_steps)
         self.on_evaluations = on_evaluations
         self._objective = RewardObjective(generator, rewards, options)

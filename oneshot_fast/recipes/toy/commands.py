@@ -191,7 +191,7 @@ class AssignToyCommand(PairOptions):
                 AssignCommand,
                 self,
                 model_id=self.model_id,
-                output_root=self.folder / "assign",
+                output_dir=self.folder / "assign",
                 search=dataclasses.replace(self.search, patch_size=patch_size),
                 data=DataOptions(data_root=str(self.pairs())),
                 model=self.model,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import torch
 
 from oneshot_fast.errors import UserError
 from oneshot_fast.search.movers.free import Free, FreeSgd
@@ -39,6 +41,11 @@ MOVERS: dict[str, Callable[[SearchOptions], Mover]] = {
 def register_mover(name: str, make: Callable[[SearchOptions], Mover]) -> None:
     """Let ``method`` of all searches name a mover of yours; ``make`` is given the options."""
     MOVERS[name] = make
+
+
+def check_fits(options: SearchOptions, noise_shape: Sequence[int]) -> None:
+    """Raise UserError if the mover that ``options`` name cannot move noises [C, h, w]."""
+    mover_of(options).start(torch.zeros(1, *noise_shape))
 
 
 def mover_of(options: SearchOptions) -> Mover:

@@ -43,9 +43,7 @@ def records(small_data: Path) -> list[Record]:
 def test_it_is_the_search_of_a_run(
     tiny: Generator, records: list[Record], tmp_path: Path, options: AssignOptions
 ) -> None:
-    AssignRun(tiny, TargetImages(tiny), tmp_path, options, seed=5, batch_size=2, num_images=0).run(
-        records
-    )
+    AssignRun(tiny, records, tmp_path, options, seed=5, batch_size=2, num_images=0).run()
     prompts = [record.prompt for record in records]
     paths = [record.image_path for record in records]
     found = assign_noise(tiny, prompts, paths, options, seed=5, batch_size=2)  # type: ignore[arg-type]

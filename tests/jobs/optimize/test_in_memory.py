@@ -14,8 +14,7 @@ from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.optimize import in_memory
 from oneshot_fast.jobs.optimize.in_memory import optimize_noise
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
-from oneshot_fast.jobs.optimize.run import OptimizeRun, samples_of
-from oneshot_fast.jobs.optimize.search import RewardSearch
+from oneshot_fast.jobs.optimize.run import OptimizeRun
 from oneshot_fast.rewards import load_rewards
 
 PROMPTS = ["a photo of the digit three", "a photo of the digit zero"]
@@ -30,8 +29,9 @@ def test_it_is_the_search_of_a_run(
     tiny: Generator, tmp_path: Path, options: OptimizeOptions
 ) -> None:
     rewards = load_rewards(["digit", "thickness:0.1"])
-    run = OptimizeRun(RewardSearch(tiny, rewards, options), tmp_path, batch_size=2, seed=5)
-    run.run(samples_of(PROMPTS, 2, seed=5))
+    OptimizeRun(
+        tiny, PROMPTS, tmp_path, options, rewards=rewards, images_per_prompt=2, batch_size=2, seed=5
+    ).run()
     found = optimize_noise(
         tiny, PROMPTS, rewards, options, seed=5, images_per_prompt=2, batch_size=2
     )

@@ -281,3 +281,14 @@ def test_the_usual_script_finds_the_same() -> None:
     settings = {"threads": 1, "prompts": 2, "steps": 3, "batch_size": 2, "rounds": 1}
     about = dict.fromkeys(("device", "torch", "commit", "date"), "x")
     assert "| usual script |" in markdown({**about, "settings": settings, "results": found})
+
+
+def test_searches_that_stop_early_have_curves_of_one_length(tmp_path: Path, call: Call) -> None:
+    folder = tmp_path / "run"
+    ended = call("optimize", *command(folder, "--stop_loss", 0.3, "--steps", 6))
+    assert ended.code == 0, ended.err
+    per_prompt = json.loads((folder / "metrics_per_prompt.json").read_text())
+    lengths = {len(image["losses"]) for part in per_prompt for image in part["images"]}
+    assert len(lengths) > 1
+    summary = json.loads((folder / "metrics_summary.json").read_text())
+    assert len(summary["rewards"]["total"]["per_step"]) == max(lengths)
