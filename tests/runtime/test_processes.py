@@ -215,3 +215,16 @@ def test_a_killed_worker_loses_nothing(tmp_path, small_data):
     run(2, "assign", *flags.split(), *steps, "--output_root", tmp_path / "many")
     assert results(tmp_path / "many") == results(tmp_path / "one")
     assert json.loads((tmp_path / "many" / "summary.json").read_text())["samples"] == 6
+
+
+@pytest.mark.slow
+def test_optimize_with_two_processes_equals_one(tmp_path):
+    flags = "--model_id tiny --reward digit --steps 2 --batch_size 1 --num_images 1".split()
+    flags += [f"--prompt=a photo of the digit {digit}" for digit in ("three", "seven", "zero")]
+    run(1, "optimize", "--output_dir", tmp_path / "one", *flags)
+    out = run(2, "optimize", "--output_dir", tmp_path / "two", *flags)
+    assert out.count("report: ") == 1  # one of them speaks
+    names = ("manifest.jsonl", "metrics_per_prompt.json", "pairs.jsonl", "failures.jsonl")
+    files = [*names, *(f"noises/{k:08d}.safetensors" for k in range(3)), "images/00000-00-best.png"]
+    for name in files:
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
