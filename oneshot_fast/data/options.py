@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from oneshot_fast.data.records import Failure, Record
-    from oneshot_fast.data.sources import Source
+from oneshot_fast.errors import DataError
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Which pairs, and how their images are read."""
+class Selection:
+    """Which samples of a data set, and which of their fields."""
 
-    data_root: str | None = None
-    """Folder with pairs.jsonl ({"prompt", "image"}), metadata.jsonl (file_name, text), WebDataset
-    *.tar or *.parquet; or one such file, or a pattern of shards with * or {000..123}, also a URL
-    such as hf://datasets/user/name/*.parquet or s3://bucket/{000..123}.tar."""
     prompt_field: str | None = None
     """Field or column of the prompt; by default prompt (text in metadata.jsonl), in shards the
     first of prompt, text and caption, and in tar shards before these the .txt member."""
@@ -31,28 +24,27 @@ class DataOptions:
     """Records to use at most."""
     allow_outside_root: bool = False
     """Accept image paths that leave the data folder."""
+
+    def check(self) -> None:
+        """Raise DataError unless the range of records makes sense."""
+        if self.start_index < 0:
+            raise DataError(f"start_index is {self.start_index}: give 0 or more")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise DataError(f"max_samples is {self.max_samples}: give at least 1")
+
+
+ALL = Selection()
+
+
+@dataclass(frozen=True)
+class DataOptions(Selection):
+    """Which pairs, and how their images are read."""
+
+    data_root: str | None = None
+    """Folder with pairs.jsonl ({"prompt", "image"}), metadata.jsonl (file_name, text), WebDataset
+    *.tar or *.parquet; or one such file, or a pattern of shards with * or {000..123}, also a URL
+    such as hf://datasets/user/name/*.parquet or s3://bucket/{000..123}.tar."""
     resolution: int | None = None
     """Image side in pixels; by default the model's own (512 for SDXL-Turbo)."""
     resize_mode: Literal["crop", "squash"] = "crop"
     """Other aspect ratios: cut the centre square, or squash to a square."""
-
-    def open(self, data_root: str | Path) -> Source:
-        """The data set in ``data_root`` as a stream, read as these options say."""
-        from oneshot_fast.data.sources import open_source
-
-        return open_source(
-            data_root,
-            prompt_field=self.prompt_field,
-            image_field=self.image_field,
-            start_index=self.start_index,
-            max_samples=self.max_samples,
-            allow_outside_root=self.allow_outside_root,
-        )
-
-    def read(self, data_root: str | Path) -> tuple[list[Record], list[Failure]]:
-        """All records and failures of the data set in ``data_root``."""
-        from oneshot_fast.data.records import Failure, Record
-
-        items = list(self.open(data_root))
-        records = [item for item in items if isinstance(item, Record)]
-        return records, [item for item in items if isinstance(item, Failure)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from oneshot_fast.data.images import save_png
+from oneshot_fast.data.options import ALL, Selection
 from oneshot_fast.data.records import (
     Failure,
     Record,
@@ -27,25 +28,13 @@ from oneshot_fast.runtime.files import write_jsonl
 _LAYOUTS = {"pairs.jsonl": ("prompt", "image"), "metadata.jsonl": ("text", "file_name")}
 
 
-def read_pairs(
-    data_root: Path,
-    *,
-    prompt_field: str | None = None,
-    image_field: str | None = None,
-    start_index: int = 0,
-    max_samples: int | None = None,
-    allow_outside_root: bool = False,
-) -> tuple[list[Record], list[Failure]]:
+def read_pairs(data_root: Path, selection: Selection = ALL) -> tuple[list[Record], list[Failure]]:
     """Read the (prompt, image) pairs of a data set; the images are looked up, not decoded.
 
     Args:
         data_root: folder with pairs.jsonl ({"prompt", "image"}) or, without it, metadata.jsonl of a
             Hugging Face image folder ({"text", "file_name"}); or the path of such a .jsonl file.
-        prompt_field: name of the prompt's field, where it is another.
-        image_field: name of the image's field, where it is another.
-        start_index: records (non-blank lines) to skip.
-        max_samples: most records to read; None reads all.
-        allow_outside_root: accept images that lie outside `data_root`.
+        selection: which of its records (non-blank lines), and their fields.
 
     Returns:
         The records and the failures among the chosen lines, each in file order.
@@ -53,16 +42,17 @@ def read_pairs(
     Raises:
         DataError: no such data set, no usable record in it, a field in no line, or a bad range.
     """
-    check_range(start_index, max_samples)
+    selection.check()
     path = _find_pairs(data_root)
     defaults = _LAYOUTS.get(path.name, _LAYOUTS["pairs.jsonl"])
-    fields = (prompt_field or defaults[0], image_field or defaults[1])
+    fields = (selection.prompt_field or defaults[0], selection.image_field or defaults[1])
     parsed = _parse_pairs(path, fields)
-    if start_index >= len(parsed) > 0:
-        raise DataError(f"start_index is {start_index}, but {path} has {len(parsed)} records")
+    start, count = selection.start_index, selection.max_samples
+    if start >= len(parsed) > 0:
+        raise DataError(f"start_index is {start}, but {path} has {len(parsed)} records")
     root = Path(os.path.realpath(path.parent))
-    chosen = parsed[start_index:][:max_samples]
-    found = [_find_image(item, root, allow_outside_root) for item in chosen]
+    chosen = parsed[start:][:count]
+    found = [_find_image(item, root, selection.allow_outside_root) for item in chosen]
     records = [item for item in found if isinstance(item, Record)]
     failures = [item for item in found if isinstance(item, Failure)]
     if not records:
@@ -87,14 +77,6 @@ def write_pairs(
         save_png(folder / name, image)
         rows.append({"prompt": prompt, "image": name})
     write_jsonl(folder / "pairs.jsonl", rows)
-
-
-def check_range(start_index: int, max_samples: int | None) -> None:
-    """Raise DataError unless the range of records makes sense."""
-    if start_index < 0:
-        raise DataError(f"start_index is {start_index}: give 0 or more")
-    if max_samples is not None and max_samples < 1:
-        raise DataError(f"max_samples is {max_samples}: give at least 1")
 
 
 def _find_pairs(data_root: Path) -> Path:

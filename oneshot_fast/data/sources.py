@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from oneshot_fast.data.image_refs import Member
-from oneshot_fast.data.pairs import check_range, read_pairs
+from oneshot_fast.data.options import ALL, Selection
+from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.data.records import Failure, Record, claim_id, pair_id
 from oneshot_fast.data.shard_files import Shard, find_shards
 from oneshot_fast.data.shards import Sample, read_parquet, read_tar
@@ -82,15 +83,13 @@ class ShardSource:
 
     root: str
     shards: list[Shard]
-    prompt_field: str | None = None
-    image_field: str | None = None
-    start_index: int = 0
-    max_samples: int | None = None
+    selection: Selection = ALL
 
     @property
     def identity(self) -> str:
         """Hash of the shards' names and sizes, of the fields and of the range."""
-        fields = (self.prompt_field, self.image_field, self.start_index, self.max_samples)
+        chosen = self.selection
+        fields = (chosen.prompt_field, chosen.image_field, chosen.start_index, chosen.max_samples)
         text = json.dumps([*fields, [(shard.name, shard.size) for shard in self.shards]])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -105,13 +104,14 @@ class ShardSource:
         Raises:
             DataError: at the end, if there was no usable record in the range.
         """
-        stop = None if self.max_samples is None else self.start_index + self.max_samples
+        start, count = self.selection.start_index, self.selection.max_samples
+        stop = None if count is None else start + count
         first, usable = None, False
-        for item in islice(self._samples(), self.start_index, stop):
+        for item in islice(self._samples(), start, stop):
             first, usable = first or item, usable or isinstance(item, Record)
             yield item
         if first is None:
-            raise DataError(f"{self.root} has no sample number {self.start_index} (start_index)")
+            raise DataError(f"{self.root} has no sample number {start} (start_index)")
         if not usable:
             raise self._nothing_usable(first)
 
@@ -132,8 +132,9 @@ class ShardSource:
             used: dict[str, int] = {}
             read = _READERS[os.path.splitext(shard.file)[1]]
             number = 0
+            fields = self.selection.prompt_field, self.selection.image_field
             try:
-                for sample in read(shard.file, self.prompt_field, self.image_field):
+                for sample in read(shard.file, *fields):
                     number += 1
                     yield _record(shard, number, sample, used)
             except Exception as error:  # damaged bytes and file systems raise nearly any class
@@ -145,46 +146,27 @@ class ShardSource:
         return DataError(f"{self.root}: no usable sample; the first, {reason}")
 
 
-def open_source(
-    data_root: str | Path,
-    *,
-    prompt_field: str | None = None,
-    image_field: str | None = None,
-    start_index: int = 0,
-    max_samples: int | None = None,
-    allow_outside_root: bool = False,
-) -> Source:
-    """Open a data set of any layout; the arguments are those of `read_pairs`.
+def open_source(data_root: str | Path, selection: Selection = ALL) -> Source:
+    """Open a data set of any layout.
 
     Args:
         data_root: what `read_pairs` takes; or a folder with *.tar or *.parquet, such a file, or a
             pattern of such files with *, ?, [a-z], {000..123} or {a,b}; each a path or an fsspec
             URL such as hf://datasets/user/name/data or s3://bucket/shards/{000..123}.tar.
-        prompt_field: see `read_pairs`, `read_tar` and `read_parquet`.
-        image_field: the same.
-        start_index: samples to skip; a bad one counts.
-        max_samples: most samples to read; None reads all.
-        allow_outside_root: for a folder of images.
+        selection: which of its samples, a bad one counting, and their fields: see `read_pairs`,
+            `read_tar` and `read_parquet`.
 
     Raises:
         DataError: no such data set, no usable sample among its first, or a bad range.
     """
-    check_range(start_index, max_samples)
+    selection.check()
     root = str(data_root)
     shards = find_shards(root)
     if shards:
-        source = ShardSource(root, shards, prompt_field, image_field, start_index, max_samples)
+        source = ShardSource(root, shards, selection)
         source.check()
         return source
-    records, failures = read_pairs(
-        Path(root),
-        prompt_field=prompt_field,
-        image_field=image_field,
-        start_index=start_index,
-        max_samples=max_samples,
-        allow_outside_root=allow_outside_root,
-    )
-    return FolderSource(records, failures)
+    return FolderSource(*read_pairs(Path(root), selection))
 
 
 def pending(source: Source, done: Container[str], size: int) -> Iterator[Batch]:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from oneshot_fast.data.image_refs import file_sha256
+from oneshot_fast.data.options import Selection
 from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.errors import DataError
 
@@ -70,13 +71,13 @@ def test_image_folder(root: Path) -> None:
 
 def test_other_fields(root: Path) -> None:
     path = write(root / "my.jsonl", json.dumps({"caption": "a dog", "file": "a.png"}), line())
-    records, failures = read_pairs(path, prompt_field="caption", image_field="file")
+    records, failures = read_pairs(path, Selection(prompt_field="caption", image_field="file"))
     assert [r.prompt for r in records] == ["a dog"]
     assert [(f.line, f.reason) for f in failures] == [(2, "missing field 'file'")]
     with pytest.raises(DataError, match=r"'title'; set --prompt_field, one of: caption, file, im"):
-        read_pairs(path, prompt_field="title")
+        read_pairs(path, Selection(prompt_field="title"))
     with pytest.raises(DataError, match="'url'; set --image_field"):
-        read_pairs(path, image_field="url")
+        read_pairs(path, Selection(image_field="url"))
 
 
 def test_repeated_pairs_keep_their_ids_in_every_range(root: Path) -> None:
@@ -85,15 +86,15 @@ def test_repeated_pairs_keep_their_ids_in_every_range(root: Path) -> None:
     records, failures = read_pairs(root)
     assert [r.id for r in records] == [base, digest("a.png", "other"), f"{base}-1", f"{base}-2"]
     assert [(f.line, f.id) for f in failures] == [(2, None), (5, digest("none.png", "x"))]
-    assert read_pairs(root, start_index=3) == (records[2:], failures[1:])
-    assert read_pairs(root, start_index=1, max_samples=2) == (records[1:2], failures[:1])
+    assert read_pairs(root, Selection(start_index=3)) == (records[2:], failures[1:])
+    assert read_pairs(root, Selection(start_index=1, max_samples=2)) == (records[1:2], failures[:1])
 
 
 def test_ranges_count_records_not_blank_lines(root: Path) -> None:
     write(root / "pairs.jsonl", "", line("0"), "  \t", line("1"), "", line("2"), line("3"), "")
-    records, failures = read_pairs(root, start_index=1, max_samples=2)
+    records, failures = read_pairs(root, Selection(start_index=1, max_samples=2))
     assert [(r.prompt, r.line) for r in records] == [("1", 4), ("2", 6)] and not failures
-    assert len(read_pairs(root, start_index=3, max_samples=99)[0]) == 1
+    assert len(read_pairs(root, Selection(start_index=3, max_samples=99))[0]) == 1
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_ranges_count_records_not_blank_lines(root: Path) -> None:
 def test_bad_ranges(root: Path, options: dict[str, int], message: str) -> None:
     write(root / "pairs.jsonl", line())
     with pytest.raises(DataError, match=message):
-        read_pairs(root, **options)
+        read_pairs(root, Selection(**options))
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
@@ -204,7 +205,7 @@ def test_outside_root_on_request(root: Path) -> None:
     outside = (root.parent / "outside.png").resolve()
     names = ["../outside.png", str(outside), "link.png", "../none.png"]
     write(root / "pairs.jsonl", *(line("a", name) for name in names))
-    records, failures = read_pairs(root, allow_outside_root=True)
+    records, failures = read_pairs(root, Selection(allow_outside_root=True))
     assert [r.image_path for r in records] == [outside] * 3
     assert [f.image for f in failures] == ["../none.png"]
 

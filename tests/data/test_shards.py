@@ -8,6 +8,7 @@ import pytest
 from shard_samples import grey, parquet, png, rows, samples, split, tar, write
 
 from oneshot_fast.data.image_refs import image_ref
+from oneshot_fast.data.options import Selection
 from oneshot_fast.data.records import Record
 from oneshot_fast.data.sources import open_source
 from oneshot_fast.errors import DataError
@@ -24,12 +25,12 @@ def test_captions(tmp_path: Path) -> None:
     write(tmp_path / "0.tar", body)
 
     def prompts(**fields: str) -> list[str]:
-        return [r.prompt for r in split(open_source(tmp_path, **fields))[0]]
+        return [r.prompt for r in split(open_source(tmp_path, Selection(**fields)))[0]]
 
     assert prompts() == ["from txt", "from json", "from json"]
     assert prompts(prompt_field="caption") == ["from json"] * 3
     assert prompts(prompt_field="alt") == ["other", "other", "aus Größe"]
-    records, failures = split(open_source(tmp_path, image_field="mask.png"))
+    records, failures = split(open_source(tmp_path, Selection(image_field="mask.png")))
     assert [grey(r) for r in records] == [9] and records[0].image == "0.tar/in/1.mask.png"
     assert [f.image for f in failures] == ["0.tar/in/0", "0.tar/in/2"]
     assert failures[0].reason == "has no image .mask.png (--image_field) but .png, .json, .txt"
@@ -64,7 +65,7 @@ def test_repeated_samples(tmp_path: Path) -> None:
     ids = [r.id for r in split(open_source(tmp_path))[0]]
     a, b = ids[:2]
     assert ids[:5] == [a, b, f"{a}-1", f"{b}-1", f"{a}-2"] and len(set(ids)) == 10
-    assert [r.id for r in split(open_source(tmp_path, start_index=4))[0]] == ids[4:]
+    assert [r.id for r in split(open_source(tmp_path, Selection(start_index=4)))[0]] == ids[4:]
 
 
 def _records(path: Path, body: bytes) -> list[Record]:
@@ -140,9 +141,9 @@ def test_parquet_columns(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'prompt' or 'text' or 'caption'; .*: pic#1, my prompt"):
         open_source(tmp_path / "set")
     with pytest.raises(DataError, match=r"no column 'image'; set --image_field, one of: pic#1"):
-        open_source(tmp_path / "set", prompt_field="my prompt")
+        open_source(tmp_path / "set", Selection(prompt_field="my prompt"))
     fields = {"prompt_field": "my prompt", "image_field": "pic#1"}
-    records, failures = split(open_source(tmp_path / "set", **fields))
+    records, failures = split(open_source(tmp_path / "set", Selection(**fields)))
     assert [r.prompt for r in records] == [prompt for _, prompt, _ in cells]
     assert [(f.image, f.reason) for f in failures] == [
         ("0.parquet/2", "'my prompt' must be a string, not null"),

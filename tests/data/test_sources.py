@@ -15,6 +15,7 @@ from shard_samples import grey, parquet, place, png, rows, samples, split, tar, 
 
 from oneshot_fast.data.image_refs import file_sha256
 from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.options import Selection
 from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.data.records import Failure
 from oneshot_fast.data.shard_files import expand_braces, find_shards
@@ -61,7 +62,7 @@ def test_only_as_much_is_read_as_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path / "2.tar", b"")
     found = [item for item, _ in zip(open_source(f"{tmp_path}/[02].tar"), range(4), strict=False)]
     assert [item.prompt for item in found] == [f"grey {n}" for n in range(4)]
-    assert len(list(open_source(f"{tmp_path}/[02].tar", max_samples=4))) == 4
+    assert len(list(open_source(f"{tmp_path}/[02].tar", Selection(max_samples=4)))) == 4
     assert find_shards(str(tmp_path))[1].name == "2.tar"  # a pipe is no shard
 
 
@@ -72,14 +73,14 @@ def test_ranges_and_order(tmp_path: Path, kind: str) -> None:
         body = tar(*samples(first, last)) if kind == "tar" else parquet(rows(first, last), 3)
         write(tmp_path / f"{shard}.{kind}", body)
     records = split(open_source(tmp_path))[0]
-    part = open_source(tmp_path, start_index=3, max_samples=6)
+    part = open_source(tmp_path, Selection(start_index=3, max_samples=6))
     assert split(part) == (records[3:9], [])
-    assert part.identity == open_source(tmp_path, start_index=3, max_samples=6).identity
-    assert len(split(open_source(tmp_path, start_index=11, max_samples=6))[0]) == 1
+    assert part.identity == open_source(tmp_path, Selection(start_index=3, max_samples=6)).identity
+    assert len(split(open_source(tmp_path, Selection(start_index=11, max_samples=6)))[0]) == 1
     with pytest.raises(DataError, match="no sample number 12"):
-        list(open_source(tmp_path, start_index=12))
+        list(open_source(tmp_path, Selection(start_index=12)))
     with pytest.raises(DataError, match="max_samples is 0"):
-        open_source(tmp_path, max_samples=0)
+        open_source(tmp_path, Selection(max_samples=0))
 
 
 def test_identity(tmp_path: Path) -> None:
@@ -90,9 +91,9 @@ def test_identity(tmp_path: Path) -> None:
     moved = open_source(tmp_path / "two")
     assert source.identity == moved.identity
     assert [r.id for r in split(source)[0]] == [r.id for r in split(moved)[0]]
-    others = {open_source(tmp_path / "one", max_samples=1).identity}
-    others.add(open_source(tmp_path / "one", start_index=1).identity)
-    others.add(open_source(tmp_path / "one", prompt_field="txt").identity)
+    others = {open_source(tmp_path / "one", Selection(max_samples=1)).identity}
+    others.add(open_source(tmp_path / "one", Selection(start_index=1)).identity)
+    others.add(open_source(tmp_path / "one", Selection(prompt_field="txt")).identity)
     write(tmp_path / "two" / "1.tar", tar(*samples(0, 2)))
     others.add(open_source(tmp_path / "two").identity)
     write(tmp_path / "one" / "0.tar", tar(*samples(0, 9)))
@@ -108,7 +109,7 @@ def test_folders_are_sources_too(data: Path) -> None:
     source = open_source(data)
     assert split(source) == (records, failures) == split(source)
     assert source.total == len(records) and isinstance(list(source)[-1], Failure)
-    assert source.identity != open_source(data, max_samples=2).identity
+    assert source.identity != open_source(data, Selection(max_samples=2)).identity
 
 
 def test_patterns(tmp_path: Path) -> None:

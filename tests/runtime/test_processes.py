@@ -219,7 +219,18 @@ def test_a_killed_worker_loses_nothing(tmp_path, small_data):
 
 @pytest.mark.slow
 def test_optimize_with_two_processes_equals_one(tmp_path):
-    flags = "--model_id tiny --reward digit --steps 2 --batch_size 1 --num_images 1".split()
+    flags = [
+        "--model_id",
+        "tiny",
+        "--reward",
+        "digit",
+        "--steps",
+        "2",
+        "--batch_size",
+        "1",
+        "--num_images",
+        "1",
+    ]
     flags += [f"--prompt=a photo of the digit {digit}" for digit in ("three", "seven", "zero")]
     run(1, "optimize", "--output_dir", tmp_path / "one", *flags)
     out = run(2, "optimize", "--output_dir", tmp_path / "two", *flags)
