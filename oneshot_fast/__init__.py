@@ -1,14 +1,80 @@
-"""Align one-step text-to-image generators with data: native ops, assignment, training, EM."""
+"""Align one-step text-to-image generators with data: native ops, assignment, training, EM.
 
+``import oneshot_fast as osf`` loads torch and the ops; every other name of this module is imported
+when it is first asked for. docs/api.md shows them at work.
+"""
+
+import importlib
 import importlib.metadata
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from oneshot_fast import _C, ops
 from oneshot_fast.noise.rotation_adam import RotationAdam
 
+if TYPE_CHECKING:
+    from oneshot_fast.data.manifests import read_manifest
+    from oneshot_fast.data.sources import open_pairs
+    from oneshot_fast.evaluation.measures import frechet_distance
+    from oneshot_fast.generators.base import Generator
+    from oneshot_fast.generators.loading import OneStepGenerator
+    from oneshot_fast.jobs.assign.in_memory import assign_noise
+    from oneshot_fast.jobs.assign.options import AssignOptions
+    from oneshot_fast.jobs.assign.run import AssignRun
+    from oneshot_fast.jobs.em.options import EmOptions
+    from oneshot_fast.jobs.em.rewards import RewardEmRun
+    from oneshot_fast.jobs.em.targets import EmRun
+    from oneshot_fast.jobs.optimize.in_memory import optimize_noise
+    from oneshot_fast.jobs.optimize.options import OptimizeOptions
+    from oneshot_fast.jobs.optimize.run import OptimizeRun
+    from oneshot_fast.jobs.sft.options import SftOptions
+    from oneshot_fast.jobs.sft.rewards import RewardRun
+    from oneshot_fast.jobs.sft.run import SftRun
+    from oneshot_fast.noise.rotation import PatchRotation
+    from oneshot_fast.rewards import load_rewards
+    from oneshot_fast.rewards.base import Reward, WeightedRewards
+
 __version__ = importlib.metadata.version("oneshot-fast")
-__all__ = ["RotationAdam", "__version__", "build_info", "ops"]
+
+# the same names as above: where each is imported from when it is asked for
+_LAZY = {
+    "AssignOptions": "jobs.assign.options",
+    "AssignRun": "jobs.assign.run",
+    "EmOptions": "jobs.em.options",
+    "EmRun": "jobs.em.targets",
+    "Generator": "generators.base",
+    "OneStepGenerator": "generators.loading",
+    "OptimizeOptions": "jobs.optimize.options",
+    "OptimizeRun": "jobs.optimize.run",
+    "PatchRotation": "noise.rotation",
+    "Reward": "rewards.base",
+    "RewardEmRun": "jobs.em.rewards",
+    "RewardRun": "jobs.sft.rewards",
+    "SftOptions": "jobs.sft.options",
+    "SftRun": "jobs.sft.run",
+    "WeightedRewards": "rewards.base",
+    "assign_noise": "jobs.assign.in_memory",
+    "frechet_distance": "evaluation.measures",
+    "load_rewards": "rewards",
+    "open_pairs": "data.sources",
+    "optimize_noise": "jobs.optimize.in_memory",
+    "read_manifest": "data.manifests",
+}
+__all__ = ["RotationAdam", "__version__", "build_info", "ops", *_LAZY]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """A name of ``_LAZY``, imported now (PEP 562)."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 def build_info() -> dict[str, str | bool | None]:
