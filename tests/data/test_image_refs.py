@@ -12,14 +12,14 @@ from shard_samples import grey, parquet, place, png, rows, samples, split, tar, 
 from oneshot_fast.data.image_refs import Member, image_ref, image_text
 from oneshot_fast.data.images import load_image
 from oneshot_fast.data.manifests import read_manifest
-from oneshot_fast.data.sources import open_source
+from oneshot_fast.data.sources import open_pairs
 from oneshot_fast.errors import DataError
 
 
 def test_an_image_is_read_without_the_rest_of_its_tar(tmp_path: Path) -> None:
     body = tar(*samples(0, 3))
     write(tmp_path / "a.tar", body)
-    record = split(open_source(tmp_path))[0][1]
+    record = split(open_pairs(tmp_path))[0][1]
     offset, length = map(int, str(record.image_path).partition("#")[2].split("+"))
     assert body[offset : offset + length] == png(1)
     # Everything else may be lost.
@@ -33,7 +33,7 @@ def test_an_image_is_read_without_the_rest_of_its_tar(tmp_path: Path) -> None:
 def test_a_bad_image_fails_when_it_is_loaded(tmp_path: Path) -> None:
     pair = [("x.png", b"no image"), ("x.txt", b"a")]
     write(tmp_path / "0.tar", tar(*pair, *samples(0, 1)))
-    records, failures = split(open_source(tmp_path))
+    records, failures = split(open_pairs(tmp_path))
     assert not failures and grey(records[1]) == 0
     with pytest.raises(DataError, match=r"0\.tar#512\+8: not an image"):
         grey(records[0])
@@ -42,7 +42,7 @@ def test_a_bad_image_fails_when_it_is_loaded(tmp_path: Path) -> None:
 def test_large_row_groups(tmp_path: Path) -> None:
     table = [{"image": png(n % 256), "prompt": f"{n}"} for n in range(300)]
     write(tmp_path / "0.parquet", parquet(table, group=250))
-    records, _ = split(open_source(tmp_path))
+    records, _ = split(open_pairs(tmp_path))
     assert [grey(records[n]) for n in (0, 63, 64, 249, 250, 299, 1)] == [0, 63, 64, 249, 250, 43, 1]
     write(tmp_path / "0.parquet", parquet(table[1:], group=250))
     assert grey(records[0]) == 1  # a rewritten file is not taken from memory
@@ -57,7 +57,7 @@ def test_references_in_a_manifest(where: str, tmp_path: Path) -> None:
     root, add = place(where, tmp_path)
     add("0.tar", tar(*samples(0, 2)))
     add("a.parquet", parquet(rows(2, 3)))
-    found = [*open_source(f"{root}/0.tar"), *open_source(f"{root}/a.parquet")]
+    found = [*open_pairs(f"{root}/0.tar"), *open_pairs(f"{root}/a.parquet")]
     run = (tmp_path / "run").resolve()
     run.mkdir()
     save_file({"z": torch.zeros(1, 4, 2, 2)}, run / "n.safetensors")
@@ -93,7 +93,7 @@ def test_files_beside_a_remote_shard(tmp_path: Path) -> None:
     cells = [{"bytes": None, "path": path} for path in ("in/side.png", "../beside.png")]
     cells.append({"bytes": None, "path": f"{root}/beside.png"})
     add("set/0.parquet", parquet([{"image": cell, "text": "a"} for cell in cells]))
-    inside, *outside = split(open_source(f"{root}/set"))[0]
+    inside, *outside = split(open_pairs(f"{root}/set"))[0]
     assert grey(inside) == 6
     for record in outside:
         with pytest.raises(DataError, match="leads out of the shard's folder"):

@@ -66,14 +66,22 @@ def test_reward_training(tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_quickstart(tmp_path):
+    found, summary = example("quickstart").main(tmp_path, cycles=1, epochs=2)
+    assert found.z.shape == (3, 4, 8, 8)
+    assert summary["cycles"][0]["sft"]["matched_loss_after"] < found.losses[0].mean()
+    assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_every_example_is_tested():
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
     assert names == {n.removeprefix("test_") for n in globals() if n[5:] in names}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/ops.md"])
-def test_code_in_the_documentation_runs(page):
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md", "docs/ops.md"])
+def test_code_in_the_documentation_runs(page, tmp_path, monkeypatch):
     """The blocks of a page are one program, in order."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     assert blocks
+    monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(blocks), page, "exec"), {})
