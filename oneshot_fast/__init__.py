@@ -61,7 +61,7 @@ _LAZY = {
     "optimize_noise": "jobs.optimize.in_memory",
     "read_manifest": "data.manifests",
 }
-__all__ = ["RotationAdam", "__version__", "build_info", "ops", *_LAZY]  # noqa: PLE0604
+__all__ = ["RotationAdam", "__version__", "build_info", "ops", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

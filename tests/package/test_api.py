@@ -35,7 +35,7 @@ def test_every_name_is_documented(name: str) -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     assert re.search(rf"\b{name}\b", page), f"docs/api.md does not name {name}"
     if inspect.isfunction(found):
-        assert "Args:" in documentation
+        assert "Raises:" in documentation
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
