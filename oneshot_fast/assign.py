@@ -59,12 +59,12 @@ class AssignCommand:
 
 def open_data(command: AssignCommand) -> Source:
     """The data set, or the single target, that the command line names."""
-    from oneshot_fast.data.sources import FolderSource, open_source
+    from oneshot_fast.data.sources import FolderSource, open_pairs
 
     single = command.prompt is not None or command.target_image_path is not None
     if command.data.data_root is not None:
         require(not single, "give either --data_root or a single target, not both")
-        return open_source(command.data.data_root, command.data)
+        return open_pairs(command.data.data_root, command.data)
     path, prompt = command.target_image_path, command.prompt
     if path is None or prompt is None:
         raise UserError("give --data_root DIR, or both --prompt TEXT and --target_image_path FILE")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from oneshot_fast.cli import OK, SOME_FAILED, check_defaults, public, run_command
 from oneshot_fast.data.options import DataOptions
 from oneshot_fast.data.prompts import read_prompts
-from oneshot_fast.data.sources import open_source
+from oneshot_fast.data.sources import open_pairs
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.em.options import EmOptions
@@ -105,8 +105,8 @@ def _on_targets(command: EmCommand) -> EmRun:
             main_first(lambda: write_default_dataset(place))
             root, heldout = place / "train", heldout or place / "heldout"
         return EmRun(
-            data=[*open_source(root, command.data)],
-            heldout=[*open_source(heldout, whole)] if heldout else (),
+            data=[*open_pairs(root, command.data)],
+            heldout=[*open_pairs(heldout, whole)] if heldout else (),
             resize_mode=command.data.resize_mode,
             num_images=command.num_images,
             compare_direct=command.compare_direct,

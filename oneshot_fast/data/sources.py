@@ -146,7 +146,7 @@ class ShardSource:
         return DataError(f"{self.root}: no usable sample; the first, {reason}")
 
 
-def open_source(data_root: str | Path, selection: Selection = ALL) -> Source:
+def open_pairs(data_root: str | Path, selection: Selection = ALL) -> Source:
     """Open a data set of any layout.
 
     Args:

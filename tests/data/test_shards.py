@@ -10,7 +10,7 @@ from shard_samples import grey, parquet, png, rows, samples, split, tar, write
 from oneshot_fast.data.image_refs import image_ref
 from oneshot_fast.data.options import Selection
 from oneshot_fast.data.records import Record
-from oneshot_fast.data.sources import open_source
+from oneshot_fast.data.sources import open_pairs
 from oneshot_fast.errors import DataError
 
 
@@ -25,12 +25,12 @@ def test_captions(tmp_path: Path) -> None:
     write(tmp_path / "0.tar", body)
 
     def prompts(**fields: str) -> list[str]:
-        return [r.prompt for r in split(open_source(tmp_path, Selection(**fields)))[0]]
+        return [r.prompt for r in split(open_pairs(tmp_path, Selection(**fields)))[0]]
 
     assert prompts() == ["from txt", "from json", "from json"]
     assert prompts(prompt_field="caption") == ["from json"] * 3
     assert prompts(prompt_field="alt") == ["other", "other", "aus Größe"]
-    records, failures = split(open_source(tmp_path, Selection(image_field="mask.png")))
+    records, failures = split(open_pairs(tmp_path, Selection(image_field="mask.png")))
     assert [grey(r) for r in records] == [9] and records[0].image == "0.tar/in/1.mask.png"
     assert [f.image for f in failures] == ["0.tar/in/0", "0.tar/in/2"]
     assert failures[0].reason == "has no image .mask.png (--image_field) but .png, .json, .txt"
@@ -52,7 +52,7 @@ def test_a_bad_sample_fails_alone(tmp_path: Path) -> None:
     }
     for reason, members in bad.items():
         write(tmp_path / "0.tar", tar(*samples(0, 2), *members, *samples(2, 4)))
-        records, failures = split(open_source(tmp_path))
+        records, failures = split(open_pairs(tmp_path))
         assert [r.prompt for r in records] == [f"grey {n}" for n in range(4)]
         assert len(failures) == 1 and reason in failures[0].reason
         assert failures[0].image == "0.tar/x" and failures[0].line == 3
@@ -62,15 +62,15 @@ def test_repeated_samples(tmp_path: Path) -> None:
     body = tar(*samples(0, 2), *samples(0, 2), *samples(0, 1))
     for shard in "01":
         write(tmp_path / f"{shard}.tar", body)
-    ids = [r.id for r in split(open_source(tmp_path))[0]]
+    ids = [r.id for r in split(open_pairs(tmp_path))[0]]
     a, b = ids[:2]
     assert ids[:5] == [a, b, f"{a}-1", f"{b}-1", f"{a}-2"] and len(set(ids)) == 10
-    assert [r.id for r in split(open_source(tmp_path, Selection(start_index=4)))[0]] == ids[4:]
+    assert [r.id for r in split(open_pairs(tmp_path, Selection(start_index=4)))[0]] == ids[4:]
 
 
 def _records(path: Path, body: bytes) -> list[Record]:
     write(path, body)
-    return split(open_source(path))[0]
+    return split(open_pairs(path))[0]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_damaged_tar_gives_what_lies_before(
         body = body[:flip] + b"\xff" + body[flip + 1 :]
     write(tmp_path / "set" / "0.tar", body)
     write(tmp_path / "set" / "1.tar", tar(*samples(7, 9)))
-    records, failures = split(open_source(tmp_path / "set"))
+    records, failures = split(open_pairs(tmp_path / "set"))
     assert [grey(r) for r in records] == [*range(kept), 7, 8]
     assert [r.prompt for r in records] == [f"grey {grey(r)}" for r in records]
     assert len(failures) == 1 and failures[0].image == "0.tar"
@@ -117,7 +117,7 @@ def test_damaged_parquet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> N
     write(tmp_path / "0.parquet", body[:-20])
     write(tmp_path / "1.parquet", parquet(rows(1, 3)))
     write(tmp_path / "2.parquet", parquet([{"image": b"", "title": "x"}]))
-    records, failures = split(open_source(tmp_path))
+    records, failures = split(open_pairs(tmp_path))
     assert [grey(r) for r in records] == [1, 2]
     assert [f.image for f in failures] == ["0.parquet", "2.parquet"]
     assert "set --prompt_field, one of: image, title" in failures[1].reason
@@ -139,11 +139,11 @@ def test_parquet_columns(tmp_path: Path) -> None:
     bad = [{"pic#1": cells[0][0], "my prompt": value} for value in (None, " ")]
     write(tmp_path / "set" / "0.parquet", parquet(table[:2] + bad + table[2:], group=3))
     with pytest.raises(DataError, match=r"'prompt' or 'text' or 'caption'; .*: pic#1, my prompt"):
-        open_source(tmp_path / "set")
+        open_pairs(tmp_path / "set")
     with pytest.raises(DataError, match=r"no column 'image'; set --image_field, one of: pic#1"):
-        open_source(tmp_path / "set", Selection(prompt_field="my prompt"))
+        open_pairs(tmp_path / "set", Selection(prompt_field="my prompt"))
     fields = {"prompt_field": "my prompt", "image_field": "pic#1"}
-    records, failures = split(open_source(tmp_path / "set", Selection(**fields)))
+    records, failures = split(open_pairs(tmp_path / "set", Selection(**fields)))
     assert [r.prompt for r in records] == [prompt for _, prompt, _ in cells]
     assert [(f.image, f.reason) for f in failures] == [
         ("0.parquet/2", "'my prompt' must be a string, not null"),
@@ -162,6 +162,6 @@ def test_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     write(tmp_path / "0.parquet", parquet(rows(0, 1)))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(DataError, match=r"pip install oneshot-fast\[data\]"):
-        open_source(tmp_path)
+        open_pairs(tmp_path)
     write(tmp_path / "tars" / "0.tar", tar(*samples(0, 1)))
-    assert len(split(open_source(tmp_path / "tars"))[0]) == 1  # tar shards need none
+    assert len(split(open_pairs(tmp_path / "tars"))[0]) == 1  # tar shards need none

@@ -19,7 +19,7 @@ from oneshot_fast.data.options import Selection
 from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.data.records import Failure
 from oneshot_fast.data.shard_files import expand_braces, find_shards
-from oneshot_fast.data.sources import open_source
+from oneshot_fast.data.sources import open_pairs
 from oneshot_fast.errors import DataError
 
 
@@ -28,7 +28,7 @@ def test_tar_shards(where: str, tmp_path: Path) -> None:
     root, add = place(where, tmp_path)
     add("001.tar", tar(*samples(3, 6, "jpg")))
     add("000.tar", tar(*samples(0, 3)))
-    source = open_source(root)
+    source = open_pairs(root)
     records, failures = split(source)
     assert not failures and source.total is None
     assert [r.prompt for r in records] == [f"grey {n}" for n in range(6)]
@@ -46,7 +46,7 @@ def test_parquet(where: str, tmp_path: Path) -> None:
     root, add = place(where, tmp_path)
     add("b.parquet", parquet(rows(10, 13)))
     add("a.parquet", parquet(rows(0, 10)))
-    source = open_source(root)
+    source = open_pairs(root)
     records, failures = split(source)
     assert not failures and [r.prompt for r in records] == [f"grey {n}" for n in range(13)]
     assert [grey(r) for r in records] == list(range(13))
@@ -60,9 +60,9 @@ def test_only_as_much_is_read_as_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path / "0.tar", tar(*samples(0, 4)))
     os.mkfifo(tmp_path / "1.tar")  # reading it would wait for ever
     write(tmp_path / "2.tar", b"")
-    found = [item for item, _ in zip(open_source(f"{tmp_path}/[02].tar"), range(4), strict=False)]
+    found = [item for item, _ in zip(open_pairs(f"{tmp_path}/[02].tar"), range(4), strict=False)]
     assert [item.prompt for item in found] == [f"grey {n}" for n in range(4)]
-    assert len(list(open_source(f"{tmp_path}/[02].tar", Selection(max_samples=4)))) == 4
+    assert len(list(open_pairs(f"{tmp_path}/[02].tar", Selection(max_samples=4)))) == 4
     assert find_shards(str(tmp_path))[1].name == "2.tar"  # a pipe is no shard
 
 
@@ -72,32 +72,32 @@ def test_ranges_and_order(tmp_path: Path, kind: str) -> None:
         first, last = 4 * shard, 4 * shard + 4
         body = tar(*samples(first, last)) if kind == "tar" else parquet(rows(first, last), 3)
         write(tmp_path / f"{shard}.{kind}", body)
-    records = split(open_source(tmp_path))[0]
-    part = open_source(tmp_path, Selection(start_index=3, max_samples=6))
+    records = split(open_pairs(tmp_path))[0]
+    part = open_pairs(tmp_path, Selection(start_index=3, max_samples=6))
     assert split(part) == (records[3:9], [])
-    assert part.identity == open_source(tmp_path, Selection(start_index=3, max_samples=6)).identity
-    assert len(split(open_source(tmp_path, Selection(start_index=11, max_samples=6)))[0]) == 1
+    assert part.identity == open_pairs(tmp_path, Selection(start_index=3, max_samples=6)).identity
+    assert len(split(open_pairs(tmp_path, Selection(start_index=11, max_samples=6)))[0]) == 1
     with pytest.raises(DataError, match="no sample number 12"):
-        list(open_source(tmp_path, Selection(start_index=12)))
+        list(open_pairs(tmp_path, Selection(start_index=12)))
     with pytest.raises(DataError, match="max_samples is 0"):
-        open_source(tmp_path, Selection(max_samples=0))
+        open_pairs(tmp_path, Selection(max_samples=0))
 
 
 def test_identity(tmp_path: Path) -> None:
     write(tmp_path / "one" / "0.tar", tar(*samples(0, 2)))
     (tmp_path / "two").mkdir()
     write(tmp_path / "two" / "0.tar", tar(*samples(0, 2)))
-    source = open_source(tmp_path / "one")
-    moved = open_source(tmp_path / "two")
+    source = open_pairs(tmp_path / "one")
+    moved = open_pairs(tmp_path / "two")
     assert source.identity == moved.identity
     assert [r.id for r in split(source)[0]] == [r.id for r in split(moved)[0]]
-    others = {open_source(tmp_path / "one", Selection(max_samples=1)).identity}
-    others.add(open_source(tmp_path / "one", Selection(start_index=1)).identity)
-    others.add(open_source(tmp_path / "one", Selection(prompt_field="txt")).identity)
+    others = {open_pairs(tmp_path / "one", Selection(max_samples=1)).identity}
+    others.add(open_pairs(tmp_path / "one", Selection(start_index=1)).identity)
+    others.add(open_pairs(tmp_path / "one", Selection(prompt_field="txt")).identity)
     write(tmp_path / "two" / "1.tar", tar(*samples(0, 2)))
-    others.add(open_source(tmp_path / "two").identity)
+    others.add(open_pairs(tmp_path / "two").identity)
     write(tmp_path / "one" / "0.tar", tar(*samples(0, 9)))
-    others.add(open_source(tmp_path / "one").identity)
+    others.add(open_pairs(tmp_path / "one").identity)
     assert len(others | {source.identity}) == 6
 
 
@@ -106,10 +106,10 @@ def test_folders_are_sources_too(data: Path) -> None:
         file.write("{\n")
     records, failures = read_pairs(data)
     write(data / "never.tar", b"read")
-    source = open_source(data)
+    source = open_pairs(data)
     assert split(source) == (records, failures) == split(source)
     assert source.total == len(records) and isinstance(list(source)[-1], Failure)
-    assert source.identity != open_source(data, Selection(max_samples=2)).identity
+    assert source.identity != open_pairs(data, Selection(max_samples=2)).identity
 
 
 def test_patterns(tmp_path: Path) -> None:
@@ -130,13 +130,13 @@ def test_patterns(tmp_path: Path) -> None:
         found = find_shards(f"{tmp_path}/{pattern}")
         assert [shard.name for shard in found] == names, pattern
         assert all(os.path.isfile(shard.file) and shard.size for shard in found)
-        assert len(split(open_source(f"{tmp_path}/{pattern}"))[0]) == len(names)
+        assert len(split(open_pairs(f"{tmp_path}/{pattern}"))[0]) == len(names)
 
 
 def test_names_with_wildcards(tmp_path: Path) -> None:
     for folder in ("a[0]", "b{1}"):
         write(tmp_path / folder / "x[1].parquet", parquet(rows(0, 2)))
-        assert [grey(r) for r in split(open_source(tmp_path / folder))[0]] == [0, 1]
+        assert [grey(r) for r in split(open_pairs(tmp_path / folder))[0]] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_nothing_to_read(tmp_path: Path, root: str, message: str) -> None:
     write(tmp_path / "zeros.tar", tar())
     write(tmp_path / "zipped.tar", gzip.compress(tar(*samples(0, 30))))
     with pytest.raises(DataError, match=message) as caught:
-        open_source(root.format(tmp_path))
+        open_pairs(root.format(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -203,8 +203,8 @@ def test_from_shards_to_a_trained_model(
 def test_a_process_that_ends_in_the_middle_ends(tmp_path: Path) -> None:
     write(tmp_path / "0.parquet", parquet(rows(0, 200), group=10))
     code = (
-        "import itertools, sys; from oneshot_fast.data.sources import open_source\n"
-        "stream = iter(open_source(sys.argv[1])); print(len([*itertools.islice(stream, 3)]))"
+        "import itertools, sys; from oneshot_fast.data.sources import open_pairs\n"
+        "stream = iter(open_pairs(sys.argv[1])); print(len([*itertools.islice(stream, 3)]))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
