@@ -119,7 +119,7 @@ class Evil:
 LABELS = "MNIST/raw/t10k-labels-idx1-ubyte"
 IMAGES = "MNIST/raw/t10k-images-idx3-ubyte.gz"
 BATCH = "cifar-10-batches-py/test_batch"
-DAMAGED = bytearray(gzip.compress(bytes(9999)))
+DAMAGED = bytearray(gzip.compress(bytes(9999), mtime=0))
 DAMAGED[12] ^= 255
 
 
@@ -132,8 +132,8 @@ DAMAGED[12] ^= 255
         (BATCH, None, "no such file.*folder that holds MNIST/raw or cifar-10-batches-py"),
         (IMAGES, b"junk", "Not a gzipped file"),
         (IMAGES, bytes(DAMAGED), "decompressing"),
-        (IMAGES, gzip.compress(bytes(99)), "no IDX file"),
-        (IMAGES, gzip.compress(idx(np.zeros((COUNT, 27, 28), np.uint8))), "no IDX file"),
+        (IMAGES, gzip.compress(bytes(99), mtime=0), "no IDX file"),
+        (IMAGES, gzip.compress(idx(np.zeros((COUNT, 27, 28), np.uint8)), mtime=0), "no IDX file"),
         (LABELS, b"", "no IDX file"),
         (LABELS, b"\0\0\x08\x01\0\0", "idx1-ubyte: is no IDX file"),
         (LABELS, idx(np.zeros(COUNT, np.uint8))[:-1], "cut off"),
