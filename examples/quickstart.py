@@ -34,7 +34,7 @@ def main(folder="runs/quickstart", cycles=2, epochs=40):
 
     # %% Three images and their prompts
     write_default_dataset(folder / "digits")
-    data = osf.open_pairs(folder / "digits" / "train", max_samples=3)
+    data = list(osf.open_pairs(folder / "digits" / "train"))[:3]
     prompts = [record.prompt for record in data]
     images = [Image.open(record.image_path) for record in data]
     before = generator.generate(prompts, seed=1)
@@ -45,7 +45,13 @@ def main(folder="runs/quickstart", cycles=2, epochs=40):
     closest = generator.generate(prompts, found.z)
 
     # %% Align: assign and train in turn; interrupt it as you like, it goes on where it stopped
-    options = osf.EmOptions(num_cycles=cycles, train_epochs=epochs, train_lr=1e-4)
+    options = osf.EmOptions(
+        num_cycles=cycles,
+        train_epochs=epochs,
+        train_lr=1e-4,
+        preserve_latent_weight=0,  # nothing of the old style is to stay
+        preserve_pixel_weight=0,
+    )
     summary = osf.EmRun(generator, data, folder / "em", options, eval_samples=50).run()
 
     # %% The same fresh noises before and after; `generator` has been trained in place
