@@ -163,9 +163,11 @@ def targets(tiny: Any, small_data: Path) -> list[Any]:
     """The small data set's targets, as the search takes them."""
     from oneshot_fast.data.pairs import read_pairs
     from oneshot_fast.generators.target_images import TargetImages
+    from oneshot_fast.jobs.assign.options import AssignOptions
     from oneshot_fast.jobs.assign.targets import Preparer
 
-    preparer = Preparer(tiny, TargetImages(tiny), seed=0, resize_mode="crop", needs_images=False)
+    options = AssignOptions()
+    preparer = Preparer(tiny, TargetImages(tiny), options, seed=0, resize_mode="crop")
     return preparer.prepare([*enumerate(read_pairs(small_data)[0])])[0]
 
 

@@ -49,14 +49,9 @@ class Check:
 
 
 def check_law(name: str, meaning: str, value: float, law: Any, *, one_sided: bool = False) -> Check:
-    """Check of a statistic whose law is known.
+    """Check of a statistic of a known law, a frozen distribution of scipy.
 
-    Args:
-        name: Of the check.
-        meaning: Of the statistic.
-        value: The statistic.
-        law: A frozen distribution of scipy; one without negative values if ``one_sided``.
-        one_sided: Whether only large values speak against Gaussian noise.
+    With ``one_sided``, for a law without negative values, only large values speak against it.
     """
     if one_sided:
         return Check(name, meaning, value, 0.0, float(law.isf(LEVEL)), float(law.sf(value)))
@@ -103,13 +98,11 @@ def _rms_law(count: int) -> Any:
 
 @functools.lru_cache
 def eigenvalue_band(m: int, D: int) -> tuple[Tensor, Tensor, float]:
-    """Eigenvalues of the covariance of ``m`` iid N(0, I_D) vectors about the known mean 0.
+    """Mean [D], deviation [D] and allowed width of the eigenvalues, descending, of a covariance.
 
-    Simulated; the width in standard deviations is Bonferroni's, so that all D eigenvalues stay
-    inside with probability 1 - LEVEL.
-
-    Returns:
-        Mean [D] and standard deviation [D] of each eigenvalue, descending, float64; the width.
+    It is that of ``m`` iid N(0, I_D) vectors about the known mean 0, simulated in float64; the
+    width in standard deviations is Bonferroni's, so that all D stay inside with probability 1 -
+    LEVEL.
     """
     random = numpy.random.default_rng(0)
     samples = []
@@ -128,14 +121,9 @@ def eigenvalue_band(m: int, D: int) -> tuple[Tensor, Tensor, float]:
 def covariance_check(kl: float, m: int, D: int) -> Check:
     """Likelihood ratio test that ``m`` vectors of known mean 0 have covariance I.
 
-    m (tr S - ln |S| - D) = 2 m kl is chi-square with D (D + 1) / 2 degrees of freedom after
-    Bartlett's correction. Source: Anderson 2003, An Introduction to Multivariate Statistical
-    Analysis, section 10.8.
-
-    Args:
-        kl: Divergence of N(0, S) from N(0, I), nats.
-        m: Vectors.
-        D: Their length.
+    m (tr S - ln |S| - D) = 2 m kl, with kl the divergence in nats of N(0, S) from N(0, I), is
+    chi-square with D (D + 1) / 2 degrees of freedom after Bartlett's correction. Source: Anderson
+    2003, An Introduction to Multivariate Statistical Analysis, section 10.8.
     """
     correction = 1 - (2 * D**2 + 3 * D - 1) / (6 * m * (D + 1))
     law = scipy.stats.chi2(D * (D + 1) // 2)

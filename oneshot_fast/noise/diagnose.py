@@ -76,12 +76,9 @@ class NoiseStatistics:
         self._compared: list[Tensor] = []
 
     def add(self, z: Tensor, q: Tensor | None, eps: Tensor) -> None:
-        """Count a batch.
+        """Count a batch of noises ``z`` and their base noises ``eps``, [B, C, H, W] float64 both.
 
-        Args:
-            z: Assigned noise, [B, C, H, W] float64.
-            q: Its rotations, [B, D, D] or [B, G, G, D, D] float64; None for other noises.
-            eps: Base noise, [B, C, H, W] float64.
+        ``q`` are the rotations, [B, D, D] or [B, G, G, D, D] float64; None for other noises.
         """
         if not self._sums:
             p = _patch_size(z, q)
@@ -103,7 +100,6 @@ class NoiseStatistics:
         self._skewing = max(self._skewing, _largest(q @ q.mT - eye))
 
     def result(self) -> dict[str, Any]:
-        """All numbers and checks, as ``diagnose`` returns them."""
         z = self._sums["z"]
         d = z.patches * z.D
         curves = {name: sums.eigenvalues.tolist() for name, sums in self._sums.items()}

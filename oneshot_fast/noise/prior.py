@@ -9,17 +9,12 @@ from torch import Tensor
 
 
 def norm_penalty(z: Tensor) -> Tensor:
-    """Negative log density of the noise's norm, less its minimum: 0 at |z|^2 = d - 1, the mode.
+    """Negative log density of the norms of ``z`` [B, C, h, w], less its minimum: [B].
 
-    It is 0.5 |z|^2 - (d - 1) ln |z| up to a constant: the norm of d Gaussian numbers has the chi
-    distribution. Its mean over Gaussian noises is about 0.5. Source: Samuel et al. 2023
-    (arXiv 2306.08687); used for one-step generators by Eyring et al. 2024 (ReNO, arXiv 2406.04312).
-
-    Args:
-        z: Noise, [B, C, h, w], of more than one element.
-
-    Returns:
-        [B], differentiable.
+    It is 0.5 |z|^2 - (d - 1) ln |z| up to a constant, 0 at |z|^2 = d - 1, the mode: the norm of d
+    Gaussian numbers has the chi distribution. Its mean over Gaussian noises is about 0.5. Source:
+    Samuel et al. 2023 (arXiv 2306.08687); used for one-step generators by Eyring et al. 2024 (ReNO,
+    arXiv 2406.04312).
     """
     freedom = z.shape[1:].numel() - 1
     # In this form nothing large cancels: 0.5 |z|^2 is 8192 for SDXL, where float32 has 3 digits.

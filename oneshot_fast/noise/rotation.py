@@ -71,18 +71,11 @@ def check_patching(size: Sequence[int], patch_size: int, groups: int) -> None:
 
 
 def towards(pattern: Tensor, eps: Tensor, p: int) -> Tensor:
-    """Orthogonal matrices that turn the patches of each noise closest to those of ``pattern``.
+    """Orthogonal q [B, D, D] that turn each noise's patches closest to those of ``pattern``.
 
-    The orthogonal Procrustes problem: with sum t e^T = U S V^T over the patches, q = U V^T.
-    Source: Schoenemann 1966, A generalized solution of the orthogonal Procrustes problem.
-
-    Args:
-        pattern: [C, H, W] float32.
-        eps: Noises, [B, C, H, W] float32.
-        p: Patch side, latent pixels.
-
-    Returns:
-        q, [B, D, D] float32.
+    The orthogonal Procrustes problem: with sum t e^T = U S V^T over the patches, of side ``p``, q =
+    U V^T. Source: Schoenemann 1966, A generalized solution of the orthogonal Procrustes problem.
+    The pattern is [C, H, W], the noises are [B, C, H, W] float32.
     """
     sums = ops.patch_outer(pattern.expand_as(eps).contiguous(), eps, p, (len(eps),))
     left, _, right = torch.linalg.svd(sums)
@@ -90,16 +83,11 @@ def towards(pattern: Tensor, eps: Tensor, p: int) -> Tensor:
 
 
 def rotation_angles(q: Tensor) -> Tensor:
-    """RMS rotation angle of each image: sqrt(mean theta^2) over the eigenvalues e^(i theta) of q.
+    """RMS rotation angle of each image in degrees, [B], of q [B, D, D] or [B, G, G, D, D].
 
-    0 leaves the noise as it is; uniformly random rotations have about 104 degrees (pi / sqrt(3)).
-    The cosines are the eigenvalues of q's symmetric part, since q is normal.
-
-    Args:
-        q: Orthogonal, [B, D, D] or [B, G, G, D, D].
-
-    Returns:
-        Degrees, [B].
+    It is sqrt(mean theta^2) over the eigenvalues e^(i theta) of q: 0 leaves the noise as it is, and
+    uniformly random rotations have about 104 degrees (pi / sqrt(3)). The cosines are the
+    eigenvalues of q's symmetric part, since q is normal.
     """
     cosines = torch.linalg.eigvalsh((q + q.mT) / 2).clamp(-1, 1)
     return cosines.acos().square().flatten(1).mean(1).sqrt().rad2deg()

@@ -61,7 +61,6 @@ class RotationAdam(torch.optim.Optimizer):
         super().__init__(params, {**options, "second_moment": second_moment})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own; checks them."""
         super().add_param_group(param_group)
         try:
             _check(self.param_groups[-1])

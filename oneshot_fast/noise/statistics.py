@@ -38,12 +38,7 @@ class PatchSums:
     """
 
     def __init__(self, shape: Sequence[int], patch_size: int) -> None:
-        """Start with no noise.
-
-        Args:
-            shape: [C, H, W] of a noise.
-            patch_size: Patch side p, latent pixels; divides H and W.
-        """
+        """Start with no noise of ``shape`` [C, H, W]; the patch side divides H and W."""
         C, H, W = self.shape = tuple(shape)
         self.p, self.D = patch_size, C * patch_size**2
         self.patches, self.noises = H // patch_size * (W // patch_size), 0
@@ -178,14 +173,12 @@ class PatchStatistics(PatchSums):
     """Sums and histograms of noises of one shape, and whether they are iid N(0, 1)."""
 
     def __init__(self, shape: Sequence[int], patch_size: int) -> None:
-        """Start with no noise; see ``PatchSums``."""
         super().__init__(shape, patch_size)
         energy = scipy.stats.chi2(self.D, scale=1 / self.D)
         self.values = Histogram(-3.1, 3.1, scipy.stats.norm())
         self.norms = Histogram(float(energy.ppf(_TAIL)), float(energy.isf(_TAIL)), energy)
 
     def add(self, z: Tensor) -> None:
-        """Count noises [B, C, H, W] float32."""
         super().add(z)
         self.values.add(z)
         self.norms.add(F.avg_pool2d(z.square().mean(1, keepdim=True), self.p))

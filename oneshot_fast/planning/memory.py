@@ -157,9 +157,7 @@ def peak_lines(device: torch.device) -> list[str]:
 def fitting_batch_size(device: torch.device, use: Callable[[int], object]) -> int:
     """Largest power of two up to 256 that fits on a GPU; 16 on the CPU.
 
-    Args:
-        device: Where ``use`` computes.
-        use: Does one step of a batch of a size.
+    ``use`` does one step of a batch of a size on ``device``.
     """
     if device.type != "cuda":
         return ON_CPU
@@ -185,10 +183,8 @@ def fitting_batch_size(device: torch.device, use: Callable[[int], object]) -> in
 def largest_fit(use: Callable[[int], int], free: Callable[[], int]) -> int:
     """Largest power of two up to 256 that ``use`` can do; 1 if it can do none.
 
-    Args:
-        use: Does the work of a batch of a size and returns how many bytes it needed; raises
-            torch.OutOfMemoryError.
-        free: Bytes that are free between two uses.
+    It does the work of a batch of a size and returns how many bytes it needed, or raises
+    torch.OutOfMemoryError; ``free`` tells the bytes that are free between two uses.
     """
     size, needed = 1, 0
     try:

@@ -65,11 +65,7 @@ def random_rotation(D: int, seed: int) -> Tensor:
 
 
 def load_rotations(path: Path, D: int) -> Tensor:
-    """Saved rotations, [K, D, D] float32.
-
-    Args:
-        path: safetensors or .pt file with "q", or with "skew" of ``noise.rotation.PatchRotation``.
-        D: Elements of a patch.
+    """Rotations [K, D, D] float32 of a safetensors or .pt file: its "q", or PatchRotation's "skew".
 
     Raises:
         UserError: If the file holds none, or of another size, or a matrix is not orthogonal.
@@ -93,12 +89,7 @@ def load_rotations(path: Path, D: int) -> Tensor:
 
 
 def manifest_set(path: Path, channels: int, p: int) -> PatchStatistics:
-    """Statistics of the noises of a manifest, read one after the other.
-
-    Args:
-        path: manifest.jsonl of assigned or optimised noises.
-        channels: C that they must have.
-        p: Patch side, latent pixels, that must divide them.
+    """Statistics of the noises, of ``channels`` and patches of side ``p``, of a manifest.
 
     Raises:
         UserError: If a noise has another shape, or there are too few.

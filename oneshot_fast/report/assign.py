@@ -16,13 +16,7 @@ _KINDS = ("target", "base", "assigned")
 
 
 def write_assign_report(folder: Path, flags: Mapping[str, Any]) -> None:
-    """Write ``folder``/report.html of an assign run.
-
-    Args:
-        folder: Run folder with summary.json and manifest.jsonl; whatever else is missing from it
-            (images, noises, failures) is left out of the page.
-        flags: The command's flags and their values.
-    """
+    """Write ``folder``/report.html of an assign run: all that is there of it, and the flags."""
     summary, rows = read_json(folder / "summary.json"), read_jsonl(folder / "manifest.jsonl")
     sections = [targets_section(summary, rows), examples_section(folder), noise_section(folder)]
     facts = [f"{summary['samples']} targets"]

@@ -33,12 +33,7 @@ _GRID_SIDE = 1280
 
 
 def write_em_report(folder: Path, flags: Mapping[str, Any]) -> None:
-    """Write ``folder``/report.html of an em run, and by rewards ``folder``/curves.png.
-
-    Args:
-        folder: Finished run folder of ``EmRun`` or ``RewardEmRun``.
-        flags: The command's flags and their values.
-    """
+    """Write report.html of the finished em run in ``folder``, and by rewards curves.png."""
     summary = read_json(folder / "summary.json")
     by_reward = "search" in summary["cycles"][0]
     title = "EM by rewards: {model}" if by_reward else "EM: {model} aligned with {data}"

@@ -21,12 +21,7 @@ Curves = Mapping[str, Sequence[Sequence[float]]]
 
 
 def write_optimize_report(folder: Path, flags: Mapping[str, Any]) -> None:
-    """Write ``folder``/curves.png and ``folder``/report.html of an optimize run.
-
-    Args:
-        folder: Run folder with its metrics and manifest; images that are missing are left out.
-        flags: The command's flags and their values.
-    """
+    """Write curves.png and report.html of the optimize run in ``folder``."""
     summary = read_json(folder / "metrics_summary.json")
     images = [
         image

@@ -193,10 +193,8 @@ def strip(
 ) -> Strip | None:
     """At most 16 examples whose images are all there; None if there is none.
 
-    Args:
-        names: Of the images of each, and of the note.
-        examples: Caption, images and note of each.
-        side: Largest image side in pixels.
+    ``names`` are of the images of each and of the note, ``examples`` caption, images and note of
+    each, ``side`` is the largest image side in pixels.
     """
     there = (example for example in examples if all(path.is_file() for path in example[1]))
     shown = [

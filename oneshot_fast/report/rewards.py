@@ -81,13 +81,7 @@ def costs(rows: History, unit: str = "epoch") -> list[str]:
 
 
 def draw_histories(histories: Mapping[str, History], path: Path, unit: str = "epoch") -> None:
-    """Write ``path``, a PNG: every measure over the epochs, a line per training.
-
-    Args:
-        histories: Rows of ``history`` by the training's name.
-        path: The picture.
-        unit: After what each row was measured.
-    """
+    """Write a PNG: every measure of ``history`` over the epochs, a line per named training."""
     with replacing(path) as temporary:
         _draw(histories, unit, 3).savefig(temporary, format="png", dpi=110)
 

@@ -14,12 +14,7 @@ from oneshot_fast.runtime.files import Json, read_json, read_jsonl
 
 
 def write_sft_report(folder: Path, flags: Mapping[str, Any]) -> None:
-    """Write ``folder``/report.html of a training on pairs.
-
-    Args:
-        folder: Finished run folder of ``SftRun``.
-        flags: The command's flags and their values.
-    """
+    """Write report.html of the finished ``SftRun`` in ``folder``."""
     summary = read_json(folder / "summary.json")
     sections = [fit_section(summary), training_section([folder])]
     facts = [f"{summary['samples']} pairs, {summary['steps']} steps"]
@@ -27,12 +22,7 @@ def write_sft_report(folder: Path, flags: Mapping[str, Any]) -> None:
 
 
 def write_reward_report(folder: Path, flags: Mapping[str, Any]) -> None:
-    """Write ``folder``/curves.png and ``folder``/report.html of a training on rewards.
-
-    Args:
-        folder: Finished run folder of ``RewardRun``.
-        flags: The command's flags and their values.
-    """
+    """Write curves.png and report.html of the finished ``RewardRun`` in ``folder``."""
     summary, rows = read_json(folder / "summary.json"), history(folder)
     draw_histories({"": rows}, folder / "curves.png")
     run = summary["settings"]

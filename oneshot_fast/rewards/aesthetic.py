@@ -29,11 +29,9 @@ class AestheticReward(EmbeddingReward):
 
     @classmethod
     def load(cls, name: str, setup: Setup) -> AestheticReward:
-        """The reward with the head in Aesthetic and the CLIPModel in CLIP-ViT-L-14."""
         path = setup.find("Aesthetic", HEAD_FILE)
         head = linear_head(read_pickle(path), path).to(setup.device)
         return cls(name, load_clip(setup, VIT_L), head)
 
     def rate(self, embeddings: Tensor, features: Tensor | None) -> Tensor:
-        """Ratings, [B] float32, of unit embeddings of images, [B, D]."""
         return self.head(embeddings)[:, 0]

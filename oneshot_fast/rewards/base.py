@@ -97,7 +97,6 @@ class EmbeddingReward(Reward):
         raise NotImplementedError
 
     def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
-        """Scores, [B] float32, of images [B, 3, H, W] in [0, 1] RGB."""
         return self.rate(self.encoder.encode_images(images), features)
 
 
@@ -149,15 +148,7 @@ class WeightedRewards(nn.Module):
         return all(reward.differentiable for reward in self.rewards)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Weighted sum of the scores.
-
-        Args:
-            images: [B, 3, H, W] float, [0, 1] RGB.
-            prompts: B of them.
-
-        Returns:
-            [B] float32.
-        """
+        """Weighted sum, [B] float32, of what ``scores`` returns for the same."""
         return self.total(self.scores(images, prompts))
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
@@ -165,14 +156,11 @@ class WeightedRewards(nn.Module):
         return torch.stack([self.weights[name] * score for name, score in scores.items()]).sum(0)
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Every reward's own score, without its weight.
+        """Every reward's own score, [B] float32 by its name, without its weight.
 
         Args:
             images: [B, 3, H, W] float, [0, 1] RGB.
             prompts: B of them.
-
-        Returns:
-            [B] float32 by the reward's name.
 
         Raises:
             ValueError: If there are not as many prompts as images.
@@ -192,16 +180,10 @@ class WeightedRewards(nn.Module):
         prompts: Sequence[str],
         embeddings: dict[ImageEncoder, Tensor],
     ) -> Tensor:
-        """Scores of one of the rewards.
+        """Scores, [B] float32, of one of the rewards.
 
-        Args:
-            reward: Which.
-            images: [B, 3, H, W] float, [0, 1] RGB.
-            prompts: B of them.
-            embeddings: Of these images, as far as other rewards needed them; takes what is new.
-
-        Returns:
-            [B] float32.
+        ``embeddings`` are of these images, as far as other rewards needed them; it takes what is
+        new.
         """
         features = self.features(reward, prompts)
         if not reward.differentiable:

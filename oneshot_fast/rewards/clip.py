@@ -18,6 +18,5 @@ class ClipReward(CosineReward):
 
     @classmethod
     def load(cls, name: str, setup: Setup) -> ClipReward:
-        """The reward with the CLIPModel in the folder ``model``."""
         encoder = load_clip(setup, cls.model)
         return cls(name, encoder, encoder.scale)

@@ -42,7 +42,6 @@ class ClipEncoder(ImageEncoder):
         return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Unit embeddings, [B, D] float32, of images [B, 3, H, W] in [0, 1] RGB."""
         pixels = self._prepare(images, self._size, self.model.dtype)
         pooled = self.model.vision_model(pixels).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
@@ -60,21 +59,15 @@ class CosineReward(EmbeddingReward):
         self.encoder, self.scale = encoder, scale
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Unit embeddings, [B, D] float32."""
         return self.encoder.encode_prompts(prompts)
 
     def rate(self, embeddings: Tensor, features: Tensor | None) -> Tensor:
-        """Scores, [B] float32, of unit embeddings of images, [B, D]."""
         assert features is not None
         return self.scale * (embeddings * features).sum(1)
 
 
 def load_clip(setup: Setup, model: str) -> ClipEncoder:
-    """The CLIPModel in the folder ``model``; rewards of one ``setup`` share it.
-
-    Raises:
-        ModelError: If it is missing or damaged.
-    """
+    """The CLIPModel in the folder ``model``, if it is whole; rewards of one ``setup`` share it."""
     if model not in setup.shared:
         path, config_path = (setup.find(model, f) for f in ("model.safetensors", "config.json"))
         from transformers import CLIPConfig, CLIPModel  # slow, so a missing file is told first
@@ -86,11 +79,7 @@ def load_clip(setup: Setup, model: str) -> ClipEncoder:
 
 
 def load_tokenizer(setup: Setup, model: str) -> Any:
-    """CLIP's tokenizer of the files in the folder ``model``.
-
-    Raises:
-        ModelError: If they are missing or damaged.
-    """
+    """CLIP's tokenizer of the files in the folder ``model``; ModelError if it is not whole."""
     folder = setup.find(model, "merges.txt").parent
     setup.find(model, "vocab.json")
     from transformers import CLIPTokenizer

@@ -28,15 +28,10 @@ class DigitReward(Reward):
 
     @classmethod
     def load(cls, name: str, setup: Setup) -> DigitReward:
-        """The reward on ``setup``'s device."""
         return cls(setup.device)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """The prompts' digits, [B] int64.
-
-        Raises:
-            UserError: If a prompt names none, or several.
-        """
+        """The digits, [B] int64; UserError if a prompt names none, or several."""
         digits = [digit_of(prompt) for prompt in prompts]
         for prompt, digit in zip(prompts, digits, strict=True):
             if digit is None:
@@ -47,7 +42,6 @@ class DigitReward(Reward):
         return torch.tensor(digits, device=self._device)
 
     def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
-        """Log-probabilities, [B] float32, of images [B, 3, H, W] in [0, 1] RGB."""
         assert features is not None
         logits = self._classifier(resize(images.float(), IMAGE_SIZE))
         return F.log_softmax(logits, 1).gather(1, features[:, None])[:, 0]

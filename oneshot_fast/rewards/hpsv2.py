@@ -60,7 +60,6 @@ class HpsReward(CosineReward):
 
     @classmethod
     def load(cls, name: str, setup: Setup) -> HpsReward:
-        """The reward with open_clip's checkpoint in HPSv2."""
         path = setup.find(MODEL, FILES[name])
         tokenizer = load_tokenizer(setup, MODEL)
         model = load_open_clip(path, tokenizer.eos_token_id, setup.dtype).to(setup.device)
@@ -68,14 +67,10 @@ class HpsReward(CosineReward):
 
 
 def load_open_clip(path: Path, eos_token_id: int, dtype: torch.dtype) -> Any:
-    """Transformers' CLIPModel with the weights of an open_clip ViT-H/14 checkpoint.
+    """Transformers' CLIPModel with the weights of an open_clip ViT-H/14 checkpoint, a .pt file.
 
     Depths and widths are those of the tensors, so that a smaller model of this layout loads too.
-
-    Args:
-        path: .pt file.
-        eos_token_id: of the token whose output stands for the text.
-        dtype: Type of the weights.
+    ``eos_token_id`` is of the token whose output stands for the text.
 
     Raises:
         ModelError: If a tensor is missing, left over or of another shape.
@@ -91,11 +86,7 @@ def load_open_clip(path: Path, eos_token_id: int, dtype: torch.dtype) -> Any:
 
 
 def config_of(tensors: Mapping[str, Tensor], eos_token_id: int) -> Any:
-    """Transformers' CLIPConfig of open_clip's tensors.
-
-    Raises:
-        KeyError: If a tensor is missing whose shape is needed.
-    """
+    """Transformers' CLIPConfig of open_clip's tensors; KeyError if a needed one is missing."""
     from transformers import CLIPConfig
 
     text = _tower(tensors, "", TEXT_HEAD) | {

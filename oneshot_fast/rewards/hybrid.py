@@ -15,10 +15,8 @@ class HybridReward(AestheticReward):
     """The aesthetic rating + 0.25 times the cosine of image and prompt, both of CLIP ViT-L/14."""
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Unit embeddings, [B, D] float32."""
         return self.encoder.encode_prompts(prompts)
 
     def rate(self, embeddings: Tensor, features: Tensor | None) -> Tensor:
-        """Scores, [B] float32, of unit embeddings of images, [B, D]."""
         assert features is not None
         return self.head(embeddings)[:, 0] + COSINE_WEIGHT * (embeddings * features).sum(1)

@@ -53,7 +53,6 @@ class ImageRewardReward(Reward):
 
     @classmethod
     def load(cls, name: str, setup: Setup) -> ImageRewardReward:
-        """The reward with the checkpoint, and BERT's vocabulary, in ImageReward."""
         path = setup.find(MODEL, FILE)
         vision, text, head = load_blip(path, setup.dtype)
         from transformers import BertTokenizer
@@ -67,7 +66,6 @@ class ImageRewardReward(Reward):
         return torch.stack((tokens.input_ids, tokens.attention_mask), 1).to(self.text.device)
 
     def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
-        """Scores, [B] float32, of images [B, 3, H, W] in [0, 1] RGB."""
         assert features is not None
         pixels = preprocess(images, self.vision.config.image_size, self.vision.dtype)
         seen = self.vision(pixels).last_hidden_state
@@ -104,7 +102,7 @@ def parts(
     """The checkpoint's tensors for vision, text and head, under transformers' names.
 
     Raises:
-        ModelError: If one belongs to none of them; ``path`` is their file.
+        ModelError: If one of the file ``path`` belongs to none of them.
     """
     vision: dict[str, Tensor] = {}
     text: dict[str, Tensor] = {}
@@ -131,11 +129,7 @@ def _vision_name(key: str) -> str:
 
 
 def configs_of(tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:
-    """Transformers' BlipVisionConfig and BlipTextConfig of the checkpoint's tensors.
-
-    Raises:
-        KeyError: If a tensor is missing whose shape is needed.
-    """
+    """Transformers' configurations of BLIP's encoders; KeyError if a needed tensor is missing."""
     from transformers import BlipTextConfig, BlipVisionConfig
 
     width, _, patch, _ = tensors[_VISION + "patch_embed.proj.weight"].shape

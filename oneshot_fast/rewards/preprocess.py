@@ -13,17 +13,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Resize the shorter side to ``size`` by an antialiased bicubic filter and cut the centre.
+    """Resize the shorter side of [B, 3, H, W] in [0, 1] to ``size`` pixels and cut the centre.
 
-    The same filter as Pillow's BICUBIC, which the published preprocessing uses on 8-bit images;
-    values that overshoot [0, 1] are cut, as there.
-
-    Args:
-        images: [B, 3, H, W] float, [0, 1] RGB.
-        size: in pixels.
-
-    Returns:
-        [B, 3, size, size], [0, 1] RGB.
+    By an antialiased bicubic filter, the same as Pillow's BICUBIC, which the published
+    preprocessing uses on 8-bit images; values that overshoot [0, 1] are cut, as there.
     """
     H, W = images.shape[-2:]
     if min(H, W) != size:
@@ -34,16 +27,7 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def preprocess(images: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """``resize`` in float32, then CLIP's normalisation.
-
-    Args:
-        images: [B, 3, H, W] float, [0, 1] RGB.
-        size: side in pixels that the network takes.
-        dtype: the network's.
-
-    Returns:
-        [B, 3, size, size] in ``dtype``.
-    """
+    """``resize`` in float32, then CLIP's normalisation: [B, 3, size, size] in ``dtype``."""
     return _normalise(resize(images.float(), size), dtype)
 
 

@@ -31,33 +31,19 @@ class PythonReward(Reward):
 
     @classmethod
     def load(cls, name: str, setup: Setup) -> Reward:
-        """Import the function, or load the class, that ``name`` names: python:module.function.
-
-        Modules are also looked for in the working directory.
-
-        Raises:
-            UserError: If there is none.
-        """
+        """Import the function, or load the class; modules of the working directory count, too."""
         found: Any = import_function(name, "reward")
         if isinstance(found, type) and issubclass(found, Reward):
             return found.load(name, setup)
         return cls(name, found)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Numbers under which the prompts are kept, [B] int64: a function takes strings.
-
-        They are on the CPU, so that reading them does not wait for the device.
-        """
+        """Numbers of the prompts, which are kept, [B] int64, on the CPU: reading must not wait."""
         first = len(self._prompts)
         self._prompts += prompts
         return torch.arange(first, len(self._prompts), device="cpu")
 
     def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
-        """Scores, [B] float32, of images [B, 3, H, W] in [0, 1] RGB.
-
-        Raises:
-            UserError: If the function returns something else, or no gradient where one is needed.
-        """
         assert features is not None
         if isinstance(images, FakeTensor):  # a dry run: without values the function cannot run
             return images.float().flatten(1).mean(1)

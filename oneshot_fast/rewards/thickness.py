@@ -22,7 +22,6 @@ class ThicknessReward(Reward):
     name = "thickness"
 
     def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
-        """Widths in pixels, [B] float32, of images [B, 3, H, W] in [0, 1] RGB."""
         pixels = images.float()
         rows, columns = pixels[:, :, [0, -1]], pixels[:, :, 1:-1, [0, -1]]
         border = torch.cat((rows.flatten(2), columns.flatten(2)), 2)

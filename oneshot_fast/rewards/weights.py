@@ -13,11 +13,7 @@ from oneshot_fast.errors import ModelError, one_line
 
 
 def read_config(kind: Any, path: Path) -> Any:
-    """Configuration of transformers' class ``kind`` in a config.json.
-
-    Raises:
-        ModelError: If it is damaged.
-    """
+    """Configuration of transformers' class ``kind`` in a config.json; ModelError if damaged."""
     try:
         return kind.from_json_file(path)
     except Exception as error:  # transformers raises many types for broken files
@@ -25,11 +21,7 @@ def read_config(kind: Any, path: Path) -> Any:
 
 
 def read_tokenizer(kind: Any, folder: Path) -> Any:
-    """Tokenizer of transformers' class ``kind`` with the vocabulary in ``folder``.
-
-    Raises:
-        ModelError: If its files are damaged.
-    """
+    """Tokenizer of class ``kind`` with the vocabulary in ``folder``; ModelError if damaged."""
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many types for broken files
@@ -101,12 +93,8 @@ def linear_head(tensors: Mapping[str, Tensor], path: Path) -> nn.Sequential:
     LAION's aesthetic predictor and ImageReward have the same, without nonlinearity: keys
     ``layers.{0,2,4,6,7}.{weight,bias}``, the widths being those of the tensors.
 
-    Args:
-        tensors: Those ten.
-        path: Their file, for messages.
-
     Raises:
-        ModelError: If they are other ones.
+        ModelError: If they are other ones; ``path`` is their file.
     """
     numbers = (0, 2, 4, 6, 7)
     expected = {f"layers.{n}.{part}" for n in numbers for part in ("weight", "bias")}

@@ -25,17 +25,11 @@ def best_of_n(
     count: int,
     images_at: Sequence[int] = (),
 ) -> Search:
-    """A search whose steps are random noises; the loss is the only thing it looks at.
+    """A search whose steps are ``count`` random noises; the loss is the only thing it looks at.
 
-    Args:
-        problem: Its base noises are the first ones.
-        objective: What is lowered; each noise counts as a base noise of its own.
-        draw: Noises [B, C, h, w] number k, from 1.
-        count: Noises in all, N.
-        images_at: Numbers of noises whose images are kept.
-
-    Returns:
-        The search, not begun. ``best_step`` of its result is the number of the best noise.
+    The first ones are the problem's base noises, number k is ``draw(k)`` [B, C, h, w]; the
+    objective sees each as a base noise of its own. Images of the numbers ``images_at`` are kept,
+    and ``best_step`` of the result is the number of the best noise.
     """
 
     def judge(z: Tensor, problem: Problem) -> Evaluation:
@@ -59,8 +53,6 @@ class _Draws(Mover):
     def noise(self, eps: Tensor, point: Tensor) -> Tensor:
         return point
 
-    def move(
-        self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
-    ) -> State:
+    def move(self, state: State, eps: Tensor, grad: Tensor, step: Tensor, rate: Tensor) -> State:
         self._drawn += 1
         return {"point": self._draw(self._drawn)}

@@ -115,23 +115,15 @@ class Search:
         self._state = {name: value.index_select(0, index) for name, value in self._state.items()}
 
     def run(self, on_step: Callable[[Tensor], object] = lambda loss: None) -> Assignment:
-        """Take all steps; a search that is stopped early waits for the others.
-
-        Args:
-            on_step: Called with the losses [B] of every step.
-        """
+        """Take all steps; who stops early waits for others. ``on_step`` is told the losses [B]."""
         for step in range(self.steps + 1):
             on_step(self.advance(is_last=step == self.steps))
         return self.result()
 
     def advance(self, is_last: bool = False) -> Tensor:
-        """Evaluate all searches once and move those that go on; without effect where it raises.
+        """Evaluate all searches once and move those that go on; returns the losses, [B].
 
-        Args:
-            is_last: None goes on: no gradient is computed.
-
-        Returns:
-            The losses, [B].
+        Without effect where it raises. With ``is_last`` none goes on: no gradient is computed.
         """
         s, differentiates = self._state, self._mover.differentiates and not is_last
         with torch.set_grad_enabled(differentiates):

@@ -110,19 +110,17 @@ class SearchOptions:
             f"method is '{self.method}'; only best_of_n and pool go on with another, as in "
             "best_of_n+sphere",
         )
-        require(
-            self.candidates is None or self.candidates >= 1,
-            f"candidates is {self.candidates}; give at least 1",
-        )
-        require(self.steps >= 1, f"steps is {self.steps}; give at least 1")
-        require(
-            self.lr == "auto" or 0 < self.lr < math.inf,
-            f"lr is {self.lr}; give a positive number or auto",
-        )
-        require(
-            self.max_angle is None or self.max_angle > 0,
-            f"max_angle is {self.max_angle}; give radians above 0",
-        )
+        lr, stop = self.lr, self.stop_loss
+        for name, fits, advice in (
+            ("candidates", self.candidates is None or self.candidates >= 1, "give at least 1"),
+            ("steps", self.steps >= 1, "give at least 1"),
+            ("lr", lr == "auto" or 0 < lr < math.inf, "give a positive number or auto"),
+            ("max_angle", self.max_angle is None or self.max_angle > 0, "give radians above 0"),
+            ("stop_loss", stop is None or math.isfinite(stop), "give a finite loss"),
+            ("stop_patience", self.stop_patience >= 0, "give 0 or more steps"),
+            ("stop_improvement", 0 <= self.stop_improvement < 1, "give a number from 0 to below 1"),
+        ):
+            require(fits, f"{name} is {getattr(self, name)}; {advice}")
         for name, value in vars(self).items():
             require(
                 not name.endswith("_weight") or 0 <= (value or 0) < math.inf,
@@ -131,15 +129,4 @@ class SearchOptions:
         require(
             not self.prior_weight or self.mover == "free",
             f"prior_weight is for the method free; {self.method} keeps the norm",
-        )
-        require(
-            self.stop_loss is None or math.isfinite(self.stop_loss),
-            f"stop_loss is {self.stop_loss}; give a finite loss",
-        )
-        require(
-            self.stop_patience >= 0, f"stop_patience is {self.stop_patience}; give 0 or more steps"
-        )
-        require(
-            0 <= self.stop_improvement < 1,
-            f"stop_improvement is {self.stop_improvement}; give a number from 0 to below 1",
         )

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from oneshot_fast.noise.prior import norm_penalty
+from oneshot_fast.search.options import SearchOptions
+
 if TYPE_CHECKING:
     from oneshot_fast.generators.base import Conditioning
 
@@ -73,6 +76,15 @@ class Evaluation:
     loss: Tensor
     scores: Mapping[str, Tensor] = field(default_factory=dict)
     images: Tensor | None = None
+
+
+def penalised(loss: Tensor, z: Tensor, eps: Tensor, options: SearchOptions) -> Tensor:
+    """``loss`` [B] of noises ``z`` [B, C, h, w] and the weighted penalties on them."""
+    if options.noise_l2_weight:
+        loss = loss + options.noise_l2_weight * (z - eps).square().mean((1, 2, 3))
+    if options.norm_weight:
+        loss = loss + options.norm_weight * norm_penalty(z)
+    return loss
 
 
 # Of noises [B, C, h, w]. A row must not depend on the others.

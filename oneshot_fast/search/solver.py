@@ -32,18 +32,7 @@ Item = TypeVar("Item", bound=Indexed)
 
 @dataclass(frozen=True)
 class Solved(Generic[Item]):
-    """What was found for one item; tensors are on the CPU.
-
-    Attributes:
-        item: The item.
-        z: Best noise, [C, h, w] float32.
-        q: Its rotation, [D, D] or [G, G, D, D] float32; None for methods without one.
-        losses: Loss at every step.
-        best_step: Where it was lowest.
-        scores: What the objective told of every step, by name.
-        best_image: Of the best noise, [3, H, W] uint8; None for an objective without images.
-        images: The same of some steps, by step.
-    """
+    """A row of ``Assignment``, on the CPU, with curves up to the last step of its own search."""
 
     item: Item
     z: Tensor
@@ -70,34 +59,27 @@ class Solved(Generic[Item]):
         return {"z": self.z} if self.q is None else {"z": self.z, "q": self.q}
 
 
+@dataclass
 class Solver(Generic[Item]):
-    """Runs the searches of many items on the device."""
+    """Runs the searches of many items on the device.
 
-    def __init__(
-        self,
-        start: Callable[[Sequence[Item]], Search],
-        options: SearchOptions,
-        batch_size: int,
-        *,
-        fixed_size: bool = False,
-        of: str = "target",
-        advice: str = "use a smaller --resolution",
-        on_evaluations: Callable[[int], object] = lambda count: None,
-    ) -> None:
-        """Bind what all items share.
+    Attributes:
+        start: Starts the searches of some items, all on the device.
+        options: Those of these searches.
+        batch_size: Items on the device at once; halved where memory runs out.
+        fixed_size: Whether a batch that became smaller costs more than its empty rows.
+        of: What an item is called where memory runs out.
+        advice: What to do if not even one fits.
+        on_evaluations: Called with how many evaluations, over all items, were done.
+    """
 
-        Args:
-            start: Starts the searches of some items, all on the device.
-            options: Those of these searches.
-            batch_size: Items on the device at once; halved where memory runs out.
-            fixed_size: Whether a batch that became smaller costs more than its empty rows.
-            of: What an item is called where memory runs out.
-            advice: What to do if not even one fits.
-            on_evaluations: Called with how many evaluations, over all items, were done.
-        """
-        self.start, self.options, self.batch_size = start, options, batch_size
-        self.fixed_size, self.on_evaluations = fixed_size, on_evaluations
-        self._of, self._advice = of, advice
+    start: Callable[[Sequence[Item]], Search]
+    options: SearchOptions
+    batch_size: int
+    fixed_size: bool = False
+    of: str = "target"
+    advice: str = "use a smaller --resolution"
+    on_evaluations: Callable[[int], object] = lambda count: None
 
     def solve(self, batches: Iterable[Sequence[Item]]) -> Iterator[list[Solved[Item]]]:
         """What was found, a list per batch or, where searches stop early, as they finish.
@@ -145,10 +127,10 @@ class Solver(Generic[Item]):
             UserError: If ``size`` is 1.
         """
         if size == 1:
-            raise UserError(f"out of memory with a single {self._of}; {self._advice}")
+            raise UserError(f"out of memory with a single {self.of}; {self.advice}")
         self.batch_size = (size + 1) // 2
         print(
-            f"warning: out of memory with {size} {self._of}s at once; going on with "
+            f"warning: out of memory with {size} {self.of}s at once; going on with "
             f"{self.batch_size} (--batch_size {self.batch_size} avoids the attempt)",
             file=sys.stderr,
         )

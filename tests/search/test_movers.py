@@ -190,10 +190,8 @@ class SignDescent(Mover):
     def noise(self, eps: Tensor, point: Tensor) -> Tensor:
         return point
 
-    def move(
-        self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
-    ) -> State:
-        return {"point": state["point"] - rate.view(-1, 1, 1, 1) * gradient.sign()}
+    def move(self, state: State, eps: Tensor, grad: Tensor, step: Tensor, rate: Tensor) -> State:
+        return {"point": state["point"] - rate.view(-1, 1, 1, 1) * grad.sign()}
 
 
 def test_a_mover_of_a_users_own_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:

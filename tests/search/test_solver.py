@@ -48,7 +48,7 @@ def test_raw_adam_is_torch_adam(tiny: Generator, small_data: Path) -> None:
     adam = torch.optim.Adam([rotation.skew], lr=FULL.lr / (2 * 15**0.5))
     curves = []
     for _ in range(STEPS):
-        loss = matching_loss(tiny, rotation(eps), prompts, latents, None, FULL)
+        loss = matching_loss(tiny, rotation(eps), prompts, {"latents": latents}, FULL)
         curves.append(loss.detach())
         adam.zero_grad()
         loss.sum().backward()
@@ -86,9 +86,8 @@ def test_a_stopped_search_is_the_start_of_the_whole_one(
         assert s.best_step == s.losses.index(min(s.losses))
         problem = targets[index]
         with torch.no_grad():
-            again = matching_loss(
-                tiny, s.z[None], problem.prompt, problem.latent[None], None, options
-            )
+            target = {"latents": problem.latent[None]}
+            again = matching_loss(tiny, s.z[None], problem.prompt, target, options)
         assert again.item() == pytest.approx(min(s.losses), rel=ROUNDING)
 
 

@@ -38,14 +38,7 @@ class Chooser:
         seed: int,
         on_evaluations: Callable[[int], object] = lambda count: None,
     ) -> None:
-        """Bind what all targets share.
-
-        Args:
-            generator: Its weights stay fixed.
-            options: How noises are chosen.
-            seed: Seed of the run.
-            on_evaluations: Called with how many evaluations were done.
-        """
+        """Bind what all targets share; ``on_evaluations`` is told how many were done."""
         self._generator, self._options, self._seed = generator, options, seed
         self._on_evaluations = on_evaluations
         self._objective = MatchingObjective(generator, options)

@@ -15,27 +15,17 @@ from oneshot_fast.runtime.user_functions import import_function
 
 @functools.cache
 def feature_function(name: str) -> Callable[[Tensor], Any]:
-    """The function that ``name``, python:module.function, names; imported once.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """The function that ``name``, python:module.function, names; UserError if there is none."""
     return import_function(name, "features")
 
 
 def features_of(images: Tensor, name: str) -> Tensor:
-    """Features that the function ``name`` gives to images.
+    """Features [B, F] float32 that a function gives to images [B, 3, H, W] float32 in [0, 1] RGB.
 
-    Args:
-        images: [B, 3, H, W] float32, [0, 1] RGB.
-        name: python:module.function. The function takes such images and returns a floating tensor
-            [B, ...].
-
-    Returns:
-        [B, F] float32, differentiable where ``images`` are.
+    ``name`` is python:module.function; it returns a floating tensor [B, ...], differentiable.
 
     Raises:
-        UserError: If the function returns something else, or no gradient where one is needed.
+        UserError: If it returns something else, or no gradient where one is needed.
     """
     found = feature_function(name)(images)
     require(
@@ -73,18 +63,10 @@ def target_features(image: Tensor, name: str) -> Tensor:
 
 
 def feature_mse(images: Tensor, target: Tensor, name: str) -> Tensor:
-    """Mean squared distance between features, per image.
-
-    Args:
-        images: [B, 3, H, W] float32, [0, 1] RGB.
-        target: Features [B, F] of their targets.
-        name: python:module.function.
-
-    Returns:
-        [B] float32, differentiable.
+    """Mean squared distance, [B] differentiable, of images' features from ``target`` [B, F].
 
     Raises:
-        UserError: If the function does not fit.
+        UserError: If the function ``name`` does not fit.
     """
     found = features_of(images, name)
     require(

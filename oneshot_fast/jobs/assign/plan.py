@@ -35,15 +35,8 @@ def assign_plan(
     """Parameters, memory by part, disk and time of an assignment.
 
     Memory is found on tensors without data, time from steps on random targets of the full batch
-    size, without the time for reading data.
-
-    Args:
-        generator: The generator.
-        options: How a noise is searched.
-        resolution: Image side in pixels.
-        batch_size: Targets solved at once.
-        samples: Targets; None if not known.
-        num_images: Targets whose pictures are saved; -1 for all.
+    size, without the time for reading data. ``samples`` is None if not known, ``num_images`` -1 for
+    all.
     """
     count = batch_size if samples is None else min(batch_size, samples)
     needed = assignment_memory(generator, options, resolution, count)

@@ -33,13 +33,7 @@ class RayRun(AssignRun):
     """A run whose batches are solved by actors; all the rest is that of one process."""
 
     def __init__(self, job: Job, source: Source, actors: int) -> None:
-        """Describe the run.
-
-        Args:
-            job: What the actors do.
-            source: The data set.
-            actors: How many of them.
-        """
+        """Describe the run: what ``actors`` actors do, and the data set."""
         # its own generator tells weights and sizes, and needs no GPU for that
         dtype = job.model.dtype
         if job.on_gpu and dtype == "auto" and find_family(job.model_id)[0].runs_in_half:

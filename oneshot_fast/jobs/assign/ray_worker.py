@@ -13,7 +13,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 
 from oneshot_fast.data.records import Failure
-from oneshot_fast.data.sources import Batch, FolderSource, Source
+from oneshot_fast.data.sources import Batch, FolderSource
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.assign.options import AssignOptions
@@ -55,22 +55,11 @@ class Job:
     num_images: int = 16
     start: Path = field(default_factory=Path.cwd)
 
-    def run(self, source: Source) -> AssignRun:
-        """The run of one process, with its generator loaded."""
-        return AssignRun(self.model.load(self.model_id), source, **self.arguments)
-
     @property
     def arguments(self) -> dict[str, Any]:
         """Those of ``AssignRun`` beside generator and data."""
-        return {
-            "folder": self.folder,
-            "options": self.options,
-            "resolution": self.resolution,
-            "seed": self.seed,
-            "resize_mode": self.resize_mode,
-            "batch_size": int(self.batch_size),
-            "num_images": self.num_images,
-        }
+        names = ("folder", "options", "resolution", "seed", "resize_mode", "num_images")
+        return {name: getattr(self, name) for name in names} | {"batch_size": int(self.batch_size)}
 
     @property
     def on_gpu(self) -> bool:
@@ -93,7 +82,7 @@ class Worker:
     def __init__(self, job: Job) -> None:
         """Load the generator."""
         silence_imports()
-        self._run = job.run(FolderSource([], []))
+        self._run = AssignRun(job.model.load(job.model_id), FolderSource([], []), **job.arguments)
 
     def match(self, batches: Sequence[Batch]) -> Result:
         """Solve ``batches`` and write them, less what was written when they were tried before."""

@@ -95,7 +95,6 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         self.read_ahead = not on_cpu if read_ahead is None else read_ahead
 
     def settings(self) -> dict[str, Any]:
-        """Everything a result depends on."""
         return {
             "command": self.command,
             **dataclasses.asdict(self.options),
@@ -129,11 +128,10 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
 
     @property
     def fills_shards(self) -> bool:
-        """Where targets stop early, they finish one by one."""
+        """They finish one by one where they stop early."""
         return self.options.stops_early
 
     def batches(self, done: frozenset[str]) -> Iterator[Batch]:
-        """All windows of the data set, less what is done."""
         return pending(self.source, done, self.window)
 
     def solve(self, batches: Iterable[Batch]) -> Iterator[Sequence[Solved[Target]]]:
@@ -152,10 +150,9 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         preparer = Preparer(
             self.generator,
             self.targets,
+            self.options,
             seed=self.seed,
             resize_mode=self.resize_mode,
-            needs_images=self.options.pixel_l1_weight > 0,
-            features=self.options.features,
             previous=self.previous,
         )
         with ThreadPoolExecutor(1) as reading:
@@ -168,7 +165,6 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
                     yield targets
 
     def failure(self, found: Solved[Target]) -> Json:
-        """Of a target whose loss is not finite."""
         return failure(found.item.record, "its loss became NaN or infinite").row
 
     @torch.no_grad()
@@ -186,7 +182,6 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         return images
 
     def row(self, found: Solved[Target], place: Mapping[str, Any]) -> Json:
-        """What the manifest says of a target."""
         target, record, losses = found.item, found.item.record, found.losses
         return {
             "id": record.id,
@@ -207,12 +202,10 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         }
 
     def means(self, rows: Sequence[Json]) -> dict[str, float]:
-        """Losses before and after."""
         names = ("initial_loss", "best_loss")
         return {name: statistics.fmean(row[name] for row in rows) for name in names}
 
     def summary(self, rows: Sequence[Json], is_last: bool) -> Json:
-        """Means over all targets."""
         return {
             "truncated_prompts": sum(row["prompt_truncated"] for row in rows),
             **self.means(rows),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from oneshot_fast.jobs.assign.candidates import Chooser
@@ -37,11 +37,10 @@ class TargetSearch:
             batch_size: Targets on the device at once; halved where memory runs out.
             on_evaluations: Called with how many evaluations, over all targets, were done.
         """
-        self.options = options
-        self._objective = MatchingObjective(generator, options)
+        objective = MatchingObjective(generator, options)
         self._chooser = Chooser(generator, options, seed, on_evaluations)
-        self._solver = Solver(
-            self.start,
+        self._solver: Solver[Target] = Solver(
+            lambda targets: Search(problem_of(targets), options, objective),
             options,
             batch_size,
             # compiled code is for one batch size
@@ -50,10 +49,6 @@ class TargetSearch:
             "--decoder_checkpointing, --decoder_tiling or --decoder_id",
             on_evaluations=on_evaluations,
         )
-
-    def start(self, targets: Sequence[Target]) -> Search:
-        """The searches for ``targets`` from their noises."""
-        return Search(problem_of(targets), self.options, self._objective)
 
     def solve(self, batches: Iterable[list[Target]]) -> Iterator[list[Solved[Target]]]:
         """What was found, a list per batch or, where targets stop early, as they finish.

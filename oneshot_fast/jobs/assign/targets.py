@@ -67,34 +67,20 @@ class Preparer:
         self,
         generator: Generator,
         targets: TargetImages,
+        options: AssignOptions,
         *,
         seed: int,
         resize_mode: str,
-        needs_images: bool,
-        features: str | None = None,
         previous: Path | None = None,
     ) -> None:
         """Bind what all targets share.
 
-        Args:
-            generator: Encodes the prompts.
-            targets: Reads and encodes the images.
-            seed: Seed of the run.
-            resize_mode: "crop" or "squash".
-            needs_images: Keep the images, for a pixel loss.
-            features: Function of the images' features, python:module.function; None: none needed.
-            previous: Manifest of an earlier assignment of the same targets, to begin with its
-                noises.
+        ``previous`` is the manifest of an earlier assignment of the same targets, whose noises they
+        begin with.
         """
         self._generator, self._targets, self._seed = generator, targets, seed
-        self._resize_mode, self._needs_images = resize_mode, needs_images
-        self._features = features
-        rows = [] if previous is None else mend_jsonl(previous)
-        self._previous = {
-            row["id"]: (row["seed"], previous.parent / row["noise_path"], row["noise_index"])
-            for row in rows
-            if previous is not None
-        }
+        self._options, self._resize_mode, self._earlier = options, resize_mode, previous
+        self._rows = {row["id"]: row for row in (mend_jsonl(previous) if previous else ())}
 
     def prepare(
         self, batch: Sequence[tuple[int, Record] | Failure]
@@ -113,16 +99,18 @@ class Preparer:
         return ready, failures
 
     def _target(self, index: int, record: Record) -> Target:
-        generator, place = self._generator, (record.image_path, self._resize_mode)
-        latent = self._targets.latent(*place).to(generator.device)
-        image = None
-        if self._needs_images or self._features is not None:
-            image = self._targets.image(*place).to(generator.device)
+        generator, options, side = self._generator, self._options, self._targets.resolution
+        place, device = (record.image_path, self._resize_mode), generator.device
+        latent = self._targets.latent(*place).to(device)
+        image = self._targets.image(*place).to(device) if options.decodes else None
         features = None
-        if image is not None and self._features is not None:
-            features = target_features(image, self._features)
-        seed, side = self._seed_of(record), self._targets.resolution
-        eps = gaussian([seed], generator.noise_shape(side, side))[0].to(generator.device)
+        if image is not None and options.features is not None:
+            features = target_features(image, options.features)
+        seed, start, row = derived_seed(self._seed, record.id), None, self._rows.get(record.id)
+        if row is not None and self._earlier is not None:
+            path = self._earlier.parent / row["noise_path"]
+            seed, start = int(row["seed"]), read_noise(path, row["noise_index"]).to(device)
+        eps = gaussian([seed], generator.noise_shape(side, side))[0].to(device)
         return Target(
             index,
             record,
@@ -132,21 +120,10 @@ class Preparer:
             eps,
             generator.encode_prompts([record.prompt]),
             latent,
-            image if self._needs_images else None,
+            image if options.pixel_l1_weight else None,
             features,
-            start=self._start_of(record),
+            start=start,
         )
-
-    def _seed_of(self, record: Record) -> int:
-        if record.id in self._previous:
-            return int(self._previous[record.id][0])
-        return derived_seed(self._seed, record.id)
-
-    def _start_of(self, record: Record) -> Tensor | None:
-        if record.id not in self._previous:
-            return None
-        _, path, index = self._previous[record.id]
-        return read_noise(path, index).to(self._generator.device)
 
 
 def problem_of(targets: Sequence[Target]) -> Problem:

@@ -122,15 +122,7 @@ class Cycles(ABC):
         }
 
     def run(self, *, overwrite: bool = False, report_to: str = "none") -> dict[str, Any]:
-        """Run all stages that have no result yet.
-
-        Args:
-            overwrite: Start anew.
-            report_to: Tracker.
-
-        Returns:
-            The summary, as in summary.json.
-        """
+        """Run all stages that have no result yet; returns the summary, as in summary.json."""
         cycles = range(1, len(self.options.schedule()) + 1)
         old = (path.name for path in self.folder.glob("cycle-*"))  # may be more than the new ones
         outputs = (*_OUTPUTS, *sorted({*old, *map(name_of, cycles)}))

@@ -67,7 +67,6 @@ class RewardEmRun(Cycles):
             self.searcher(cycle, self.folder, 0)  # checks its options before any long work
 
     def describe(self) -> dict[str, Any]:
-        """What is raised, of which images."""
         return {
             "rewards": self.names,
             "images_per_prompt": self.images_per_prompt,
@@ -76,7 +75,6 @@ class RewardEmRun(Cycles):
         }
 
     def measure(self) -> RandomNoiseMeasure:
-        """By rewards and judges."""
         return self.measure_of(scores=all_scores(self.rewards, self.judge))
 
     def searcher(self, cycle: int, folder: Path, seed: int) -> OptimizeRun:
@@ -95,7 +93,6 @@ class RewardEmRun(Cycles):
         )
 
     def e_step(self, cycle: int, seed: int) -> tuple[Path, dict[str, Any]]:
-        """Search noises whose images score high."""
         self.generator.recompute(self.recompute)  # an M-step ends it
         with self.stage(f"{name_of(cycle)}/assign") as folder:
             found = self.searcher(cycle, folder, seed).run()

@@ -29,9 +29,7 @@ def cycle_seeds(seed: int, cycle: int, pool_refresh: int) -> tuple[int, int]:
 def is_stuck(distances: Sequence[float | None], patience: int) -> bool:
     """Whether the last ``patience`` cycles brought no lower Frechet distance; 0: never.
 
-    Args:
-        distances: Of the base model and after each cycle; None where it cannot be measured.
-        patience: Cycles.
+    ``distances`` are of the base model and after each cycle; None where it cannot be measured.
     """
     if not patience or len(distances) <= patience:
         return False

@@ -69,7 +69,6 @@ class EmRun(Cycles):
         self._assigner([], self.folder, 0)  # checks its options before any long work
 
     def describe(self) -> dict[str, Any]:
-        """What is read, and how."""
         return {
             "compare_direct": self.compare_direct,
             "resize_mode": self.resize_mode,
@@ -79,7 +78,6 @@ class EmRun(Cycles):
         }
 
     def measure(self) -> RandomNoiseMeasure:
-        """Beside the held-out images, where there are any."""
         real = None
         if self.heldout:
             paths = [(record.image_path, self.resize_mode) for record in self.heldout]
@@ -109,7 +107,6 @@ class EmRun(Cycles):
         self.evaluate(measure, "direct")
 
     def e_step(self, cycle: int, seed: int) -> tuple[Path, dict[str, Any]]:
-        """Assign noises to the targets whose turn it is; the others keep theirs."""
         options = self.options
         previous = self._manifest(cycle - 1) if cycle > 1 else None
         with self.stage(f"{name_of(cycle)}/assign") as folder:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
-from oneshot_fast.noise.prior import norm_penalty
-from oneshot_fast.search.problem import Evaluation, Problem
+from oneshot_fast.search.problem import Evaluation, Problem, penalised
 
 if TYPE_CHECKING:
     from oneshot_fast.generators.base import Generator
@@ -30,11 +29,6 @@ class RewardObjective:
         images = self._generator.images(self._generator.latents(z, problem.conditioning))
         scores = self._rewards.scores(images, list(problem.prompts))
         total = self._rewards.total(scores)
-        loss = -total
-        if self._options.noise_l2_weight:
-            drift = (z - problem.eps).square().mean((1, 2, 3))
-            loss = loss + self._options.noise_l2_weight * drift
-        if self._options.norm_weight:
-            loss = loss + self._options.norm_weight * norm_penalty(z)
+        loss = penalised(-total, z, problem.eps, self._options)
         pixels = (images.detach() * 255).round().to(torch.uint8)
         return Evaluation(loss, {**scores, "total": total}, pixels)

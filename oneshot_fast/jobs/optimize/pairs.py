@@ -23,13 +23,9 @@ def write_training_pairs(
     optimisation. The optimised noises themselves would teach nothing: the generator already maps
     them to these images.
 
-    Args:
-        folder: Run folder of ``python -m oneshot_fast.optimize``.
-        rows: Of its noises; those without an image in ``folder`` are left out.
-        noise_shape: [C, h, w] of a noise.
-
     Returns:
-        Number of pairs; without any, nothing is written.
+        Number of pairs; ``rows`` without an image in ``folder`` are left out, and without any pair
+        nothing is written.
     """
     shards: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:

@@ -26,14 +26,9 @@ if TYPE_CHECKING:
 
 
 def search_memory(search: RewardSearch, sample: Sample, batch_size: int) -> StepMemory:
-    """Memory of a step, from its forward and backward pass on fake tensors.
+    """Memory of a step of ``batch_size`` images, from its passes on fake tensors.
 
     What an allocator wastes and what libraries of the device take for themselves is not in it.
-
-    Args:
-        search: Generator, rewards and options; they are not changed.
-        sample: An example.
-        batch_size: Images at once.
     """
     side, prompts = search.side, [sample.prompt] * batch_size
     differentiates = search.options.gradient_steps > 0
@@ -68,13 +63,7 @@ def search_memory(search: RewardSearch, sample: Sample, batch_size: int) -> Step
 
 
 def optimize_plan(search: RewardSearch, samples: Sequence[Sample], batch_size: int) -> Plan:
-    """Memory by part and time, the latter from a few timed steps.
-
-    Args:
-        search: Generator, rewards and options.
-        samples: What would be made.
-        batch_size: Images at once.
-    """
+    """Memory by part and time, the latter from a few timed steps."""
     count = min(batch_size, len(samples))
     lines = search_memory(search, samples[0], count).lines(f"{count} images")
     seconds = _seconds(search, samples[:count])

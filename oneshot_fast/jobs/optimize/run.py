@@ -34,14 +34,7 @@ _METRICS_EVERY = 30.0  # seconds between two writings of the metrics of all prom
 def samples_of(
     prompts: Sequence[str], images_per_prompt: int, seed: int, seeds: Sequence[int] = ()
 ) -> list[Sample]:
-    """The images to make, prompt by prompt.
-
-    Args:
-        prompts: May repeat.
-        images_per_prompt: Images of each.
-        seed: Seed of the run, from which every image's own follows.
-        seeds: Instead, one seed per image of a prompt, the same for all prompts.
-    """
+    """The images to make, prompt by prompt; ``seeds`` go before those that follow from ``seed``."""
     found: list[Sample] = []
     for k, prompt in enumerate(prompts):
         for j in range(len(seeds) or images_per_prompt):
@@ -121,7 +114,6 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
         self.seed, self.num_images = seed, num_images
 
     def settings(self) -> dict[str, Any]:
-        """Everything a result depends on."""
         search = self.search
         return {
             "command": self.command,
@@ -142,19 +134,16 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
         return super().is_finished() and read_json(path)["training_pairs"] is not None
 
     def batches(self, done: frozenset[str]) -> Iterator[Sequence[Sample]]:
-        """All batches of samples, less what is done."""
         for start in range(0, len(self.samples), self.batch_size):
             batch = self.samples[start : start + self.batch_size]
             yield [sample for sample in batch if sample.id not in done]
 
     def solve(self, batches: Iterable[Sequence[Sample]]) -> Iterator[Sequence[Optimized]]:
-        """The best noises of every batch."""
         self.search.on_evaluations = self.on_evaluations
         self._written = time.perf_counter()
         return (self.search.solve(batch) for batch in batches if batch)
 
     def failure(self, found: Optimized) -> Json:
-        """Of a sample with a reward that is not finite."""
         reason = "its reward became NaN or infinite"
         return Failure(reason, id=found.sample.id, prompt=found.sample.prompt).row
 
@@ -165,7 +154,6 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
         return {f"{found.sample.id}-{kind}.png": image for kind, image in found.images.items()}
 
     def row(self, found: Optimized, place: Mapping[str, Any]) -> Json:
-        """What is kept of a sample."""
         sample, last = found.sample, found.last
         return {
             "id": sample.id,
@@ -185,7 +173,6 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
         }
 
     def means(self, rows: Sequence[Json]) -> dict[str, float]:
-        """Rewards before and after."""
         return {
             f"{name}_reward": statistics.fmean(row[name]["total"] for row in rows)
             for name in ("initial", "best")

@@ -60,12 +60,10 @@ class Optimized:
 
     @property
     def index(self) -> int:
-        """The sample's place in the run."""
         return self.sample.index
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The best noise "z", [C, h, w] float32, and "q", its rotation, if there is one."""
         return self.last.tensors
 
     @property
@@ -97,15 +95,7 @@ class RewardSearch:
         save_steps: Sequence[int] = (),
         on_evaluations: Callable[[int], object] = lambda count: None,
     ) -> None:
-        """Bind what all samples share.
-
-        Args:
-            generator: Its weights stay fixed.
-            rewards: Score images; differentiable unless the method is best_of_n.
-            options: How a noise is searched.
-            resolution: Image side in pixels; by default the generator's own.
-            save_steps: Gradient steps whose images are kept.
-            on_evaluations: Called with how many evaluations were done.
+        """Bind what all samples share; images of the gradient steps ``save_steps`` are kept.
 
         Raises:
             UserError: If an option makes no sense or does not fit the latent, or the method needs

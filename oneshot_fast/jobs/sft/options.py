@@ -29,7 +29,6 @@ class SftOptions(TrainOptions):
     """Train on the matched noises, or (baseline: direct SFT) on new random noise at every step."""
 
     def check(self) -> None:
-        """Raise UserError for values that make no sense."""
         super().check()
         require(
             self.latent_loss_weight + self.pixel_l1_weight > 0,
@@ -38,12 +37,10 @@ class SftOptions(TrainOptions):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """All weights of losses, and the weight decay."""
         return (self.latent_loss_weight, self.pixel_l1_weight, *super().weights)
 
     @property
     def decodes(self) -> bool:
-        """Whether a loss is in pixels."""
         return self.pixel_l1_weight > 0 or super().decodes
 
     def loss(self, rewards: WeightedRewards | None = None) -> OneStepLoss:

@@ -51,18 +51,10 @@ def sft_plan(
     offload_encoders: bool | None = None,
     by_reward: ByReward | None = None,
 ) -> Plan:
-    """Parameters, memory by part, disk and time of a training.
+    """Parameters, memory by part, disk and time of a training on ``samples`` pairs or images.
 
     Memory is found on tensors without data, time from forward and backward passes on random data
     that keep no gradient: the weights stay as they are.
-
-    Args:
-        generator: The generator.
-        options: How it is trained.
-        resolution: Image side in pixels.
-        samples: Matched pairs, or images of an epoch.
-        offload_encoders: Whether what only encodes is off the device; by default on a GPU.
-        by_reward: What a training on rewards raises.
     """
     offloads = offload_encoders
     if offloads is None:
@@ -102,14 +94,8 @@ def training_memory(
 ) -> StepMemory:
     """Memory of a training step, from a run of its forward and backward pass on fake tensors.
 
-    What an allocator wastes and what libraries of the device take for themselves is not in it.
-
-    Args:
-        generator: The generator; neither it nor its weights are changed.
-        options: How it is trained.
-        resolution: Image side in pixels.
-        offloads: Whether what only encodes is off the device.
-        by_reward: What a training on rewards raises.
+    What an allocator wastes and what libraries of the device take for themselves is not in it. With
+    ``offloads`` what only encodes is off the device.
     """
     with fake_copy(generator) as fake:
         trained = _prepare(fake.denoiser, options)

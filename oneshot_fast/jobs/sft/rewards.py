@@ -114,7 +114,6 @@ class RewardRun(TrainingRun):
         self._measure: RandomNoiseMeasure | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Everything the result depends on."""
         return {
             "command": "sft",
             "rewards": self.names,
@@ -127,7 +126,6 @@ class RewardRun(TrainingRun):
         }
 
     def plan(self) -> Plan:
-        """What the run will need; does nothing of it."""
         return sft_plan(
             self.generator,
             self.options,
@@ -138,7 +136,6 @@ class RewardRun(TrainingRun):
         )
 
     def learn(self, tracker: Accelerator) -> dict[str, Any]:
-        """Measure the generator, train, and measure after every epoch."""
         self.make_pool(self.prompts)
         self._measure = RandomNoiseMeasure(
             self.prompts,
@@ -153,7 +150,6 @@ class RewardRun(TrainingRun):
         return {"base": base, **self.train(self._examples, tracker), "failed": 0}
 
     def batch(self, rows: list[int], step: int) -> Batch:
-        """New random noises for the prompts at ``rows``, then the preserve noises of this step."""
         texts = [self._examples[k] for k in rows]
         seeds = [derived_seed(self.seed, "reward", step, k) for k in rows]
         noise = gaussian(seeds, self.noise_shape).to(self.generator.device)
@@ -161,19 +157,16 @@ class RewardRun(TrainingRun):
         return Batch(matching=made, **self.preserved(step))
 
     def after_epoch(self, epoch: int) -> dict[str, Any]:
-        """Reward, judges, drift and diversity."""
         with ended(self.trainers[STUDENT]):
             return self._measured(f"epoch-{epoch:03d}")
 
     def at_end(self) -> dict[str, Any]:
-        """What was measured after the last epoch."""
         last = self.trainers[STUDENT].history[-1]["epoch"]
         return {"final": self._measured(f"epoch-{last:03d}")}
 
     @property
     def decodes(self) -> bool:
-        """Rewards see images."""
-        return True
+        return True  # rewards see images
 
     def _measured(self, name: str) -> dict[str, float]:
         """Of the generator as it is now, unless it was measured before."""

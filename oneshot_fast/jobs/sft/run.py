@@ -76,7 +76,6 @@ class SftRun(TrainingRun):
         self._examples: Examples | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Everything the result depends on."""
         pairs = self.pairs
         # in the same order in every process
         paths = list(dict.fromkeys(path for p in pairs for path in (p.image_path, p.noise_path)))
@@ -97,7 +96,6 @@ class SftRun(TrainingRun):
         }
 
     def plan(self) -> Plan:
-        """What the run will need; does nothing of it."""
         return sft_plan(
             self.generator,
             self.options,
@@ -107,7 +105,6 @@ class SftRun(TrainingRun):
         )
 
     def learn(self, tracker: Accelerator) -> dict[str, Any]:
-        """Read and encode the pairs, and train on them."""
         bad = list(self.failures)
         self._examples = Examples.load(self.generator, self.targets, self.pairs, self._hashes, bad)
         prompts = [pair.prompt for pair in self._examples.pairs]
@@ -120,7 +117,6 @@ class SftRun(TrainingRun):
         return summary | {"failed": len(bad)}
 
     def batch(self, rows: list[int], step: int) -> Batch:
-        """The pairs at ``rows``, then the preserve noises of this step."""
         assert self._examples is not None
         generator, pairs = self.generator, [self._examples.pairs[k] for k in rows]
         noise = self._examples.noises[rows]
@@ -136,7 +132,6 @@ class SftRun(TrainingRun):
         return Batch(matching=learned, **self.preserved(step))
 
     def at_end(self) -> dict[str, Any]:
-        """The loss of the pairs."""
         return {"matched_loss_after": self._matched_loss()}
 
     @torch.no_grad()

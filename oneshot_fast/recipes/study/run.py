@@ -33,10 +33,10 @@ RECONSTRUCTION = AssignOptions(steps=20, sphere_optimizer="adam")
 def study(
     name: str, folder: Path, *, quick: bool, seeds: int, budget: int, samples: int
 ) -> dict[str, Any]:
-    """All results of one generator; each is kept as it is finished.
+    """All results of one generator, "digits" or "shapes"; each is kept as it is finished.
 
     Args:
-        name: "digits" or "shapes".
+        name: Of the two.
         folder: For models, targets and results.
         quick: Few and short trainings.
         seeds: Trainings per cell.
@@ -92,15 +92,10 @@ def measured(subject: Subject, generator: ToyGenerator, samples: int) -> dict[st
 def train(
     subject: Subject, cell: Cell, folder: Path, *, seed: int, budget: int, samples: int
 ) -> dict[str, Any]:
-    """Train from the base model as ``cell`` says and measure the result.
+    """Train from the base model as ``cell`` says and measure the result on ``samples`` noises.
 
-    Args:
-        subject: The generator and its data.
-        cell: How to train.
-        folder: For the runs of the E- and M-steps; removed in the end.
-        seed: Of noises and batches.
-        budget: Generator evaluations per target, assignment included.
-        samples: Random noises per measure.
+    The E- and M-steps run in ``folder``, which is removed in the end; ``budget`` is in generator
+    evaluations per target, assignment included.
     """
     generator = subject.base()
     targets = TargetImages(generator)
@@ -140,9 +135,7 @@ def curve(
     subject: Subject, generator: Generator, options: AssignOptions, records: Sequence[Any]
 ) -> list[float]:
     """Mean over the records of the best loss so far, after every step."""
-    preparer = Preparer(
-        generator, TargetImages(generator), seed=0, resize_mode="crop", needs_images=False
-    )
+    preparer = Preparer(generator, TargetImages(generator), options, seed=0, resize_mode="crop")
     problem = problem_of(preparer.prepare([*enumerate(records)])[0])
     losses = Search(problem, options, MatchingObjective(generator, options)).run().losses
     return losses.cummin(0).values.mean(1).tolist()

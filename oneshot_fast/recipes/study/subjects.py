@@ -54,13 +54,7 @@ class Subject:
     """A base generator, its targets on the disk, real images that nothing was trained on."""
 
     def __init__(self, name: str, folder: Path, quick: bool) -> None:
-        """Read or make everything in ``folder``.
-
-        Args:
-            name: "digits" or "shapes".
-            folder: Holds the base model and the targets.
-            quick: Small data and a short training.
-        """
+        """Read or make everything of "digits" or "shapes" in ``folder``; with ``quick`` small."""
         self.recipe = SUBJECTS[name]
         self._base_images: dict[tuple[int, int], Tensor] = {}
         if name == "digits":

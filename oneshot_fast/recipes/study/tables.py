@@ -24,13 +24,7 @@ _COLUMNS = (
 
 
 def write_study(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Write study.json, plots and study.md.
-
-    Args:
-        folder: Where to.
-        found: Results by data set: real, base, speeds, cells.
-        settings: Of the study.
-    """
+    """Write study.json, plots and study.md of results by data set: real, base, speeds, cells."""
     machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
     write_json(folder / "study.json", {"settings": settings, "machine": machine, "results": found})
     lines = [

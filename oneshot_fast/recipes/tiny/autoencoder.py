@@ -52,16 +52,7 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def base_latents(vae: AutoencoderKL, copies: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Latents of the training writers' digits in the base style, slightly moved.
-
-    Args:
-        vae: the trained VAE.
-        copies: random affine maps per digit.
-        seed: of the maps.
-
-    Returns:
-        Latents [M, 4, 8, 8] and labels [M], M = 1397 copies.
-    """
+    """Latents [M, 4, 8, 8], labels [M] of training digits in base style, moved ``copies`` times."""
     draw = torch.Generator().manual_seed(seed)
     digits, labels = load_digits("train")
     parts = []

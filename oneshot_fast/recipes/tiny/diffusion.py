@@ -20,11 +20,7 @@ from oneshot_fast.recipes.tiny.fitting import fit, start_near_linear
 
 
 def encode_digits(pipeline: StableDiffusionXLPipeline) -> tuple[Tensor, Tensor]:
-    """Text embeddings of the ten prompts as the pipeline makes them, with gradients.
-
-    Returns:
-        Token embeddings [10, 77, 64] and pooled embeddings [10, 32].
-    """
+    """Token [10, 77, 64] and pooled embeddings [10, 32] of the ten prompts, with gradients."""
     context, _, pooled, _ = pipeline.encode_prompt(
         [prompt_of(digit) for digit in range(10)],
         device=torch.device("cpu"),
@@ -36,17 +32,10 @@ def encode_digits(pipeline: StableDiffusionXLPipeline) -> tuple[Tensor, Tensor]:
 def predict_noise(
     unet: UNet2DConditionModel, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor
 ) -> Tensor:
-    """The UNet's noise prediction with the size conditions of a 64 x 64 image.
+    """The UNet's noise prediction, [B, 4, 8, 8], with the size conditions of a 64 x 64 image.
 
-    Args:
-        unet: the UNet.
-        x: noisy latents of unit variance, [B, 4, 8, 8].
-        t: timesteps 0 to 999, [B].
-        context: token embeddings, [B, 77, 64].
-        pooled: pooled embeddings, [B, 32].
-
-    Returns:
-        [B, 4, 8, 8].
+    The noisy latents ``x`` [B, 4, 8, 8] have unit variance, timesteps ``t`` [B] go from 0 to 999,
+    and token and pooled embeddings are [B, 77, 64] and [B, 32].
     """
     # Original size, crop and target size, as the pipeline passes them.
     time_ids = x.new_tensor([IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE])
@@ -87,15 +76,8 @@ def sample_teacher(
 ) -> Tensor:
     """End points of the teacher's probability-flow ODE by DPM-Solver++(2M), arXiv:2211.01095.
 
-    Args:
-        pipeline: with the teacher's UNet.
-        eps: base noise, [B, 4, 8, 8].
-        labels: digits, [B].
-        steps: solver steps.
-        guidance: classifier-free guidance scale; 1 takes the prompted prediction as it is.
-
-    Returns:
-        Scaled latents, [B, 4, 8, 8].
+    From base noise ``eps`` [B, 4, 8, 8] for the digits ``labels`` [B] to scaled latents [B, 4, 8,
+    8]. Classifier-free ``guidance`` of 1 takes the prompted prediction as it is.
     """
     solver = DPMSolverMultistepScheduler.from_config(
         pipeline.scheduler.config, use_karras_sigmas=True, algorithm_type="dpmsolver++"
@@ -115,11 +97,7 @@ def sample_teacher(
 
 
 def make_pairs(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> dict[str, Tensor]:
-    """Noises, the teacher's end points and labels: what the one-step student learns from.
-
-    Returns:
-        eps [M, 4, 8, 8], x0 [M, 4, 8, 8] (scaled latents) and labels [M].
-    """
+    """Noises eps and end points x0 (scaled latents), [M, 4, 8, 8], with labels [M]."""
     draw = torch.Generator().manual_seed(config.seed + 2)
     count = config.distill_pairs
     eps = torch.randn(count, 4, LATENT_SIZE, LATENT_SIZE, generator=draw)

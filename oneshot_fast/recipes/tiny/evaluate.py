@@ -13,16 +13,7 @@ from oneshot_fast.evaluation.measures import frechet_distance, pairwise_diversit
 
 
 def sample_digits(pipeline: StableDiffusionXLPipeline, labels: Tensor, seed: int) -> Tensor:
-    """One-step images of prompted digits by the pipeline itself, guidance 0.
-
-    Args:
-        pipeline: a one-step pipeline.
-        labels: digits 0 to 9, [N].
-        seed: of the noises.
-
-    Returns:
-        [N, 3, 64, 64] fp32, [0, 1] RGB.
-    """
+    """Images [N, 3, 64, 64] in [0, 1] of digits ``labels`` [N] by the one-step pipeline itself."""
     draw = torch.Generator().manual_seed(seed)
     pipeline.set_progress_bar_config(disable=True)
     parts = []
@@ -52,12 +43,6 @@ def measure(
     pipeline: StableDiffusionXLPipeline, classifier: DigitClassifier, per_digit: int, seed: int
 ) -> tuple[dict[str, float], Tensor]:
     """Accuracy, diversity and Frechet distances of samples beside those of real digits.
-
-    Args:
-        pipeline: the generator, fp32 on the CPU.
-        classifier: the judge.
-        per_digit: samples of each digit.
-        seed: of the noises.
 
     Returns:
         The measures by name, and the samples [10 per_digit, 3, 64, 64] (digits 0 to 9 in turn).

@@ -45,13 +45,7 @@ def fit(
 ) -> None:
     """AdamW with warm-up, cosine decay and clipping; leaves the averaged weights in place.
 
-    Args:
-        name: shown in the progress bar.
-        parameters: what is trained.
-        loss_of_step: gives the scalar loss of a step.
-        steps: number of steps.
-        lr: highest learning rate.
-        ema_decay: of the weights' moving average.
+    ``loss_of_step`` gives the scalar loss of a step, ``lr`` is the highest learning rate.
     """
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-4, betas=(0.9, 0.99))

@@ -54,13 +54,7 @@ def train_classifier(config: TrainConfig) -> DigitClassifier:
 
 
 def run_stage(path: Path, modules: nn.ModuleDict, train: Callable[[], None]) -> None:
-    """Train and save a stage, or load it where it is finished.
-
-    Args:
-        path: the stage's safetensors file.
-        modules: what the stage trains.
-        train: trains them in place.
-    """
+    """``train`` the modules in place and save them to ``path``, or load them where it exists."""
     if path.is_file():
         modules.load_state_dict(load_file(path))
         return

@@ -22,14 +22,10 @@ _TRAINED = {"base": "train/model"} | {
 def compare(
     folder: Path, heldout: LabelledImages, *, samples: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Measure the base generator and every trained one there is.
+    """Measure the base generator, every trained one there is, and real images that are no targets.
 
-    Args:
-        folder: Work folder of ``python -m oneshot_fast.toy``; gets comparison/ with the measures
-            and pictures of samples.
-        heldout: Real images that are no targets.
-        samples: Random noises.
-        seed: Of the noises.
+    ``folder``, the work folder of ``python -m oneshot_fast.toy``, gets comparison/ with the
+    measures and pictures of samples.
 
     Returns:
         The measures by name, those of the real images at the end.
@@ -55,15 +51,7 @@ def measured(
     samples: int,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """Measures of generators, the base one first, and of real images.
-
-    Args:
-        generators: By name; all have the classifier of the first.
-        heldout: Real images that are no targets.
-        folder: Gets pictures of samples and measures, by name.
-        samples: Random noises.
-        seed: Of the noises.
-    """
+    """Measures of generators, the base one with all's classifier first, and of real images."""
     base = next(iter(generators.values()))
     measure = RandomNoiseMeasure(
         heldout.prompts,

@@ -23,13 +23,7 @@ class HingeCritic(nn.Module):
     """Learning rates of generator and critic."""
 
     def __init__(self, classes: int, image_size: int, width: int) -> None:
-        """Make the network.
-
-        Args:
-            classes: Number of classes K.
-            image_size: Side in pixels.
-            width: Channels at the full resolution.
-        """
+        """Make the network for K classes and images of a side; ``width`` channels there."""
         super().__init__()
         widths = _widths(image_size, width)
         layers: list[nn.Module] = []
@@ -64,13 +58,9 @@ class LogisticCritic(nn.Module):
     """Learning rates of generator and critic."""
 
     def __init__(self, classes: int, image_size: int, width: int, penalty: float = 0.2) -> None:
-        """Make the network.
+        """Make the network for K classes and images of a side; ``width`` channels there.
 
-        Args:
-            classes: Number of classes K.
-            image_size: Side in pixels.
-            width: Channels at the full resolution.
-            penalty: Weight of the gradient penalty; with too small a one, what is rare is dropped.
+        ``penalty`` is the weight on the gradient; with too small a one, what is rare is dropped.
         """
         super().__init__()
         self.penalty = penalty
@@ -84,7 +74,6 @@ class LogisticCritic(nn.Module):
         self.classes = nn.Linear(classes, 128, bias=False)
 
     def forward(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Scores [B] of images [B, 3, s, s] in [-1, 1] and one-hot classes [B, K]."""
         x = self.body(images)
         return self.head(x)[:, 0] + (x * self.classes(classes)).sum(1) * (4 / 128**0.5)
 
@@ -100,7 +89,6 @@ class LogisticCritic(nn.Module):
         return loss
 
     def generator_loss(self, made: Tensor, classes: Tensor) -> Tensor:
-        """What the generator minimises."""
         return F.softplus(-self(made, classes)).mean()
 
 

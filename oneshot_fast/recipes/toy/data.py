@@ -53,10 +53,7 @@ class LabelledImages:
 def digits(split: str, copies: int = 8, seed: int = 0) -> LabelledImages:
     """Real digits, 16 x 16 pixels, black ink on white; see embedded/digits.py for their source.
 
-    Args:
-        split: "train" or "heldout", of different writers.
-        copies: Slightly moved copies of each training digit; held-out digits stay as they are.
-        seed: Of the movements.
+    "train" and "heldout" are of different writers; training digits are slightly moved ``copies``.
     """
     grey, labels = load_digits(split)
     grey = grey[:, None]
@@ -73,10 +70,7 @@ def digits(split: str, copies: int = 8, seed: int = 0) -> LabelledImages:
 def shapes(split: str, count: int = 8000, size: int = 32) -> LabelledImages:
     """Coloured shapes of any size, place and angle on light grey, drawn with soft edges.
 
-    Args:
-        split: "train" or "heldout": drawn with different seeds.
-        count: Number of images.
-        size: Side in pixels.
+    "train" and "heldout" are drawn with different seeds, on ``size`` x ``size`` pixels.
     """
     draw = torch.Generator().manual_seed(0 if split == "train" else 1)
     labels = torch.arange(count) % (len(SHAPES) * len(COLOURS))

@@ -29,11 +29,8 @@ _WANTED = "--data_root is the folder that holds MNIST/raw or cifar-10-batches-py
 def mnist(split: str, root: Path) -> LabelledImages:
     """MNIST, white on black, padded to 32 x 32 pixels.
 
-    Source: http://yann.lecun.com/exdb/mnist, LeCun, Cortes and Burges.
-
-    Args:
-        split: "train" or "heldout".
-        root: Folder that holds MNIST/raw with the four IDX files, each as .gz or unpacked.
+    Source: http://yann.lecun.com/exdb/mnist, LeCun, Cortes and Burges. ``root`` holds MNIST/raw
+    with the four IDX files, each as .gz or unpacked.
 
     Raises:
         DataError: If a file is missing or broken.
@@ -49,9 +46,7 @@ def mnist(split: str, root: Path) -> LabelledImages:
 def _read_idx(path: Path, shape: tuple[int | None, ...]) -> Tensor:
     """Bytes of an IDX file: 0, 0, type 8 (bytes), number of sizes, sizes as big-endian int32.
 
-    Args:
-        path: The file, as .gz; without this suffix it serves, too.
-        shape: Sizes it must have, None for any.
+    A file without .gz serves, too; None is any size.
     """
     found = path if path.exists() else path.with_suffix("")
     try:
@@ -72,13 +67,9 @@ def _read_idx(path: Path, shape: tuple[int | None, ...]) -> Tensor:
 
 
 def cifar10(split: str, root: Path) -> LabelledImages:
-    """CIFAR-10, 32 x 32 pixels.
+    """CIFAR-10, 32 x 32 pixels; ``root`` holds cifar-10-batches-py.
 
     Source: https://www.cs.toronto.edu/~kriz/cifar.html, Krizhevsky 2009.
-
-    Args:
-        split: "train" or "heldout".
-        root: Folder that holds cifar-10-batches-py.
 
     Raises:
         DataError: If a file is missing or broken.

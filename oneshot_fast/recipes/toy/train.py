@@ -27,17 +27,7 @@ def train_generator(
     width: int = 32,
     seed: int = 0,
 ) -> ToyGenerator:
-    """Train a generator against a critic and average its weights.
-
-    Args:
-        data: Labelled images.
-        noise_shape: [C, h, w] of a noise.
-        steps: Steps of generator and critic.
-        against: Makes the critic of number of classes, image size and width.
-        batch_size: Images per step.
-        width: Channels at the full resolution.
-        seed: Of weights, batches and noises.
-    """
+    """Train a generator against a critic, which ``against`` makes, and average its weights."""
     draw = torch.Generator().manual_seed(seed)
     C, h, w = noise_shape
     config = ToyConfig(data.prompts, data.images.shape[-1], (C, h, w), width)

@@ -35,18 +35,9 @@ def train(
 ) -> dict[str, Any]:
     """Train classifier and generator and measure them; what is finished is kept.
 
-    Args:
-        folder: Gets classifier.safetensors, model/ (see ``ToyGenerator.save``), eval/ with samples,
-            real.png and summary.json.
-        recipe: Sizes and number of steps.
-        train_set: What both learn from.
-        heldout: What they are measured against.
-        seed: Of weights, batches and noises.
-        samples: Random noises, and held-out images at most, for the measures.
-        overwrite: Start anew.
-
-    Returns:
-        The summary, as in summary.json.
+    ``folder`` gets classifier.safetensors, model/ (see ``ToyGenerator.save``), eval/ with samples,
+    real.png and summary.json, which is returned. ``samples`` random noises, and as many held-out
+    images at most, are measured.
     """
     settings = {
         "command": "toy train",

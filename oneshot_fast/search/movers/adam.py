@@ -18,47 +18,21 @@ TINY = 1e-30
 
 
 def at_rest(point: Tensor) -> State:
-    """The state of searches that begin at ``point``.
-
-    Args:
-        point: [B, ...] float32.
-
-    Returns:
-        ``point``, its moments ``exp_avg`` and ``exp_avg_sq``, like it and 0, and ``scale``, the
-        root mean square of each first gradient, [B], 1 until there is one.
-    """
+    """The state of searches that begin at ``point`` [B, ...]: moments of 0, scales [B] of 1."""
     zeros = torch.zeros_like(point)
     scale = point.new_ones(len(point))
     return {"point": point, "exp_avg": zeros, "exp_avg_sq": zeros.clone(), "scale": scale}
 
 
 def scaled(gradient: Tensor, state: State, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients over the root mean square of each row's first one.
-
-    Args:
-        gradient: [B, ...].
-        state: Whose ``scale``, [B], counts after the first step.
-        step: Steps taken so far, [B] int64.
-
-    Returns:
-        The scaled gradients, like ``gradient``, and the scales, [B].
-    """
+    """Gradients [B, ...] over the root mean square of each row's first one; and those, [B]."""
     rms = gradient.square().flatten(1).mean(1).sqrt().clamp_min(TINY)
     scale = torch.where(step == 0, rms, state["scale"])
     return gradient / per_row(scale, gradient), scale
 
 
 def moments(state: State, gradient: Tensor, step: Tensor) -> State:
-    """Moments and scale after a gradient.
-
-    Args:
-        state: As ``at_rest`` makes it.
-        gradient: Like the point, [B, ...].
-        step: Steps taken so far, [B] int64.
-
-    Returns:
-        ``exp_avg``, ``exp_avg_sq`` and ``scale``.
-    """
+    """Moments and scale after a gradient [B, ...], with ``step`` [B] int64 taken before."""
     gradient, scale = scaled(gradient, state, step)
     return {
         "exp_avg": state["exp_avg"].lerp(gradient, 1 - BETA1),
@@ -68,15 +42,7 @@ def moments(state: State, gradient: Tensor, step: Tensor) -> State:
 
 
 def direction(moments: State, step: Tensor) -> Tensor:
-    """Adam's step of size 1 uphill, the moments' biases removed.
-
-    Args:
-        moments: As ``moments`` makes them, of points [B, ...].
-        step: Steps taken before, [B] int64.
-
-    Returns:
-        Like the points.
-    """
+    """Adam's step of size 1 uphill, [B, ...], unbiased; ``step`` [B] were taken before."""
     t = (step + 1).double()
     m, v = moments["exp_avg"], moments["exp_avg_sq"]
     bias1, root2 = (per_row(bias, m).to(m.dtype) for bias in (1 - BETA1**t, (1 - BETA2**t).sqrt()))

@@ -21,27 +21,18 @@ class Free(Mover):
     first_step = 0.3
 
     def __init__(self, max_angle: float | None = None) -> None:
-        """Bound the direction of the noise; its norm stays free.
-
-        Args:
-            max_angle: Largest angle to the base noise in radians; None for any.
-        """
+        """Bound the angle to the base noise, in radians; the norm stays free."""
         self.max_angle = max_angle
 
     def start(self, eps: Tensor, at: Tensor | None = None) -> State:
-        """The noises [B, C, h, w] themselves, at rest."""
         return at_rest((eps if at is None else at).clone())
 
     def noise(self, eps: Tensor, point: Tensor) -> Tensor:
-        """The point itself, [B, C, h, w]."""
         return point
 
-    def move(
-        self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
-    ) -> State:
-        """A step of Adam for noises [B, C, h, w]."""
-        found = moments(state, gradient, step)
-        moved = state["point"] - per_row(rate, gradient) * direction(found, step)
+    def move(self, state: State, eps: Tensor, grad: Tensor, step: Tensor, rate: Tensor) -> State:
+        found = moments(state, grad, step)
+        moved = state["point"] - per_row(rate, grad) * direction(found, step)
         return {"point": self._bounded(eps, moved), **found}
 
     def _bounded(self, eps: Tensor, z: Tensor) -> Tensor:
@@ -66,15 +57,11 @@ class FreeSgd(Free):
     adapts = False
 
     def start(self, eps: Tensor, at: Tensor | None = None) -> State:
-        """The noises [B, C, h, w], at rest."""
         return {"point": (eps if at is None else at).clone(), "velocity": torch.zeros_like(eps)}
 
-    def move(
-        self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
-    ) -> State:
-        """A step of SGD for noises [B, C, h, w]."""
-        length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
-        clipped = gradient * per_row((_CLIP / length).clamp_max(1), gradient)
+    def move(self, state: State, eps: Tensor, grad: Tensor, step: Tensor, rate: Tensor) -> State:
+        length = grad.flatten(1).norm(dim=1).clamp_min(1e-12)
+        clipped = grad * per_row((_CLIP / length).clamp_max(1), grad)
         velocity = _MOMENTUM * state["velocity"] + clipped
-        moved = state["point"] - per_row(rate, gradient) * (clipped + _MOMENTUM * velocity)
+        moved = state["point"] - per_row(rate, grad) * (clipped + _MOMENTUM * velocity)
         return {"point": self._bounded(eps, moved), "velocity": velocity}

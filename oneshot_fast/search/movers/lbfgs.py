@@ -26,7 +26,6 @@ class QuasiNewtonSphere(Sphere):
     first_step = 0.5
 
     def start(self, eps: Tensor, at: Tensor | None = None) -> State:
-        """The noises as blocks [B, K, n], and no pairs yet."""
         point = super().start(eps, at)["point"]
         B, K, n = point.shape
         pairs = point.new_zeros(B, _PAIRS, K, n)
@@ -39,19 +38,16 @@ class QuasiNewtonSphere(Sphere):
             "changes": pairs.clone(),
         }
 
-    def move(
-        self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
-    ) -> State:
-        """A step along great circles, for a gradient [B, K, n]."""
+    def move(self, state: State, eps: Tensor, grad: Tensor, step: Tensor, rate: Tensor) -> State:
         y = state["point"]
         radius = y.norm(dim=-1, keepdim=True)
         unit = y / radius
-        gradient, scale = scaled(tangent(gradient, unit), state, step)
+        grad, scale = scaled(tangent(grad, unit), state, step)
         moves = _remembered(state["moves"], y - state["last_point"], unit)  # the first: 0, no pair
-        changes = _remembered(state["changes"], gradient - state["last_gradient"], unit)
+        changes = _remembered(state["changes"], grad - state["last_gradient"], unit)
         longest = rate * radius.square().sum((1, 2)).sqrt()  # length of a step, [B]
-        barred = self._barred(eps, unit, gradient)
-        free = tangent(gradient, barred)
+        barred = self._barred(eps, unit, grad)
+        free = tangent(grad, barred)
         along, bends = (tangent(x, barred[:, None]) for x in (moves, changes))
         way = -tangent(newton_direction(free, along, bends, longest / _lengths(free)), unit)
         shorter = per_row((longest / _lengths(way)).clamp_max(1), way)
@@ -60,7 +56,7 @@ class QuasiNewtonSphere(Sphere):
             "point": self.turned(eps, unit, way, angle, radius),
             "scale": scale,
             "last_point": y,
-            "last_gradient": gradient,
+            "last_gradient": grad,
             "moves": moves,
             "changes": changes,
         }
@@ -90,19 +86,12 @@ def _lengths(x: Tensor) -> Tensor:
 
 
 def newton_direction(gradient: Tensor, moves: Tensor, changes: Tensor, first: Tensor) -> Tensor:
-    """Approximate inverse Hessian times gradient by the two-loop recursion.
+    """Approximate inverse Hessian times ``gradient`` [B, K, n] by the two-loop recursion.
 
-    Liu and Nocedal 1989 (Math. Programming 45). It starts from the geometric mean of the two step
-    sizes of Barzilai and Borwein, as Dai, Al-Baali and Yang 2015 take for gradient descent.
-
-    Args:
-        gradient: [B, K, n].
-        moves: Steps, [B, pairs, K, n], the newest last; 0 where there was none.
-        changes: What they changed in the gradient, like ``moves``.
-        first: Factor of the gradient where no pair shows positive curvature, [B].
-
-    Returns:
-        [B, K, n].
+    Liu and Nocedal 1989 (Math. Programming 45). ``moves`` [B, pairs, K, n], the newest last and 0
+    where there was none, changed the gradient by ``changes``. It starts from the geometric mean of
+    the two step sizes of Barzilai and Borwein, as Dai, Al-Baali and Yang 2015 take for gradient
+    descent; where no pair shows positive curvature, the gradient is multiplied by ``first`` [B].
     """
     s, y, q = moves.flatten(2), changes.flatten(2), gradient.flatten(1)
     curvature, lengths, changed = (s * y).sum(-1), s.norm(dim=-1), y.norm(dim=-1)  # [B, pairs]

@@ -48,15 +48,13 @@ class Mover(Protocol):
         """The rotations that ``point`` stands for, [B, D, D] or [B, G, G, D, D]; None if none."""
         return None
 
-    def move(
-        self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
-    ) -> State:
+    def move(self, state: State, eps: Tensor, grad: Tensor, step: Tensor, rate: Tensor) -> State:
         """The state after one step.
 
         Args:
             state: As ``start`` makes it; not changed.
             eps: Base noises, [B, C, h, w] float32.
-            gradient: Of the losses with respect to ``point``, like it; 0 where the mover does not
+            grad: Of the losses with respect to ``point``, like it; 0 where the mover does not
                 differentiate.
             step: Steps taken so far, [B] int64.
             rate: Step sizes, [B] float32.

@@ -29,17 +29,10 @@ class Rotation(Mover):
     first_step = 0.3
 
     def __init__(self, patch_size: int, groups: int = 1, max_angle: float | None = None) -> None:
-        """Bind the patches.
-
-        Args:
-            patch_size: Side of a patch in latent pixels.
-            groups: G x G tiles with a rotation each.
-            max_angle: Largest RMS rotation angle in radians; None for any.
-        """
+        """Bind the patches' side, G x G tiles of them, and the largest RMS angle in radians."""
         self.patch_size, self.groups, self.max_angle = patch_size, groups, max_angle
 
     def start(self, eps: Tensor, at: Tensor | None = None) -> State:
-        """Identities, [B, D, D] or [B, G, G, D, D], at rest."""
         check_patching(eps.shape[-2:], self.patch_size, self.groups)
         D = eps.shape[1] * self.patch_size**2
         tiles = () if self.groups == 1 else (self.groups, self.groups)
@@ -47,21 +40,14 @@ class Rotation(Mover):
         return at_rest(q)
 
     def noise(self, eps: Tensor, point: Tensor) -> Tensor:
-        """Base noises [B, C, h, w], rotated by ``point``."""
         return ops.patch_rotate(eps, point, self.patch_size)
 
     def rotation(self, point: Tensor) -> Tensor | None:
-        """The point itself, [B, D, D] or [B, G, G, D, D]."""
         return point
 
-    def move(
-        self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
-    ) -> State:
-        """A step of Riemannian Adam, for a gradient with respect to q.
-
-        An element of the generator counts sqrt(D - 1) times less.
-        """
-        g = gradient @ state["point"].mT
+    def move(self, state: State, eps: Tensor, grad: Tensor, step: Tensor, rate: Tensor) -> State:
+        """A step of Riemannian Adam; an element of the generator counts sqrt(D - 1) times less."""
+        g = grad @ state["point"].mT
         tangent, scale = scaled((g - g.mT) / 2, state, step)
         q, m, v = (state[name].clone() for name in ("point", "exp_avg", "exp_avg_sq"))
         per_matrix = q.shape[:-2]
@@ -80,24 +66,19 @@ class RawRotation(Rotation):
     """
 
     def start(self, eps: Tensor, at: Tensor | None = None) -> State:
-        """Zeros, [B, D, D] or [B, G, G, D, D], at rest."""
         return at_rest(torch.zeros_like(super().start(eps, at)["point"]))
 
     def noise(self, eps: Tensor, point: Tensor) -> Tensor:
-        """Base noises [B, C, h, w], rotated by exp(a - a^T)."""
         return super().noise(eps, ops.skew_exp(point))
 
     def rotation(self, point: Tensor) -> Tensor | None:
-        """exp(a - a^T), like ``point``."""
         return ops.skew_exp(point)
 
-    def move(
-        self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
-    ) -> State:
+    def move(self, state: State, eps: Tensor, grad: Tensor, step: Tensor, rate: Tensor) -> State:
         """A step of Adam; a - a^T moves by twice the elements of a."""
-        found = moments(state, gradient, step)
-        D = gradient.shape[-1]
-        lr = per_row(rate, gradient) / (2 * max(1, D - 1) ** 0.5)
+        found = moments(state, grad, step)
+        D = grad.shape[-1]
+        lr = per_row(rate, grad) / (2 * max(1, D - 1) ** 0.5)
         a = state["point"] - lr * direction(found, step)
         if self.max_angle is not None:
             angle = torch.linalg.matrix_norm(a - a.mT)[..., None, None] / D**0.5
@@ -106,17 +87,10 @@ class RawRotation(Rotation):
 
 
 def within_angle(q: Tensor, max_angle: float) -> Tensor:
-    """Rotations shortened, about the same planes, to an RMS angle of at most ``max_angle``.
+    """Rotations [..., D, D] shortened, in their planes, to an RMS angle of at most ``max_angle``.
 
     The symmetric part of q is cos and the skew part sin of the angles, in the same planes, so that
-    q^t = cos(t theta) + sin(t theta) / sin(theta) * (q - q^T) / 2.
-
-    Args:
-        q: Orthogonal, [..., D, D], without an angle of exactly pi.
-        max_angle: Radians.
-
-    Returns:
-        Like ``q``.
+    q^t = cos(t theta) + sin(t theta) / sin(theta) * (q - q^T) / 2. No angle may be exactly pi.
     """
     cosines, planes = torch.linalg.eigh((q + q.mT) / 2)
     theta = cosines.clamp(-1, 1).acos()

@@ -25,16 +25,10 @@ class Sphere(Mover):
     first_step = 0.7
 
     def __init__(self, max_angle: float | None = None, white: bool = False) -> None:
-        """Choose the manifold.
-
-        Args:
-            max_angle: Largest angle between a block and its base noise's; None for any.
-            white: Keep the energy of every block of the spectrum.
-        """
+        """Bound the angle in radians between a block and its base noise's; None for any."""
         self.max_angle, self.white = max_angle, white
 
     def start(self, eps: Tensor, at: Tensor | None = None) -> State:
-        """The noises as blocks [B, K, n], at rest."""
         return at_rest(self.blocks(eps if at is None else at))
 
     def blocks(self, eps: Tensor) -> Tensor:
@@ -56,15 +50,13 @@ class Sphere(Mover):
         parts = point.view(B, C // c, h // p, w // r, c, p, r).permute(0, 1, 4, 2, 5, 3, 6)
         return _cosines(h, eps).mT @ parts.reshape(eps.shape) @ _cosines(w, eps)
 
-    def move(
-        self, state: State, eps: Tensor, gradient: Tensor, step: Tensor, rate: Tensor
-    ) -> State:
+    def move(self, state: State, eps: Tensor, grad: Tensor, step: Tensor, rate: Tensor) -> State:
         """A step along great circles; the first moments stay tangent, without transport."""
         y = state["point"]
         radius = y.norm(dim=-1, keepdim=True)
         unit = y / radius
         moving = state | {"exp_avg": tangent(state["exp_avg"], unit)}
-        found = moments(moving, tangent(gradient, unit), step)
+        found = moments(moving, tangent(grad, unit), step)
         way = -tangent(direction(found, step), unit)
         angle = rate.view(-1, 1, 1) * way.square().mean(-1, keepdim=True).sqrt()
         return {"point": self.turned(eps, unit, way, angle, radius), **found}
@@ -74,15 +66,8 @@ class Sphere(Mover):
     ) -> Tensor:
         """Blocks turned along great circles, no further from their base noise than allowed.
 
-        Args:
-            eps: Base noises, [B, C, h, w].
-            unit: Where the blocks are, of length 1, [B, K, n].
-            way: Tangent there, of any length, [B, K, n].
-            angle: By how much they turn, in radians, [B, K, 1].
-            radius: Their lengths, [B, K, 1].
-
-        Returns:
-            Blocks [B, K, n] of length ``radius``.
+        They were at ``unit``, of length 1, turn towards the tangents ``way``, of any length, both
+        [B, K, n], by ``angle`` radians, and get the length ``radius``, both [B, K, 1].
         """
         y = along(unit, way, angle.clamp_max(_LONGEST)) * radius
         if self.max_angle is None:
@@ -92,16 +77,9 @@ class Sphere(Mover):
 
 
 def within_angle_of(base: Tensor, y: Tensor, max_angle: float, radius: Tensor) -> Tensor:
-    """Vectors moved back along great circles to at most ``max_angle`` from others.
+    """Vectors ``y`` [..., n] moved back along great circles to ``max_angle`` radians from ``base``.
 
-    Args:
-        base: The others, [..., n].
-        y: Vectors, [..., n].
-        max_angle: Radians.
-        radius: Length of a vector that was moved back, [..., 1].
-
-    Returns:
-        Like ``y``, which stays as it is within the angle.
+    Those get the length ``radius`` [..., 1]; what is within the angle stays as it is.
     """
     unit = base / base.norm(dim=-1, keepdim=True)
     away = tangent(y, unit)

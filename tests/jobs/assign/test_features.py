@@ -33,14 +33,7 @@ ROWS = AssignOptions(
 
 
 def prepare(tiny: Generator, data: Path, options: AssignOptions) -> Any:
-    preparer = Preparer(
-        tiny,
-        TargetImages(tiny),
-        seed=0,
-        resize_mode="crop",
-        needs_images=options.pixel_l1_weight > 0,
-        features=options.features,
-    )
+    preparer = Preparer(tiny, TargetImages(tiny), options, seed=0, resize_mode="crop")
     return preparer.prepare([*enumerate(read_pairs(data)[0])])
 
 

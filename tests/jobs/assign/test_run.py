@@ -125,7 +125,8 @@ def test_every_way_to_match_lowers_the_loss_that_it_reports(
     torch.testing.assert_close(result.z.flatten(1).norm(dim=1), eps.flatten(1).norm(dim=1))
     assert (result.best_loss < result.losses[0]).all()
     with torch.no_grad():
-        again = matching_loss(tiny, result.z, prompts, latents, images, options)
+        target = {"latents": latents, "images": images}
+        again = matching_loss(tiny, result.z, prompts, target, options)
     torch.testing.assert_close(again, result.best_loss, rtol=ROUNDING, atol=0)
 
 
@@ -137,7 +138,7 @@ def test_the_best_step_is_kept_when_the_search_overshoots(
     result = assign_batch(tiny, eps, prompts, latents, None, options)
     assert (result.best_step < 5).any() and torch.equal(result.best_loss, result.losses.amin(0))
     with torch.no_grad():
-        again = matching_loss(tiny, result.z, prompts, latents, None, options)
+        again = matching_loss(tiny, result.z, prompts, {"latents": latents}, options)
     torch.testing.assert_close(again, result.best_loss, rtol=ROUNDING, atol=0)
 
 
