@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.units import count_text, size_text
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
-    from oneshot_fast.rewards import WeightedRewards
 
 ON_CPU = 16  # fixed: a CPU has no device memory to fill, and results stay bitwise the same
 _LIMIT = 256

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import torch
 from tyro.conf import UseAppendAction
 
 from oneshot_fast.errors import require
-
-if TYPE_CHECKING:
-    import torch
-
-    from oneshot_fast.rewards import WeightedRewards
+from oneshot_fast.rewards import WeightedRewards
 
 
 @dataclass(frozen=True)

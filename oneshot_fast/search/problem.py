@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.noise.prior import norm_penalty
 from oneshot_fast.search.options import SearchOptions
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Conditioning
 
 
 @dataclass(frozen=True)

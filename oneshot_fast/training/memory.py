@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
-    from oneshot_fast.training.options import TrainOptions
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.training.options import TrainOptions
 
 _COSTLY = (
     "convolution",

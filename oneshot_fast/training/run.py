@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from oneshot_fast.errors import require
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.runtime.concurrency import Interrupts
 from oneshot_fast.runtime.files import read_json, write_json, write_jsonl
 from oneshot_fast.runtime.folder import RunFolder
@@ -32,8 +33,6 @@ from oneshot_fast.training.trainer import BadStepsError, Trainee, Trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from oneshot_fast.generators.base import Generator
 
 
 class TrainingRun(ABC):

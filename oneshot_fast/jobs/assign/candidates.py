@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import scipy.optimize
 import torch
 from torch import Tensor
 
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.assign.features import features_of
 from oneshot_fast.jobs.assign.objective import MatchingObjective
 from oneshot_fast.jobs.assign.options import AssignOptions
@@ -21,9 +21,6 @@ from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.search.candidates import best_of_n, drawing
 from oneshot_fast.search.gradient import Search
 from oneshot_fast.search.solver import Solver
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
 
 _ROWS = 64  # noises generated, or compared, at once
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from oneshot_fast.data.images import load_image, resized
 from oneshot_fast.data.records import Record
 from oneshot_fast.errors import require
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.assign.features import target_features
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.search import TargetSearch
@@ -19,9 +19,6 @@ from oneshot_fast.jobs.assign.targets import Target
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.search.problem import Assignment
 from oneshot_fast.search.solver import stacked
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
 
 Pictures = Tensor | Sequence[Image.Image | Path | str]
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from oneshot_fast import ops
-from oneshot_fast.generators.base import unit_rgb
+from oneshot_fast.generators.base import Conditioning, Generator, unit_rgb
 from oneshot_fast.jobs.assign.features import feature_mse
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.search.problem import Evaluation, Problem, penalised
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Conditioning, Generator
 
 
 def matching_loss(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.assign.objective import MatchingObjective
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.targets import random_problem
@@ -16,9 +16,6 @@ from oneshot_fast.planning.memory import LiveMemory, StepMemory, fake_copy, tens
 from oneshot_fast.planning.timing import Plan, shortest
 from oneshot_fast.runtime.units import duration, size_text
 from oneshot_fast.search.gradient import Search
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
 
 _ROW, _PER_LOSS, _PER_PIXEL = 600, 21, 2  # bytes of JSON, twice on disk, and of PNG: about
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from oneshot_fast.data.images import save_png
 from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.data.sources import Batch, FolderSource, Source, pending
 from oneshot_fast.errors import RunError
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.plan import fitting_batch_size
@@ -27,9 +28,6 @@ from oneshot_fast.runtime.files import Json
 from oneshot_fast.runtime.shards import ShardRun, mean_curve
 from oneshot_fast.search.movers.registry import check_fits
 from oneshot_fast.search.solver import Solved
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
 
 
 class AssignRun(ShardRun[Batch, Solved[Target]]):

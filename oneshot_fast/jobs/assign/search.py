@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.assign.candidates import Chooser
 from oneshot_fast.jobs.assign.objective import MatchingObjective
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.targets import Target, problem_of
 from oneshot_fast.search.gradient import Search
 from oneshot_fast.search.solver import Solved, Solver
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
 
 
 class TargetSearch:

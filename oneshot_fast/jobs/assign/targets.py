@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,15 +13,13 @@ from oneshot_fast.data.image_refs import file_sha256
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.errors import DataError
+from oneshot_fast.generators.base import Conditioning, Generator
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.features import features_of, target_features
+from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.runtime.files import mend_jsonl
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.search.problem import Problem
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Conditioning, Generator
-    from oneshot_fast.generators.target_images import TargetImages
-    from oneshot_fast.jobs.assign.options import AssignOptions
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,13 @@ from typing import TYPE_CHECKING, Any
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.errors import require
 from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, classifier_for
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.schedule import cycle_seeds, is_stuck
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
-from oneshot_fast.runtime.files import (
-    append_jsonl,
-    mend_jsonl,
-    read_json,
-    write_json,
-    write_jsonl,
-)
+from oneshot_fast.runtime import files
 from oneshot_fast.runtime.folder import RunFolder
 from oneshot_fast.runtime.processes import is_main, kept_by_main, main_first
 from oneshot_fast.runtime.progress import end_tracking, start_tracking
@@ -36,9 +31,6 @@ from oneshot_fast.training.losses.preserve import PreservePool
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from oneshot_fast.generators.base import Generator
-
 _OUTPUTS = (
     "eval", "direct", "heldout-base", "heldout-final", "logs", "preserve.safetensors",
     "checkpoint-best", "checkpoint-final", "failures.jsonl", "history.jsonl", "summary.json",
@@ -129,7 +121,7 @@ class Cycles(ABC):
         settings = self.settings()
         with kept_by_main(RunFolder(self.folder, settings, outputs, overwrite)):
             if is_main():
-                mend_jsonl(self.folder / "history.jsonl")
+                files.mend_jsonl(self.folder / "history.jsonl")
             tracker = start_tracking(report_to, self.folder, settings)
             measure = self.measure()
             self.evaluate(measure, "base")
@@ -138,7 +130,7 @@ class Cycles(ABC):
             end_tracking(tracker)
             if is_main():
                 self._finish(settings)
-        return dict(read_json(self.folder / "summary.json"))
+        return dict(files.read_json(self.folder / "summary.json"))
 
     def alternate(self, measure: RandomNoiseMeasure, tracker: Accelerator) -> None:
         """All cycles, each measured; the generator ends with the weights of the last one."""
@@ -161,9 +153,9 @@ class Cycles(ABC):
         if not is_main():
             return
         path = self.folder / "history.jsonl"
-        if name not in (row["stage"] for row in mend_jsonl(path)):
+        if name not in (row["stage"] for row in files.mend_jsonl(path)):
             seconds = round(time.perf_counter() - started, 3)
-            append_jsonl(path, [{"stage": name, "seconds": seconds}])
+            files.append_jsonl(path, [{"stage": name, "seconds": seconds}])
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -232,16 +224,18 @@ class Cycles(ABC):
             link.unlink(missing_ok=True)
             link.symlink_to(Path(name_of(cycle)) / "sft" / "checkpoint-final")
         folders = [f"{name_of(last)}/assign", "heldout-base"]
-        failures = [r for f in folders for r in mend_jsonl(self.folder / f / "failures.jsonl")]
-        write_jsonl(self.folder / "failures.jsonl", failures)
-        history = mend_jsonl(self.folder / "history.jsonl")
+        failures = [
+            r for f in folders for r in files.mend_jsonl(self.folder / f / "failures.jsonl")
+        ]
+        files.write_jsonl(self.folder / "failures.jsonl", failures)
+        history = files.mend_jsonl(self.folder / "history.jsonl")
         self.summary |= {
             "best_cycle": best,
             "failed": len(failures),
             "seconds": round(sum(row["seconds"] for row in history), 1),
             "settings": settings,
         }
-        write_json(self.folder / "summary.json", self.summary)
+        files.write_json(self.folder / "summary.json", self.summary)
 
 
 def name_of(cycle: int) -> str:

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from oneshot_fast.errors import require
 from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure
+from oneshot_fast.generators.base import Generator, Recomputed
 from oneshot_fast.jobs.em.cycles import Cycles, name_of
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.optimize.pairs import MANIFEST
 from oneshot_fast.jobs.optimize.run import OptimizeRun
 from oneshot_fast.jobs.sft.rewards import all_scores
+from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.seeds import content_id
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator, Recomputed
-    from oneshot_fast.rewards import WeightedRewards
 
 
 class RewardEmRun(Cycles):

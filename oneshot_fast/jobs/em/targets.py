@@ -10,6 +10,7 @@ from oneshot_fast.data.manifests import merge_manifests
 from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.evaluation.measures import real_measures
 from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.em.cycles import Cycles, name_of
 from oneshot_fast.jobs.em.options import EmOptions
@@ -19,9 +20,6 @@ from oneshot_fast.runtime.seeds import content_id
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from oneshot_fast.generators.base import Generator
-
 Data = Iterable[Record | Failure]
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from oneshot_fast.errors import require
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.run import samples_of
 from oneshot_fast.jobs.optimize.search import RewardSearch
+from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.search.problem import Assignment
 from oneshot_fast.search.solver import stacked
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
-    from oneshot_fast.rewards import WeightedRewards
 
 
 def optimize_noise(

@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from oneshot_fast.jobs.optimize.search import RewardSearch, Sample
 from oneshot_fast.planning import memory
-from oneshot_fast.planning.memory import (
-    LiveMemory,
-    StepMemory,
-    fake_copy,
-    fake_rewards,
-    tensors_of,
-    weights_by_part,
-)
 from oneshot_fast.planning.timing import Plan, shortest
+from oneshot_fast.rewards import ImageEncoder
 from oneshot_fast.runtime.units import duration
 
-if TYPE_CHECKING:
-    from oneshot_fast.jobs.optimize.search import RewardSearch, Sample
-    from oneshot_fast.rewards import ImageEncoder
 
-
-def search_memory(search: RewardSearch, sample: Sample, batch_size: int) -> StepMemory:
+def search_memory(search: RewardSearch, sample: Sample, batch_size: int) -> memory.StepMemory:
     """Memory of a step of ``batch_size`` images, from its passes on fake tensors.
 
     What an allocator wastes and what libraries of the device take for themselves is not in it.
     """
     side, prompts = search.side, [sample.prompt] * batch_size
     differentiates = search.options.gradient_steps > 0
-    with fake_copy(search.generator) as generator:
-        rewards = fake_rewards(search.rewards, sample.prompt, generator)
+    with memory.fake_copy(search.generator) as generator:
+        rewards = memory.fake_rewards(search.rewards, sample.prompt, generator)
         networks = generator.networks | rewards.by_name
         z = torch.zeros(batch_size, *generator.noise_shape(side, side))
         encoding = generator.blank_prompts(batch_size)
         z.requires_grad_(differentiates)
         activations: dict[str, int] = {}
         embeddings: dict[ImageEncoder, Tensor] = {}
-        with LiveMemory(tensors_of(networks)) as live, torch.set_grad_enabled(differentiates):
+        with (
+            memory.LiveMemory(memory.tensors_of(networks)) as live,
+            torch.set_grad_enabled(differentiates),
+        ):
             latents = generator.latents(z, encoding)
             denoised = activations[next(iter(networks))] = live.live
             images = generator.images(latents)
@@ -54,8 +46,8 @@ def search_memory(search: RewardSearch, sample: Sample, batch_size: int) -> Step
             if differentiates:
                 total.sum().backward()
         pictures = 2 * 3 * batch_size * side**2  # best images and those of the first step, uint8
-        return StepMemory(
-            weights_by_part(networks),
+        return memory.StepMemory(
+            memory.weights_by_part(networks),
             {"noises, moments, best images": 8 * z.nbytes + pictures},
             {f"activations of {part}": size for part, size in activations.items()},
             live.peak,

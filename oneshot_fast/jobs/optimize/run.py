@@ -7,26 +7,24 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from oneshot_fast.data.images import save_png
 from oneshot_fast.data.records import Failure
 from oneshot_fast.errors import require
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.pairs import write_training_pairs
 from oneshot_fast.jobs.optimize.plan import fitting_batch_size
 from oneshot_fast.jobs.optimize.search import Optimized, RewardSearch, Sample
+from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.files import Json, read_json, write_json, write_jsonl
 from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.seeds import content_id, derived_seed
 from oneshot_fast.runtime.shards import ShardRun, mean_curve
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
-    from oneshot_fast.rewards import WeightedRewards
 
 _METRICS_EVERY = 30.0  # seconds between two writings of the metrics of all prompts
 

@@ -7,14 +7,15 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from oneshot_fast.errors import require
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.optimize.objective import RewardObjective
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.noise.rotation import angles_between
+from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.search.candidates import best_of_n, drawing
 from oneshot_fast.search.gradient import Search
@@ -22,10 +23,6 @@ from oneshot_fast.search.movers.registry import check_fits
 from oneshot_fast.search.options import SearchOptions
 from oneshot_fast.search.problem import Problem
 from oneshot_fast.search.solver import Solved, Solver
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
-    from oneshot_fast.rewards import WeightedRewards
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from oneshot_fast.errors import require
+from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.rewards.options import RewardTrainingOptions
 from oneshot_fast.training.losses.base import OneStepLoss, Term
 from oneshot_fast.training.losses.matching import Matching
 from oneshot_fast.training.losses.preserve import Preserve
 from oneshot_fast.training.losses.reward import RewardLoss
 from oneshot_fast.training.options import TrainOptions
-
-if TYPE_CHECKING:
-    from oneshot_fast.rewards import WeightedRewards
 
 
 @dataclass(frozen=True)

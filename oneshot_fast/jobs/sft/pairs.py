@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,11 +14,9 @@ from oneshot_fast.data.manifests import MatchedPair
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.data.records import Failure
 from oneshot_fast.errors import DataError, UserError
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.runtime.processes import map_over_processes
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
-    from oneshot_fast.generators.target_images import TargetImages
 
 
 @dataclass(frozen=True)

@@ -4,39 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils.hooks import RemovableHandle
 
 from oneshot_fast.generators.adapters import add_adapter
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.sft.options import SftOptions
-from oneshot_fast.planning.memory import (
-    LiveMemory,
-    StepMemory,
-    bytes_of,
-    fake_copy,
-    fake_rewards,
-    parameter_lines,
-    peak_lines,
-    tensors_of,
-    weights_by_part,
-)
+from oneshot_fast.planning import memory
 from oneshot_fast.planning.timing import Plan, shortest
+from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.units import count_text, duration, size_text
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.losses.base import Loss, shared_losses, total
 from oneshot_fast.training.memory import checkpoint_activations, offloads_by_default
 
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
-    from oneshot_fast.generators.base import Generator
-    from oneshot_fast.rewards import WeightedRewards
-
-    ByReward = tuple[WeightedRewards, str]  # and an example of a prompt
-
+ByReward = tuple[WeightedRewards, str]  # and an example of a prompt
 # torchao keeps the moments of smaller tensors, and of those not of whole blocks, as they are
 _BLOCK, _SMALL = 256, 4096
 _AVERAGE = "average of the weights"
@@ -59,21 +45,21 @@ def sft_plan(
     offloads = offload_encoders
     if offloads is None:
         offloads = offloads_by_default(generator)
-    memory = training_memory(generator, options, resolution, offloads, by_reward)
+    needed = training_memory(generator, options, resolution, offloads, by_reward)
     kind = "images" if by_reward else "pairs"
     lines = [
-        *parameter_lines(generator.networks),
-        f"trained parameters: {count_text(memory.trained)}",
-        *memory.lines(f"{options.batch_size} {kind}"),
+        *memory.parameter_lines(generator.networks),
+        f"trained parameters: {count_text(needed.trained)}",
+        *needed.lines(f"{options.batch_size} {kind}"),
     ]
     seconds = _training_seconds(generator, options, resolution, by_reward)
-    lines += peak_lines(generator.device)
+    lines += memory.peak_lines(generator.device)
     per_epoch = math.ceil(samples / options.batch_size)
     steps = per_epoch * options.epochs
-    pipeline = sum(bytes_of(network.parameters()) for network in generator.networks.values())
-    checkpoints = 2 * memory.trained_bytes + pipeline if options.lora_rank else 2 * pipeline
-    best = memory.kept[_AVERAGE] or memory.trained_bytes
-    state = memory.trained_bytes + sum(memory.kept.values()) + best
+    pipeline = sum(memory.bytes_of(network.parameters()) for network in generator.networks.values())
+    checkpoints = 2 * needed.trained_bytes + pipeline if options.lora_rank else 2 * pipeline
+    best = needed.kept[_AVERAGE] or needed.trained_bytes
+    state = needed.trained_bytes + sum(needed.kept.values()) + best
     latent = 4 * math.prod(generator.latent_shape(resolution, resolution))
     pool = latent * options.preserve_pool_size if options.preserves else 0
     lines += [
@@ -91,29 +77,29 @@ def training_memory(
     resolution: int,
     offloads: bool = False,
     by_reward: ByReward | None = None,
-) -> StepMemory:
+) -> memory.StepMemory:
     """Memory of a training step, from a run of its forward and backward pass on fake tensors.
 
     What an allocator wastes and what libraries of the device take for themselves is not in it. With
     ``offloads`` what only encodes is off the device.
     """
-    with fake_copy(generator) as fake:
+    with memory.fake_copy(generator) as fake:
         trained = _prepare(fake.denoiser, options)
         batch = training_batch(fake, options, resolution, by_reward)
-        rewards = None if by_reward is None else fake_rewards(*by_reward, fake)
+        rewards = None if by_reward is None else memory.fake_rewards(*by_reward, fake)
         networks = fake.networks | ({} if rewards is None else rewards.by_name)
         loss = options.loss(rewards)
-        kept, held = _passes(fake, options, trained, batch, loss, tensors_of(networks))
-        weights = weights_by_part(networks)
+        kept, held = _passes(fake, options, trained, batch, loss, memory.tensors_of(networks))
+        weights = memory.weights_by_part(networks)
         if offloads:
             for name, gone in fake.encoders(options.decodes or by_reward is not None).items():
-                weights[name] -= sum(bytes_of(module.parameters()) for module in gone)
-    count, size = sum(p.numel() for p in trained), bytes_of(trained)
+                weights[name] -= sum(memory.bytes_of(module.parameters()) for module in gone)
+    count, size = sum(p.numel() for p in trained), memory.bytes_of(trained)
     foreach = generator.device.type == "cuda" and options.optimizer == "adamw"
     # torch's AdamW takes the roots of all second moments at once on a GPU
     updating = 0 if options.optimizer_in_backward else size * (2 if foreach else 1)
     gradients = max(p.nbytes for p in trained) if options.optimizer_in_backward else size
-    return StepMemory(
+    return memory.StepMemory(
         weights,
         {
             "optimiser's moments": sum(_moment_bytes(p, options) for p in trained),
@@ -139,15 +125,15 @@ def _passes(
         _drop_gradients(trained)
     parts = batch.split(options.gradient_accumulation_steps)
     kept = 0
-    with LiveMemory(known) as memory:
+    with memory.LiveMemory(known) as live:
         # from the second part on, all gradients are there already
         for part in parts[:2]:
             value = total(shared_losses(loss, generator, part))
-            gradients = bytes_of(p.grad for p in trained if p.grad is not None)
-            kept = max(kept, memory.live - gradients)
+            gradients = memory.bytes_of(p.grad for p in trained if p.grad is not None)
+            kept = max(kept, live.live - gradients)
             value.backward()
             del value
-    return kept, memory.peak
+    return kept, live.peak
 
 
 def _drop_gradients(parameters: Iterable[nn.Parameter]) -> list[RemovableHandle]:

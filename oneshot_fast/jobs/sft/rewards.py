@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from oneshot_fast.errors import require
-from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, classifier_for
+from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, Scores, classifier_for
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.plan import sft_plan
 from oneshot_fast.planning.timing import Plan
+from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.processes import main_first
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, Rows
@@ -29,10 +31,6 @@ from oneshot_fast.training.run import TrainingRun
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from oneshot_fast.evaluation.random_noise import Scores
-    from oneshot_fast.generators.base import Generator
-    from oneshot_fast.rewards import WeightedRewards
 
 
 def all_scores(rewards: WeightedRewards, judge: WeightedRewards | None = None) -> Scores:

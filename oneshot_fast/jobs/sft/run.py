@@ -14,6 +14,7 @@ from oneshot_fast import ops
 from oneshot_fast.data.image_refs import ImageRef, file_sha256
 from oneshot_fast.data.manifests import MatchedPair
 from oneshot_fast.data.records import Failure
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.pairs import Examples, first_noise_shape
@@ -28,8 +29,6 @@ from oneshot_fast.training.run import TrainingRun
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from oneshot_fast.generators.base import Generator
 
 
 class SftRun(TrainingRun):

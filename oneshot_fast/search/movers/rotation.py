@@ -8,15 +8,7 @@ from torch import Tensor
 from oneshot_fast import ops
 from oneshot_fast.noise.rotation import check_patching
 from oneshot_fast.ops.rotation_step import rotation_step
-from oneshot_fast.search.movers.adam import (
-    EPS,
-    TINY,
-    at_rest,
-    direction,
-    moments,
-    per_row,
-    scaled,
-)
+from oneshot_fast.search.movers import adam
 from oneshot_fast.search.movers.mover import Mover, State
 
 
@@ -37,7 +29,7 @@ class Rotation(Mover):
         D = eps.shape[1] * self.patch_size**2
         tiles = () if self.groups == 1 else (self.groups, self.groups)
         q = torch.eye(D, device=eps.device).repeat(len(eps), *tiles, 1, 1)
-        return at_rest(q)
+        return adam.at_rest(q)
 
     def noise(self, eps: Tensor, point: Tensor) -> Tensor:
         return ops.patch_rotate(eps, point, self.patch_size)
@@ -48,12 +40,12 @@ class Rotation(Mover):
     def move(self, state: State, eps: Tensor, grad: Tensor, step: Tensor, rate: Tensor) -> State:
         """A step of Riemannian Adam; an element of the generator counts sqrt(D - 1) times less."""
         g = grad @ state["point"].mT
-        tangent, scale = scaled((g - g.mT) / 2, state, step)
+        tangent, scale = adam.scaled((g - g.mT) / 2, state, step)
         q, m, v = (state[name].clone() for name in ("point", "exp_avg", "exp_avg_sq"))
         per_matrix = q.shape[:-2]
-        steps = per_row(step, q[..., 0, 0]).to(q.dtype).expand(per_matrix).contiguous()
-        rates = per_row(rate, q[..., 0, 0]).expand(per_matrix) / max(1, q.shape[-1] - 1) ** 0.5
-        rotation_step(q, tangent, m, v, steps, lr=rates, eps=EPS)
+        steps = adam.per_row(step, q[..., 0, 0]).to(q.dtype).expand(per_matrix).contiguous()
+        rates = adam.per_row(rate, q[..., 0, 0]).expand(per_matrix) / max(1, q.shape[-1] - 1) ** 0.5
+        rotation_step(q, tangent, m, v, steps, lr=rates, eps=adam.EPS)
         if self.max_angle is not None:
             q = within_angle(q, self.max_angle)
         return {"point": q, "exp_avg": m, "exp_avg_sq": v, "scale": scale}
@@ -66,7 +58,7 @@ class RawRotation(Rotation):
     """
 
     def start(self, eps: Tensor, at: Tensor | None = None) -> State:
-        return at_rest(torch.zeros_like(super().start(eps, at)["point"]))
+        return adam.at_rest(torch.zeros_like(super().start(eps, at)["point"]))
 
     def noise(self, eps: Tensor, point: Tensor) -> Tensor:
         return super().noise(eps, ops.skew_exp(point))
@@ -76,13 +68,13 @@ class RawRotation(Rotation):
 
     def move(self, state: State, eps: Tensor, grad: Tensor, step: Tensor, rate: Tensor) -> State:
         """A step of Adam; a - a^T moves by twice the elements of a."""
-        found = moments(state, grad, step)
+        found = adam.moments(state, grad, step)
         D = grad.shape[-1]
-        lr = per_row(rate, grad) / (2 * max(1, D - 1) ** 0.5)
-        a = state["point"] - lr * direction(found, step)
+        lr = adam.per_row(rate, grad) / (2 * max(1, D - 1) ** 0.5)
+        a = state["point"] - lr * adam.direction(found, step)
         if self.max_angle is not None:
             angle = torch.linalg.matrix_norm(a - a.mT)[..., None, None] / D**0.5
-            a = a * (self.max_angle / angle.clamp_min(TINY)).clamp_max(1)
+            a = a * (self.max_angle / angle.clamp_min(adam.TINY)).clamp_max(1)
         return {"point": a, **found}
 
 
@@ -95,7 +87,7 @@ def within_angle(q: Tensor, max_angle: float) -> Tensor:
     cosines, planes = torch.linalg.eigh((q + q.mT) / 2)
     theta = cosines.clamp(-1, 1).acos()
     rms = theta.square().mean(-1, keepdim=True).sqrt()
-    t = max_angle / rms.clamp_min(TINY)
+    t = max_angle / rms.clamp_min(adam.TINY)
     sines = theta.sin().clamp_min(1e-6)
     ratio = torch.where(theta < 1e-3, t, (t * theta).sin() / sines)
     even, odd = ((planes * f[..., None, :]) @ planes.mT for f in ((t * theta).cos(), ratio))

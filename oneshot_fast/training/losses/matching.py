@@ -9,15 +9,12 @@ and of reflow (Liu et al. 2022, arXiv 2209.03003), but the images are given and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from oneshot_fast import ops
+from oneshot_fast.generators.base import Generator, Prediction
 from oneshot_fast.training.batch import Rows
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator, Prediction
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.runtime.files import read_metadata, write_safetensors
 from oneshot_fast.runtime.processes import is_main, map_over_processes
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.training.batch import Rows
 from oneshot_fast.training.losses.matching import Matching
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator
 
 _ROWS = 16  # of the pool, computed at once
 

@@ -10,15 +10,12 @@ DRaFT-1 (Clark et al. 2023, arXiv 2309.17400) and AlignProp (Prabhudesai et al. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from oneshot_fast.generators.base import Generator, Prediction
+from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.training.batch import Rows
-
-if TYPE_CHECKING:
-    from oneshot_fast.generators.base import Generator, Prediction
-    from oneshot_fast.rewards import WeightedRewards
 
 
 @dataclass(frozen=True)
