@@ -33,14 +33,7 @@ class DigitClassifier(nn.Module):
         self.style_head = nn.Linear(NUM_FEATURES, 7)
 
     def features(self, images: Tensor) -> Tensor:
-        """Penultimate features.
-
-        Args:
-            images: [B, 3, 64, 64], [0, 1] RGB.
-
-        Returns:
-            [B, 64].
-        """
+        """Penultimate features, [B, 64], of images [B, 3, 64, 64] in [0, 1] RGB."""
         return self.body(2 * images - 1)
 
     def label_of(self, prompt: str) -> int | None:
@@ -58,11 +51,7 @@ def classifier_path() -> Path:
 
 
 def load_classifier(path: Path | None = None) -> DigitClassifier:
-    """The trained classifier in evaluation mode, fp32, on the CPU, its weights frozen.
-
-    Args:
-        path: a safetensors file; None is the packaged one.
-    """
+    """The classifier in ``path``, or the packaged one, in evaluation mode, fp32, frozen."""
     classifier = DigitClassifier()
     classifier.load_state_dict(load_file(path or classifier_path()))
     return classifier.eval().requires_grad_(False)

@@ -70,13 +70,9 @@ def _all_digits() -> tuple[Tensor, Tensor]:
 
 
 def load_digits(split: str) -> tuple[Tensor, Tensor]:
-    """The real digits of one split; no writer is in both.
+    """Grey levels [M, 8, 8] fp32 in [0, 1], 1 being full ink, and labels [M] int64 of a split.
 
-    Args:
-        split: "train" (the first 1397) or "heldout" (the last 400).
-
-    Returns:
-        Grey levels [M, 8, 8] fp32 in [0, 1] (1 is full ink) and labels [M] int64.
+    It is "train" (the first 1397 digits) or "heldout" (the last 400), with no writer in both.
 
     Raises:
         ValueError: for another split.
@@ -89,15 +85,10 @@ def load_digits(split: str) -> tuple[Tensor, Tensor]:
 
 
 def random_affine(count: int, amount: float, draw: torch.Generator) -> Tensor:
-    """Small random rotations, shears, scalings and shifts about the image centre.
+    """Small random rotations, shears, scalings and shifts about the image centre, [B, 2, 3] fp32.
 
-    Args:
-        count: number of maps B.
-        amount: 1 gives up to 12 degrees, 15 % of shear, 12 % of scale and 6 % of shift.
-        draw: source of randomness.
-
-    Returns:
-        [B, 2, 3] fp32, maps of output to input coordinates as `affine_grid` takes them.
+    They map output to input coordinates as `affine_grid` takes them. An ``amount`` of 1 gives up to
+    12 degrees, 15 % of shear, 12 % of scale and 6 % of shift.
     """
     angle, shear, log_x, log_y, *shift = (
         amount
@@ -116,12 +107,7 @@ def random_affine(count: int, amount: float, draw: torch.Generator) -> Tensor:
 
 
 def random_style(count: int, draw: torch.Generator) -> Style:
-    """Styles of any thickness: a third dark ink on white, the rest in colours, half inverted.
-
-    Args:
-        count: number of styles B.
-        draw: source of randomness.
-    """
+    """Styles of any thickness: a third dark ink on white, the rest in colours, half inverted."""
     level = 0.15 + 0.35 * torch.rand(count, generator=draw)
     ink = 0.65 * torch.rand(count, 3, generator=draw)
     paper = 1 - 0.5 * torch.rand(count, 3, generator=draw)
@@ -134,13 +120,8 @@ def random_style(count: int, draw: torch.Generator) -> Style:
 def render(digits: Tensor, style: Style, affine: Tensor | None = None) -> Tensor:
     """Draw digits with smooth outlines: enlarged, blurred, then cut at the style's level.
 
-    Args:
-        digits: [B, 8, 8] fp32 grey levels in [0, 1].
-        style: level, ink and paper.
-        affine: [B, 2, 3] from `random_affine`; None leaves the digits where they are.
-
-    Returns:
-        [B, 3, 64, 64] fp32, [0, 1] RGB.
+    From grey levels [B, 8, 8] fp32 in [0, 1], moved by ``affine`` [B, 2, 3] of `random_affine`, to
+    images [B, 3, 64, 64] fp32, [0, 1] RGB.
     """
     margin = 2
     padded = F.pad(digits[:, None], (margin,) * 4)
@@ -174,9 +155,6 @@ def write_default_dataset(root: Path) -> None:
     `root/train` (96 pairs) and `root/heldout` (48 pairs), each with `pairs.jsonl` of {"prompt",
     "image"} and PNG files, balanced over the ten digits to within one. A split appears at once or
     not at all, and one that is already there is left as it is.
-
-    Args:
-        root: folder, made if it is missing.
 
     Raises:
         OSError: if the folder cannot be written, or holds another `train` or `heldout`.

@@ -39,8 +39,7 @@ def model_path() -> Path:
 def build_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Byte-level BPE in which each known word is one token and any other text falls into bytes.
 
-    Returns:
-        The vocabulary (token to id) and the merges, both in CLIP's format.
+    Vocabulary (token to id) and merges are in CLIP's format.
     """
     letters = list(bytes_to_unicode().values())
     merges: dict[tuple[str, str], None] = {}

@@ -49,13 +49,9 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 def pairwise_diversity(images: Tensor, labels: Tensor) -> float:
     """Mean RMS pixel distance over all pairs of different images with the same label.
 
-    Args:
-        images: [N, 3, H, W], [0, 1] RGB.
-        labels: [N], integers.
-
-    Returns:
-        The mean over labels of a label's mean distance, in [0, 1]; labels of one image are left
-        out, and with no pair at all it is NaN.
+    Images are [N, 3, H, W] in [0, 1] RGB, labels [N] integers. It is the mean over labels of a
+    label's mean distance, in [0, 1]; labels of one image are left out, and with no pair at all it
+    is NaN.
 
     Raises:
         ValueError: if the lengths differ.
@@ -74,11 +70,7 @@ def pairwise_diversity(images: Tensor, labels: Tensor) -> float:
 
 
 def prompt_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of images whose largest logit is the prompted class.
-
-    Args:
-        logits: [N, K].
-        labels: [N], integers below K.
+    """Share of images whose largest logit, of [N, K], is the prompted class, of [N] integers.
 
     Raises:
         ValueError: if the shapes do not fit or there is no image.

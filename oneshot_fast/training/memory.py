@@ -56,13 +56,7 @@ def offloads_by_default(generator: Generator) -> bool:
 def offloaded(
     generator: Generator, keep_decoder: bool, device: str | torch.device = "cpu"
 ) -> Iterator[None]:
-    """Keep text encoders and image encoder on ``device``; they still encode, there.
-
-    Args:
-        generator: Its denoiser stays where it is.
-        keep_decoder: Leave the VAE's decoder where it is, too.
-        device: Where the others wait.
-    """
+    """Keep text and image encoders, and perhaps the decoder, on ``device``, where they go on."""
     home = generator.device
     parts = [module for part in generator.encoders(keep_decoder).values() for module in part]
     try:

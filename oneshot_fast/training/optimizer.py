@@ -24,16 +24,7 @@ class WeightOptimizer:
     def __init__(
         self, parameters: dict[str, nn.Parameter], options: TrainOptions, seed: int = 0
     ) -> None:
-        """Make the optimiser.
-
-        Args:
-            parameters: The trained weights by name.
-            options: How they are trained.
-            seed: Of the stochastic rounding.
-
-        Raises:
-            UserError: If the optimiser is not installed.
-        """
+        """Make the optimiser of weights by name; UserError if it is not installed."""
         self.parameters, self._options, self._seed = parameters, options, seed
         self._step = 0
         everything = list(parameters.values())
@@ -48,11 +39,7 @@ class WeightOptimizer:
             self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def begin(self, step: int) -> None:
-        """Set the learning rate of ``step``, before its update or, in the backward pass, before it.
-
-        Args:
-            step: Number of the step, from 0.
-        """
+        """Set the learning rate of a step, from 0, before its update or its backward pass."""
         self._step = step
         lr = self._options.lr * min(1.0, (step + 1) / max(1, self._options.lr_warmup_steps))
         for optimizer in self._optimizers:

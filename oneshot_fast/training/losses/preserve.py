@@ -32,7 +32,7 @@ class Preserve(Matching):
     """``Matching``, where the targets are the base generator's latents and their images."""
 
     def images(self, generator: Generator, rows: Rows) -> Tensor:
-        """What the decoder, which is not trained, makes of the base generator's latents."""
+        """The decoder is not trained."""
         return generator.decode(rows.extra["latents"])
 
 
@@ -58,17 +58,10 @@ class PreservePool:
         cls, generator: Generator, prompts: Sequence[str], shape: Sequence[int],
         size: int, seed: int, path: Path,
     ) -> PreservePool:  # fmt: skip
-        """Read the pool from ``path``, or compute it with the generator as it is now.
+        """Read the pool of ``size`` noises from ``path``, or compute it with the generator as it is.
 
-        Each process computes its part; the main one writes the file.
-
-        Args:
-            generator: The base generator.
-            prompts: Prompts to draw from.
-            shape: [C, h, w] of a noise.
-            size: M.
-            seed: Seed of the run.
-            path: Safetensors file that keeps the pool, so that a resumed run has the same.
+        Each process computes its part; the main one writes the file, so that a resumed run has the
+        same.
         """
         if path.exists():
             kept = read_metadata(path, "pool")

@@ -25,5 +25,4 @@ class RewardLoss:
     rewards: WeightedRewards
 
     def __call__(self, generator: Generator, made: Prediction, rows: Rows) -> Tensor:
-        """See ``Term``."""
         return -self.rewards(generator.images(made.latents), rows.extra["texts"]).mean()
