@@ -58,7 +58,7 @@ class PreservePool:
         cls, generator: Generator, prompts: Sequence[str], shape: Sequence[int],
         size: int, seed: int, path: Path,
     ) -> PreservePool:  # fmt: skip
-        """Read the pool of ``size`` noises from ``path``, or compute it with the generator as it is.
+        """Read the pool from ``path``, or compute ``size`` noises with the generator as it is now.
 
         Each process computes its part; the main one writes the file, so that a resumed run has the
         same.
