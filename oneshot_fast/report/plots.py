@@ -70,14 +70,13 @@ def inline_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
     return wrapped
 
 
-def new_axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+def new_axes(
+    xlabel: str, ylabel: str, size: tuple[float, float] = (5.6, 2.9)
+) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, 2.9), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    return figure, axes
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
 
 
 def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:

@@ -230,6 +230,11 @@ def solved(items: Sequence[Item], result: Assignment) -> list[Solved[Item]]:
     ]
 
 
+def in_order(parts: Iterable[Sequence[Solved[Item]]]) -> list[Solved[Item]]:
+    """All results, by their items' places."""
+    return sorted((one for part in parts for one in part), key=lambda one: one.index)
+
+
 def stacked(found: Sequence[Solved[Item]]) -> Assignment:
     """One result of all rows of ``found``, the opposite of ``solved``; on the CPU."""
 

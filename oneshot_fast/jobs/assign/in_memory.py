@@ -18,7 +18,7 @@ from oneshot_fast.jobs.assign.search import TargetSearch
 from oneshot_fast.jobs.assign.targets import Target
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.search.problem import Assignment
-from oneshot_fast.search.solver import stacked
+from oneshot_fast.search.solver import in_order, stacked
 
 Pictures = Tensor | Sequence[Image.Image | Path | str]
 
@@ -108,10 +108,7 @@ def assign_noise(
             )
         )
     search = TargetSearch(generator, options, seed=seed, batch_size=batch_size)
-    found = sorted(
-        (one for part in search.solve([targets]) for one in part), key=lambda one: one.index
-    )
-    return stacked(found)
+    return stacked(in_order(search.solve([targets])))
 
 
 def _read(picture: Image.Image | Path | str, side: int, resize_mode: str) -> Tensor:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Generator
-from oneshot_fast.jobs.optimize.objective import RewardObjective
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.noise.rotation import angles_between
 from oneshot_fast.rewards import WeightedRewards
@@ -21,8 +21,8 @@ from oneshot_fast.search.candidates import best_of_n, drawing
 from oneshot_fast.search.gradient import Search
 from oneshot_fast.search.movers.registry import check_fits
 from oneshot_fast.search.options import SearchOptions
-from oneshot_fast.search.problem import Problem
-from oneshot_fast.search.solver import Solved, Solver
+from oneshot_fast.search.problem import Evaluation, Problem, penalised
+from oneshot_fast.search.solver import Solved, Solver, in_order
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,25 @@ class Optimized:
     def is_finite(self) -> bool:
         """Whether no score was NaN or infinite."""
         return self.last.is_finite and all(map(math.isfinite, self.initial.values()))
+
+
+class RewardObjective:
+    """What a search by rewards lowers: minus the reward, and the penalties."""
+
+    def __init__(
+        self, generator: Generator, rewards: WeightedRewards, options: OptimizeOptions
+    ) -> None:
+        """Bind the generator, whose weights stay fixed, the rewards and the penalties' weights."""
+        self._generator, self._rewards, self._options = generator, rewards, options
+
+    def __call__(self, z: Tensor, problem: Problem) -> Evaluation:
+        """Losses, scores by reward and in all ("total"), and images of noises [B, C, h, w]."""
+        images = self._generator.images(self._generator.latents(z, problem.conditioning))
+        scores = self._rewards.scores(images, list(problem.prompts))
+        total = self._rewards.total(scores)
+        loss = penalised(-total, z, problem.eps, self._options)
+        pixels = (images.detach() * 255).round().to(torch.uint8)
+        return Evaluation(loss, {**scores, "total": total}, pixels)
 
 
 class RewardSearch:
@@ -135,12 +154,12 @@ class RewardSearch:
         first: list[Solved[Sample]] = []
         starts = [*samples]
         if self.options.choice:
-            first = _in_order(self._draws.solve([samples]))
+            first = in_order(self._draws.solve([samples]))
             starts = [
                 dataclasses.replace(one.item, seed=self._seed_of(one.item, one.best_step))
                 for one in first
             ]
-        last = _in_order(self._moves.solve([starts])) if self.options.mover else first
+        last = in_order(self._moves.solve([starts])) if self.options.mover else first
         return [
             self._optimized(sample, start.seed, one, other)
             for sample, start, one, other in zip(samples, starts, first or last, last, strict=True)
@@ -189,7 +208,3 @@ class RewardSearch:
         assert last.best_image is not None
         images = {"initial": first.images[0], "best": last.best_image, **kept}
         return Optimized(sample, seed, first, last, angles_between(*noises).item(), images)
-
-
-def _in_order(parts: Iterable[Sequence[Solved[Sample]]]) -> list[Solved[Sample]]:
-    return sorted((one for part in parts for one in part), key=lambda one: one.index)

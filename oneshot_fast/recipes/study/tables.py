@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from oneshot_fast.report.plots import BLUE, ORANGE, new_axes
 from oneshot_fast.runtime.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -107,15 +108,16 @@ def _plots(folder: Path, name: str, results: Mapping[str, Any]) -> list[tuple[Pa
 
 def _draw_quality(cells: Cells, results: Mapping[str, Any]) -> Figure:
     """Mean and standard deviation of every cell's Frechet distance."""
-    figure, axes = _figure(8, 0.26 * len(cells) + 1.2)
+    real = f"{results['real']['frechet_distance']:.2g}"
+    label = f"Frechet distance on random noise, lower is better; real images: {real}"
+    figure, axes = new_axes(label, "", (8, 0.26 * len(cells) + 1.2))
+    axes.grid(alpha=0.3)
     means = [_mean_distance(rows) for rows in cells.values()]
     errors = [stdev([r["frechet_distance"] for r in rows]) if len(rows) > 1 else 0.0
               for rows in cells.values()]  # fmt: skip
-    axes.errorbar(means, [*cells], xerr=errors, fmt="o", color="#3b82f6", ecolor="#444444")
-    axes.axvline(results["base"]["frechet_distance"], color="#e8730c", label="base model")
+    axes.errorbar(means, [*cells], xerr=errors, fmt="o", color=BLUE, ecolor="#444444")
+    axes.axvline(results["base"]["frechet_distance"], color=ORANGE, label="base model")
     _logarithmic(axes, "x")
-    real = f"{results['real']['frechet_distance']:.2g}"
-    axes.set_xlabel(f"Frechet distance on random noise, lower is better; real images: {real}")
     axes.invert_yaxis()
     axes.legend()
     return figure
@@ -123,28 +125,19 @@ def _draw_quality(cells: Cells, results: Mapping[str, Any]) -> Figure:
 
 def _draw_trade(cells: Cells, results: Mapping[str, Any]) -> Figure:
     """Frechet distance over the loss of the assigned noises."""
-    figure, axes = _figure(10, 7)
+    labels = "loss of the assigned noises", "Frechet distance on random noise"
+    figure, axes = new_axes(*labels, (10, 7))
+    axes.grid(alpha=0.3)
     for cell, rows in cells.items():
         if rows[0]["matched_loss"] is not None:
             loss = fmean(row["matched_loss"] for row in rows)
-            axes.scatter(loss, _mean_distance(rows), color="#3b82f6", s=18)
+            axes.scatter(loss, _mean_distance(rows), color=BLUE, s=18)
             axes.annotate(f" {cell}", (loss, _mean_distance(rows)), fontsize=7, rotation=15)
-    axes.axhline(results["base"]["frechet_distance"], color="#e8730c", label="base model")
+    axes.axhline(results["base"]["frechet_distance"], color=ORANGE, label="base model")
     for side in ("x", "y"):
         _logarithmic(axes, side)
-    axes.set_xlabel("loss of the assigned noises")
-    axes.set_ylabel("Frechet distance on random noise")
     axes.legend()
     return figure
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.3)
-    return figure, axes
 
 
 def _logarithmic(axes: Any, side: str) -> None:

@@ -18,11 +18,10 @@ from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
-from oneshot_fast.jobs.assign.candidates import Chooser
 from oneshot_fast.jobs.assign.objective import MatchingObjective
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.plan import assign_plan, assignment_memory
-from oneshot_fast.jobs.assign.search import TargetSearch
+from oneshot_fast.jobs.assign.search import Chooser, TargetSearch
 from oneshot_fast.jobs.assign.targets import Preparer, Target, problem_of
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.runtime.seeds import gaussian

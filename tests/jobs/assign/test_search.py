@@ -13,9 +13,9 @@ from torch import Tensor
 
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.base import Generator
-from oneshot_fast.jobs.assign.candidates import Chooser
 from oneshot_fast.jobs.assign.objective import MatchingObjective
 from oneshot_fast.jobs.assign.options import AssignOptions
+from oneshot_fast.jobs.assign.search import Chooser
 from oneshot_fast.jobs.assign.targets import Target, problem_of
 from oneshot_fast.runtime.seeds import gaussian
 from oneshot_fast.search.gradient import Search
