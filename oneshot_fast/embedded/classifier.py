@@ -1,7 +1,5 @@
 """A small classifier of handwritten digits: the judge of samples and the features of distances."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 

@@ -6,8 +6,6 @@ https://doi.org/10.24432/C50P49, CC BY 4.0), 8 x 8 pixels with 17 grey levels, i
 `digits.safetensors` is a plain copy, so that scikit-learn is not needed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ embedding, a VAE with 4 latent channels and factor 8, and SDXL-Turbo's scheduler
 are 64 x 64 pixels, latents [4, 8, 8].
 """
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 

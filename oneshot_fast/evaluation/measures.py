@@ -1,7 +1,5 @@
 """Measures of a set of samples: prompt accuracy, diversity and the Frechet distance."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

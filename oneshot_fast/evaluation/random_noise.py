@@ -1,7 +1,5 @@
 """What a generator makes of fresh random noise, measured before, during and after training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tests of the Gaussian law: statistics beside the ranges that iid N(0, 1) noise keeps."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ All ways to assign keep every norm, so norms and variance check the stored files
 kurtosis and covariance can change, because each noise was found for its target.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

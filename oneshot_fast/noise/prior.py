@@ -3,8 +3,6 @@
 It acts on a noise that moves freely (``--method free``); all other ways to move one keep its norm.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

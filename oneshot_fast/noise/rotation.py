@@ -1,7 +1,5 @@
 """Patch-wise rotations of noise: as an nn.Module, the closest one, and the angles of found ones."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """RotationAdam: Adam on rotation matrices themselves, with steps in radians."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sums over a stream of noises, and tests of their law on them; no noise is kept."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """How much memory a step takes at its peak, found without computing or allocating it."""
 
-from __future__ import annotations
-
 import copy
 import sys
 import weakref

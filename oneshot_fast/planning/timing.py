@@ -1,7 +1,5 @@
 """What a job will need in time, from a few timed steps."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What rotations do to the law of Gaussian noise, shown on samples."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

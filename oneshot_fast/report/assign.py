@@ -1,7 +1,5 @@
 """The page of ``python -m oneshot_fast.assign``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The pages of ``python -m oneshot_fast.em``: by targets, and by rewards."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path

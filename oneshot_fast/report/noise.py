@@ -1,7 +1,5 @@
 """The report's section on the noises: is z still Gaussian?"""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The parts of a report page, and how they become one self-contained HTML file."""
 
-from __future__ import annotations
-
 import base64
 import io
 import itertools

@@ -1,7 +1,5 @@
 """The one writer of a run's page: its own sections, and what every page says."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

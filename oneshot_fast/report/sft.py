@@ -1,7 +1,5 @@
 """The pages of ``python -m oneshot_fast.sft``: of a training on pairs, and of one on rewards."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@
 file here; the table below names them all, and each is imported when it is first asked for.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Sequence

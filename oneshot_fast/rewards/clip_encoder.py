@@ -1,7 +1,5 @@
 """CLIP's two encoders in one embedding space, which several rewards score in."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

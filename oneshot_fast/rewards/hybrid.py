@@ -1,7 +1,5 @@
 """``hybrid``: look and prompt at once, from one embedding of the image."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """By what images are judged: the flags of every command that takes rewards."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

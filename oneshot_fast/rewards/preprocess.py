@@ -1,7 +1,5 @@
 """Images as CLIP-like networks take them: resized, cut to a square, normalised; differentiable."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """``python:module.name``: a reward of the user's own, a function or a subclass of ``Reward``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``thickness``: how thick the strokes of a drawing are."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Published weights into transformers' models: tensors only, every one in its place."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The best of N random noises, by any objective."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 

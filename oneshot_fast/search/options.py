@@ -1,7 +1,5 @@
 """How a noise is searched, by any objective; what each job adds is in its own options.py."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Batches of whatever is searched in, what was found out; smaller batches where memory runs out."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections import deque

@@ -1,7 +1,5 @@
 """Memory that a training can do without: activations are recomputed, networks wait on the CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial

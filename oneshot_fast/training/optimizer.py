@@ -1,7 +1,5 @@
 """AdamW on named weights, all at once or each in the backward pass, with a state to save."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -1,7 +1,5 @@
 """How a training goes: the flags of every command that trains weights."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Steps on the weights of one module: gradients, bad steps, averages, a state to resume from."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterator, Mapping

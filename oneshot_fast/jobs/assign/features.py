@@ -1,7 +1,5 @@
 """Features of images, by a function of the user's, in which their distance is measured."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Noises of images at hand, found in memory and without a folder."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

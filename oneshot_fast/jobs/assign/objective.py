@@ -1,7 +1,5 @@
 """How far what the generator makes of a noise is from its target."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor

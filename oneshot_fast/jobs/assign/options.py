@@ -1,7 +1,5 @@
 """How the noise of a target is searched."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """What an assignment will need, from a few timed steps; writes nothing."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

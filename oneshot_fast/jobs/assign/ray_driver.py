@@ -5,8 +5,6 @@ actor loads the generator, matches its batches and writes their shards; only row
 restarts an actor that dies and repeats its work, less the shards that were written.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """What an actor of the Ray engine does: batches of targets in, their shards on the disk."""
 
-from __future__ import annotations
-
 import functools
 import os
 import pickle

@@ -1,7 +1,5 @@
 """The E-step over a data set, into one folder."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence

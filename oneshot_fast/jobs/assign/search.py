@@ -4,8 +4,6 @@ A noise is chosen as the best of many random ones, or matched from a shared pool
 generator's forward pass is needed for that, and it is an ordinary Gaussian sample.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 

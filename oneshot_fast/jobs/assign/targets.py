@@ -1,7 +1,5 @@
 """Targets made ready for the search: read, encoded and on the device, ahead of their turn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What both steps of an EM run will need; writes nothing."""
 
-from __future__ import annotations
-
 from oneshot_fast.jobs.assign.plan import assign_plan
 from oneshot_fast.jobs.em.rewards import RewardEmRun
 from oneshot_fast.jobs.em.targets import EmRun

@@ -5,8 +5,6 @@ arXiv 2304.06767; gradients amortise their own search), the M-step an ordinary t
 noise with the images found. Every stage is the resumable run of its own command.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

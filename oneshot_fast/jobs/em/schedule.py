@@ -1,7 +1,5 @@
 """Which targets have their turn in a cycle, the cycle's seeds, and whether it was the last."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Noises whose images score high, found in memory and without a folder."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from oneshot_fast.errors import require

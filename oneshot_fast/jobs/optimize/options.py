@@ -1,7 +1,5 @@
 """How a noise is searched for a reward."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

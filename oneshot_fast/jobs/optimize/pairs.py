@@ -1,7 +1,5 @@
 """Images found by rewards as targets: the manifest that ``sft`` trains on."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a noise optimisation will need: memory by part, from tensors without data, and time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

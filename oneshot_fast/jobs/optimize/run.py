@@ -1,7 +1,5 @@
 """Noise optimisation over many prompts, into one folder."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 import time

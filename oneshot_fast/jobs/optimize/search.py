@@ -1,7 +1,5 @@
 """The noises of prompts that score best by rewards, a batch at a time."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import sys

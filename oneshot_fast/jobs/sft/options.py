@@ -1,7 +1,5 @@
 """How a generator is trained on matched pairs, or on rewards."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """What a training will need, from a few timed passes; writes nothing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any

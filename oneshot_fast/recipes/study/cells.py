@@ -1,7 +1,5 @@
 """The trainings that the study compares, all with the same budget."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial

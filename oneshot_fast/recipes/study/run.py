@@ -1,7 +1,5 @@
 """The study's runs: every training, its measures, and how fast each method lowers the loss."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from collections.abc import Callable, Sequence

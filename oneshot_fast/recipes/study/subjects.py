@@ -1,7 +1,5 @@
 """The generators under study, their data and the measures on random noise."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

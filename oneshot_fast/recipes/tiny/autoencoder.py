@@ -1,7 +1,5 @@
 """The VAE of the recipe, and the latents that the other stages learn from."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL

@@ -1,7 +1,5 @@
 """Settings of the recipe that made the packaged weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

@@ -1,7 +1,5 @@
 """The diffusion teacher of the recipe and its one-step student."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from diffusers import (

@@ -1,7 +1,5 @@
 """How good the embedded generator is: what `python -m oneshot_fast.tiny evaluate` prints."""
 
-from __future__ import annotations
-
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from torch import Tensor

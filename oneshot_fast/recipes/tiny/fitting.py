@@ -1,7 +1,5 @@
 """What the stages of the recipe share: initial weights and the optimiser's loop."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 

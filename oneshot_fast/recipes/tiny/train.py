@@ -4,8 +4,6 @@ Each stage writes one file to the output folder and is skipped where that file e
 and number of threads give the same weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

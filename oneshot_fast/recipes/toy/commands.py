@@ -1,7 +1,5 @@
 """What ``python -m oneshot_fast.toy`` does: prepare data, then call the package's own commands."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """All generators of one work folder, measured on the same random noises."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 from pathlib import Path

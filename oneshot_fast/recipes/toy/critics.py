@@ -1,7 +1,5 @@
 """What the small generators are trained against: networks that tell real images from made ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 

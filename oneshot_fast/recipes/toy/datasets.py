@@ -1,7 +1,5 @@
 """The data sets of the small generators, and how each generator is trained."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """MNIST and CIFAR-10, read from the files that their authors publish."""
 
-from __future__ import annotations
-
 import _codecs
 import gzip
 import math

@@ -1,7 +1,5 @@
 """How the small generators and their classifiers are trained: a conditional GAN."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The training of one small generator into a folder, in stages that are kept."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Kingma and Ba 2015 (arXiv 1412.6980). Everywhere here B searches have a point [B, ...] each.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 What that does to the noise's law is in docs/noise.md.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Limited-memory BFGS with a memory of its own for each search, and noises moved by it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ so that searches can be at different steps. Step sizes are radians: the RMS angl
 Adam, where all its elements agree, turns the noise, and the largest angle of a step of L-BFGS.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Movers by the names that ``method`` gives them."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Rotations of a noise's patches by gradients: on the group, or through the exponential."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

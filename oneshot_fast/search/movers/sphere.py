@@ -1,7 +1,5 @@
 """Noises moved freely on the sphere of their norm, or of the norms of their spectrum's blocks."""
 
-from __future__ import annotations
-
 import math
 
 import torch

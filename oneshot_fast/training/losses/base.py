@@ -4,8 +4,6 @@ To add one: a ``Term`` in a file of its own, if it reads what the generator's si
 some rows, else a ``Loss``. Nothing is registered: a run is given its loss.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Protocol
 

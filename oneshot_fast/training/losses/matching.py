@@ -6,8 +6,6 @@ Regression on pairs of noise and image, as of DMD (Yin et al. 2023, arXiv 2311.1
 and of reflow (Liu et al. 2022, arXiv 2209.03003), but the images are given and their noises found.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -7,8 +7,6 @@ DRaFT-1 (Clark et al. 2023, arXiv 2309.17400) and AlignProp (Prabhudesai et al. 
 2310.03739) where the sampler has no other step.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
