@@ -77,25 +77,6 @@ class Optimized:
         return self.last.is_finite and all(map(math.isfinite, self.initial.values()))
 
 
-class RewardObjective:
-    """What a search by rewards lowers: minus the reward, and the penalties."""
-
-    def __init__(
-        self, generator: Generator, rewards: WeightedRewards, options: OptimizeOptions
-    ) -> None:
-        """Bind the generator, whose weights stay fixed, the rewards and the penalties' weights."""
-        self._generator, self._rewards, self._options = generator, rewards, options
-
-    def __call__(self, z: Tensor, problem: Problem) -> Evaluation:
-        """Losses, scores by reward and in all ("total"), and images of noises [B, C, h, w]."""
-        images = self._generator.images(self._generator.latents(z, problem.conditioning))
-        scores = self._rewards.scores(images, list(problem.prompts))
-        total = self._rewards.total(scores)
-        loss = penalised(-total, z, problem.eps, self._options)
-        pixels = (images.detach() * 255).round().to(torch.uint8)
-        return Evaluation(loss, {**scores, "total": total}, pixels)
-
-
 class RewardSearch:
     """Finds the noises of many samples, a batch at a time."""
 
@@ -107,7 +88,6 @@ class RewardSearch:
         *,
         resolution: int | None = None,
         save_steps: Sequence[int] = (),
-        on_evaluations: Callable[[int], object] = lambda count: None,
     ) -> None:
         """Bind what all samples share; images of the gradient steps ``save_steps`` are kept.
 
@@ -124,8 +104,7 @@ class RewardSearch:
         self.side = resolution or generator.image_size
         check_fits(options, self.noise_shape)
         self.save_steps = tuple(save_steps)
-        self.on_evaluations = on_evaluations
-        self._objective = RewardObjective(generator, rewards, options)
+        self.on_evaluations: Callable[[int], object] = lambda count: None
         self._draws = self._solver(self._draw, drawing(options.draws))
         self._moves = self._solver(self._move, options)
 
@@ -174,12 +153,21 @@ class RewardSearch:
             return self._noises([self._seed_of(sample, k) for sample in samples])
 
         return best_of_n(
-            self._problem(samples), self._objective, draw, self.options.draws, images_at=[0]
+            self._problem(samples), self._evaluate, draw, self.options.draws, images_at=[0]
         )
 
     def _move(self, samples: Sequence[Sample]) -> Search:
         problem, images_at = self._problem(samples), {0, *self.save_steps}
-        return Search(problem, self.options, self._objective, images_at=[*images_at])
+        return Search(problem, self.options, self._evaluate, images_at=[*images_at])
+
+    def _evaluate(self, z: Tensor, problem: Problem) -> Evaluation:
+        """Minus the rewards and the penalties of noises [B, C, h, w]; scores, in all as "total"."""
+        images = self.generator.images(self.generator.latents(z, problem.conditioning))
+        scores = self.rewards.scores(images, list(problem.prompts))
+        total = self.rewards.total(scores)
+        loss = penalised(-total, z, problem.eps, self.options)
+        pixels = (images.detach() * 255).round().to(torch.uint8)
+        return Evaluation(loss, {**scores, "total": total}, pixels)
 
     def _problem(self, samples: Sequence[Sample]) -> Problem:
         prompts = [sample.prompt for sample in samples]

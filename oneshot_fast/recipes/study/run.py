@@ -126,12 +126,10 @@ def train(
 
 def reconstruction(subject: Subject, generator: Generator) -> float:
     """Mean loss of held-out images after a short assignment with this generator."""
-    return sum(curve(subject, generator, RECONSTRUCTION, subject.heldout)[-1:])
+    return sum(curve(generator, RECONSTRUCTION, subject.heldout)[-1:])
 
 
-def curve(
-    subject: Subject, generator: Generator, options: AssignOptions, records: Sequence[Any]
-) -> list[float]:
+def curve(generator: Generator, options: AssignOptions, records: Sequence[Any]) -> list[float]:
     """Mean over the records of the best loss so far, after every step."""
     preparer = Preparer(generator, TargetImages(generator), options, seed=0, resize_mode="crop")
     problem = problem_of(preparer.prepare([*enumerate(records)])[0])
@@ -162,5 +160,5 @@ def speeds(subject: Subject, steps: int, count: int) -> dict[str, list[float]]:
         for lr in rates:
             options = AssignOptions(steps=steps, patch_size=recipe.patch_size, lr=lr, **changes)
             label = "usual" if lr == recipe.usual_step else lr
-            found[f"{name} | {label}"] = curve(subject, base, options, subject.records[:count])
+            found[f"{name} | {label}"] = curve(base, options, subject.records[:count])
     return found

@@ -17,13 +17,11 @@ _TRAINED = {"base": "train/model"} | {
 }
 
 
-def compare(
-    folder: Path, heldout: LabelledImages, *, samples: int = 1000, seed: int = 0
-) -> dict[str, dict[str, float]]:
+def compare(folder: Path, heldout: LabelledImages, seed: int = 0) -> dict[str, dict[str, float]]:
     """Measure the base generator, every trained one there is, and real images that are no targets.
 
     ``folder``, the work folder of ``python -m oneshot_fast.toy``, gets comparison/ with the
-    measures and pictures of samples.
+    measures and pictures of 1000 samples.
 
     Returns:
         The measures by name, those of the real images at the end.
@@ -35,7 +33,7 @@ def compare(
         for name, place in _TRAINED.items()
         if (folder / place).exists()
     }
-    found = measured(generators, heldout, results, samples=samples, seed=seed)
+    found = measured(generators, heldout, results, samples=1000, seed=seed)
     write_json(results / "comparison.json", found)
     return found
 

@@ -36,30 +36,30 @@ class LabelledImages:
     labels: Tensor
     prompts: tuple[str, ...]
 
-    def sample(self, count: int, seed: int = 0, start: int = 0) -> LabelledImages:
+    def sample(self, count: int, start: int = 0) -> LabelledImages:
         """At most ``count`` of the images, from ``start`` on in a random order."""
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
         chosen = order[start : start + count]
         return LabelledImages(self.images[chosen], self.labels[chosen], self.prompts)
 
-    def write_pairs(self, folder: Path, count: int, seed: int = 0, start: int = 0) -> None:
+    def write_pairs(self, folder: Path, count: int, start: int = 0) -> None:
         """Write what ``sample`` chooses in the input format of the commands."""
-        chosen = self.sample(count, seed, start)
+        chosen = self.sample(count, start)
         prompts = [self.prompts[label] for label in chosen.labels.tolist()]
         names = [f"{k:05d}.png" for k in range(len(prompts))]
         write_pairs(folder, prompts, names, chosen.images)
 
 
-def digits(split: str, copies: int = 8, seed: int = 0) -> LabelledImages:
+def digits(split: str) -> LabelledImages:
     """Real digits, 16 x 16 pixels, black ink on white; see embedded/digits.py for their source.
 
-    "train" and "heldout" are of different writers; training digits are slightly moved ``copies``.
+    "train" and "heldout" are of different writers; training digits are slightly moved copies.
     """
     grey, labels = load_digits(split)
     grey = grey[:, None]
     if split == "train":
-        grey, labels = grey.repeat(copies, 1, 1, 1), labels.repeat(copies)
-        maps = random_affine(len(grey), 0.7, torch.Generator().manual_seed(seed))
+        grey, labels = grey.repeat(8, 1, 1, 1), labels.repeat(8)
+        maps = random_affine(len(grey), 0.7, torch.Generator().manual_seed(0))
     else:
         maps = torch.eye(2, 3).expand(len(grey), 2, 3)
     grid = F.affine_grid(maps, [len(grey), 1, 16, 16], align_corners=False)
