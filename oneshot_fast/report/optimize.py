@@ -1,19 +1,17 @@
 """The page and the curves of ``python -m oneshot_fast.optimize``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
+from matplotlib.figure import Figure
 
 from oneshot_fast.report.noise import noise_section
 from oneshot_fast.report.page import Cell, Plot, Row, Section, Table, gain_cell, number, strip
 from oneshot_fast.report.plots import BLUE, GREY, inline_svg
 from oneshot_fast.report.run import write_run
 from oneshot_fast.runtime.files import read_json, read_jsonl, replacing
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _SIDE = 256
 
@@ -96,9 +94,6 @@ def _of_one_length(curves: list[list[float]]) -> list[list[float]]:
 
 def _draw(curves: Curves) -> Figure:
     """A panel per reward: mean and 10 to 90 % band over images."""
-    import numpy
-    from matplotlib.figure import Figure
-
     names = [*curves] if len(curves) > 2 else [name for name in curves if name != "total"]
     figure = Figure(figsize=(max(5.6, 2.8 * len(names)), 2.9), layout="constrained")
     panels: Any = figure.subplots(1, len(names), squeeze=False)[0]

@@ -1,21 +1,20 @@
 """Plots of the reports as inline SVG whose text takes the page's colour, light or dark."""
 
-from __future__ import annotations
-
 import functools
 import io
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import Any, ParamSpec
 
+import matplotlib
 import numpy
 import scipy.stats
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Readable on white and on near-black.
 BLUE, ORANGE, GREEN, GREY = "#3b82f6", "#e8730c", "#14a375", "#8b909a"
@@ -59,8 +58,6 @@ def inline_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
 
     @functools.wraps(draw)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> str:
-        import matplotlib
-
         buffer = io.StringIO()
         with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
             draw(*args, **kwargs).savefig(buffer, format="svg", metadata={"Date": None})
@@ -73,8 +70,6 @@ def inline_svg(draw: Callable[P, Figure]) -> Callable[P, str]:
 def new_axes(
     xlabel: str, ylabel: str, size: tuple[float, float] = (5.6, 2.9)
 ) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
 
@@ -91,12 +86,12 @@ def curves(
 ) -> Figure:
     """One line per name over the steps ``first``, ``first`` + 1, ...."""
     figure, axes = new_axes(xlabel, ylabel)
-    for color, (name, values) in zip(_colors(len(lines)), lines.items(), strict=True):
+    for color, (name, values) in zip(itertools.cycle(PALETTE), lines.items(), strict=False):
         steps = range(first, first + len(values))
         marker = "o" if len(values) < 30 else None
         axes.plot(steps, values, color=color, label=name, marker=marker, markersize=3)
     _log_if_wide(axes, [v for values in lines.values() for v in values])
-    _whole_numbers(axes)
+    whole_numbers(axes)
     axes.legend()
     return figure
 
@@ -115,7 +110,7 @@ def loss_band(losses: Sequence[Sequence[float]]) -> Figure:
     )
     axes.plot(middle, color=BLUE, label="median target")
     _log_if_wide(axes, [*low, *high])
-    _whole_numbers(axes)
+    whole_numbers(axes)
     axes.legend()
     return figure
 
@@ -138,7 +133,7 @@ def stages(values: Sequence[Sequence[float]]) -> Figure:
     """Loss on random noise, after the E-step and after the M-step, cycle by cycle."""
     figure, axes = new_axes("", "mean loss")
     names = ("random noise", "E-step", "M-step")
-    for cycle, (losses, color) in enumerate(zip(values, _colors(len(values)), strict=True)):
+    for cycle, (losses, color) in enumerate(zip(values, itertools.cycle(PALETTE), strict=False)):
         places = [4 * cycle + k for k in range(3)]
         axes.plot(places, losses, color=color, marker="o", label=f"cycle {cycle + 1}")
         for place, loss in zip(places, losses, strict=True):
@@ -185,7 +180,7 @@ def eigenvalues(values: Mapping[str, Sequence[float]]) -> Figure:
         axes.plot(
             index, values[name], color=color, label=label, marker="o" if few else None, markersize=3
         )
-    _whole_numbers(axes)
+    whole_numbers(axes)
     axes.legend()
     return figure
 
@@ -204,8 +199,6 @@ def angles(values: Sequence[float]) -> Figure:
 @inline_svg
 def mean_shift(errors: Tensor) -> Figure:
     """Maps of the mean noise [C, H, W] in standard errors, one per latent channel."""
-    from matplotlib.figure import Figure
-
     if errors[0].numel() == 1:  # a plain vector
         errors = errors.view(1, 1, -1)
     figure = Figure(figsize=(5.6, 2.2), layout="constrained")
@@ -229,11 +222,6 @@ def _edges(values: Sequence[float], low: float, high: float) -> list[float]:
     return [low + width * k for k in range(first, last + stride, stride)]
 
 
-def _colors(count: int) -> list[str]:
-    return [PALETTE[k % len(PALETTE)] for k in range(count)]
-
-
-def _whole_numbers(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
+def whole_numbers(axes: Axes) -> None:
+    """Mark only those on the x axis."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

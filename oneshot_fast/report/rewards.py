@@ -1,10 +1,11 @@
 """What trainings on rewards raised, and what it cost: a section and a picture."""
 
-from __future__ import annotations
-
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from oneshot_fast.report.page import (
     Cell,
@@ -18,11 +19,8 @@ from oneshot_fast.report.page import (
     percent,
     picture,
 )
-from oneshot_fast.report.plots import PALETTE, inline_svg
+from oneshot_fast.report.plots import PALETTE, inline_svg, whole_numbers
 from oneshot_fast.runtime.files import read_json, read_jsonl, replacing
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 History = Sequence[Mapping[str, Any]]
 _GRID_SIDE = 1280
@@ -102,22 +100,18 @@ def _row(name: str, base: float, final: float) -> Row:
 
 def _draw(histories: Mapping[str, History], unit: str, columns: int) -> Figure:
     """A panel per measure, a line per training."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     measures = _measures(next(iter(histories.values())))
     rows = -(-len(measures) // columns)
     figure = Figure(figsize=(3.1 * columns, 2.5 * rows), layout="constrained")
     panels: Any = figure.subplots(rows, columns, squeeze=False).flat
     for axes, measure in zip(panels, measures, strict=False):
-        for k, (name, found) in enumerate(histories.items()):
+        for color, (name, found) in zip(itertools.cycle(PALETTE), histories.items(), strict=False):
             epochs, values = [row["epoch"] for row in found], [row[measure] for row in found]
-            color = PALETTE[k % len(PALETTE)]
             axes.plot(epochs, values, color=color, label=name, marker="o", markersize=3)
         title = "weighted sum" if measure == "reward" else measure
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(unit)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        whole_numbers(axes)
     for axes in panels[len(measures) :]:
         axes.set_visible(False)
     if len(histories) > 1:

@@ -1,20 +1,17 @@
 """The page and the picture of ``python -m oneshot_fast.theory``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from oneshot_fast.report.noise import checks_table
 from oneshot_fast.report.page import Plot, Section, number
 from oneshot_fast.report.plots import GREY, PALETTE, inline_svg, new_axes
 from oneshot_fast.report.run import write_run
 from oneshot_fast.runtime.files import replacing
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Sets = Mapping[str, Mapping[str, Any]]
 
@@ -147,8 +144,6 @@ def _svg(name: str, sets: Sets) -> Figure:
 
 
 def _picture(sets: Sets) -> Figure:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 9), layout="constrained", dpi=110)
     places = figure.subplots(3, 2).flatten()
     for axes, (labels, draw, _) in zip(places, _PANELS.values(), strict=False):

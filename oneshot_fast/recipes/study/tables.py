@@ -1,20 +1,17 @@
 """The study's results as study.md, study.json and plots."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from oneshot_fast.report.plots import BLUE, ORANGE, new_axes
 from oneshot_fast.runtime.files import write_json, write_text
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]
 _COLUMNS = (
@@ -142,8 +139,6 @@ def _draw_trade(cells: Cells, results: Mapping[str, Any]) -> Figure:
 
 def _logarithmic(axes: Any, side: str) -> None:
     """Make an axis logarithmic, with plain numbers."""
-    from matplotlib.ticker import LogFormatter
-
     axes.set(**{f"{side}scale": "log"})
     axis = getattr(axes, f"{side}axis")
     axis.set_major_formatter("{x:g}")
