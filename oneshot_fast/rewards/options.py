@@ -9,7 +9,7 @@ import torch
 from tyro.conf import UseAppendAction
 
 from oneshot_fast.errors import require
-from oneshot_fast.rewards import WeightedRewards
+from oneshot_fast.rewards import WeightedRewards, load_rewards, parse_reward
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,7 @@ class RewardOptions:
     (full) of the denoiser, too; auto: rewards on a GPU, none on the CPU."""
 
     def load(self, device: torch.device, specs: Sequence[str] | None = None) -> WeightedRewards:
-        """Load the rewards.
-
-        Args:
-            device: Where they run.
-            specs: Other rewards than ``reward``, such as judges.
-        """
-        import torch
-
-        from oneshot_fast.rewards import load_rewards
-
+        """Load the rewards onto ``device``, or those of ``specs``, such as judges."""
         name = self.reward_dtype
         if name == "auto":
             name = "bfloat16" if device.type == "cuda" else "float32"
@@ -75,8 +66,6 @@ class RewardTrainingOptions:
 
     def check(self, rewards: Sequence[str]) -> None:
         """Raise UserError if a judge is among the ``rewards`` that are trained on."""
-        from oneshot_fast.rewards import parse_reward
-
         trained = {parse_reward(spec)[0] for spec in rewards}
         both = sorted(trained.intersection(parse_reward(spec)[0] for spec in self.judge))
         require(

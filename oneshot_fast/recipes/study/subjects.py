@@ -23,7 +23,6 @@ class SubjectRecipe:
         noise_shape: [C, h, w] of its noise.
         steps: Of its training.
         width: Of its network.
-        targets: Images it is aligned with.
         patch_size: Of rotations of its noise.
         tiles: G of rotations per tile.
     """
@@ -31,7 +30,6 @@ class SubjectRecipe:
     noise_shape: tuple[int, int, int]
     steps: int
     width: int
-    targets: int
     patch_size: int
     tiles: int
 
@@ -43,8 +41,8 @@ class SubjectRecipe:
 
 
 SUBJECTS = {
-    "digits": SubjectRecipe((64, 1, 1), 300, 16, 256, 1, 1),
-    "shapes": SubjectRecipe((4, 8, 8), 800, 24, 256, 2, 4),
+    "digits": SubjectRecipe((64, 1, 1), 300, 16, 1, 1),
+    "shapes": SubjectRecipe((4, 8, 8), 800, 24, 2, 4),
 }
 
 
@@ -63,7 +61,7 @@ class Subject:
         self.base_folder = folder / "base"
         if not self.base_folder.exists():
             self._make_base(train, quick)
-        count = 32 if quick else self.recipe.targets
+        count = 32 if quick else 256
         self.records = _on_disk(train, folder / "targets", count)
         self.heldout = _on_disk(self.real, folder / "heldout", 64)
         base = self.base()

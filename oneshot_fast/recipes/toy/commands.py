@@ -20,6 +20,7 @@ from oneshot_fast.recipes.toy.data import LabelledImages
 from oneshot_fast.recipes.toy.datasets import RECIPES, DatasetName, Recipe
 from oneshot_fast.runtime.files import write_folder
 from oneshot_fast.runtime.options import RunOptions, pick
+from oneshot_fast.runtime.processes import is_main, main_first
 from oneshot_fast.sft import SftCommand
 from oneshot_fast.sft import execute as execute_sft
 
@@ -143,8 +144,6 @@ class PairOptions(ToyOptions):
             with write_folder(folder) as temporary:
                 images.write_pairs(temporary, stop - start, start=start)
 
-        from oneshot_fast.runtime.processes import main_first
-
         main_first(write)
         return folder
 
@@ -160,7 +159,6 @@ class PairOptions(ToyOptions):
         """Print what there is side by side, on the same noises, and return ``code``."""
         from oneshot_fast.recipes.toy.compare import compare
         from oneshot_fast.report.em import print_measures
-        from oneshot_fast.runtime.processes import is_main
 
         if is_main():
             print("\nOn 1000 random noises, beside real images that are no targets:")
