@@ -54,7 +54,7 @@ def offloads_by_default(generator: Generator) -> bool:
 def offloaded(
     generator: Generator, keep_decoder: bool, device: str | torch.device = "cpu"
 ) -> Iterator[None]:
-    """Keep text and image encoders, and perhaps the decoder, on ``device``, where they go on."""
+    """Keep what only encodes, and the decoder unless ``keep_decoder``, on ``device`` for a while."""
     home = generator.device
     parts = [module for part in generator.encoders(keep_decoder).values() for module in part]
     try:

@@ -124,6 +124,7 @@ class RewardRun(TrainingRun):
         }
 
     def plan(self) -> Plan:
+        """What the run will need; does nothing of it."""
         return sft_plan(
             self.generator,
             self.options,

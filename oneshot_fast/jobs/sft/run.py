@@ -95,6 +95,7 @@ class SftRun(TrainingRun):
         }
 
     def plan(self) -> Plan:
+        """What the run will need; does nothing of it."""
         return sft_plan(
             self.generator,
             self.options,
