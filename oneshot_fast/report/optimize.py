@@ -36,11 +36,7 @@ def write_optimize_report(folder: Path, flags: Mapping[str, Any]) -> None:
         f"{summary['prompts']} prompts, {summary['samples']} images",
         f"method {summary['settings']['method']}",
     ]
-    sections = [
-        _rewards_section(summary, curves),
-        found_section(folder),
-        noise_section(folder),
-    ]
+    sections = [_rewards_section(summary, curves), found_section(folder), noise_section(folder)]
     write_run(folder, "Noise optimisation: {model}", facts, sections, summary, flags)
 
 

@@ -54,7 +54,7 @@ def offloads_by_default(generator: Generator) -> bool:
 def offloaded(
     generator: Generator, keep_decoder: bool, device: str | torch.device = "cpu"
 ) -> Iterator[None]:
-    """Keep what only encodes, and the decoder unless ``keep_decoder``, on ``device`` for a while."""
+    """Keep what only encodes, and the decoder unless ``keep_decoder``, on ``device`` meanwhile."""
     home = generator.device
     parts = [module for part in generator.encoders(keep_decoder).values() for module in part]
     try:

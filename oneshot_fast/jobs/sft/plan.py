@@ -162,10 +162,7 @@ def _prepare(denoiser: nn.Module, options: SftOptions) -> list[nn.Parameter]:
 
 
 def training_batch(
-    generator: Generator,
-    options: SftOptions,
-    resolution: int,
-    by_reward: ByReward | None = None,
+    generator: Generator, options: SftOptions, resolution: int, by_reward: ByReward | None = None
 ) -> Batch:
     """A batch of zeros, of the training's sizes."""
 
@@ -186,10 +183,7 @@ def training_batch(
 
 
 def _training_seconds(
-    generator: Generator,
-    options: SftOptions,
-    resolution: int,
-    by_reward: ByReward | None = None,
+    generator: Generator, options: SftOptions, resolution: int, by_reward: ByReward | None = None
 ) -> float:
     """Shortest of a few forward and backward passes of a whole batch."""
     denoiser, rank = generator.denoiser, options.lora_rank

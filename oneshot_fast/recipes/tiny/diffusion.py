@@ -2,11 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 from tqdm import trange
 
