@@ -6,8 +6,7 @@ from typing import Any
 
 from oneshot_fast.report import page, plots
 from oneshot_fast.report.noise import noise_section
-from oneshot_fast.report.page import Plot, Section, Table, number, strip
-from oneshot_fast.report.run import write_run
+from oneshot_fast.report.page import Plot, Section, Table, number, strip, write_run
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
 
 _KINDS = ("target", "base", "assigned")

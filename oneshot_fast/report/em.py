@@ -21,9 +21,9 @@ from oneshot_fast.report.page import (
     percent,
     picture,
     strip,
+    write_run,
 )
 from oneshot_fast.report.rewards import draw_histories, rewards_section
-from oneshot_fast.report.run import write_run
 from oneshot_fast.report.sft import training_section
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
 

@@ -8,9 +8,18 @@ import numpy
 from matplotlib.figure import Figure
 
 from oneshot_fast.report.noise import noise_section
-from oneshot_fast.report.page import Cell, Plot, Row, Section, Table, gain_cell, number, strip
+from oneshot_fast.report.page import (
+    Cell,
+    Plot,
+    Row,
+    Section,
+    Table,
+    gain_cell,
+    number,
+    strip,
+    write_run,
+)
 from oneshot_fast.report.plots import BLUE, GREY, inline_svg
-from oneshot_fast.report.run import write_run
 from oneshot_fast.runtime.files import read_json, read_jsonl, replacing
 
 _SIDE = 256

@@ -6,7 +6,7 @@ import itertools
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,8 @@ from typing import Any, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from oneshot_fast.runtime.files import write_text
+from oneshot_fast.runtime.files import Json, read_jsonl, write_text
+from oneshot_fast.runtime.units import duration
 
 # Images up to this side are few pixels shown large; larger ones are shown smooth.
 _PIXEL_ART = 128
@@ -103,19 +104,28 @@ class Section:
     plots: Sequence[Plot] = ()
 
 
-@dataclass(frozen=True)
-class Page:
-    """A whole report."""
+def write_run(
+    folder: Path,
+    title: str,
+    facts: Sequence[str],
+    sections: Sequence[Section | None],
+    summary: Json,
+    flags: Mapping[str, Any],
+) -> None:
+    """Write ``folder``/report.html, which needs no other file, no network and no scripts.
 
-    title: str
-    facts: Sequence[str]
-    sections: Sequence[Section]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    failures: Sequence[Mapping[str, Any]] = ()
-
-
-def write_page(page: Page, path: Path) -> None:
-    """Write ``page`` as one HTML file that needs no other file, no network and no scripts."""
+    Args:
+        folder: The run's folder; whatever is missing from it is left out of the page.
+        title: With {model} and {data} where their names belong.
+        facts: What else to say below the title.
+        sections: Of the page; None is left out.
+        summary: The run's summary, with its settings.
+        flags: The command's flags and their values; the run's settings go before them.
+    """
+    settings = {**flags, **summary.get("settings", {})}
+    model = flags.get("initial_model_id") or flags.get("model_id") or "the generator"
+    data = flags.get("data_root") or flags.get("target_image_path")
+    data = "/".join(Path(data).parts[-2:]) if data else "the embedded digits"
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -123,8 +133,29 @@ def write_page(page: Page, path: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    page = {
+        "title": title.format(model=model, data=data),
+        "facts": [*facts, *_common_facts(summary, settings)],
+        "sections": [section for section in sections if section is not None],
+        "settings": settings,
+        "failures": read_jsonl(folder / "failures.jsonl"),
+        "versions": versions(),
+    }
     template = environment.get_template("report.html.jinja")
-    write_text(path, template.render(page=page, versions=versions()))
+    write_text(folder / "report.html", template.render(page=page))
+
+
+def _common_facts(summary: Json, settings: Json) -> list[str]:
+    names = [name for name in ("seed", "resolution", "device") if name in settings]
+    facts = [f"{name} {settings[name]}" for name in names]
+    for key, text in (
+        ("seconds", duration),
+        ("failed", "{} failed".format),
+        ("truncated_prompts", "{} prompts cut off at 77 tokens".format),
+        ("images_per_second", "{:.2f} images/s".format),
+    ):
+        facts += [text(summary[key])] if summary.get(key) else []
+    return facts
 
 
 def versions() -> dict[str, str]:

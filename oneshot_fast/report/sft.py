@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from oneshot_fast.report import page, plots
-from oneshot_fast.report.page import Plot, Section, Table
+from oneshot_fast.report.page import Plot, Section, Table, write_run
 from oneshot_fast.report.rewards import draw_histories, history, rewards_section
-from oneshot_fast.report.run import write_run
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
 
 

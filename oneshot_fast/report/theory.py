@@ -8,9 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from oneshot_fast.report.noise import checks_table
-from oneshot_fast.report.page import Plot, Section, number
+from oneshot_fast.report.page import Plot, Section, number, write_run
 from oneshot_fast.report.plots import GREY, PALETTE, inline_svg, new_axes
-from oneshot_fast.report.run import write_run
 from oneshot_fast.runtime.files import replacing
 
 Sets = Mapping[str, Mapping[str, Any]]
