@@ -1,7 +1,5 @@
 """Download models: the generator and those of the rewards, checked by size and hash."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

@@ -1,7 +1,5 @@
 """`python -m oneshot_fast.study`: compare ways to assign noise by the trainings they give."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Sequence

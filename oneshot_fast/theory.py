@@ -1,7 +1,5 @@
 """Command line: a fixed rotation keeps Gaussian noise Gaussian, a chosen one need not."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 import time

@@ -1,7 +1,5 @@
 """`python -m oneshot_fast.tiny train | evaluate | dataset`: make and judge the embedded default."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """``python -m oneshot_fast.toy train|assign|sft|direct_sft|em``: every idea in minutes."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
