@@ -27,7 +27,7 @@ def grid(rows):
     return sheet.resize((4 * sheet.width, 4 * sheet.height), Image.Resampling.NEAREST)
 
 
-def main(folder="runs/quickstart", cycles=2, epochs=40):
+def main(folder="runs/quickstart", steps=40, cycles=2, epochs=40, samples=50):
     """Return the losses of the assignment and the summary of the alignment."""
     folder = Path(folder)
     generator = osf.OneStepGenerator.from_pretrained("tiny", master_weights=True)
@@ -40,19 +40,20 @@ def main(folder="runs/quickstart", cycles=2, epochs=40):
     before = generator.generate(prompts, seed=1)
 
     # %% Assign: the Gaussian noise that the generator maps closest to each image
-    found = osf.assign_noise(generator, prompts, images, osf.AssignOptions(steps=40))
+    found = osf.assign_noise(generator, prompts, images, osf.AssignOptions(steps=steps))
     print(f"noises {list(found.z.shape)}, mean loss {found.best_loss.mean():.4f}")
     closest = generator.generate(prompts, found.z)
 
     # %% Align: assign and train in turn; interrupt it as you like, it goes on where it stopped
     options = osf.EmOptions(
         num_cycles=cycles,
+        assign_steps=steps,
         train_epochs=epochs,
         train_lr=1e-4,
         preserve_latent_weight=0,  # nothing of the old style is to stay
         preserve_pixel_weight=0,
     )
-    summary = osf.EmRun(generator, data, folder / "em", options, eval_samples=50).run()
+    summary = osf.EmRun(generator, data, folder / "em", options, eval_samples=samples).run()
 
     # %% The same fresh noises before and after; `generator` has been trained in place
     after = generator.generate(prompts, seed=1)

@@ -56,8 +56,8 @@ def test_reward_training(tmp_path):
         tmp_path / "picture.png",
         tmp_path / "runs",
         epochs=2,
-        images_per_prompt=4,
-        eval_samples=20,
+        images_per_prompt=2,
+        eval_samples=10,
         preserve=(0.0, 30.0),
     )
     free, held = runs.values()
@@ -67,7 +67,7 @@ def test_reward_training(tmp_path):
 
 
 def test_quickstart(tmp_path):
-    found, summary = example("quickstart").main(tmp_path, cycles=1, epochs=2)
+    found, summary = example("quickstart").main(tmp_path, steps=6, cycles=1, epochs=2, samples=10)
     assert found.z.shape == (3, 4, 8, 8)
     assert summary["cycles"][0]["sft"]["matched_loss_after"] < found.losses[0].mean()
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
