@@ -74,13 +74,19 @@ class Result:
     error: Exception | None = None
 
 
-class Worker:
-    """Matches batches and writes their shards, without Ray."""
+class Actor:
+    """Matches batches and writes their shards, as Ray Data calls it or without Ray."""
 
     def __init__(self, job: Job) -> None:
-        """Load the generator."""
+        """Nothing is loaded before the first call, which can say what went wrong."""
+        self._job = job
+
+    @functools.cached_property
+    def _run(self) -> AssignRun:
+        job = self._job
+        os.chdir(job.start)
         silence_imports()
-        self._run = AssignRun(job.model.load(job.model_id), FolderSource([], []), **job.arguments)
+        return AssignRun(job.model.load(job.model_id), FolderSource([], []), **job.arguments)
 
     def match(self, batches: Sequence[Batch]) -> Result:
         """Solve ``batches`` and write them, less what was written when they were tried before."""
@@ -102,19 +108,6 @@ class Worker:
                 shards.append(read_metadata(path, "rows"))
         return shards
 
-
-class Actor:
-    """A worker as Ray Data calls it."""
-
-    def __init__(self, job: Job) -> None:
-        """Nothing is loaded before the first call, which can say what went wrong."""
-        self._job = job
-
-    @functools.cached_property
-    def _worker(self) -> Worker:
-        os.chdir(self._job.start)
-        return Worker(self._job)
-
     def __call__(self, work: Mapping[str, Sequence[bytes]]) -> dict[str, list[bytes]]:
         """Column "work" of pickled batches in, column "result" of pickled results out."""
         return {"result": [pickle.dumps(self._result(item)) for item in work["work"]]}
@@ -124,6 +117,6 @@ class Actor:
         if isinstance(batches, Exception):
             return Result([], [], batches)
         try:
-            return self._worker.match(batches)
+            return self.match(batches)
         except EXPECTED as error:
             return Result([], [], error)

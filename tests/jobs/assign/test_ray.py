@@ -23,7 +23,7 @@ from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.data.sources import pending
 from oneshot_fast.errors import ModelError, UserError
 from oneshot_fast.generators.options import ModelOptions
-from oneshot_fast.jobs.assign.ray_worker import Actor, Job, Worker
+from oneshot_fast.jobs.assign.ray_worker import Actor, Job
 from oneshot_fast.jobs.assign.run import AssignRun
 
 needs_ray = pytest.mark.skipif(
@@ -118,7 +118,7 @@ def test_a_worker_writes_what_a_run_writes(
     records = read_pairs(data)[0]
     records[3].image_path.write_bytes(b"not an image")  # type: ignore[union-attr]
     expected = local(tiny, tmp_path / "local", records)
-    worker = Worker(job_of(tmp_path / "ray"))
+    worker = Actor(job_of(tmp_path / "ray"))
     batches = [*pending(Stream(records), (), 2)]
     first = [worker.match([batch]) for batch in batches]
     same_files(tmp_path / "ray", expected, "noises/*", "images/*")
@@ -136,7 +136,7 @@ def test_a_worker_refills_its_places_from_the_batches_of_a_call(
 ) -> None:
     records = read_pairs(small_data)[0]
     expected = local(tiny, tmp_path / "local", records, options=PATIENT)
-    worker = Worker(job_of(tmp_path / "ray", options=PATIENT))
+    worker = Actor(job_of(tmp_path / "ray", options=PATIENT))
     result = worker.match([*pending(Stream(records), (), 2)])
     rows = sorted((row for rows in result.shards for row in rows), key=lambda row: row["index"])
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
