@@ -109,7 +109,7 @@ def execute(command: AssignCommand) -> int:
         )
         print(plan)
         return OK
-    summary = run.run(overwrite=command.run.overwrite, report_to=command.run.report_to)
+    summary = run.run(overwrite=command.run.overwrite, report_to=command.run.tracker)
     return _finish(command, folder, summary)
 
 
@@ -130,7 +130,7 @@ def _run_on_ray(command: AssignCommand, folder: Path, source: Source) -> dict[st
     )
     run = command.run
     return run_on_ray(
-        job, source, actors=command.ray_actors, overwrite=run.overwrite, report_to=run.report_to
+        job, source, actors=command.ray_actors, overwrite=run.overwrite, report_to=run.tracker
     )
 
 

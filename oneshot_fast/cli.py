@@ -10,7 +10,10 @@ import io
 import itertools
 import os
 import re
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +21,16 @@ from typing import Any, TypeVar
 import tyro
 from safetensors import SafetensorError
 
-from oneshot_fast.errors import UserError, require
+from oneshot_fast.errors import UserError, one_line, printable, require
+from oneshot_fast.runtime.concurrency import handling, stop
 from oneshot_fast.runtime.progress import silence_imports
 
-OK, SOME_FAILED, BAD_INPUT, NO_SPACE, INTERRUPTED = 0, 1, 2, 3, 130
+OK, SOME_FAILED, BAD_INPUT, NO_SPACE, CRASHED = 0, 1, 2, 3, 70
+EXIT_CODES = """exit codes: 0 all done; 1 some records failed; 2 bad input; 3 disk full; 70 crashed;
+129, 130, 143 stopped by SIGHUP (terminal closed), Ctrl-C, SIGTERM: repeat the command to go on"""
+_AGAIN = "everything finished is kept; repeat the command to go on"
+# signals, standard streams, random state and the group of processes are the process's
+_ONE_AT_A_TIME = threading.RLock()
 Options = TypeVar("Options")
 
 
@@ -30,6 +39,8 @@ def run_command(
 ) -> int:
     """Parse ``argv`` into ``options``, run ``command`` and turn its end into an exit code.
 
+    SIGTERM and SIGHUP end it as Ctrl-C does. A second command, in another thread, waits.
+
     Args:
         name: The command's name, as in ``python -m oneshot_fast.NAME``.
         options: Dataclass whose fields are flags, or groups of flags.
@@ -37,55 +48,82 @@ def run_command(
         argv: Arguments; None takes the process's own.
 
     Returns:
-        0; 1 if some samples failed; 2 on bad input (one line on stderr); 3 on a full disk; 130
-        after Ctrl-C.
+        One of EXIT_CODES; all but 0, 1 and 70 with one line on stderr.
     """
-    silence_imports()
-    again = "everything finished is kept; repeat the command to go on"
-    try:
-        code = command(_parse(name, options, argv))
-        if "oneshot_fast.runtime.processes" in sys.modules:
-            sys.modules["oneshot_fast.runtime.processes"].leave()
-        return code
-    except UserError as error:
-        return _fail(BAD_INPUT, str(error))
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {again}", file=sys.stderr)
-        return INTERRUPTED
-    except (OSError, SafetensorError) as error:
-        number, place = _system_error(error)
-        if isinstance(error, SafetensorError) and number is None:
-            return _fail(BAD_INPUT, f"damaged safetensors file: {error}; restore it")
-        if number is None:
-            raise
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return _fail(NO_SPACE, f"no space left to write{place}: free some; {again}")
-        return _fail(BAD_INPUT, f"{os.strerror(number)}{place}; check the path and its permissions")
+    with _ONE_AT_A_TIME, handling(stop, "SIGTERM", "SIGHUP"):
+        silence_imports()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a path's letters
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            given = _parse(name, options, sys.argv[1:] if argv is None else argv)
+            minutes = public(given).get("timeout_minutes")
+            if minutes is not None:
+                from oneshot_fast.runtime.processes import set_timeout
+
+                set_timeout(minutes)
+            code = command(given)
+            if "oneshot_fast.runtime.processes" in sys.modules:
+                sys.modules["oneshot_fast.runtime.processes"].leave()
+            return code
+        except KeyboardInterrupt as interrupt:
+            number = getattr(interrupt, "number", signal.SIGINT)
+            by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+            return _say(128 + number, f"\ninterrupted{by}: {_AGAIN}")
+        except Exception as error:
+            return _fail(error)
 
 
-def _fail(code: int, message: str) -> int:
-    print("error: " + " ".join(message.splitlines()), file=sys.stderr)
+def _fail(error: Exception) -> int:
+    """Say what ended a command, and return its exit code."""
+    if isinstance(error, UserError):
+        return _say(BAD_INPUT, f"error: {printable(' '.join(str(error).splitlines()))}")
+    number, place = _system_error(error)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return _say(NO_SPACE, f"error: no space left to write{place}: free some; {_AGAIN}")
+    if number is not None:
+        return _say(
+            BAD_INPUT,
+            f"error: {os.strerror(number)}{place}; check the path and its permissions",
+        )
+    if isinstance(error, SafetensorError):
+        return _say(BAD_INPUT, f"error: damaged safetensors file: {one_line(error)}; restore it")
+    said = "".join(traceback.format_exception(error))
+    return _say(
+        CRASHED,
+        f"{said}crashed: not your fault; please report the lines above, with the command. {_AGAIN}",
+    )
+
+
+def _say(code: int, message: str) -> int:
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        print(message, file=sys.stderr)
     return code
 
 
-def _system_error(error: OSError | SafetensorError) -> tuple[int | None, str]:
-    """Error number and place; safetensors names the number only in its message."""
+def _system_error(error: Exception) -> tuple[int | None, str]:
+    """Number and place of an error of the system; safetensors names it only in its message."""
     if isinstance(error, OSError):
-        return error.errno, f" ({error.filename})" if error.filename else ""
-    found = re.search(r"os error (\d+)", str(error))
+        place = printable(os.fsdecode(error.filename)) if error.filename else ""
+        return error.errno, place and f" ({place})"
+    found = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
     return int(found[1]) if found else None, ""
 
 
-def _parse(name: str, options: type[Options], argv: Sequence[str] | None) -> Options:
+def _parse(name: str, options: type[Options], argv: Sequence[str]) -> Options:
     """Options of the command line.
 
     Raises:
-        UserError: With the one line that matters of the box that tyro draws.
+        UserError: With the one line that matters of the box that tyro draws, or if a text is no
+            Unicode or a number no 64-bit integer, which nothing below could use.
     """
+    for text in argv:
+        bare = text.encode(errors="ignore").decode()
+        require(text == bare, f"{ascii(text)[:99]} is no UTF-8 text; rename or rewrite it")
     drawn = io.StringIO()
     try:
         with contextlib.redirect_stderr(drawn):
-            return tyro.cli(
+            given = tyro.cli(
                 options,
                 prog=f"python -m oneshot_fast.{name}",
                 description=inspect.cleandoc(options.__doc__ or ""),
@@ -95,12 +133,19 @@ def _parse(name: str, options: type[Options], argv: Sequence[str] | None) -> Opt
             )
     except SystemExit as end:
         if not end.code:
+            if {"-h", "--help"} & {*argv}:
+                print(EXIT_CODES)
             raise
         rows = [line.strip("│─- ") and line.strip("│ ") for line in drawn.getvalue().splitlines()]
         below_title = itertools.dropwhile(lambda row: not row, rows[1:])
         said = " ".join(itertools.takewhile(bool, below_title)).removeprefix("Error parsing ")
         said = said or "these arguments make no sense"
         raise UserError(f"{said} (python -m oneshot_fast.{name} --help)") from None
+    for flag, value in public(given).items():
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, int):
+                require(-(2**63) <= one < 2**63, f"{flag} is {one}; that is beyond 64 bits")
+    return given
 
 
 def check_defaults(*groups: Any, needs: str) -> None:

@@ -23,6 +23,11 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def printable(text: str) -> str:
+    """``text`` without what a terminal would obey: escapes and other control characters."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def one_line(message: object) -> str:
     """First 200 characters of a message on one line; of an error without one, its class name."""
-    return (" ".join(str(message).split()) or type(message).__name__)[:200]
+    return printable(" ".join(str(message).split()) or type(message).__name__)[:200]

@@ -75,4 +75,7 @@ def _usable_device(name: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (AssertionError, RuntimeError) as error:  # torch raises either
-        raise ModelError(f"cannot use device {name}: {one_line(error)}") from None
+        here = torch.accelerator.current_accelerator(check_available=True)
+        others = f" and {here}" if here else ""
+        why = one_line(error).partition(". ")[0]
+        raise ModelError(f"cannot use device {name}: {why}; here are cpu{others}") from None

@@ -1,13 +1,14 @@
-"""Beside a job's main line: work in threads, and Ctrl-C that waits for a step to end."""
+"""Beside a job's main line: work in threads, and signals that wait for a step to end."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -63,39 +64,62 @@ class Background:
             self._last.result()
 
 
-class Interrupts:
-    """Holds the first Ctrl-C back until ``check``; a second one interrupts at once."""
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, which end a run as Ctrl-C does: schedulers and closed terminals send them.
 
-    def __init__(self) -> None:
-        """Nothing is changed before ``with``."""
-        self.pending = False
-        self._old: Any = None
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        """Keep the signal's number."""
+        super().__init__(number)
+        self.number = number
+
+
+def stop(number: int, frame: FrameType | None = None) -> NoReturn:
+    """Raise what ends a run for the signal ``number``.
+
+    Raises:
+        KeyboardInterrupt: Always; ``Stopped`` unless it was Ctrl-C.
+    """
+    raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+
+
+@contextlib.contextmanager
+def handling(handler: Callable[[int, FrameType | None], object], *names: str) -> Iterator[None]:
+    """Let ``handler`` have the signals ``names``, as far as this system has them.
+
+    Those that are ignored stay so (nohup), and Python allows it in the main thread only.
+    """
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    old = {number: signal.getsignal(number) for number in numbers}
+    taken = {n: one for n, one in old.items() if one is not None and one != signal.SIG_IGN}
+    try:
+        for number in taken:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, one in taken.items():
+            signal.signal(number, one)
+
+
+class Interrupts(contextlib.ExitStack):
+    """Holds the first Ctrl-C, SIGTERM or SIGHUP back; a second one ends at once.
+
+    Attributes:
+        pending: number of the signal that came, for ``stop`` at a good moment; 0 before.
+    """
+
+    pending = 0
 
     def __enter__(self) -> Interrupts:
-        """Take over SIGINT; Python allows it in the main thread only."""
-        if threading.current_thread() is threading.main_thread():
-            self._old = signal.signal(signal.SIGINT, self._hold)
+        """Take over the signals."""
+        self.enter_context(handling(self._hold, "SIGINT", "SIGTERM", "SIGHUP"))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Give SIGINT back."""
-        if self._old is not None:
-            signal.signal(signal.SIGINT, self._old)
-
     def _hold(self, number: int, frame: FrameType | None) -> None:
-        self.pending = True
-        signal.signal(signal.SIGINT, self._old)
-
-    def check(self) -> None:
-        """Raise the interrupt that was held back.
-
-        Raises:
-            KeyboardInterrupt: If there was a Ctrl-C.
-        """
-        if self.pending:
-            raise KeyboardInterrupt
+        self.pending = number
+        self.close()

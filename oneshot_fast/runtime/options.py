@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from oneshot_fast.errors import require
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -21,7 +23,21 @@ class RunOptions:
     overwrite: bool = False
     """Start anew in a folder that holds another run, instead of resuming."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
-    """Also log losses to this tracker."""
+    """Also log losses and sample pictures to this tracker."""
+    tracker_project: str = "oneshot_fast"
+    """W&B: project; the run is named after its folder, and goes on when it is resumed."""
+    timeout_minutes: float = 720.0
+    """Several processes: how long one is waited for before the job ends."""
+
+    @property
+    def tracker(self) -> str:
+        """What a run takes as ``report_to``."""
+        is_wandb = self.report_to == "wandb"
+        require(
+            is_wandb or self.tracker_project == RunOptions.tracker_project,
+            "--tracker_project has no effect without --report_to wandb; give it, too",
+        )
+        return f"wandb:{self.tracker_project}" if is_wandb else self.report_to
 
 
 def pick(kind: type[Options], source: DataclassInstance, prefix: str = "", **given: Any) -> Options:

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -15,11 +19,19 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from oneshot_fast.errors import RunError, one_line, require
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
 T = TypeVar("T")
-_PATIENCE = timedelta(hours=12)  # how long a process waits for a slower one
+_NOTICE = 60.0  # seconds after which a process says whom it waits for
+_UNUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+_timeout = timedelta(hours=12)  # how long a process waits for a slower one
 _BUCKET = 25 << 20  # bytes of gradients that are exchanged together, as torch's DDP does
 _AT_ONCE = 64  # results per process that are exchanged together, in memory of the device
 
@@ -29,8 +41,23 @@ def processes() -> PartialState:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
+    for variable, name in _UNUSED.items():  # accelerate would look for their packages
+        if parse_flag_from_env(variable) and os.environ.get("RANK", "0") == "0":
+            print(f"note: {name}, of accelerate's config, is not used here", file=sys.stderr)
+        os.environ.pop(variable, None)
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu, timeout=_PATIENCE)
+    return PartialState(cpu=on_cpu, timeout=_timeout)
+
+
+def set_timeout(minutes: float) -> None:
+    """Set how long a process waits for another; before the first use of the others.
+
+    Raises:
+        UserError: If that is no time.
+    """
+    global _timeout
+    require(0 < minutes <= 1e6, f"timeout_minutes is {minutes}; give a positive number")
+    _timeout = timedelta(minutes=minutes)
 
 
 def is_main() -> bool:
@@ -40,7 +67,58 @@ def is_main() -> bool:
 
 def barrier() -> None:
     """Wait until every process has come here."""
-    processes().wait_for_everyone()
+    with _meeting():
+        processes().wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    """What all processes do together; if some do not come, the others say which.
+
+    Raises:
+        RunError: If they did not come in time.
+    """
+    here = processes()
+    if here.num_processes == 1:
+        yield
+        return
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store, me = _get_default_store(), here.process_index
+    number = store.add(f"oneshot_fast/meetings/{me}", 1)
+
+    def absent() -> str:
+        others = (k for k in range(here.num_processes) if k != me)
+        late = [k for k in others if store.add(f"oneshot_fast/meetings/{k}", 0) < number]
+        return "process " + ", ".join(map(str, late)) if late else "the network"
+
+    def notice() -> None:
+        print(f"process {me} waits for {absent()}", file=sys.stderr, flush=True)
+
+    timer, started = threading.Timer(_NOTICE, notice), time.monotonic()
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except RuntimeError as error:
+        if time.monotonic() - started < 0.9 * _timeout.total_seconds():
+            raise
+        raise RunError(
+            f"process {me} waited {_timeout} for {absent()}, in vain: {one_line(error)}; end all "
+            "and repeat the command to go on (--timeout_minutes waits longer)"
+        ) from None
+    finally:
+        timer.cancel()
+
+
+def largest(number: int) -> int:
+    """The largest number that any process gives; all wait for each other."""
+    if processes().num_processes == 1:
+        return number
+    tensor = torch.tensor(number, device=processes().device)
+    with _meeting():
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return int(tensor)
 
 
 @contextlib.contextmanager
@@ -54,8 +132,12 @@ def kept_by_main(folder: contextlib.AbstractContextManager[object]) -> Iterator[
 
 def main_first(work: Callable[[], T]) -> T:
     """Let the main process do ``work`` first, so that the others find its files."""
-    with processes().main_process_first():
-        return work()
+    if is_main():
+        result = work()
+        barrier()
+        return result
+    barrier()
+    return work()
 
 
 def gather_objects(items: Sequence[T]) -> list[T]:
@@ -64,7 +146,8 @@ def gather_objects(items: Sequence[T]) -> list[T]:
         return list(items)
     from accelerate.utils import gather_object
 
-    return list(gather_object(list(items)))
+    with _meeting():
+        return list(gather_object(list(items)))
 
 
 def map_over_processes(work: Callable[[int], T], count: int) -> list[T]:
@@ -87,12 +170,13 @@ def all_reduce(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over the processes, the same bits everywhere."""
     if processes().num_processes == 1:
         return
-    for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
-        torch.distributed.all_reduce(flat)
-        sums = flat.split([tensor.numel() for tensor in bucket])
-        for tensor, total in zip(bucket, sums, strict=True):
-            tensor.copy_(total.view_as(tensor))
+    with _meeting():
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            torch.distributed.all_reduce(flat)
+            sums = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, total in zip(bucket, sums, strict=True):
+                tensor.copy_(total.view_as(tensor))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot_fast.errors import require
+from oneshot_fast.errors import UserError, one_line, require
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from tqdm import tqdm
 
 
@@ -22,30 +23,97 @@ def progress(total: int | None, description: str, unit: str) -> tqdm[Any]:
     return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, mininterval=interval)
 
 
-def start_tracking(name: str, folder: Path, settings: dict[str, Any]) -> Accelerator:
-    """Accelerate's ``Accelerator`` whose ``log`` writes to tracker ``name`` (none: to nowhere).
+class Tracker:
+    """Numbers and pictures of a run, sent to TensorBoard or W&B as they come, or nowhere."""
+
+    def __init__(self, writer: Any = None, prefix: str = "") -> None:
+        """Keep accelerate's tracker ``writer``; all names begin with ``prefix``."""
+        self._writer, self._prefix = writer, prefix
+        self._known: set[str] = set()
+
+    def part(self, name: str) -> Tracker:
+        """The same, for a stage whose steps begin anew."""
+        return Tracker(self._writer, f"{self._prefix}{name}/")
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Send the numbers among ``values``."""
+        if self._writer is None:
+            return
+        named = {self._prefix + k: v for k, v in values.items() if isinstance(v, int | float)}
+        if self._writer.name == "tensorboard":
+            self._writer.log(named, step=step)
+            return
+        # W&B's own step must not fall, as it would from stage to stage
+        steps = f"{self._prefix}step"
+        for key in named.keys() - self._known:
+            self._writer.tracker.define_metric(key, step_metric=steps)
+        self._known |= named.keys()
+        self._writer.log({**named, steps: step})
+
+    def images(self, paths: Iterable[Path], step: int) -> None:
+        """Send image files, named after them."""
+        if self._writer is None:
+            return
+        import numpy as np
+        from PIL import Image
+
+        how = {"step": step, "dataformats": "NHWC"} if self._writer.name == "tensorboard" else {}
+        for path in paths:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            self._writer.log_images({self._prefix + path.stem: pixels[None]}, **how)
+
+    def finish(self) -> None:
+        """Close what the whole run has written to; a stage leaves it open."""
+        if self._writer is not None and not self._prefix:
+            self._writer.finish()
+
+
+def start_tracking(report_to: str | Tracker, folder: Path, settings: Mapping[str, Any]) -> Tracker:
+    """What ``report_to`` names: none, tensorboard, wandb or wandb:PROJECT; a tracker is used as is.
+
+    A W&B run is called like ``folder``, whose logs/wandb-run keeps its id: a resumed run goes on.
 
     Raises:
-        UserError: If the tracker's package is not installed.
+        UserError: If the tracker's package is not installed, or it cannot start.
     """
-    from accelerate import Accelerator
-    from accelerate.tracking import get_available_trackers
+    if isinstance(report_to, Tracker):
+        return report_to
+    from oneshot_fast.runtime.processes import is_main
 
+    if report_to == "none" or not is_main():
+        return Tracker()
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    from oneshot_fast.runtime.files import write_text
+
+    name, _, project = report_to.partition(":")
     require(
-        name in ("none", *map(str, get_available_trackers())),
+        name in map(str, get_available_trackers()),
         f"--report_to {name} needs a package that is not installed: pip install {name}",
     )
-    accelerator = Accelerator(log_with=None if name == "none" else name, project_dir=folder)
+    logs = folder / "logs"
+    if name == "tensorboard":
+        writer = LOGGER_TYPE_TO_CLASS[name]("logs", folder)
+    else:
+        logs.mkdir(exist_ok=True)
+        kept = logs / "wandb-run"
+        if not kept.exists():
+            write_text(kept, uuid.uuid4().hex)
+        writer = LOGGER_TYPE_TO_CLASS[name](
+            project or "oneshot_fast",
+            name=folder.resolve().name,
+            id=kept.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(logs),
+        )
     numbers = {k: v for k, v in settings.items() if isinstance(v, int | float)}
-    config = {key: str(value) for key, value in settings.items()} | numbers
-    accelerator.init_trackers("logs", config=config)
-    return accelerator
-
-
-def end_tracking(accelerator: Accelerator) -> None:
-    """Close the trackers; ``Accelerator.end_training`` would also end the process group."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    try:
+        writer.start()
+        writer.store_init_configuration({k: str(v) for k, v in settings.items()} | numbers)
+    except Exception as error:  # of the tracker's package: no login, no network
+        raise UserError(f"--report_to {name} cannot start: {one_line(error)}") from None
+    return Tracker(writer)
 
 
 def silence_imports() -> None:

@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,10 +38,7 @@ from oneshot_fast.runtime.processes import (
     kept_by_main,
     processes,
 )
-from oneshot_fast.runtime.progress import end_tracking, progress, start_tracking
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from oneshot_fast.runtime.progress import Tracker, progress, start_tracking
 
 
 class Result(Protocol):
@@ -60,6 +57,7 @@ class Result(Protocol):
         """A row of each of the shard's tensors, on the CPU."""
 
 
+_SHOWN = 16  # samples whose pictures go to a tracker
 Item = TypeVar("Item")
 Found = TypeVar("Found", bound=Result)
 
@@ -98,7 +96,7 @@ class ShardRun(ABC, Generic[Item, Found]):
         self.failures: list[Json] = []  # lines of failures.jsonl
         self.on_evaluations: Callable[[int], object] = lambda count: None
         self._evaluations = evaluations
-        self._tracker: Accelerator | None = None
+        self._tracker = Tracker()
         self._since = time.perf_counter()
 
     @abstractmethod
@@ -149,12 +147,12 @@ class ShardRun(ABC, Generic[Item, Found]):
     def check(self) -> None:
         """Raise RunError if what is ``done`` does not fit the samples."""
 
-    def run(self, *, overwrite: bool = False, report_to: str = "none") -> Json:
+    def run(self, *, overwrite: bool = False, report_to: str | Tracker = "none") -> Json:
         """Solve every sample that has no result yet, then write all files.
 
         Args:
             overwrite: Start anew.
-            report_to: Tracker: none, tensorboard or wandb.
+            report_to: As for ``start_tracking``.
 
         Returns:
             The summary, as in its file.
@@ -170,12 +168,12 @@ class ShardRun(ABC, Generic[Item, Found]):
             barrier()  # until all have seen the same
             self.check()
             if not self.is_finished():
+                self._tracker = start_tracking(report_to, self.folder, settings)
                 if is_main():
                     mend_jsonl(self.folder / "history.jsonl")
                     write_jsonl(self.folder / "manifest.jsonl", map(self._line, self.done.values()))
-                self._tracker = start_tracking(report_to, self.folder, settings)
                 self.solve_all()
-                end_tracking(self._tracker)
+                self._tracker.finish()
                 failures = gather_objects(self.failures)
                 if is_main():
                     self._finish(failures)
@@ -270,8 +268,10 @@ class ShardRun(ABC, Generic[Item, Found]):
         event = {"samples": count, **self.means(rows), "seconds": round(now - self._since, 3)}
         self._since = now
         append_jsonl(self.folder / "history.jsonl", [event])
-        if self._tracker is not None:
-            self._tracker.log(event, step=count)
+        self._tracker.log(event, step=count)
+        shown = (row["id"] for row in rows if row["index"] < _SHOWN)
+        for name in shown:
+            self._tracker.images(sorted((self.folder / "images").glob(f"{name}-*.png")), count)
 
     def _line(self, row: Json) -> Json:
         return {key: value for key, value in row.items() if key not in self.unlisted}

@@ -11,17 +11,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Generator
-from oneshot_fast.runtime.concurrency import Interrupts
+from oneshot_fast.runtime.concurrency import Interrupts, stop
 from oneshot_fast.runtime.files import read_json, write_json, write_jsonl
 from oneshot_fast.runtime.folder import RunFolder
-from oneshot_fast.runtime.processes import is_main, kept_by_main, processes
-from oneshot_fast.runtime.progress import end_tracking, progress, start_tracking
+from oneshot_fast.runtime.processes import is_main, kept_by_main, largest, processes
+from oneshot_fast.runtime.progress import Tracker, progress, start_tracking
 from oneshot_fast.runtime.seeds import derived_seed
 from oneshot_fast.training.batch import Batch, Rows, batches
 from oneshot_fast.training.checkpoints import STUDENT, Checkpoints, load_state, save_state
@@ -30,9 +30,6 @@ from oneshot_fast.training.losses.preserve import PreservePool
 from oneshot_fast.training.memory import offloaded, offloads_by_default
 from oneshot_fast.training.options import TrainOptions
 from oneshot_fast.training.trainer import BadStepsError, Trainee, Trainer
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 class TrainingRun(ABC):
@@ -98,6 +95,7 @@ class TrainingRun(ABC):
         self.losses: dict[str, Loss] = {STUDENT: loss}
         self.trainers: dict[str, Trainer] = {}
         self.pool: PreservePool | None = None
+        self.tracker = Tracker()
         self.offloads = offload_encoders
         if offload_encoders is None:
             self.offloads = offloads_by_default(generator)
@@ -108,7 +106,7 @@ class TrainingRun(ABC):
         """Everything the result depends on."""
 
     @abstractmethod
-    def learn(self, tracker: Accelerator) -> dict[str, Any]:
+    def learn(self) -> dict[str, Any]:
         """Read the data and ``train``; returns the summary."""
 
     @abstractmethod
@@ -142,13 +140,17 @@ class TrainingRun(ABC):
         return self.generator.noise_shape(self.resolution, self.resolution)
 
     def run(
-        self, *, overwrite: bool = False, report_to: str = "none", pool: PreservePool | None = None
+        self,
+        *,
+        overwrite: bool = False,
+        report_to: str | Tracker = "none",
+        pool: PreservePool | None = None,
     ) -> dict[str, Any]:
         """Train, or finish an interrupted training; all trainees end with their final weights.
 
         Args:
             overwrite: Start anew.
-            report_to: Tracker.
+            report_to: As for ``start_tracking``.
             pool: Preserve targets; by default made from the generator as it is now.
 
         Returns:
@@ -169,15 +171,15 @@ class TrainingRun(ABC):
                 for name, final in finals.items():
                     self.trainees[name].load_weights(final)
                 return dict(read_json(path))
-            tracker = start_tracking(report_to, self.folder, settings)
-            summary = self.learn(tracker) | {"settings": settings}
-            end_tracking(tracker)
+            self.tracker = start_tracking(report_to, self.folder, settings)
+            summary = self.learn() | {"settings": settings}
+            self.tracker.finish()
             if is_main():
                 write_json(path, summary)
                 state.unlink(missing_ok=True)
             return summary
 
-    def train(self, prompts: Sequence[str], tracker: Accelerator) -> dict[str, Any]:
+    def train(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Train on one example per prompt; all trainees end with their final weights."""
         self.trainers = {name: self.trainer(name) for name in self.trainees}
         student, state = self.trainers[STUDENT], self.folder / "state.safetensors"
@@ -186,7 +188,7 @@ class TrainingRun(ABC):
         started, resumed_at = time.perf_counter(), student.step
         try:
             with self._only_needed(prompts):
-                self._steps(len(prompts), tracker)
+                self._steps(len(prompts))
         finally:
             for trainer in self.trainers.values():
                 trainer.close()
@@ -244,7 +246,7 @@ class TrainingRun(ABC):
     def _checkpoints(self, name: str) -> Checkpoints:
         return Checkpoints(self._home(name), self._keep_checkpoints)
 
-    def _steps(self, count: int, tracker: Accelerator) -> None:
+    def _steps(self, count: int) -> None:
         student = self.trainers[STUDENT]
         per_epoch = math.ceil(count / self.options.batch_size)
         total = self.options.epochs * per_epoch
@@ -262,11 +264,13 @@ class TrainingRun(ABC):
                     if row is not None:
                         row |= self.after_epoch(row["epoch"])
                         bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-                        tracker.log(row, step=student.step)
-                if interrupts.pending or time.monotonic() - saved >= 60 * self.save_minutes:
+                        self.tracker.log(row, step=student.step)
+                stopped = largest(interrupts.pending)  # all processes end after the same step
+                if stopped or time.monotonic() - saved >= 60 * self.save_minutes:
                     self._save()
                     saved = time.monotonic()
-                interrupts.check()
+                if stopped:
+                    stop(stopped)
                 bar.update()
 
     def _end_epoch(self, epoch: int) -> dict[str, Any] | None:

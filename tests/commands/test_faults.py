@@ -139,15 +139,23 @@ def test_kills_at_random_moments(
     finish(forks, flags, command, folder, expected)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_interrupts(forks: Any, flags: Flags, references: Any, folder: Path, command: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "number", "by"),
+    [
+        *((command, signal.SIGINT, "") for command in COMMANDS),
+        ("assign", signal.SIGTERM, " by SIGTERM"),
+        ("sft", signal.SIGHUP, " by SIGHUP"),
+    ],
+)
+def test_interrupts(
+    forks: Any, flags: Flags, references: Any, folder: Path, command: str, number: int, by: str
+) -> None:
     expected, changes, _ = references(command)
     ended = forks.run(
-        command, flags(command, folder), folder,
-        at=int(0.6 * changes), signal_number=signal.SIGINT,
-    )  # fmt: skip
-    assert ended.code == 130 and "Traceback" not in ended.err
-    assert ended.err.splitlines()[-1].startswith("interrupted: everything finished is kept")
+        command, flags(command, folder), folder, at=int(0.6 * changes), signal_number=number
+    )
+    assert ended.code == 128 + number and "Traceback" not in ended.err
+    assert ended.err.splitlines()[-1].startswith(f"interrupted{by}: everything finished is kept")
     check_valid(folder)
     finish(forks, flags, command, folder, expected)
 

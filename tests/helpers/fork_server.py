@@ -33,7 +33,7 @@ for name in (
 ):  # what the commands import only once they run
     importlib.import_module(name)
 
-CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.truncate"}
+CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate"}
 
 
 def watch(folder: str, at: int | str | None, signal_number: int) -> list[int]:

@@ -12,10 +12,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from oneshot_fast.data.manifests import read_manifest
-from oneshot_fast.errors import require
+from oneshot_fast.errors import one_line, require
 from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, classifier_for
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
@@ -26,11 +26,9 @@ from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime import files
 from oneshot_fast.runtime.folder import RunFolder
 from oneshot_fast.runtime.processes import is_main, kept_by_main, main_first
-from oneshot_fast.runtime.progress import end_tracking, start_tracking
+from oneshot_fast.runtime.progress import Tracker, start_tracking
 from oneshot_fast.training.losses.preserve import PreservePool
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 _OUTPUTS = (
     "eval", "direct", "heldout-base", "heldout-final", "logs", "preserve.safetensors",
     "checkpoint-best", "checkpoint-final", "failures.jsonl", "history.jsonl", "summary.json",
@@ -82,6 +80,7 @@ class Cycles(ABC):
             "keep_checkpoints": keep_checkpoints,
         }
         self._pool: PreservePool | None = None
+        self.tracker = Tracker()
         self.summary: dict[str, Any] = {"random_noise": {}, "cycles": []}
 
     @abstractmethod
@@ -113,7 +112,7 @@ class Cycles(ABC):
             **self.describe(),
         }
 
-    def run(self, *, overwrite: bool = False, report_to: str = "none") -> dict[str, Any]:
+    def run(self, *, overwrite: bool = False, report_to: str | Tracker = "none") -> dict[str, Any]:
         """Run all stages that have no result yet; returns the summary, as in summary.json."""
         cycles = range(1, len(self.options.schedule()) + 1)
         old = (path.name for path in self.folder.glob("cycle-*"))  # may be more than the new ones
@@ -122,23 +121,22 @@ class Cycles(ABC):
         with kept_by_main(RunFolder(self.folder, settings, outputs, overwrite)):
             if is_main():
                 files.mend_jsonl(self.folder / "history.jsonl")
-            tracker = start_tracking(report_to, self.folder, settings)
+            self.tracker = start_tracking(report_to, self.folder, settings)
             measure = self.measure()
             self.evaluate(measure, "base")
             self._make_pool()
-            self.alternate(measure, tracker)
-            end_tracking(tracker)
+            self.alternate(measure)
+            self.tracker.finish()
             if is_main():
                 self._finish(settings)
         return dict(files.read_json(self.folder / "summary.json"))
 
-    def alternate(self, measure: RandomNoiseMeasure, tracker: Accelerator) -> None:
+    def alternate(self, measure: RandomNoiseMeasure) -> None:
         """All cycles, each measured; the generator ends with the weights of the last one."""
         distances = [self.summary["random_noise"]["base"].get("frechet_distance")]
         for cycle in range(1, len(self.options.schedule()) + 1):
             self._cycle(cycle)
             measured = self.evaluate(measure, name_of(cycle))
-            tracker.log(measured, step=cycle)
             distances.append(measured.get("frechet_distance"))
             if is_stuck(distances, self.options.patience):
                 break
@@ -178,6 +176,10 @@ class Cycles(ABC):
         """Measure the generator as it is now, for the summary's column ``name``."""
         with self.stage(f"eval/{name}") as path:
             result = main_first(lambda: measure.measure(self.generator, path))
+        tracker = self.tracker.part(name) if name == "direct" else self.tracker
+        step = len(self.summary["cycles"])
+        tracker.log(result, step)
+        tracker.images([path.with_name(f"{name}.png")], step)
         self.summary["random_noise"][name] = result
         return result
 
@@ -188,7 +190,8 @@ class Cycles(ABC):
             self.generator, pairs, folder, options, targets=self.targets, failures=failures,
             seed=seed, **self._saving,
         )  # fmt: skip
-        return run.run(pool=self._pool)
+        name = folder.relative_to(self.folder).as_posix()
+        return run.run(pool=self._pool, report_to=self.tracker.part(name))
 
     def _make_pool(self) -> None:
         options = self.options.sft()
@@ -212,17 +215,13 @@ class Cycles(ABC):
         self.summary["cycles"].append({"cycle": cycle, **found, "sft": losses})
 
     def _finish(self, settings: dict[str, Any]) -> None:
-        """Choose the best cycle, link checkpoints, write summary and failures."""
+        """Choose the best cycle, write summary and failures, then the two checkpoints."""
         noise, last = self.summary["random_noise"], len(self.summary["cycles"])
         noise["final"] = noise[name_of(last)]
         # Without a classifier nothing here tells better from worse, so the last one is taken.
         best = min(
             range(1, last + 1), key=lambda k: (noise[name_of(k)].get("frechet_distance", 0.0), -k)
         )
-        for name, cycle in (("best", best), ("final", last)):
-            link = self.folder / f"checkpoint-{name}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(Path(name_of(cycle)) / "sft" / "checkpoint-final")
         folders = [f"{name_of(last)}/assign", "heldout-base"]
         failures = [
             r for f in folders for r in files.mend_jsonl(self.folder / f / "failures.jsonl")
@@ -236,6 +235,14 @@ class Cycles(ABC):
             "settings": settings,
         }
         files.write_json(self.folder / "summary.json", self.summary)
+        for name, cycle in (("best", best), ("final", last)):
+            source = self.folder / name_of(cycle) / "sft" / "checkpoint-final"
+            target = self.folder / f"checkpoint-{name}"
+            try:
+                files.copy_folder(source, target)
+            except OSError as error:  # all the rest is there
+                said = f"no {target}, as it could not be copied ({one_line(error)}): use {source}"
+                print(f"warning: {said}", file=sys.stderr)
 
 
 def name_of(cycle: int) -> str:

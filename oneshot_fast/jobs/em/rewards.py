@@ -91,7 +91,8 @@ class RewardEmRun(Cycles):
     def e_step(self, cycle: int, seed: int) -> tuple[Path, dict[str, Any]]:
         self.generator.recompute(self.recompute)  # an M-step ends it
         with self.stage(f"{name_of(cycle)}/assign") as folder:
-            found = self.searcher(cycle, folder, seed).run()
+            run = self.searcher(cycle, folder, seed)
+            found = run.run(report_to=self.tracker.part(f"{name_of(cycle)}/assign"))
         return folder / MANIFEST, {
             "search": {name: found[name] for name in ("initial_reward", "best_reward")},
             "failed": found["failed"],

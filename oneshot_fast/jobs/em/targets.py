@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from oneshot_fast.data.manifests import merge_manifests
 from oneshot_fast.data.records import Failure, Record
@@ -18,8 +18,6 @@ from oneshot_fast.jobs.em.schedule import turn
 from oneshot_fast.runtime.processes import barrier, is_main
 from oneshot_fast.runtime.seeds import content_id
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 Data = Iterable[Record | Failure]
 
 
@@ -84,7 +82,7 @@ class EmRun(Cycles):
             self.summary["real"] = real_measures(real, labels, self.classifier)
         return self.measure_of(real=real)
 
-    def alternate(self, measure: RandomNoiseMeasure, tracker: Accelerator) -> None:
+    def alternate(self, measure: RandomNoiseMeasure) -> None:
         """All cycles; held-out pairs are assigned before and after, then the baseline is trained.
 
         That is the same number of steps on the same targets, with random noise.
@@ -93,7 +91,7 @@ class EmRun(Cycles):
         self._assign_heldout("base")
         if self.compare_direct:
             initial = {k: v.to("cpu", copy=True) for k, v in denoiser.state_dict().items()}
-        super().alternate(measure, tracker)
+        super().alternate(measure)
         self._assign_heldout("final")
         if not self.compare_direct:
             return
@@ -115,7 +113,7 @@ class EmRun(Cycles):
                 cycle,
                 failures=self.failures,
                 previous=previous if options.warm_start else None,
-            ).run()
+            ).run(report_to=self.tracker.part(f"{name_of(cycle)}/assign"))
         if previous is not None and options.assign_fraction < 1 and is_main():
             merge_manifests(previous, folder / "manifest.jsonl", self._manifest(cycle))
         barrier()
@@ -145,7 +143,8 @@ class EmRun(Cycles):
         if not self.heldout:
             return
         with self.stage(f"heldout-{name}") as folder:
-            result = self._assigner(self.heldout, folder, self.seed).run()
+            run = self._assigner(self.heldout, folder, self.seed)
+            result = run.run(report_to=self.tracker.part(f"heldout-{name}"))
         heldout = self.summary.setdefault("heldout", {"samples": result["samples"]})
         heldout[name] = {key: result[key] for key in ("initial_loss", "best_loss", "losses")}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -28,9 +28,6 @@ from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.checkpoints import STUDENT, ended
 from oneshot_fast.training.run import TrainingRun
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 def all_scores(rewards: WeightedRewards, judge: WeightedRewards | None = None) -> Scores:
@@ -134,7 +131,7 @@ class RewardRun(TrainingRun):
             by_reward=(self.rewards, self.prompts[0]),
         )
 
-    def learn(self, tracker: Accelerator) -> dict[str, Any]:
+    def learn(self) -> dict[str, Any]:
         self.make_pool(self.prompts)
         self._measure = RandomNoiseMeasure(
             self.prompts,
@@ -145,8 +142,8 @@ class RewardRun(TrainingRun):
             scores=all_scores(self.rewards, self.judge),
         )
         base = self._measured("base")
-        tracker.log(base, step=0)
-        return {"base": base, **self.train(self._examples, tracker), "failed": 0}
+        self.tracker.log(base, step=0)
+        return {"base": base, **self.train(self._examples), "failed": 0}
 
     def batch(self, rows: list[int], step: int) -> Batch:
         texts = [self._examples[k] for k in rows]
@@ -173,4 +170,7 @@ class RewardRun(TrainingRun):
         assert measure is not None
         path = self.folder / "eval" / name
         found = main_first(lambda: measure.measure(self.generator, path))
+        trainer = self.trainers.get(STUDENT)
+        step = trainer.step if trainer else 0
+        self.tracker.images([path.with_name(f"{name}.png")], step)
         return {key: value for key, value in found.items() if key != "samples"}

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -26,9 +26,6 @@ from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.run import TrainingRun
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 class SftRun(TrainingRun):
@@ -104,13 +101,13 @@ class SftRun(TrainingRun):
             offload_encoders=self.offloads,
         )
 
-    def learn(self, tracker: Accelerator) -> dict[str, Any]:
+    def learn(self) -> dict[str, Any]:
         bad = list(self.failures)
         self._examples = Examples.load(self.generator, self.targets, self.pairs, self._hashes, bad)
         prompts = [pair.prompt for pair in self._examples.pairs]
         self.make_pool(prompts)
         before = self._matched_loss()
-        summary = self.train(prompts, tracker) | {"matched_loss_before": before}
+        summary = self.train(prompts) | {"matched_loss_before": before}
         if is_main():
             rows = [{k: v for k, v in vars(f).items() if v is not None} for f in bad]
             write_jsonl(self.folder / "failures.jsonl", rows)
