@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from oneshot_fast.errors import RunError, one_line, require
+from oneshot_fast.errors import RunError, require
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -100,12 +100,12 @@ def _meeting() -> Iterator[None]:
     timer.start()
     try:
         yield
-    except RuntimeError as error:
+    except RuntimeError:
         if time.monotonic() - started < 0.9 * _timeout.total_seconds():
             raise
         raise RunError(
-            f"process {me} waited {_timeout} for {absent()}, in vain: {one_line(error)}; end all "
-            "and repeat the command to go on (--timeout_minutes waits longer)"
+            f"process {me} waited {_timeout.total_seconds() / 60:g} minutes for {absent()}; end "
+            "all and repeat the command to go on (--timeout_minutes waits longer)"
         ) from None
     finally:
         timer.cancel()

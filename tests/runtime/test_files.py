@@ -69,6 +69,29 @@ def test_mending_makes_no_file(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("can_link", [True, False])
+def test_a_copied_folder_shares_only_tensor_files(
+    tmp_path: Path, can_link: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    if not can_link:
+        monkeypatch.setattr(os, "link", refuse)
+    names = ("config.json", "unet/weights.safetensors")
+    for name in names:
+        (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / name).write_text(name)
+    (tmp_path / "b").symlink_to("a")
+    for _ in range(2):
+        files.copy_folder(tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "b").is_symlink()
+    assert [(tmp_path / "b" / name).read_text() for name in names] == [*names]
+    shared = [(tmp_path / "a" / name).samefile(tmp_path / "b" / name) for name in names]
+    assert shared == [False, can_link]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with files.write_folder(tmp_path / "f") as folder:
         (folder / "old").touch()

@@ -58,6 +58,24 @@ added = [tensor.tolist() for tensor in numbers]
 write_json(place.with_suffix(".json"), [ids, reasons, len(encoded), shared, added])
 oneshot_fast.runtime.processes.leave()
 """
+# Process 1 comes late, then never.
+LATE = """
+import time
+import oneshot_fast.runtime.processes as runtime
+from oneshot_fast.errors import RunError
+
+runtime._NOTICE = 0.5
+runtime.set_timeout(4 / 60)
+me = runtime.processes().process_index
+runtime.barrier()
+time.sleep(2 * me)
+assert runtime.largest(me) == 1
+try:
+    time.sleep(60 * me)
+    runtime.gather_objects([me])
+except RunError as error:
+    raise SystemExit(f"refused: {error}")
+"""
 EM = (
     "--num_cycles 1 --assign_steps 2 --assign_batch_size 2 --train_epochs 1 --eval_samples 10 "
     "--max_samples 10 --num_images 0"
@@ -117,6 +135,25 @@ def damaged(tmp_path: Path, assigned: Path, small_data: Path) -> Path:
     manifest = folder / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in found))
     return manifest
+
+
+@pytest.mark.slow
+def test_who_is_waited_for_is_said_and_in_the_end_refused(tmp_path: Path) -> None:
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    ended = subprocess.run(
+        [*launcher, str(script)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_DEEPSPEED": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    said = ended.stderr.splitlines()
+    assert said.count("process 0 waits for process 1") == 2
+    assert said.count("note: DeepSpeed, of accelerate's config, is not used here") == 1
+    (line,) = (line for line in said if line.startswith("refused"))
+    assert "waited 0.0666667 minutes for process 1; end all and repeat" in line
 
 
 @pytest.mark.slow

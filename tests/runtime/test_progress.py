@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,3 +48,67 @@ def test_a_missing_tracker_is_one_line_before_any_work(
     ended = call(command, *argv)
     assert ended.code == 2 and "pip install wandb" in ended.error
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock", "run.json"}
+
+
+class WandB(ModuleType):
+    """What W&B's package does for us, kept in lists."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.inits: list[dict[str, Any]] = []
+        self.logged: list[dict[str, Any]] = []
+        self.steps: dict[str, str] = {}
+        self.finished = 0
+        self.Image = lambda pixels: [*pixels.shape]
+        self.config = SimpleNamespace(update=lambda values, **_: None)
+
+    def init(self, **more: Any) -> WandB:
+        self.inits.append(more)
+        return self
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        assert step is None  # it would have to rise from stage to stage
+        self.logged.append(values)
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.steps[name] = step_metric
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> WandB:
+    import accelerate.tracking
+
+    fake = WandB()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", ["wandb"])
+    return fake
+
+
+def test_wandb_gets_all_stages_and_goes_on(
+    small_data: Path, assigned: Path, tmp_path: Path, call: Any, wandb: WandB
+) -> None:
+    argv = flags("em", small_data, assigned, tmp_path / "letters", "wandb")
+    for _ in range(2):
+        assert call("em", *argv, "--tracker_project", "fonts").code == 0
+    first, second = wandb.inits
+    assert first == second and wandb.finished == 2
+    assert (first["project"], first["name"], first["resume"]) == ("fonts", "letters", "allow")
+    found = {key: value for values in wandb.logged for key, value in values.items()}
+    for key in ("diversity", "cycle-01/assign/best_loss", "cycle-01/sft/loss"):
+        assert found[key] > 0 and wandb.steps[key] == key.replace(key.split("/")[-1], "step")
+    assert found["cycle-01"][0][-1] == 3
+    assert sum(key.startswith("cycle-01/assign/") and "-target" in key for key in found) == 2
+
+    assert call("em", *argv, "--overwrite").code == 0
+    assert wandb.inits[2]["id"] != first["id"] and wandb.inits[2]["project"] == "oneshot_fast"
+
+
+def test_a_project_is_for_wandb(
+    small_data: Path, assigned: Path, tmp_path: Path, call: Any
+) -> None:
+    argv = flags("assign", small_data, assigned, tmp_path / "run", "none")
+    ended = call("assign", *argv, "--tracker_project", "letters")
+    assert ended.code == 2 and "without --report_to wandb" in ended.error

@@ -147,10 +147,13 @@ def test_out_of_memory_halves_the_parts_once(
         train(assigned, tmp_path / "never", always)
 
 
-def test_ctrl_c_saves_the_step_and_the_rest_is_the_same(assigned: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_saves_the_step_and_the_rest_is_the_same(
+    assigned: Path, tmp_path: Path, name: str
+) -> None:
     def press(_: object, count: int) -> None:
         if count == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), getattr(signal, name))
 
     more = {"use_ema": True, "ema_decay": 0.5}
     whole, _ = train(assigned, tmp_path / "whole", **more)

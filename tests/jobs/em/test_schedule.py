@@ -77,7 +77,8 @@ def test_it_stops_when_the_measure_does(tmp_path: Path, call: Call) -> None:
     assert ended.code == 0 and "no lower Frechet distance in 2 cycles" in ended.err
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [row["cycle"] for row in summary["cycles"]] == [1, 2]
-    assert (tmp_path / "checkpoint-final").resolve().parent.parent.name == "cycle-02"
+    weights = "checkpoint-final/unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / weights).samefile(tmp_path / "cycle-02" / "sft" / weights)
 
 
 def test_efforts_of_a_schedule() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -106,8 +109,9 @@ def test_each_part_goes_on_from_the_one_before(aligned: Path, summary: Any) -> N
         "cycle-01/assign": base, "cycle-01/sft": base, "cycle-02/assign": first,
         "heldout-base": base, "heldout-final": final, "direct": base,
     }  # fmt: skip
-    best = aligned / "checkpoint-best"
-    assert best.resolve() == aligned / f"cycle-0{summary['best_cycle']}/sft/checkpoint-final"
+    best = load_generator(aligned / "checkpoint-best").fingerprint()
+    cycle = aligned / f"cycle-0{summary['best_cycle']}/sft/checkpoint-final"
+    assert best == load_generator(cycle).fingerprint()
     # Cycles start from fresh base noises; both assignments of the held-out pairs from the same.
     starts = {
         name: [json.loads(s)["seed"] for s in (aligned / name / "manifest.jsonl").open()]
@@ -138,6 +142,31 @@ def test_repeating_the_command_prints_the_tables_and_trains_nothing(
         rf"48 held-out pairs, assigned: {NUMBER} .*{NUMBER} .*\([+-]\d+ %\)", ended.out
     )
     assert "checkpoint-final" in ended.out and "report.html" in ended.out
+
+
+def test_checkpoints_can_be_moved_and_are_named_where_they_cannot_be_made(
+    aligned: Path, summary: Any, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["cp", "-R", "-P", aligned / "checkpoint-final", tmp_path], check=True)
+    both = (load_generator(at / "checkpoint-final").fingerprint() for at in (aligned, tmp_path))
+    assert len({*both}) == 1
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "not here")
+
+    run = shutil.copytree(aligned, tmp_path / "run")
+    for name in ("checkpoint-best", "checkpoint-final"):
+        shutil.rmtree(run / name)
+    (run / "checkpoint-final").symlink_to("cycle-02/sft/checkpoint-final")  # as it once was
+    for name in ("summary.json", "report.html"):
+        (run / name).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", refuse)
+        ended = call("em", *flags(run))
+    assert ended.code == 0 and ended.err.count("warning: no ") == 2
+    assert f"use {run / 'cycle-02' / 'sft' / 'checkpoint-final'}" in ended.err
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert (run / "report.html").is_file()
 
 
 def test_own_data_without_digits_and_heldout_pairs(data: Path, tmp_path: Path, call: Call) -> None:
