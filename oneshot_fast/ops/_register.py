@@ -39,20 +39,29 @@ class OpSpec:
 def define(
     name: str,
     fake: Callable[..., Tensor],
-    setup_context: Callable[..., None],
     backward: Callable[..., Any],
     reference: Callable[..., Tensor] | None = None,
+    *,
+    saved: int = 0,
+    setup_context: Callable[..., None] | None = None,
 ) -> Callable[..., Tensor]:
     """Register fake, autograd and CUDA of ``oneshot_fast::name``; return the function to call.
 
     ``fake``, ``setup_context`` and ``backward`` are those of ``torch.library``; ``fake`` also
-    raises for wrong arguments. In eager mode the returned function takes the same rules through an
+    raises for wrong arguments, and by default the first ``saved`` of them are saved, the others
+    put into ``ctx.options``. In eager mode the returned function takes the same rules through an
     ``autograd.Function`` of its own and skips the dispatcher's autograd key, which is written in
     Python and costs more than a small op.
 
     Where no kernel can serve (another device, or CUDA without kernels), ``reference`` does; the
     gradients' ops have none, since torch differentiates the reference.
     """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:saved])
+        ctx.options = inputs[saved:]
+
+    setup_context = setup_context or keep
     op: Callable[..., Tensor] = getattr(torch.ops.oneshot_fast, name).default
     torch.library.register_fake(f"oneshot_fast::{name}", fake)
     torch.library.register_autograd(f"oneshot_fast::{name}", backward, setup_context=setup_context)

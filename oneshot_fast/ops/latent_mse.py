@@ -45,20 +45,16 @@ def _check(op: str, eps_hat: Tensor, x: Tensor, target: Tensor) -> None:
     check_like(op, "target", target, eps_hat.shape, eps_hat)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.sigma = inputs
-    ctx.save_for_backward(*tensors)
-
-
 def _scales(sigma: float) -> tuple[float, float, float]:
     """Derivatives of the error x - sigma eps_hat - target in eps_hat, x and target."""
     return -sigma, 1.0, -1.0
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (sigma,) = ctx.options
     gradients = [
-        _call_gradient(grad, *ctx.saved_tensors, ctx.sigma, scale) if needed else None
-        for scale, needed in zip(_scales(ctx.sigma), ctx.needs_input_grad[:3], strict=True)
+        _call_gradient(grad, *ctx.saved_tensors, sigma, scale) if needed else None
+        for scale, needed in zip(_scales(sigma), ctx.needs_input_grad[:3], strict=True)
     ]
     return *gradients, None
 
@@ -72,22 +68,18 @@ def _gradient_fake(
     return x.new_empty(x.shape)
 
 
-def _gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.sigma, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-
-
 def _gradient_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient scale 2/n grad[b] error is linear in grad and in error."""
     grad, *tensors = ctx.saved_tensors
-    d_error = v * (2 * ctx.scale / max(1, v[:1].numel())) * grad.to(v.dtype)[:, None, None, None]
-    per_unit = _call_gradient(torch.ones_like(grad), *tensors, ctx.sigma, ctx.scale)
+    sigma, scale = ctx.options
+    d_error = v * (2 * scale / max(1, v[:1].numel())) * grad.to(v.dtype)[:, None, None, None]
+    per_unit = _call_gradient(torch.ones_like(grad), *tensors, sigma, scale)
     d_grad = (v.to(grad.dtype) * per_unit).sum((1, 2, 3))
-    return d_grad, *(d_error * scale for scale in _scales(ctx.sigma)), None, None
+    return d_grad, *(d_error * part for part in _scales(sigma)), None, None
 
 
-_call_gradient = define("d_latent_mse", _gradient_fake, _gradient_setup_context, _gradient_backward)
-_call = define("latent_mse", _fake, _setup_context, _backward, reference)
+_call_gradient = define("d_latent_mse", _gradient_fake, _gradient_backward, saved=4)
+_call = define("latent_mse", _fake, _backward, reference, saved=3)
 
 
 def _inputs(shape: tuple[int, ...], sigma: float) -> tuple[Any, ...]:

@@ -112,27 +112,22 @@ def _outer_fake(a: Tensor, b: Tensor, p: int, leading: list[int]) -> Tensor:
     return a.new_empty(*leading, D, D)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    first, second, ctx.p = inputs[:3]
-    ctx.save_for_backward(first, second)
-
-
 def _rotate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    x, q = ctx.saved_tensors
-    d_x = patch_rotate(grad, q.mT, ctx.p) if ctx.needs_input_grad[0] else None
-    d_q = patch_outer(grad, x, ctx.p, q) if ctx.needs_input_grad[1] else None
+    (x, q), (p,) = ctx.saved_tensors, ctx.options
+    d_x = patch_rotate(grad, q.mT, p) if ctx.needs_input_grad[0] else None
+    d_q = patch_outer(grad, x, p, q) if ctx.needs_input_grad[1] else None
     return d_x, d_q, None
 
 
 def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-    a, b = ctx.saved_tensors
-    d_a = patch_rotate(b, grad, ctx.p) if ctx.needs_input_grad[0] else None
-    d_b = patch_rotate(a, grad.mT, ctx.p) if ctx.needs_input_grad[1] else None
+    (a, b), (p, _) = ctx.saved_tensors, ctx.options
+    d_a = patch_rotate(b, grad, p) if ctx.needs_input_grad[0] else None
+    d_b = patch_rotate(a, grad.mT, p) if ctx.needs_input_grad[1] else None
     return d_a, d_b, None, None
 
 
-_rotate = define("patch_rotate", _rotate_fake, _setup_context, _rotate_backward, rotate_reference)
-_outer = define("patch_outer", _outer_fake, _setup_context, _outer_backward, outer_reference)
+_rotate = define("patch_rotate", _rotate_fake, _rotate_backward, rotate_reference, saved=2)
+_outer = define("patch_outer", _outer_fake, _outer_backward, outer_reference, saved=2)
 
 
 def _rotate_inputs(shape: tuple[int, ...], p: int, leading: tuple[int, ...]) -> tuple[Any, ...]:

@@ -37,10 +37,6 @@ def _fake(y: Tensor, target: Tensor) -> Tensor:
     return y.new_empty(y.shape[0], dtype=torch.promote_types(y.dtype, torch.float32))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(
         _call_gradient(grad, *ctx.saved_tensors, wrt_target) if needed else None
@@ -56,20 +52,15 @@ def _gradient_fake(grad: Tensor, y: Tensor, target: Tensor, wrt_target: bool) ->
     return y.new_empty(y.shape)
 
 
-def _gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, y, target, ctx.wrt_target = inputs
-    ctx.save_for_backward(grad, y, target)
-
-
 def _gradient_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient is linear in grad and piecewise constant in y and target."""
     grad, y, target = ctx.saved_tensors
-    per_unit = _call_gradient(torch.ones_like(grad), y, target, ctx.wrt_target)
+    per_unit = _call_gradient(torch.ones_like(grad), y, target, *ctx.options)
     return (v.to(grad.dtype) * per_unit).sum((1, 2, 3)), None, None, None
 
 
-_call_gradient = define("d_pixel_l1", _gradient_fake, _gradient_setup_context, _gradient_backward)
-_call = define("pixel_l1", _fake, _setup_context, _backward, reference)
+_call_gradient = define("d_pixel_l1", _gradient_fake, _gradient_backward, saved=3)
+_call = define("pixel_l1", _fake, _backward, reference, saved=2)
 
 
 def _inputs(shape: tuple[int, ...]) -> tuple[Any, ...]:

@@ -69,22 +69,18 @@ def _adjoint_fake(grad: Tensor, a: Tensor, q: Tensor) -> Tensor:
     return a.new_empty(a.shape)
 
 
-def _adjoint_setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
 def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     """Second derivative; q is a function of a, so a takes its gradient."""
     with torch.enable_grad():
-        inputs = [t.view_as(t) for t in ctx.saved_tensors]
+        inputs = [t.view_as(t) for t in ctx.saved_tensors[:2]]
         inputs = [t if t.requires_grad else t.requires_grad_() for t in inputs]
         output = _adjoint_reference(*inputs)
     d_grad, d_a = torch.autograd.grad(output, inputs, grad, create_graph=torch.is_grad_enabled())
     return d_grad, d_a, None
 
 
-_call_adjoint = define("d_skew_exp", _adjoint_fake, _adjoint_setup_context, _adjoint_backward)
-_call = define("skew_exp", _fake, _setup_context, _backward, reference)
+_call_adjoint = define("d_skew_exp", _adjoint_fake, _adjoint_backward, saved=3)
+_call = define("skew_exp", _fake, _backward, reference, setup_context=_setup_context)
 
 
 def _inputs(shape: tuple[int, ...], norm: float) -> tuple[Any, ...]:
