@@ -3,8 +3,6 @@
 What it learns from is said by a subclass, as the runs of jobs/sft: matched pairs, rewards.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

@@ -3,8 +3,6 @@
 Each stage is a resumable run in a folder of its own; a stage whose result is there is skipped.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import sys

@@ -1,7 +1,5 @@
 """The main job by targets: assign a noise to every target, train on the pairs, repeat."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any

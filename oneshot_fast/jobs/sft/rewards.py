@@ -6,8 +6,6 @@ diversity and independent judges are measured at every epoch. The loss and its s
 training/losses/reward.py.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path

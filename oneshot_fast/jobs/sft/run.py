@@ -1,7 +1,5 @@
 """The M-step on one manifest of matched pairs."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence
