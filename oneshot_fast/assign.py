@@ -87,17 +87,8 @@ def execute(command: AssignCommand) -> int:
     from oneshot_fast.jobs.assign.plan import assign_plan
     from oneshot_fast.jobs.assign.run import AssignRun
 
-    run = AssignRun(
-        command.model.load(command.model_id),
-        source,
-        folder or Path(),
-        command.search,
-        seed=command.run.seed,
-        batch_size=command.batch_size,
-        resize_mode=command.data.resize_mode,
-        resolution=command.data.resolution,
-        num_images=command.num_images,
-    )
+    generator = command.model.load(command.model_id)
+    run = AssignRun(generator, source, folder or Path(), command.search, **_common(command))
     if folder is None or command.dry_run:
         plan = assign_plan(
             run.generator,
@@ -113,53 +104,36 @@ def execute(command: AssignCommand) -> int:
     return _finish(command, folder, summary)
 
 
+def _common(command: AssignCommand) -> dict[str, Any]:
+    """Arguments of either engine's run."""
+    return {
+        "seed": command.run.seed,
+        "batch_size": command.batch_size,
+        "resize_mode": command.data.resize_mode,
+        "resolution": command.data.resolution,
+        "num_images": command.num_images,
+    }
+
+
 def _run_on_ray(command: AssignCommand, folder: Path, source: Source) -> dict[str, Any]:
     from oneshot_fast.jobs.assign.ray_driver import run_on_ray
     from oneshot_fast.jobs.assign.ray_worker import Job
 
-    job = Job(
-        command.model,
-        command.model_id,
-        command.search,
-        folder.absolute(),
-        resolution=command.data.resolution,
-        seed=command.run.seed,
-        resize_mode=command.data.resize_mode,
-        batch_size=command.batch_size,
-        num_images=command.num_images,
-    )
-    run = command.run
-    return run_on_ray(
-        job, source, actors=command.ray_actors, overwrite=run.overwrite, report_to=run.tracker
-    )
+    path, more = folder.absolute(), _common(command)
+    job = Job(command.model, command.model_id, command.search, path, **more)
+    run, actors = command.run, command.ray_actors
+    return run_on_ray(job, source, actors=actors, overwrite=run.overwrite, report_to=run.tracker)
 
 
 def _finish(command: AssignCommand, folder: Path, summary: dict[str, Any]) -> int:
     """Write the report and say what was reached."""
-    from oneshot_fast.report.assign import write_assign_report
+    from oneshot_fast.report.assign import print_summary, write_assign_report
     from oneshot_fast.runtime.processes import is_main
 
     if is_main():
         write_assign_report(folder, public(command))
         print_summary(summary, folder)
     return SOME_FAILED if summary["failed"] else OK
-
-
-def print_summary(summary: dict[str, Any], folder: Path) -> None:
-    """Say what was reached and where it is."""
-    print(
-        f"assigned {summary['samples']} of {summary['samples'] + summary['failed']} targets: mean "
-        f"loss {summary['initial_loss']:.4f} -> {summary['best_loss']:.4f} "
-        f"in {summary['seconds']:.0f} s ({summary['images_per_second']:.2f} images/s)"
-    )
-    if summary["truncated_prompts"]:
-        print(
-            f"warning: {summary['truncated_prompts']} prompts are longer than 77 tokens; cut off",
-            file=sys.stderr,
-        )
-    if summary["failed"]:
-        print(f"{summary['failed']} records failed: {folder / 'failures.jsonl'}", file=sys.stderr)
-    print(f"report: {folder / 'report.html'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -79,11 +79,9 @@ def execute(command: DownloadCommand) -> int:
         ModelError: If the hub cannot be asked, or serves something else than it states.
         OSError: If there is no space.
     """
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     files: list[RemoteFile] = []
     for model in dict.fromkeys(command.only) or MODELS:
         for repository, patterns in MODELS[model].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,9 +132,10 @@ def print_summary(summary: dict[str, Any], folder: Path, model_id: str) -> None:
     if summary["failed"]:
         print(f"{summary['failed']} failed: {folder / 'failures.jsonl'}", file=sys.stderr)
     if summary["training_pairs"]:
+        flags = ["--model_id", model_id, "--manifest_path", str(folder / MANIFEST)]
         print(
             f"to train on its {summary['training_pairs']} images: python -m oneshot_fast.sft "
-            f"--model_id {model_id} --manifest_path {folder / MANIFEST} --output_dir DIR"
+            f"{shlex.join(flags)} --output_dir DIR"
         )
     print(f"report: {folder / 'report.html'}")
 

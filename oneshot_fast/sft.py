@@ -65,7 +65,7 @@ def execute(command: SftCommand) -> int:
         return OK
     summary = run.run(overwrite=command.run.overwrite, report_to=command.run.tracker)
     if is_main():
-        from oneshot_fast.report.sft import write_reward_report, write_sft_report
+        from oneshot_fast.report.sft import print_summary, write_reward_report, write_sft_report
 
         write_report = write_reward_report if command.rewards.reward else write_sft_report
         write_report(run.folder, public(command))
@@ -130,27 +130,6 @@ def _common(command: SftCommand) -> dict[str, Any]:
         "keep_checkpoints": command.keep_checkpoints,
         "offload_encoders": command.offload_encoders,
     }
-
-
-def print_summary(summary: dict[str, Any], folder: Path) -> None:
-    """Say what was reached, what else changed, and where it is."""
-    steps, seconds = summary["steps"], summary["seconds"]
-    if "base" in summary:
-        print(f"trained {steps} steps on rewards in {seconds:.0f} s")
-        for name, before in summary["base"].items():
-            print(f"{name:24}{before:10.4f} -> {summary['final'][name]:.4f}")
-    else:
-        before, after = summary["matched_loss_before"], summary["matched_loss_after"]
-        print(
-            f"trained {steps} steps on {summary['samples']} pairs in {seconds:.0f} s: latent loss "
-            f"on the matched noises {before:.4f} -> {after:.4f}"
-        )
-    if summary["failed"]:
-        print(f"{summary['failed']} pairs failed: {folder / 'failures.jsonl'}", file=sys.stderr)
-    print(f"checkpoint: {folder / 'checkpoint-final'}")
-    if (folder / "lora-final").exists():
-        print(f"LoRA: {folder / 'lora-final'}")
-    print(f"report: {folder / 'report.html'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """The page of ``python -m oneshot_fast.assign``."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,20 @@ def examples_section(folder: Path, of: str = "") -> Section | None:
         return None
     text = "The same generator for both noises; the assigned one should look more like the target."
     return Section(f"Assigned examples{of}", [text], strip=shown)
+
+
+def print_summary(summary: Json, folder: Path) -> None:
+    """Say what was reached and where it is."""
+    print(
+        f"assigned {summary['samples']} of {summary['samples'] + summary['failed']} targets: mean "
+        f"loss {summary['initial_loss']:.4f} -> {summary['best_loss']:.4f} "
+        f"in {summary['seconds']:.0f} s ({summary['images_per_second']:.2f} images/s)"
+    )
+    if summary["truncated_prompts"]:
+        print(
+            f"warning: {summary['truncated_prompts']} prompts are longer than 77 tokens; cut off",
+            file=sys.stderr,
+        )
+    if summary["failed"]:
+        print(f"{summary['failed']} records failed: {folder / 'failures.jsonl'}", file=sys.stderr)
+    print(f"report: {folder / 'report.html'}")

@@ -1,5 +1,6 @@
 """The pages of ``python -m oneshot_fast.sft``: of a training on pairs, and of one on rewards."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,24 @@ def training_section(folders: Sequence[Path], match: str = "matching") -> Sectio
         ),
     ]
     return Section("Training", text, plots=figures)
+
+
+def print_summary(summary: Json, folder: Path) -> None:
+    """Say what was reached, what else changed, and where it is."""
+    steps, seconds = summary["steps"], summary["seconds"]
+    if "base" in summary:
+        print(f"trained {steps} steps on rewards in {seconds:.0f} s")
+        for name, before in summary["base"].items():
+            print(f"{name:24}{before:10.4f} -> {summary['final'][name]:.4f}")
+    else:
+        before, after = summary["matched_loss_before"], summary["matched_loss_after"]
+        print(
+            f"trained {steps} steps on {summary['samples']} pairs in {seconds:.0f} s: latent loss "
+            f"on the matched noises {before:.4f} -> {after:.4f}"
+        )
+    if summary["failed"]:
+        print(f"{summary['failed']} pairs failed: {folder / 'failures.jsonl'}", file=sys.stderr)
+    print(f"checkpoint: {folder / 'checkpoint-final'}")
+    if (folder / "lora-final").exists():
+        print(f"LoRA: {folder / 'lora-final'}")
+    print(f"report: {folder / 'report.html'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +41,8 @@ class Setup:
         path = self.models_dir / model / file
         if path.is_file():
             return path
-        place = "" if self.models_dir == Path("models") else f" --models_dir {self.models_dir}"
+        folder = shlex.quote(str(self.models_dir))
+        place = "" if folder == "models" else f" --models_dir {folder}"
         raise ModelError(
             f"{path} is missing; run: python -m oneshot_fast.download --only {model}{place}"
         )

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from oneshot_fast.errors import ModelError, one_line
+
+_READ = 10.0  # seconds that the hub may be silent
+_PATIENCE, _SLOWEST = 60.0, 1 << 16  # seconds, and bytes in them that are progress
+_ABOUT = 16 << 20  # bytes of what the hub tells of a repository, at most
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,14 @@ def list_files(
     Raises:
         ModelError: If the hub does not answer or lacks one, or states another hash than is known.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import ModelInfo, constants
 
+    url = f"{constants.ENDPOINT}/api/models/{repository}?blobs=true"
     try:
-        info = HfApi().model_info(repository, files_metadata=True)
+        parts = _chunks(url, f"what the hub tells of {repository}", _ABOUT)
+        info: Any = ModelInfo(**json.loads(b"".join(chunk for _, chunk in parts)))
+    except ModelError:
+        raise
     except Exception as error:  # the hub's client raises many types
         raise ModelError(f"the hub did not tell of {repository}: {one_line(error)}") from None
     found = [
@@ -83,7 +94,7 @@ def list_files(
     card: Any = info.card_data or {}
     licence = card.get("license_name") or card.get("license") or "not stated on the hub"
     link = card.get("license_link")
-    return found, f"{licence} ({link})" if link else licence
+    return found, one_line(f"{licence} ({link})" if link else licence)
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -91,11 +102,15 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _remote_file(repository: str, commit: str, sibling: Any, folder: Path) -> RemoteFile:
+    name, size = sibling.rfilename, sibling.size
     digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
-    if sibling.size is None or digest is None:
-        raise ModelError(f"the hub states no size and hash of {sibling.rfilename}; not taken")
-    path = folder / sibling.rfilename
-    return RemoteFile(repository, commit, sibling.rfilename, sibling.size, digest, path)
+    parts = set(name.split("/"))
+    if parts & {"", ".", ".."} or not name.isprintable() or {*name} & {*"\\:"}:
+        raise ModelError(f"the hub names a file {one_line(name)}; not taken")
+    known = isinstance(size, int) and size >= 0 and isinstance(digest, str)
+    if not known or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest):
+        raise ModelError(f"the hub states no size and hash of {name}; not taken")
+    return RemoteFile(repository, commit, name, size, digest, folder / name)
 
 
 def fetch(file: RemoteFile) -> None:
@@ -130,30 +145,68 @@ def fetch(file: RemoteFile) -> None:
 
 
 def _transfer(file: RemoteFile) -> None:
-    """Append what is missing of the file to its part.
+    """Append what is missing of the file to its part, in up to three tries without progress.
 
-    ``hf_hub_download`` starts a file anew in every process (since huggingface_hub 1.0); the
-    function below it can go on.
+    The hub's client would start anew in every process, and wait for a slow server for ever.
     """
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.errors import HfHubHTTPError
+    from tqdm import tqdm
 
     url = hf_hub_url(file.repository, file.name, revision=file.commit)
-    with file.part.open("ab") as target:
+    what, failures = f"{file.name} of {file.repository}", 0
+    bar = tqdm(total=file.size, desc=file.name, unit="B", unit_scale=True, disable=None)
+    with bar, file.part.open("ab", buffering=0) as target:
         if target.tell() > file.size:
             target.truncate(0)
-        http_get(
-            url,
-            target,
-            resume_size=target.tell(),
-            # compressed bytes could not be resumed
-            headers={**build_hf_headers(), "Accept-Encoding": "identity"},
-            expected_size=file.size,
-            displayed_filename=file.name,
-        )
-        target.flush()
+        while (start := file.partial_size) < file.size:
+            try:
+                for place, chunk in _chunks(url, what, file.size, start):
+                    if place == 0 < file.partial_size:  # the server cannot go on
+                        target.truncate(0)
+                    target.write(chunk)
+                    bar.update(place + len(chunk) - bar.n)
+            except (HfHubHTTPError, ModelError):
+                raise
+            except Exception as error:  # of whatever client the hub's is made of
+                failures = 0 if file.partial_size - start >= _SLOWEST else failures + 1
+                if failures == 3 or (isinstance(error, OSError) and error.errno is not None):
+                    raise
+                time.sleep(1)
+            else:
+                break
         os.fsync(target.fileno())
+
+
+def _chunks(url: str, what: str, size: int, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """What a server sends of ``url`` from byte ``start``, each part with its place.
+
+    Raises:
+        ModelError: If it is more than ``size`` bytes, or hardly goes on.
+    """
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    # compressed bytes could not be resumed
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    headers |= {"Range": f"bytes={start}-"} if start else {}
+    with http_stream_backoff(
+        "GET", url, headers=headers, timeout=_READ, retry_on_exceptions=()
+    ) as response:
+        hf_raise_for_status(response)
+        place = start if response.status_code == 206 else 0
+        since, had = time.monotonic(), place
+        for chunk in response.iter_raw():
+            if place + len(chunk) > size:
+                raise ModelError(f"{what} is longer than the {size:,} bytes expected; not taken")
+            yield place, chunk
+            place += len(chunk)
+            if place - had >= _SLOWEST:
+                since, had = time.monotonic(), place
+            elif time.monotonic() - since > _PATIENCE:
+                raise ModelError(
+                    f"{what} hardly comes: {place - had} bytes in {_PATIENCE:.0f} s; what came is "
+                    "kept, repeat the command to go on"
+                )
 
 
 def digest_of(path: Path, file: RemoteFile) -> str:

@@ -13,8 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from oneshot_fast.errors import ModelError
+from oneshot_fast.runtime.hub import _remote_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = "HPS_v2.1_compressed.pt"
@@ -38,6 +42,7 @@ class Hub:
         stop_at: A transfer of WEIGHTS stops after so many bytes.
         hang: The stopped connection is held open instead of closed.
         corrupt: One byte of WEIGHTS is another.
+        fault: What it always does with WEIGHTS: stall, drip or endless.
         gets: Name and Range header of each file that was asked for.
         stopped: Set when a transfer was stopped.
     """
@@ -46,6 +51,7 @@ class Hub:
     stop_at: int | None = None
     hang: bool = False
     corrupt: bool = False
+    fault: str = ""
     gets: list[tuple[str, str | None]] = field(default_factory=list)
     stopped: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
@@ -62,7 +68,7 @@ def info_of(repository: str) -> bytes:
             entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 130}
         siblings.append(entry)
     info = {"id": repository, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
-    return json.dumps({**info, "cardData": {"license": "apache-2.0"}}).encode()
+    return json.dumps({**info, "cardData": {"license": "apache-2.0\x1b[31m"}}).encode()
 
 
 def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -100,6 +106,14 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             data = FILES[repository][name]
             first = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
             sent = None
+            if name == WEIGHTS and hub.fault:
+                self.send_response(200)
+                self.end_headers()
+                while hub.fault != "stall" and not hub.released.wait(0.2 * (hub.fault == "drip")):
+                    self.wfile.write(b"x" * (1 if hub.fault == "drip" else 1 << 20))
+                    self.wfile.flush()
+                hub.released.wait(60)
+                return
             if name == WEIGHTS:
                 if hub.corrupt:
                     data, hub.corrupt = b"\xff" + data[1:], False
@@ -125,11 +139,22 @@ def hub() -> Iterator[Hub]:
 
 def start(hub: Hub, folder: Path, *flags: str) -> subprocess.Popen[str]:
     """Start the command; huggingface_hub reads its settings when it is imported."""
-    argv = [sys.executable, "-m", "oneshot_fast.download", "--models_dir", str(folder), *flags]
+    module = ["-c", IMPATIENT] if hub.fault else ["-m", "oneshot_fast.download"]
+    argv = [sys.executable, *module, "--models_dir", str(folder), *flags]
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
     return subprocess.Popen(
         argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+IMPATIENT = """
+import sys
+from oneshot_fast import download
+from oneshot_fast.runtime import hub
+
+hub._PATIENCE, hub._READ = 2.0, 1.0
+sys.exit(download.main())
+"""
 
 
 def run(hub: Hub, folder: Path, *flags: str) -> tuple[int, str, str]:
@@ -152,7 +177,7 @@ def test_download_says_licence_and_bytes_first_and_keeps_what_is_whole(
 ) -> None:
     code, out, err = run(hub, tmp_path / "models", "--only", "HPSv2", "--dry_run")
     assert (code, err) == (0, "")
-    assert "HPSv2: 22,020,107 bytes of xswu/HPSv2, licence apache-2.0" in out
+    assert "HPSv2: 22,020,107 bytes of xswu/HPSv2, licence apache-2.0\\x1b[31m" in out
     assert "to download: 22,020,123 bytes of 22,020,123" in out
     assert not hub.gets and not (tmp_path / "models").exists()
 
@@ -228,3 +253,43 @@ def test_what_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path) -> Non
     assert code == 2 and len(err.splitlines()) == 1 and "THUDM/ImageReward" in err
     code, _, err = run(hub, tmp_path, "--only", "nothing")
     assert code == 2 and len(err.splitlines()) == 1 and "PickScore_v1" in err
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("stall", "broke off"),
+        ("drip", "hardly comes"),
+        ("endless", "is longer than the 22,020,096 bytes expected"),
+    ],
+)
+def test_a_server_that_never_ends_is_one_line(
+    hub: Hub, tmp_path: Path, fault: str, said: str
+) -> None:
+    hub.fault = fault
+    code, _, err = run(hub, tmp_path, "--only", "HPSv2")
+    assert code == 2 and said in err and len(err.splitlines()) == 1
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*")) < 2 * len(LARGE)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "digest"),
+    [
+        ("../a", 1, "0" * 40),
+        ("/a", 1, "0" * 40),
+        ("a\\b", 1, "0" * 40),
+        ("C:a", 1, "0" * 40),
+        ("a\x1b[31m", 1, "0" * 40),
+        ("a", 1, "../" + "0" * 37),
+        ("a", -1, "0" * 40),
+        ("a", None, "0" * 40),
+        ("a", 1, None),
+    ],
+)
+def test_names_sizes_and_hashes_are_checked(
+    tmp_path: Path, name: str, size: int | None, digest: str | None
+) -> None:
+    sibling = SimpleNamespace(rfilename=name, size=size, blob_id=digest, lfs=None)
+    with pytest.raises(ModelError, match="not taken") as caught:
+        _remote_file("owner/name", COMMIT, sibling, tmp_path)
+    assert str(caught.value).isprintable()
