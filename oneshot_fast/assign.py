@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 from oneshot_fast.cli import OK, SOME_FAILED, public, run_command
+from oneshot_fast.data.image_refs import hint
 from oneshot_fast.data.options import DataOptions
 from oneshot_fast.data.records import Record, pair_id
 from oneshot_fast.errors import UserError, require
@@ -69,7 +70,7 @@ def open_data(command: AssignCommand) -> Source:
     if path is None or prompt is None:
         raise UserError("give --data_root DIR, or both --prompt TEXT and --target_image_path FILE")
     require(bool(prompt.strip()), "the prompt is empty")
-    require(path.is_file(), f"no such image: {path}")
+    require(path.is_file(), f"no such image: {path}{hint(str(path), Path())}")
     record = Record(pair_id(path.name, prompt), 1, prompt, path.name, path.resolve())
     return FolderSource([record], [])
 

@@ -121,7 +121,9 @@ def _on_rewards(command: EmCommand) -> RewardEmRun:
     options.check(rewards.reward)
     without_targets = dataclasses.replace(
         command,
-        data=DataOptions(resolution=command.data.resolution),
+        data=DataOptions(
+            resolution=command.data.resolution, prompt_field=command.data.prompt_field
+        ),
         heldout_root=None,
         compare_direct=False,
         num_images=EmCommand.num_images,
@@ -132,7 +134,8 @@ def _on_rewards(command: EmCommand) -> RewardEmRun:
         "heldout_root, compare_direct and num_images out",
     )
     command.em.optimize().check()
-    prompts, more = read_prompts(options.prompt_file), _more(command)
+    prompts = read_prompts(options.prompt_file, command.data.prompt_field)
+    more = _more(command)
 
     from oneshot_fast.jobs.em.rewards import RewardEmRun
 

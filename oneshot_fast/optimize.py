@@ -39,7 +39,9 @@ class OptimizeCommand:
     prompt: UseAppendAction[tuple[str, ...]] = ()
     """A prompt; may be given several times."""
     prompt_file: Path | None = None
-    """Text file with a prompt per line, or .jsonl with a field "prompt"."""
+    """Prompts: .txt with one per line, .tsv or .csv with a header, or .jsonl."""
+    prompt_field: str | None = None
+    """Column or field of prompt_file; by default the first of prompt, text and caption."""
     model_id: str = "stabilityai/sdxl-turbo"
     """One-step generator: folder in diffusers layout, hub id, .safetensors file, or "tiny"."""
     num_images_per_prompt: int = 1
@@ -68,8 +70,12 @@ def prompts_of(command: OptimizeCommand) -> list[str]:
     """The prompts that the command line names."""
     prompts = [*command.prompt]
     require(all(prompt.strip() for prompt in prompts), "a prompt is empty")
+    require(
+        command.prompt_file is not None or command.prompt_field is None,
+        "--prompt_field has no effect without --prompt_file; give both",
+    )
     if command.prompt_file is not None:
-        prompts += read_prompts(command.prompt_file)
+        prompts += read_prompts(command.prompt_file, command.prompt_field)
     require(bool(prompts), "give --prompt TEXT or --prompt_file FILE")
     return prompts
 

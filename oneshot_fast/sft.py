@@ -99,7 +99,7 @@ def _on_rewards(command: SftCommand) -> RewardRun:
         rewards.checkpointing != "full" or not command.training.selective_checkpointing,
         "checkpointing full recomputes all that selective_checkpointing does; give one",
     )
-    prompts = read_prompts(options.prompt_file)
+    prompts = read_prompts(options.prompt_file, options.prompt_field)
 
     from oneshot_fast.jobs.sft.rewards import RewardRun
 

@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -92,10 +93,58 @@ def find_file(name: str, folders: Sequence[Path]) -> Path:
         DataError: there is none.
     """
     for folder in folders:
-        path = folder.absolute() / name
-        if os.path.isfile(path):
+        if path := existing(folder.absolute() / name):
             return path
-    raise DataError(f"no such file: {name} (looked from {' and '.join(map(str, folders))})")
+    raise DataError(
+        f"no such file: {name} (looked from {' and '.join(map(str, folders))})"
+        + hint(name, folders[0])
+    )
+
+
+def existing(path: Path) -> Path | None:
+    """The file ``path``, its name composed (NFC) or decomposed (NFD); None if there is none."""
+    if not os.path.lexists(path) and not str(path).isascii():
+        path = _spelled(path, _composed) or path
+    return path if os.path.isfile(path) else None
+
+
+def _composed(part: str) -> str:
+    return unicodedata.normalize("NFC", part)
+
+
+def _loose(part: str) -> str:
+    return _composed(part).casefold()
+
+
+def hint(name: str, folder: Path) -> str:
+    """What to say more of a file ``name`` that is not in ``folder``: the name it has, perhaps."""
+    if re.match(r"[a-zA-Z][\w+.-]+:/", name):
+        return ": URLs are not fetched here: download the file and give its path"
+    near = _spelled(folder.absolute() / name.replace("\\", "/"), _loose)
+    return f": there is {os.path.relpath(near, folder.absolute())}" if near else ""
+
+
+def _spelled(path: Path, key: Callable[[str], str]) -> Path | None:
+    """The file whose path equals ``path`` under ``key``, part by part."""
+    found = Path(path.anchor)
+    for part in path.parts[1:]:
+        if os.path.lexists(found / part) or part == "..":
+            found /= part
+            continue
+        try:
+            names = _names(str(found), os.stat(found).st_mtime_ns, key)
+        except OSError:
+            return None
+        if key(part) not in names:
+            return None
+        found /= names[key(part)]
+    return found if os.path.isfile(found) else None
+
+
+@lru_cache(maxsize=8)
+def _names(folder: str, stamp: int, key: Callable[[str], str]) -> dict[str, str]:
+    """Names in a folder by ``key``; ``stamp`` is its time of change."""
+    return {key(name): name for name in sorted(os.listdir(folder))}
 
 
 def image_text(image: ImageRef, folder: Path) -> str:
@@ -108,14 +157,21 @@ def image_text(image: ImageRef, folder: Path) -> str:
 
 
 def file_sha256(image: ImageRef) -> str:
-    """Sha256 of a file's, or an image's, bytes, as 64 hex digits."""
+    """Sha256 of a file's, or an image's, bytes, as 64 hex digits.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     if isinstance(image, Member):
         return hashlib.sha256(image.read()).hexdigest()
-    digest = hashlib.sha256()
-    with image.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    try:
+        digest = hashlib.sha256()
+        with image.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+    except OSError as error:
+        raise DataError(f"{image}: cannot be read: {one_line(error.strerror)}") from error
 
 
 def open_file(file: str) -> BinaryIO:
@@ -194,6 +250,8 @@ def _read_cells(
 def _read_beside(file: str, path: str) -> bytes:
     """A file named in a shard, which must not lead out of the shard's folder."""
     folder = file.rpartition("/")[0]
+    if path.startswith(("http://", "https://")):
+        raise DataError(f"{path}: URLs are not fetched here: download the file")
     outside = DataError(f"the path {path} leads out of the shard's folder")
     if "://" in path or path.startswith("/") or ".." in path.split("/"):
         raise outside

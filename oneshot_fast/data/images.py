@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from oneshot_fast.data.image_refs import ImageRef
+from oneshot_fast.data.image_refs import ImageRef, Member
 from oneshot_fast.errors import DataError, one_line
 
 # A fixed list, since Pillow would hand some other formats (EPS) to external programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
+MUCH = 1 / 3  # of a picture: if a crop takes more away, the user is told
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 
@@ -32,7 +33,8 @@ def load_image(path: ImageRef, height: int, width: int, resize_mode: str = "crop
             such a file inside a shard.
         height: H of the result, pixels.
         width: W of the result, pixels.
-        resize_mode: "crop" scales to cover H x W and cuts the centre; "squash" changes the aspect.
+        resize_mode: "crop" scales to cover H x W and cuts the centre; "squash" changes the aspect;
+            "pad" scales to fit and fills both sides with black.
 
     Returns:
         [3, H, W] float32, [0, 1] RGB, contiguous.
@@ -55,16 +57,46 @@ def load_image(path: ImageRef, height: int, width: int, resize_mode: str = "crop
 
 def resized(image: Image.Image, height: int, width: int, resize_mode: str = "crop") -> Tensor:
     """As ``load_image``, of a picture of mode "RGB", or "F" in [0, 1]."""
-    if resize_mode not in ("crop", "squash"):
-        raise DataError(f"resize_mode is '{resize_mode}': use crop or squash")
+    if resize_mode not in ("crop", "squash", "pad"):
+        raise DataError(f"resize_mode is '{resize_mode}': use crop, squash or pad")
     if resize_mode == "crop":
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    elif resize_mode == "pad":
+        scale = min(width / image.width, height / image.height)
+        w, h = (max(1, round(scale * side)) for side in image.size)
+        inner = image.resize((w, h), Image.Resampling.LANCZOS)
+        image = Image.new(image.mode, (width, height))  # black
+        image.paste(inner, ((width - w) // 2, (height - h) // 2))
     else:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
     if image.mode == "F":  # Lanczos overshoots at edges; Pillow clips this for 8 bits only
         return pixels.clamp(0, 1).expand(3, -1, -1).contiguous()
     return pixels.permute(2, 0, 1).div(255).contiguous()
+
+
+def crop_loss(image: ImageRef | Image.Image | str) -> float:
+    """Part of a picture that is cut away where it becomes square; of files the header is read.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if isinstance(image, Image.Image):
+        return 1 - min(image.size) / max(image.size)
+    try:
+        source = io.BytesIO(image.read()) if isinstance(image, Member) else image
+        with Image.open(source, formats=_FORMATS) as opened:
+            return crop_loss(opened)
+    except Exception as error:  # as in load_image
+        raise DataError(f"{image}: cannot be decoded: {one_line(error)}") from error
+
+
+def cut_warning(count: int, first: object) -> str:
+    """What the user is told of ``count`` images of which a crop leaves too little."""
+    return (
+        f"{count} images lose more than a third, the first: {first}; --resize_mode pad keeps "
+        "all of them"
+    )
 
 
 def _decode(path: ImageRef) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from oneshot_fast.data.records import (
 )
 from oneshot_fast.errors import DataError
 from oneshot_fast.runtime.files import mend_jsonl, write_jsonl
+from oneshot_fast.runtime.seeds import content_id
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class MatchedPair:
     noise_index: int | None  # row of tensor "z" in a safetensors shard; None: a file of one noise
     resize_mode: str = "crop"  # how the target was brought to the model's resolution
     image_sha256: str | None = None  # of the target when the noise was assigned
+    line: int = 0  # 1-based
+    digest: str = ""  # of the line, whatever of it is read
 
 
 def read_manifest(path: Path) -> tuple[list[MatchedPair], list[Failure]]:
@@ -82,6 +86,7 @@ def _parse_match(
     line: int, item: dict[str, object] | str, folder: Path, used: dict[str, int]
 ) -> MatchedPair | Failure:
     name = prompt = image = None
+    said = content_id(json.dumps(item, sort_keys=True))
     try:
         if isinstance(item, str):
             raise DataError(item)
@@ -97,9 +102,10 @@ def _parse_match(
         noise_path = find_file(noise, folders)
         mode = text_field(item, "resize_mode") if "resize_mode" in item else "crop"
         digest = text_field(item, "image_sha256") if "image_sha256" in item else None
-        return MatchedPair(name, prompt, image_path, noise_path, index, mode, digest)
+        place = image_path, noise_path, index
+        return MatchedPair(name, prompt, *place, mode, digest, line, said)
     except DataError as error:
-        return Failure(str(error), line, name, prompt, image)
+        return Failure(str(error), line, name, prompt, image, said)
 
 
 def _noise_index(item: dict[str, object], noise: str) -> int | None:

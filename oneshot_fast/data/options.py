@@ -46,5 +46,5 @@ class DataOptions(Selection):
     such as hf://datasets/user/name/*.parquet or s3://bucket/{000..123}.tar."""
     resolution: int | None = None
     """Image side in pixels; by default the model's own (512 for SDXL-Turbo)."""
-    resize_mode: Literal["crop", "squash"] = "crop"
-    """Other aspect ratios: cut the centre square, or squash to a square."""
+    resize_mode: Literal["crop", "squash", "pad"] = "crop"
+    """Other aspect ratios: cut the centre square, squash to a square, or pad with black."""

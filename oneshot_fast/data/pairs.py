@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from oneshot_fast.data.image_refs import existing, hint
 from oneshot_fast.data.images import save_png
 from oneshot_fast.data.options import ALL, Selection
 from oneshot_fast.data.records import (
@@ -126,11 +127,11 @@ def _parse_pair(
 def _find_image(item: Record | Failure, root: Path, allow_outside_root: bool) -> Record | Failure:
     if isinstance(item, Failure):
         return item
-    path = Path(os.path.realpath(root / item.image))
+    path = Path(os.path.realpath(existing(root / item.image) or root / item.image))
     if not (allow_outside_root or path.is_relative_to(root)):
         reason = f"image leads outside {root}: move it there or pass --allow_outside_root"
     elif not os.path.exists(path):
-        reason = f"no such image file: {path}"
+        reason = f"no such image file: {path}{hint(item.image, root)}"
     elif not os.path.isfile(path):
         reason = f"image is a folder or device, not a file: {path}"
     else:

@@ -2,34 +2,132 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Iterator
 from pathlib import Path
 
-from oneshot_fast.data.records import read_objects, text_field
-from oneshot_fast.errors import DataError, require
+from oneshot_fast.data.records import (
+    MAX_TEXT,
+    PROMPT_FIELDS,
+    first_field,
+    read_lines,
+    read_objects,
+    text_field,
+)
+from oneshot_fast.errors import DataError, one_line, require
+
+Row = tuple[int, dict[str, object] | str]  # line number, and its columns or what is wrong with it
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, one per line, or of JSON lines.
+def read_prompts(path: Path, prompt_field: str | None = None) -> list[str]:
+    """Prompts of a file: of text one per line, of a table by its header, of JSON lines by field.
+
+    Args:
+        path: .txt (or no suffix), .tsv or .csv with a header, or .jsonl.
+        prompt_field: column or field; by default the first of prompt, text and caption, which may
+            begin with a capital. A text file has none.
 
     Raises:
         DataError: If the file cannot be read, a line is no prompt, or there is none.
     """
+    if "://" in str(path) or str(path).startswith(("http:/", "https:/")):
+        raise DataError(f"{path}: URLs are not fetched here; download the file and give its path")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
+    suffix = path.suffix.lower()
+    readers = {"": _text_rows, ".txt": _text_rows, ".jsonl": read_objects}
+    readers |= {".csv": read_table, ".tsv": read_table}
+    if suffix not in readers:
+        known = ", ".join(sorted(filter(None, readers)))
+        raise DataError(f"{path}: files {suffix} are not read as prompts; give one of {known}")
+    if prompt_field and suffix in ("", ".txt"):
+        raise DataError(f"{path}: a text file has no fields; leave --prompt_field out")
     found = []
-    if path.suffix == ".jsonl":
-        for number, item in read_objects(path):
-            if isinstance(item, str):
-                raise DataError(f"{path}: line {number}: {item}")
-            try:
-                found.append(text_field(item, "prompt"))
-            except DataError as error:
-                raise DataError(f"{path}: line {number}: {error}") from None
-    else:
+    for number, row in readers[suffix](path):
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise DataError(f"{path}: is no UTF-8 text; save it as UTF-8") from None
-        found = [line.strip() for line in lines if line.strip()]
+            if isinstance(row, str):
+                raise DataError(row)
+            name = first_field(row, prompt_field, PROMPT_FIELDS)
+            if name is None:
+                wanted = prompt_field or ", ".join(PROMPT_FIELDS)
+                names = one_line(", ".join(row))
+                raise DataError(f"no field {wanted}; set --prompt_field, one of: {names}")
+            found.append(text_field(row, name))
+        except DataError as error:
+            raise DataError(f"{path}: line {number}: {error}") from None
     require(bool(found), f"{path}: has no prompt")
     return found
+
+
+def read_table(path: Path) -> Iterator[Row]:
+    """Rows of a .csv or .tsv file (by suffix) below its header, blank lines left out.
+
+    A field of .tsv is one line's, as it stands, or in quotes if it begins and ends with them.
+
+    Raises:
+        DataError: the file cannot be read, or has no header of different names.
+    """
+    rows = _tsv_rows(path) if path.suffix.lower() == ".tsv" else _csv_rows(path)
+    header: list[str] | None = None
+    for number, fields in rows:
+        if isinstance(fields, str):
+            if header is None:
+                raise DataError(f"{path}: line {number}: {fields}")
+            yield number, fields
+        elif header is None:
+            header = [name.strip() for name in fields]
+            if len(set(header)) < len(header):
+                raise DataError(f"{path}: line {number}: two columns have one name")
+        elif len(fields) > len(header):
+            yield (
+                number,
+                f"has {len(fields)} fields, the header {len(header)}: quote the longer one",
+            )
+        else:
+            yield number, dict(zip(header, fields, strict=False))
+
+
+def _text_rows(path: Path) -> Iterator[Row]:
+    for number, line in read_lines(path, MAX_TEXT):
+        if isinstance(line, DataError):
+            yield number, str(line)
+        else:  # the file may have other line ends
+            for prompt in filter(None, map(str.strip, line.splitlines())):
+                yield number, {"prompt": prompt}
+
+
+def _tsv_rows(path: Path) -> Iterator[tuple[int, list[str] | str]]:
+    for number, line in read_lines(path):
+        if isinstance(line, DataError):
+            yield number, str(line)
+        elif line.strip():
+            yield number, [_unquoted(field) for field in line.rstrip("\r\n").split("\t")]
+
+
+def _unquoted(field: str) -> str:
+    inside = field[1:-1]
+    is_quoted = len(field) > 1 and field[0] == field[-1] == '"'
+    return inside.replace('""', '"') if is_quoted and '"' not in inside.replace('""', "") else field
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str] | str]]:
+    """Records, which may have several lines, each with the number of its last."""
+    number, broken = 0, ""
+
+    def lines() -> Iterator[str]:
+        nonlocal number, broken
+        for found, line in read_lines(path):
+            number, broken = found, str(line) if isinstance(line, DataError) else ""
+            yield "" if isinstance(line, DataError) else line
+
+    reader = csv.reader(lines(), strict=True)
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            yield number, f"broken CSV: {one_line(error)}"
+            continue
+        if fields is None:
+            return
+        if broken or any(fields):
+            yield number, broken or fields

@@ -1,13 +1,18 @@
 """What the readers of user input share: records and failures, JSON lines, text fields, ids."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from oneshot_fast.data.image_refs import ImageRef
 from oneshot_fast.errors import DataError, one_line
+
+PROMPT_FIELDS = ("prompt", "text", "caption")
+MAX_TEXT = 1 << 16  # bytes of a prompt or path; text encoders read some 77 tokens
+MAX_LINE = 1 << 22  # bytes of a JSON object: a long run's curve of losses takes some 100 kB
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,43 @@ class Failure:
     id: str | None = None
     prompt: str | None = None
     image: str | None = None
+    digest: str | None = field(default=None, compare=False)  # of a manifest's line
 
     @property
     def row(self) -> dict[str, object]:
         """What is known of it, by name."""
-        return {key: value for key, value in vars(self).items() if value is not None}
+        known = {key: value for key, value in vars(self).items() if value is not None}
+        known.pop("digest", None)
+        return known
+
+
+def read_lines(path: Path, limit: int = MAX_LINE) -> Iterator[tuple[int, str | DataError]]:
+    """Iterate over the lines of a text file, whatever their length, in little memory.
+
+    Yields:
+        1-based line number, and the line, or why it cannot be used.
+
+    Raises:
+        DataError: the file cannot be opened or read.
+    """
+    try:
+        with path.open("rb") as file:
+            for number in itertools.count(1):
+                raw = file.readline(limit + 1)
+                if not raw:
+                    return
+                if len(raw) > limit:
+                    while raw and not raw.endswith(b"\n"):
+                        raw = file.readline(limit)
+                    yield number, DataError(f"longer than {limit >> 10} kB: shorten it")
+                    continue
+                try:
+                    yield number, raw.decode("utf-8-sig")
+                except UnicodeDecodeError as error:
+                    reason = f"invalid UTF-8 at byte {error.start}: save the file as UTF-8"
+                    yield number, DataError(reason)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, object] | str]]:
@@ -50,25 +87,19 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, object] | str]]:
     Raises:
         DataError: the file cannot be opened or read.
     """
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                try:
-                    text = raw.decode("utf-8-sig")
-                except UnicodeDecodeError as error:
-                    yield number, f"invalid UTF-8 at byte {error.start}: save the file as UTF-8"
-                    continue
-                if text.strip():
-                    yield number, _parse_object(text)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    for number, line in read_lines(path):
+        if isinstance(line, DataError):
+            yield number, str(line)
+        elif line.strip():
+            yield number, _parse_object(line)
 
 
 def text_field(record: dict[str, object], name: str) -> str:
     """The non-empty text of a record's field, unchanged.
 
     Raises:
-        DataError: the field is missing, no string, blank, or no Unicode text without NUL.
+        DataError: the field is missing, no string, blank, no Unicode text without NUL, or longer
+            than ``MAX_TEXT``.
     """
     if name not in record:
         raise DataError(f"missing field '{name}'")
@@ -81,10 +112,23 @@ def text_field(record: dict[str, object], name: str) -> str:
     if "\0" in value:
         raise DataError(f"'{name}' has a NUL character")
     try:
-        value.encode()
+        size = len(value.encode())
     except UnicodeEncodeError:
         raise DataError(f"'{name}' has half of a surrogate pair: it is no Unicode text") from None
+    check_size(name, size)
     return value
+
+
+def check_size(name: str, size: int, limit: int = MAX_TEXT) -> None:
+    """Raise DataError if a text called ``name`` has too many bytes to be one."""
+    if size > limit:
+        raise DataError(f"'{name}' has {size:,} bytes, more than {limit >> 10} kB: shorten it")
+
+
+def first_field(columns: Container[str], wanted: str | None, defaults: Sequence[str]) -> str | None:
+    """The ``wanted`` one of the columns, else the first of the defaults, as "Text", too."""
+    names = [wanted] if wanted else [x for name in defaults for x in (name, name.capitalize())]
+    return next((name for name in names if name in columns), None)
 
 
 def pair_id(image: str, prompt: str, digits: int = 12) -> str:

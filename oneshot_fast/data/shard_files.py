@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from oneshot_fast.errors import DataError, one_line
@@ -22,14 +23,23 @@ class Shard:
     file: str  # absolute path, symlinks resolved, or fsspec URL
     name: str  # from the data set's folder
     size: int | None  # bytes
+    problem: str | None = None  # why it is not read
+    changed: str = ""  # when, or of which version, as its file system says
+
+    @property
+    def suffix(self) -> str:
+        """That of its name; what a link leads to may have none."""
+        return os.path.splitext(self.name)[1]
 
 
-def find_shards(root: str) -> list[Shard]:
+def find_shards(root: str, allow_outside_root: bool = False) -> list[Shard]:
     """Files that a data root names, without reading them; [] for what is no data set of shards.
 
     Args:
         root: folder, file, or pattern with *, ?, [a-z], {000..123} or {a,b}; a path or fsspec URL.
             A local path that exists is no pattern, whatever its name.
+        allow_outside_root: follow links that lead out of the folder; without it, such a shard has
+            a ``problem``. A link that is named itself is followed.
 
     Returns:
         The shards, those of each wildcard sorted by name.
@@ -44,14 +54,14 @@ def find_shards(root: str) -> list[Shard]:
     if not is_local and patterns == [root] and not _WILDCARD.search(root) and "://" not in root:
         return []
     try:
-        shards = _find([(pattern, not is_local) for pattern in patterns])
+        shards = _find([(pattern, not is_local) for pattern in patterns], allow_outside_root)
     except FileNotFoundError as error:
         raise DataError(f"{root}: no such file or folder: {one_line(error)}") from None
     except Exception as error:  # each of fsspec's file systems has errors of its own
         raise DataError(f"{root}: cannot be listed: {one_line(error)}") from error
     if not shards:
         raise DataError(f"{root}: there is no .tar or .parquet file; check data_root")
-    if len({os.path.splitext(shard.file)[1] for shard in shards}) > 1:
+    if len({shard.suffix for shard in shards}) > 1:
         raise DataError(f"{root}: holds both .tar and .parquet files; name one kind, as DIR/*.tar")
     return shards
 
@@ -79,7 +89,7 @@ def _holds_shards(path: str) -> bool:
     return any(name.endswith(SUFFIXES) for name in names)
 
 
-def _find(patterns: list[tuple[str, bool]]) -> list[Shard]:
+def _find(patterns: list[tuple[str, bool]], allow_outside_root: bool) -> list[Shard]:
     """Shards of patterns, each with whether its wildcards count; a file named twice counts once."""
     from fsspec.core import url_to_fs
 
@@ -88,22 +98,41 @@ def _find(patterns: list[tuple[str, bool]]) -> list[Shard]:
     for pattern, wildcards in patterns:
         fs, path = url_to_fs(pattern)
         magic = _WILDCARD.search(path) if wildcards else None
+        folder = path.rpartition("/")[0]
         files: dict[str, Any]
         if magic:
-            roots.append(path[: magic.start()].rpartition("/")[0])
+            folder = path[: magic.start()].rpartition("/")[0]
             files = fs.glob(path, detail=True)
         elif fs.isdir(path):
-            roots.append(path.rstrip("/"))
+            folder = path.rstrip("/")
             files = {info["name"]: info for info in fs.ls(path, detail=True)}
         else:
-            roots.append(path.rpartition("/")[0])
             files = {path: fs.info(path)}
+        roots.append(folder)
         for name in sorted(files):
-            if name.endswith(SUFFIXES) and files[name]["type"] == "file":
-                file = _address(fs, name)
-                found.setdefault(file, Shard(file, name, files[name].get("size")))
+            is_link = files[name].get("islink")
+            if not name.endswith(SUFFIXES) or not (is_link or files[name]["type"] == "file"):
+                continue
+            file, size, problem = _address(fs, name), files[name].get("size"), None
+            changed = str([files[name].get(key) for key in ("mtime", "etag", "ETag", "created")])
+            if is_link:
+                root = None if allow_outside_root or name == path else os.path.realpath(folder)
+                size, problem = _follow(file, root)
+                file = name if problem else file
+            found.setdefault(name, Shard(file, name, size, problem, changed))
     folder = _common_folder(roots)
-    return [Shard(s.file, s.name.removeprefix(folder).lstrip("/"), s.size) for s in found.values()]
+    return [
+        replace(shard, name=shard.name.removeprefix(folder).lstrip("/")) for shard in found.values()
+    ]
+
+
+def _follow(file: str, root: str | None) -> tuple[int | None, str | None]:
+    """Size of a file that a link leads to, or why it is not read; ``root`` must hold it."""
+    if root is not None and not Path(file).is_relative_to(root):
+        return None, f"its link leads outside {root}: move it there or pass --allow_outside_root"
+    if not os.path.isfile(file):
+        return None, f"its link leads to no file: {file}"
+    return os.path.getsize(file), None
 
 
 def _address(fs: Any, path: str) -> str:

@@ -11,15 +11,22 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from oneshot_fast.data.image_refs import cell_place, extra_module, open_file
-from oneshot_fast.data.records import text_field
+from oneshot_fast.data.records import (
+    MAX_LINE,
+    MAX_TEXT,
+    PROMPT_FIELDS,
+    check_size,
+    first_field,
+    text_field,
+)
 from oneshot_fast.errors import DataError, one_line
 
-_PROMPTS = ("prompt", "text", "caption")
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 # Everything up to the first dot of the last part is the key, the rest the extension: WebDataset's
 # rule, see base_plus_ext in webdataset/tariterators.py.
 _NAME = re.compile(r"((?:.*/|)[^.][^./]*)\.([^/]*)", re.DOTALL)
 _ROWS = 1024  # prompts read at once
+_BYTES = 64 << 20  # of prompts read at once, as the file says
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ def read_parquet(file: str, prompt_field: str | None, image_field: str | None) -
     with open_file(file) as opened:
         rows = extra_module("pyarrow.parquet").ParquetFile(opened)
         columns = rows.schema_arrow.names
-        wanted = _column(columns, prompt_field, _PROMPTS, "--prompt_field")
+        wanted = _column(columns, prompt_field, PROMPT_FIELDS, "--prompt_field")
         images = _column(columns, image_field, ("image",), "--image_field")
         number = 0
         for group in range(rows.num_row_groups):
@@ -98,15 +105,18 @@ def read_parquet(file: str, prompt_field: str | None, image_field: str | None) -
 
 def _values(rows: Any, group: int, column: str) -> Iterator[object]:
     """Values of a column in a row group of a ParquetFile, some at a time."""
+    about = rows.metadata.row_group(group)
+    chunks = [about.column(k) for k in range(about.num_columns)]
+    size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
+    count = min(_ROWS, max(1, _BYTES * about.num_rows // max(1, size)))
     # a thread that still reads when the process ends would make it hang or abort (pyarrow 26)
-    parts = rows.iter_batches(_ROWS, row_groups=[group], columns=[column], use_threads=False)
+    parts = rows.iter_batches(count, row_groups=[group], columns=[column], use_threads=False)
     return (value for part in parts for value in part[column].to_pylist())
 
 
 def _column(columns: Sequence[str], wanted: str | None, defaults: Sequence[str], flag: str) -> str:
-    for name in [wanted] if wanted else defaults:
-        if name in columns:
-            return name
+    if name := first_field(columns, wanted, defaults):
+        return name
     missing = f"'{wanted}'" if wanted else " or ".join(f"'{name}'" for name in defaults)
     names = one_line(", ".join(columns))
     raise DataError(f"no column {missing}; set {flag}, one of: {names}")
@@ -187,15 +197,15 @@ def _tar_prompt(group: _Group, file: BinaryIO, prompt_field: str | None) -> str:
     if not isinstance(value, dict):
         raise DataError(f".json is not an object but {type(value).__name__}")
     names = one_line(", ".join(value))
-    for name in [prompt_field] if prompt_field else _PROMPTS:
-        if name in value:
-            return text_field(value, name)
-    missing = prompt_field or ", ".join(_PROMPTS)
+    if name := first_field(value, prompt_field, PROMPT_FIELDS):
+        return text_field(value, name)
+    missing = prompt_field or ", ".join(PROMPT_FIELDS)
     raise DataError(f".json has no field {missing}; set --prompt_field, one of: {names}")
 
 
 def _decode(group: _Group, file: BinaryIO, extension: str) -> str:
     offset, length = group.spans[extension]
+    check_size(f".{extension}", length, MAX_LINE if extension == "json" else MAX_TEXT)
     file.seek(offset)
     try:
         return file.read(length).decode("utf-8-sig")

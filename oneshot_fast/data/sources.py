@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,11 +33,15 @@ Batch: TypeAlias = list[tuple[int, Record] | Failure]
 
 
 class Source(Protocol):
-    """A data set as a stream."""
+    """A data set as a stream.
+
+    It may have a ``state``, which changes when something of it may have been mended, and
+    ``listed``, the number of records and failures; both are cheap.
+    """
 
     @property
     def identity(self) -> str:
-        """Changes when the data set, its fields or its range change; cheap."""
+        """Changes with the list of the data set, its fields or range, not with what is broken."""
 
     @property
     def total(self) -> int | None:
@@ -50,15 +53,25 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Pairs of a .jsonl file, which is read as a whole."""
+    """Pairs of a list, which is read as a whole."""
 
     records: list[Record]
     failures: list[Failure]
 
     @property
     def identity(self) -> str:
-        """Hash of the ids."""
+        """Hash of the list's ids, whether their images are there or not."""
+        return content_id(*(item.id for item in self if item.id))
+
+    @property
+    def state(self) -> str:
+        """Hash of the ids of what can be used."""
         return content_id(*(record.id for record in self.records))
+
+    @property
+    def listed(self) -> int:
+        """Number of lines."""
+        return len(self.records) + len(self.failures)
 
     @property
     def total(self) -> int:
@@ -87,11 +100,16 @@ class ShardSource:
 
     @property
     def identity(self) -> str:
-        """Hash of the shards' names and sizes, of the fields and of the range."""
+        """Hash of the shards' names, of the fields and of the range."""
         chosen = self.selection
         fields = (chosen.prompt_field, chosen.image_field, chosen.start_index, chosen.max_samples)
-        text = json.dumps([*fields, [(shard.name, shard.size) for shard in self.shards]])
+        text = json.dumps([*fields, [shard.name for shard in self.shards]])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def state(self) -> str:
+        """Hash of the shards' sizes and times, and of what keeps them from being read."""
+        return content_id(*((one.size, one.changed, one.problem) for one in self.shards))
 
     @property
     def total(self) -> None:
@@ -130,7 +148,10 @@ class ShardSource:
     def _samples(self) -> Iterator[Record | Failure]:
         for shard in self.shards:
             used: dict[str, int] = {}
-            read = _READERS[os.path.splitext(shard.file)[1]]
+            if shard.problem:
+                yield Failure(shard.problem, image=shard.name)
+                continue
+            read = _READERS[shard.suffix]
             number = 0
             fields = self.selection.prompt_field, self.selection.image_field
             try:
@@ -161,7 +182,7 @@ def open_pairs(data_root: str | Path, selection: Selection = ALL) -> Source:
     """
     selection.check()
     root = str(data_root)
-    shards = find_shards(root)
+    shards = find_shards(root, selection.allow_outside_root)
     if shards:
         source = ShardSource(root, shards, selection)
         source.check()
@@ -169,29 +190,25 @@ def open_pairs(data_root: str | Path, selection: Selection = ALL) -> Source:
     return FolderSource(*read_pairs(Path(root), selection))
 
 
-def pending(source: Source, done: Container[str], size: int) -> Iterator[Batch]:
+def pending(source: Iterable[Record | Failure], done: Container[str], size: int) -> Iterator[Batch]:
     """Cut a data set into batches and leave out what is done.
 
-    Batches are cut before, so that a resumed run solves the same targets together.
+    Batches are cut before, and with failures, so that a resumed run solves the same targets
+    together, those that were mended among them.
 
     Args:
         source: The data set.
         done: Ids of the records to leave out.
-        size: Records per batch; failures come on top.
+        size: Records and failures per batch.
 
     Yields:
-        Records with their places in the data set, and failures.
+        Records with their places in the list, and failures.
     """
     batch: Batch = []
-    index = 0
-    for item in source:
-        if isinstance(item, Failure):
-            batch.append(item)
-            continue
-        if item.id not in done:
-            batch.append((index, item))
-        index += 1
-        if index % size == 0:
+    for index, item in enumerate(source):
+        if item.id is None or item.id not in done:
+            batch.append(item if isinstance(item, Failure) else (index, item))
+        if (index + 1) % size == 0:
             yield batch
             batch = []
     yield batch

@@ -80,6 +80,8 @@ def print_summary(summary: Json, folder: Path) -> None:
             f"warning: {summary['truncated_prompts']} prompts are longer than 77 tokens; cut off",
             file=sys.stderr,
         )
+    if summary.get("cut_images"):
+        print(f"warning: {summary['cut_images']}", file=sys.stderr)
     if summary["failed"]:
         print(f"{summary['failed']} records failed: {folder / 'failures.jsonl'}", file=sys.stderr)
     print(f"report: {folder / 'report.html'}")

@@ -274,6 +274,8 @@ def print_summary(folder: Path) -> None:
         print(f"checkpoint-best: cycle {summary['best_cycle']}, of the lowest Frechet distance")
     if truncated := summary["cycles"][-1].get("truncated_prompts"):
         print(f"warning: {truncated} prompts are longer than 77 tokens; cut off", file=sys.stderr)
+    if cut := summary["cycles"][0].get("cut_images"):
+        print(f"warning: {cut}", file=sys.stderr)
     if summary["failed"]:
         print(f"{summary['failed']} records failed: {folder / 'failures.jsonl'}", file=sys.stderr)
     print(f"\ntook {summary['seconds']:.0f} s; checkpoint: {folder / 'checkpoint-final'}")

@@ -152,6 +152,7 @@ def _common_facts(summary: Json, settings: Json) -> list[str]:
         ("seconds", duration),
         ("failed", "{} failed".format),
         ("truncated_prompts", "{} prompts cut off at 77 tokens".format),
+        ("cut_images", str),
         ("images_per_second", "{:.2f} images/s".format),
     ):
         facts += [text(summary[key])] if summary.get(key) else []

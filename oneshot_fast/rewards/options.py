@@ -57,7 +57,7 @@ class RewardTrainingOptions:
     """Training on rewards: of which images, and what is measured."""
 
     prompt_file: Path | None = None
-    """With --reward: text file with a prompt per line, or .jsonl with a field "prompt"."""
+    """With --reward, prompts: .txt with one per line, .tsv or .csv with a header, or .jsonl."""
     images_per_prompt: int = 8
     """With --reward: random noises of each prompt, new ones in every epoch or cycle."""
     judge: UseAppendAction[tuple[str, ...]] = ()

@@ -72,6 +72,11 @@ class RunFolder:
         """Release the lock."""
         self._lock.release()
 
+    def is_other(self) -> bool:
+        """Whether the folder holds a run with other settings."""
+        path = self.path / "run.json"
+        return path.exists() and bool(_differences(read_json(path), self._settings))
+
     def _prepare(self) -> None:
         run_json = self.path / "run.json"
         present = [name for name in self._outputs if os.path.lexists(self.path / name)]

@@ -171,7 +171,7 @@ class ShardRun(ABC, Generic[Item, Found]):
                 self._tracker = start_tracking(report_to, self.folder, settings)
                 if is_main():
                     mend_jsonl(self.folder / "history.jsonl")
-                    write_jsonl(self.folder / "manifest.jsonl", map(self._line, self.done.values()))
+                    write_jsonl(self.folder / "manifest.jsonl", map(self.line, self.done.values()))
                 self.solve_all()
                 self._tracker.finish()
                 failures = gather_objects(self.failures)
@@ -263,7 +263,7 @@ class ShardRun(ABC, Generic[Item, Found]):
         self.done.update((row["id"], row) for row in rows)
         if not is_main():  # the lists are made of all shards in the end
             return
-        append_jsonl(self.folder / "manifest.jsonl", map(self._line, rows))
+        append_jsonl(self.folder / "manifest.jsonl", map(self.line, rows))
         now, count = time.perf_counter(), len(self.done)
         event = {"samples": count, **self.means(rows), "seconds": round(now - self._since, 3)}
         self._since = now
@@ -273,7 +273,8 @@ class ShardRun(ABC, Generic[Item, Found]):
         for name in shown:
             self._tracker.images(sorted((self.folder / "images").glob(f"{name}-*.png")), count)
 
-    def _line(self, row: Json) -> Json:
+    def line(self, row: Json) -> Json:
+        """What manifest.jsonl says of a row."""
         return {key: value for key, value in row.items() if key not in self.unlisted}
 
     def _finish(self, failures: Sequence[Json]) -> None:
@@ -287,7 +288,7 @@ class ShardRun(ABC, Generic[Item, Found]):
     def write_lists(self, failed: int, is_last: bool = True) -> None:
         """Write the manifest and the summary of what is done."""
         rows = sorted(self.done.values(), key=lambda row: int(row["index"]))
-        write_jsonl(self.folder / "manifest.jsonl", map(self._line, rows))
+        write_jsonl(self.folder / "manifest.jsonl", map(self.line, rows))
         seconds = sum(event["seconds"] for event in mend_jsonl(self.folder / "history.jsonl"))
         summary = self.summary(rows, is_last) | {
             "failed": failed,

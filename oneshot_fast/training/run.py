@@ -5,6 +5,7 @@ What it learns from is said by a subclass, as the runs of jobs/sft: matched pair
 
 import contextlib
 import math
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from oneshot_fast.generators.base import Generator
 from oneshot_fast.runtime.concurrency import Interrupts, stop
 from oneshot_fast.runtime.files import read_json, write_json, write_jsonl
 from oneshot_fast.runtime.folder import RunFolder
-from oneshot_fast.runtime.processes import is_main, kept_by_main, largest, processes
+from oneshot_fast.runtime.processes import barrier, is_main, kept_by_main, largest, processes
 from oneshot_fast.runtime.progress import Tracker, progress, start_tracking
 from oneshot_fast.runtime.seeds import derived_seed
 from oneshot_fast.training.batch import Batch, Rows, batches
@@ -28,6 +29,10 @@ from oneshot_fast.training.losses.preserve import PreservePool
 from oneshot_fast.training.memory import offloaded, offloads_by_default
 from oneshot_fast.training.options import TrainOptions
 from oneshot_fast.training.trainer import BadStepsError, Trainee, Trainer
+
+BEGUN = "begun.json"  # which examples an interrupted training has
+_STATE = ("state.safetensors", BEGUN)
+_POOL = "preserve.safetensors"
 
 
 class TrainingRun(ABC):
@@ -45,7 +50,8 @@ class TrainingRun(ABC):
 
     outputs: tuple[str, ...] = (
         "checkpoint-best", "checkpoint-final", "lora-best", "lora-final", "logs", "failures.jsonl",
-        "history.jsonl", "preserve.safetensors", "state.safetensors", "summary.json", "report.html",
+        "history.jsonl", _POOL, "summary.json", "report.html",
+        *_STATE,
     )  # fmt: skip
 
     def __init__(
@@ -127,6 +133,10 @@ class TrainingRun(ABC):
         """What the summary says of the generator, which has its final weights."""
         return {}
 
+    def is_mended(self) -> bool:
+        """Whether more can be read now than the finished training was given."""
+        return False
+
     @property
     def decodes(self) -> bool:
         """Whether the decoder is needed while training."""
@@ -161,11 +171,20 @@ class TrainingRun(ABC):
         others = (name for name in self.trainees if name != STUDENT)
         outputs = (*self.outputs, *others, *self._checkpoints(STUDENT).intermediate())
         with kept_by_main(RunFolder(self.folder, settings, outputs, overwrite)):
-            path, state = self.folder / "summary.json", self.folder / "state.safetensors"
+            path = self.folder / "summary.json"
             finals = {name: self._home(name) / "checkpoint-final" for name in self.trainees}
-            if path.exists() and all(final.exists() for final in finals.values()):
+            finished = path.exists() and all(final.exists() for final in finals.values())
+            if finished and self.is_mended():
+                barrier()  # until all have seen it
                 if is_main():
-                    state.unlink(missing_ok=True)
+                    print("records that failed can be read now: trained anew", file=sys.stderr)
+                    path.unlink()
+                    (self.folder / _POOL).unlink(missing_ok=True)
+                    self._drop_state()
+                barrier()
+            elif finished:
+                if is_main():
+                    self._drop_state()
                 for name, final in finals.items():
                     self.trainees[name].load_weights(final)
                 return dict(read_json(path))
@@ -174,7 +193,7 @@ class TrainingRun(ABC):
             self.tracker.finish()
             if is_main():
                 write_json(path, summary)
-                state.unlink(missing_ok=True)
+                self._drop_state()
             return summary
 
     def train(self, prompts: Sequence[str]) -> dict[str, Any]:
@@ -218,7 +237,7 @@ class TrainingRun(ABC):
                 self.noise_shape,
                 self.options.preserve_pool_size,
                 self.seed,
-                self.folder / "preserve.safetensors",
+                self.folder / _POOL,
             )
 
     def preserved(self, step: int) -> dict[str, Rows]:
@@ -288,6 +307,11 @@ class TrainingRun(ABC):
             return
         save_state(self.folder / "state.safetensors", self.trainers)
         write_jsonl(self.folder / "history.jsonl", self.trainers[STUDENT].history)
+
+    def _drop_state(self) -> None:
+        """Remove what only an interrupted training goes on from."""
+        for name in _STATE:
+            (self.folder / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _only_needed(self, prompts: Sequence[str]) -> Iterator[None]:

@@ -210,7 +210,7 @@ def test_a_changed_training_is_refused(
     edited = [{**rows[0], "prompt": "another digit"}, *rows[1:]]
     swapped = [{**rows[0], "noise_index": 1}, {**rows[1], "noise_index": 0}, *rows[2:]]
     for changed, message in (
-        (edited, r"\(prompts: "), (swapped, r"\(noises: "), (rows[1:], "samples: 6 then, 5 now"),
+        (edited, r"\(prompts: "), (swapped, r"\(pairs: "), (rows[1:], "samples: 6 then, 5 now"),
     ):  # fmt: skip
         write(*changed)
         ended = call("sft", *flags)
@@ -219,7 +219,7 @@ def test_a_changed_training_is_refused(
     assert re.search("lr: 1e-05 then, 0.001 now", call("sft", *flags, "--lr", "1e-3").error)
     kept = {path: path.read_bytes() for path in (data / "images").iterdir()}
     replace_image(data)
-    assert re.search(r"\(images: ", call("sft", *flags).error)
+    assert re.search("6 pairs were there .* 5 of them now", call("sft", *flags).error)
     for path, content in kept.items():
         path.write_bytes(content)
     assert call("sft", *flags).code == 0

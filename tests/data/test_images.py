@@ -1,5 +1,6 @@
 """Images: files of every kind, by Pillow or byte by byte, read back; images side by side."""
 
+import errno
 import os
 import struct
 import zlib
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from oneshot_fast.data.images import load_image, shrink, tile
+from oneshot_fast.data.image_refs import file_sha256
+from oneshot_fast.data.images import crop_loss, load_image, shrink, tile
 from oneshot_fast.errors import DataError
 
 HALF = 128 / 255
@@ -200,8 +202,8 @@ def test_crop_takes_the_centre_and_squash_takes_all(tmp_path: Path, vertical: bo
     assert load_image(tmp_path / "a.png", 8, 8, "crop").tolist() == torch.ones(3, 8, 8).tolist()
     squashed = load_image(tmp_path / "a.png", 8, 8, "squash")
     assert float(squashed.mean()) == pytest.approx(1 / 3, abs=0.02)
-    with pytest.raises(DataError, match="use crop or squash"):
-        load_image(tmp_path / "a.png", 8, 8, "pad")
+    with pytest.raises(DataError, match="use crop, squash or pad"):
+        load_image(tmp_path / "a.png", 8, 8, "fit")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 1000), (1000, 1)])
@@ -283,3 +285,36 @@ def test_shrink_keeps_small_images_and_averages_large_ones() -> None:
     images = torch.rand(2, 3, 8, 8)
     assert shrink(images, 8) is images
     torch.testing.assert_close(shrink(images, 4)[:, :, 0, 0], images[:, :, :2, :2].mean((2, 3)))
+
+
+@pytest.mark.parametrize(("size", "rows"), [((20, 10), (4, 12)), ((2000, 1), (7, 8))])
+def test_pad_keeps_all_and_adds_black(
+    tmp_path: Path, size: tuple[int, int], rows: tuple[int, int]
+) -> None:
+    Image.new("RGB", size, "white").save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png", 16, 16, "pad")
+    inside = image[:, slice(*rows)]
+    assert inside.min() == 1 and image.sum() == inside.sum()
+    Image.fromarray(np.full((9, 3), 65535, np.uint16)).save(tmp_path / "deep.png")
+    assert load_image(tmp_path / "deep.png", 9, 9, "pad").sum() == 3 * 9 * 3
+
+
+def test_what_a_crop_loses(tmp_path: Path) -> None:
+    Image.new("L", (910, 512)).save(tmp_path / "a.png")
+    assert crop_loss(tmp_path / "a.png") == pytest.approx(1 - 512 / 910)
+    assert crop_loss(Image.new("L", (16, 2000))) == pytest.approx(0.992)
+    with pytest.raises(DataError, match="cannot be decoded"):
+        crop_loss(tmp_path / "none.png")
+
+
+def test_a_disk_error_is_the_images_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", broken)
+    monkeypatch.setattr(Image, "open", broken)
+    for read in (file_sha256, crop_loss, lambda path: load_image(path, 4, 4)):
+        with pytest.raises(DataError, match="Input/output error"):
+            read(tmp_path / "a.png")

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import re
+import tracemalloc
+import unicodedata
 from dataclasses import asdict
 from pathlib import Path
 
@@ -123,11 +125,49 @@ def test_bom_and_line_ends(root: Path, end: bytes) -> None:
         assert [(r.prompt, r.line) for r in records] == [("0", 1), ("1", 3)] and not failures
 
 
-def test_long_line(root: Path) -> None:
-    prompt = "ä" * 3_000_000
-    write(root / "pairs.jsonl", line(prompt), line())
+def test_long_lines_and_long_prompts_fail_alone(root: Path) -> None:
+    longest = "ä" * (1 << 15)
+    write(root / "pairs.jsonl", line("ä" * 3_000_000), line(longest + "a"), line(longest), line())
     records, failures = read_pairs(root)
-    assert len(records[0].prompt) == len(prompt) and len(records) == 2 and not failures
+    assert [r.line for r in records] == [3, 4] and records[0].prompt == longest
+    assert ["4096 kB" in failures[0].reason, "64 kB" in failures[1].reason] == [True, True]
+
+
+def test_a_huge_line_takes_little_memory(root: Path) -> None:
+    with write(root / "pairs.jsonl", line()).open("r+b") as file:
+        file.truncate(1 << 30)  # a hole of zeros, without a line end
+    tracemalloc.start()
+    records, failures = read_pairs(root)
+    assert len(records) == len(failures) == 1
+    assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "there", "said"),
+    [
+        ("a.PNG", "a.png", "there is a.png"),
+        ("SUB/b.png", "sub/b.png", "there is sub/b.png"),
+        ("sub\\b.png", "sub/b.png", "there is sub/b.png"),
+        ("https://example.org/a.png", "a.png", "URLs are not fetched here"),
+        ("s3://bucket/a.png", "a.png", "URLs are not fetched here"),
+    ],
+)
+def test_what_is_there_instead_is_named(root: Path, wanted: str, there: str, said: str) -> None:
+    write(root / "pairs.jsonl", line(), line("b", wanted))
+    assert said in read_pairs(root)[1][0].reason
+    write(root / "pairs.jsonl", line("b", there))
+    assert len(read_pairs(root)[0]) == 1
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_composed_and_decomposed_names_are_equal(root: Path, forms: tuple[str, str]) -> None:
+    listed, stored = (unicodedata.normalize(form, "für/é.png") for form in forms)
+    (root / stored).parent.mkdir()
+    (root / "a.png").rename(root / stored)
+    write(root / "pairs.jsonl", line("a", listed))
+    (record,), failures = read_pairs(root)
+    assert record.image == listed and record.image_path == (root / stored) and not failures
 
 
 @pytest.mark.parametrize(

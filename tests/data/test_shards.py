@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from shard_samples import grey, parquet, png, rows, samples, split, tar, write
 from oneshot_fast.data.image_refs import image_ref
 from oneshot_fast.data.options import Selection
 from oneshot_fast.data.records import Record
+from oneshot_fast.data.shards import read_tar
 from oneshot_fast.data.sources import open_pairs
 from oneshot_fast.errors import DataError
 
@@ -165,3 +167,15 @@ def test_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         open_pairs(tmp_path)
     write(tmp_path / "tars" / "0.tar", tar(*samples(0, 1)))
     assert len(split(open_pairs(tmp_path / "tars"))[0]) == 1  # tar shards need none
+
+
+def test_a_caption_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("0.txt")
+    header.size = 6 << 30
+    with (tmp_path / "0.tar").open("wb") as file:
+        file.write(header.tobuf())
+        file.seek(512 + header.size)
+        file.write(tar(("0.png", png(0)), *samples(1, 2)))
+    first, second = read_tar(str(tmp_path / "0.tar"), None, None)
+    assert "6,442,450,944 bytes, more than 64 kB" in (first.reason or "")
+    assert second.prompt == "grey 1"

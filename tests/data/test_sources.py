@@ -96,9 +96,31 @@ def test_identity(tmp_path: Path) -> None:
     others.add(open_pairs(tmp_path / "one", Selection(prompt_field="txt")).identity)
     write(tmp_path / "two" / "1.tar", tar(*samples(0, 2)))
     others.add(open_pairs(tmp_path / "two").identity)
+    assert len(others | {source.identity}) == 5
     write(tmp_path / "one" / "0.tar", tar(*samples(0, 9)))
-    others.add(open_pairs(tmp_path / "one").identity)
-    assert len(others | {source.identity}) == 6
+    mended = open_pairs(tmp_path / "one")
+    assert mended.identity == source.identity and mended.state != source.state
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_links_to_shards(tmp_path: Path, kind: str) -> None:
+    body = {"tar": lambda n: tar(*samples(n, n + 1)), "parquet": lambda n: parquet(rows(n, n + 1))}
+    for name, n in ((f"data/a.{kind}", 0), ("hub/blob", 1), ("data/in/side", 2)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, body[kind](n))
+    for name, goal in (("b", "../hub/blob"), ("c", "in/side"), ("d", "../hub/none")):
+        (tmp_path / "data" / f"{name}.{kind}").symlink_to(goal)
+    for root in (str(tmp_path / "data"), f"{tmp_path}/data/*.{kind}"):
+        records, failures = split(open_pairs(root))
+        assert [grey(r) for r in records] == [0, 2]
+        assert [f.image for f in failures] == [f"b.{kind}", f"d.{kind}"]
+        assert all("--allow_outside_root" in f.reason for f in failures)
+        followed, (dangling,) = split(open_pairs(root, Selection(allow_outside_root=True)))
+        assert [grey(r) for r in followed] == [0, 1, 2]
+        assert "its link leads to no file" in dangling.reason
+    for root in (f"{tmp_path}/data/b.{kind}", f"{tmp_path}/data/{{b,b}}.{kind}"):
+        records, failures = split(open_pairs(root))  # named itself
+        assert [grey(r) for r in records] == [1] and not failures
 
 
 def test_folders_are_sources_too(data: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,16 @@ def test_drawn_files_are_read(tmp_path: Path) -> None:
     assert grey.images[:, :, 0].max() == 0 and grey.images.amax((1, 2, 3)).min() > 0.9
     assert torch.equal(grey.images[:, 0], grey.images[:, 1])
     assert not torch.equal(colour.images[:, 0], colour.images[:, 1])
+
+
+def test_what_a_gzip_unpacks_to_is_bounded_by_its_header(tmp_path: Path) -> None:
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for count in (2, 1 << 31):
+        body = struct.pack(">4B3I", 0, 0, 8, 3, count, 28, 28) + bytes(1 << 26)
+        (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(body, 1))
+        tracemalloc.start()
+        with pytest.raises(DataError, match="is no IDX file"):
+            mnist("train", tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+        tracemalloc.stop()

@@ -1,12 +1,13 @@
 """Noises of images at hand, found in memory and without a folder."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
-from oneshot_fast.data.images import load_image, resized
+from oneshot_fast.data.images import MUCH, crop_loss, cut_warning, load_image, resized
 from oneshot_fast.data.records import Record
 from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Generator
@@ -50,7 +51,7 @@ def assign_noise(
         resolution: Side in pixels that Pillow images and files are resized to; by default the
             generator's own.
         resize_mode: "crop" scales to cover the square and cuts the centre; "squash" changes the
-            aspect.
+            aspect; "pad" fills both sides with black.
 
     Returns:
         ``z`` [N, C, h, w], ``best_loss`` [N], ``losses`` [steps + 1, N] and more, on the CPU.
@@ -78,6 +79,9 @@ def assign_noise(
         pictures = [*images]
     else:
         pictures = [_read(image, side, resize_mode) for image in images]
+        cut = [k for k, image in enumerate(images) if crop_loss(image) > MUCH]
+        if cut and resize_mode == "crop":
+            warnings.warn(cut_warning(len(cut), f"number {cut[0]}"), stacklevel=2)
     require(
         len(prompts) == len(pictures) > 0,
         f"expected as many prompts as images, at least one, got {len(prompts)} and {len(pictures)}",

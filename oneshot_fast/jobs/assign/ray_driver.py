@@ -5,6 +5,7 @@ actor loads the generator, matches its batches and writes their shards; only row
 restarts an actor that dies and repeats its work, less the shards that were written.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -47,6 +48,8 @@ class RayRun(AssignRun):
 
     def solve_all(self) -> None:
         """Let the actors solve what is not done, and note what they wrote."""
+        if self.done:  # the pipeline itself looks at nothing that is done
+            collections.deque(self.reviewed(), maxlen=0)
         left = None if self.total is None else self.total - len(self.done)
         with progress(left, self.command, "target") as bar:
             for result in self._results(frozenset(self.done), left):

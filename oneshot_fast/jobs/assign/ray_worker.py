@@ -36,7 +36,7 @@ class Job:
         folder: The run's, absolute.
         resolution: Image side in pixels; None: the generator's own.
         seed: Seed of the run.
-        resize_mode: "crop" or "squash".
+        resize_mode: "crop", "squash" or "pad".
         batch_size: Targets solved at once.
         num_images: Targets whose pictures are saved; -1 for all.
         start: Folder at which relative paths begin.

@@ -1,5 +1,6 @@
 """The E-step over a data set, into one folder."""
 
+import contextlib
 import dataclasses
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.data.image_refs import file_sha256, image_text
-from oneshot_fast.data.images import save_png
+from oneshot_fast.data.images import MUCH, cut_warning, save_png
 from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.data.sources import Batch, FolderSource, Source, pending
-from oneshot_fast.errors import RunError
+from oneshot_fast.errors import DataError, RunError
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.options import AssignOptions
@@ -22,7 +23,7 @@ from oneshot_fast.jobs.assign.plan import fitting_batch_size
 from oneshot_fast.jobs.assign.search import TargetSearch
 from oneshot_fast.jobs.assign.targets import Preparer, Target, failure
 from oneshot_fast.runtime.concurrency import ahead
-from oneshot_fast.runtime.files import Json
+from oneshot_fast.runtime.files import Json, read_json
 from oneshot_fast.runtime.shards import ShardRun, mean_curve
 from oneshot_fast.search.movers.registry import check_fits
 from oneshot_fast.search.solver import Solved
@@ -65,7 +66,7 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
             options: How a noise is searched.
             seed: Seed of the run.
             batch_size: Targets solved at once; "auto" takes what fits on a GPU.
-            resize_mode: "crop" or "squash".
+            resize_mode: "crop", "squash" or "pad".
             resolution: Image side in pixels; by default the generator's own.
             targets: Instead: reads and encodes the images, and keeps them for other runs.
             num_images: Targets whose pictures are saved; -1 for all.
@@ -87,6 +88,7 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         super().__init__(folder, size, self.source.total, each)
         self.generator, self.options, self.seed = generator, options, seed
         self.resize_mode, self.num_images, self.previous = resize_mode, num_images, previous
+        self._moved: dict[str, str] = {}  # places of images by id, where they are new
         on_cpu = generator.device.type == "cpu"
         self.read_ahead = not on_cpu if read_ahead is None else read_ahead
 
@@ -99,7 +101,7 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
             "resize_mode": self.resize_mode,
             "model": self.generator.fingerprint(),
             "device": self.generator.device.type,
-            "samples": self.total,
+            "samples": getattr(self.source, "listed", self.total),
             "data": self.source.identity,
             "previous": None if self.previous is None else file_sha256(self.previous),
         }
@@ -108,13 +110,26 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         """Raise RunError if an image changed after its noise was assigned."""
         records = self.source.records if isinstance(self.source, FolderSource) else ()
         for record in records:
-            # Not by modification time, which a copied or restored file brings along.
-            row = self.done.get(record.id)
-            if row and file_sha256(record.image_path) != row["image_sha256"]:
-                raise RunError(
-                    f"{record.image} changed after its noise was assigned; restore it, or start "
-                    "anew with --overwrite"
-                )
+            with contextlib.suppress(DataError):  # what cannot be read has not changed
+                self._check(record, self.done.get(record.id))
+
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do, and nothing was mended since."""
+        path = self.folder / self.summary_name
+        return super().is_finished() and read_json(path).get("state") == self._state
+
+    @property
+    def _state(self) -> str | None:
+        return getattr(self.source, "state", None)
+
+    @staticmethod
+    def _check(record: Record, row: Json | None) -> None:
+        # Not by modification time, which a copied or restored file brings along.
+        if row and file_sha256(record.image_path) != row["image_sha256"]:
+            raise RunError(
+                f"{record.image} changed after its noise was assigned; restore it, or start "
+                "anew with --overwrite"
+            )
 
     @property
     def window(self) -> int:
@@ -128,7 +143,37 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         return self.options.stops_early
 
     def batches(self, done: frozenset[str]) -> Iterator[Batch]:
-        return pending(self.source, done, self.window)
+        return pending(self.reviewed(), done, self.window)
+
+    def reviewed(self) -> Iterator[Record | Failure]:
+        """The data set; what is done of it is looked up: a mended shard may have moved it.
+
+        Raises:
+            RunError: At the end, if samples that are done are gone without a failure.
+        """
+        known, home = dict(self.done), self.folder.resolve()
+        gone, failed = set(known), False
+        for item in self.source:
+            failed |= isinstance(item, Failure)
+            row = known.get(item.id or "")
+            if row and isinstance(item, Record):
+                gone.discard(row["id"])
+                place = image_text(item.image_path, home)
+                if place != row["target_image_path"]:
+                    self._check(item, row)
+                    self._moved[row["id"]] = place
+            yield item
+        if gone and not failed:
+            raise RunError(
+                f"{len(gone)} samples with noises are no longer in the data set, such as "
+                f"{known[min(gone)]['target_image_path']}; restore it, or start anew with "
+                "--overwrite"
+            )
+
+    def line(self, row: Json) -> Json:
+        """With the image's place of now."""
+        moved = self._moved.get(row["id"])
+        return super().line(row if moved is None else row | {"target_image_path": moved})
 
     def solve(self, batches: Iterable[Batch]) -> Iterator[Sequence[Solved[Target]]]:
         """Choose noises for the targets of ``batches``, and move them."""
@@ -184,6 +229,7 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
             "index": target.index,
             "prompt": record.prompt,
             "prompt_truncated": target.is_truncated,
+            "cut": round(target.cut, 3),
             "target_image_path": image_text(record.image_path, self.folder.resolve()),
             "image_sha256": target.image_sha256,
             "resize_mode": self.resize_mode,
@@ -202,8 +248,11 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         return {name: statistics.fmean(row[name] for row in rows) for name in names}
 
     def summary(self, rows: Sequence[Json], is_last: bool) -> Json:
+        cut = [row for row in rows if row.get("cut", 0) > MUCH]
         return {
+            "state": self._state,
             "truncated_prompts": sum(row["prompt_truncated"] for row in rows),
+            "cut_images": cut_warning(len(cut), cut[0]["target_image_path"]) if cut else None,
             **self.means(rows),
             "nfe": statistics.fmean(row["nfe"] for row in rows),
             "losses": mean_curve([row["losses"] for row in rows]),

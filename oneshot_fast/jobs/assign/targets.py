@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.data.image_refs import file_sha256
+from oneshot_fast.data.images import crop_loss
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.errors import DataError
@@ -38,6 +39,7 @@ class Target:
         candidates: Random noises among which ``eps`` was chosen; 0: it was not.
         first_loss: Loss of one of them taken blindly; None without a choice.
         start: Noise that gradients begin at, [C, h, w] float32; None: at ``eps``.
+        cut: Part of the picture that a crop took away.
     """
 
     index: int
@@ -53,6 +55,7 @@ class Target:
     candidates: int = 0
     first_loss: float | None = None
     start: Tensor | None = None
+    cut: float = 0.0
 
 
 class Preparer:
@@ -118,6 +121,7 @@ class Preparer:
             image if options.pixel_l1_weight else None,
             features,
             start=start,
+            cut=crop_loss(record.image_path) if self._resize_mode == "crop" else 0.0,
         )
 
 

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.errors import one_line, require
@@ -23,7 +23,7 @@ from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime import files
 from oneshot_fast.runtime.folder import RunFolder
-from oneshot_fast.runtime.processes import is_main, kept_by_main, main_first
+from oneshot_fast.runtime.processes import gather_objects, is_main, kept_by_main, main_first
 from oneshot_fast.runtime.progress import Tracker, start_tracking
 from oneshot_fast.training.losses.preserve import PreservePool
 
@@ -32,6 +32,15 @@ _OUTPUTS = (
     "checkpoint-best", "checkpoint-final", "failures.jsonl", "history.jsonl", "summary.json",
     "report.html", "curves.png",
 )  # fmt: skip
+
+
+class StageRun(Protocol):
+    """A resumable run in a folder of its own."""
+
+    folder: Path
+
+    def settings(self) -> dict[str, Any]:
+        """Everything its result depends on."""
 
 
 class Cycles(ABC):
@@ -188,8 +197,28 @@ class Cycles(ABC):
             self.generator, pairs, folder, options, targets=self.targets, failures=failures,
             seed=seed, **self._saving,
         )  # fmt: skip
-        name = folder.relative_to(self.folder).as_posix()
-        return run.run(pool=self._pool, report_to=self.tracker.part(name))
+        is_mended = (folder / "summary.json").exists() and run.is_mended()
+        return run.run(
+            pool=self._pool,
+            overwrite=self.is_outdated(run, is_mended),
+            report_to=self.tracker.part(folder.relative_to(self.folder).as_posix()),
+        )
+
+    def is_outdated(self, run: StageRun, is_mended: bool = False) -> bool:
+        """Whether a stage was made of what has been mended since, and is to be made anew.
+
+        The run's own settings are the same, or it would not have begun. What was measured after
+        that stage is forgotten.
+        """
+        is_other = RunFolder(run.folder, run.settings(), ()).is_other()
+        outdated = any(gather_objects([is_other or is_mended]))
+        if outdated and is_main():
+            name = run.folder.relative_to(self.folder)
+            print(f"[{name}] made anew: what it was made of was mended", file=sys.stderr)
+            for path in (self.folder / "eval").glob("[cd]*.json"):  # of cycles, and direct
+                if path.stem >= name.parts[0]:
+                    path.unlink()
+        return outdated
 
     def _make_pool(self) -> None:
         options = self.options.sft()

@@ -1,11 +1,17 @@
 """The main job by targets: assign a noise to every target, train on the pairs, repeat."""
 
+import contextlib
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from oneshot_fast.data.manifests import merge_manifests
 from oneshot_fast.data.records import Failure, Record
+from oneshot_fast.errors import DataError, require
 from oneshot_fast.evaluation.measures import real_measures
 from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure
 from oneshot_fast.generators.base import Generator
@@ -13,7 +19,8 @@ from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.em.cycles import Cycles, name_of
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.schedule import turn
-from oneshot_fast.runtime.processes import barrier, is_main
+from oneshot_fast.runtime.files import read_json, write_json
+from oneshot_fast.runtime.processes import barrier, is_main, main_first
 from oneshot_fast.runtime.seeds import content_id
 
 Data = Iterable[Record | Failure]
@@ -43,7 +50,7 @@ class EmRun(Cycles):
             folder: Where everything is written.
             options: How the steps alternate, and how each works.
             heldout: Pairs never trained on, assigned with the first and the last generator.
-            resize_mode: "crop" or "squash".
+            resize_mode: "crop", "squash" or "pad".
             num_images: Targets per E-step whose images are saved; -1 for all.
             compare_direct: Also train on random noise, with as many steps.
             **more: As for ``Cycles``.
@@ -51,12 +58,16 @@ class EmRun(Cycles):
         Raises:
             UserError: If an option makes no sense.
         """
-        items, others = list(data), list(heldout)
-        self.records = [item for item in items if isinstance(item, Record)]
-        self.heldout = [item for item in others if isinstance(item, Record)]
-        self.failures = [item for item in (*items, *others) if isinstance(item, Failure)]
+        self.items, self.heldout_items = list(data), list(heldout)
+        self.records, self.failures = _split(self.items)
+        self.heldout, self.heldout_failures = _split(self.heldout_items)
         super().__init__(
-            generator, [record.prompt for record in self.records], folder, options, **more
+            # of the list, so that a record which is mended later changes none of the measures
+            generator,
+            [item.prompt for item in self.items if item.prompt],
+            folder,
+            options,
+            **more,
         )
         self.resize_mode, self.num_images = resize_mode, num_images
         self.compare_direct = compare_direct
@@ -66,19 +77,31 @@ class EmRun(Cycles):
         return {
             "compare_direct": self.compare_direct,
             "resize_mode": self.resize_mode,
-            "samples": len(self.records),
-            "data": content_id(*(record.id for record in self.records)),
-            "heldout": content_id(*(record.id for record in self.heldout)),
+            "samples": len(self.items),
+            "data": content_id(*(item.id for item in self.items)),
+            "heldout": content_id(*(item.id for item in self.heldout_items)),
         }
 
     def measure(self) -> RandomNoiseMeasure:
         real = None
         if self.heldout:
-            paths = [(record.image_path, self.resize_mode) for record in self.heldout]
-            real = self.targets.images(paths).cpu()
-            labels = [record.prompt for record in self.heldout]
+            found: dict[str, Tensor] = {}
+            for record in self.heldout:
+                with contextlib.suppress(DataError):  # its assignment lists it as a failure
+                    found[record.id] = self.targets.image(record.image_path, self.resize_mode)
+            require(bool(found), f"no image of heldout_root can be read: {self.heldout[0].image}")
+            main_first(lambda: self._forget_measures(list(found)))
+            real = torch.stack([*found.values()])
+            labels = [record.prompt for record in self.heldout if record.id in found]
             self.summary["real"] = real_measures(real, labels, self.classifier)
         return self.measure_of(real=real)
+
+    def _forget_measures(self, ids: list[str]) -> None:
+        """All are made anew if other held-out images could be read when they were made."""
+        path = self.folder / "eval" / "heldout-ids.json"
+        if path.exists() and read_json(path) != ids:
+            shutil.rmtree(path.parent)
+        write_json(path, ids)
 
     def alternate(self, measure: RandomNoiseMeasure) -> None:
         """All cycles; held-out pairs are assigned before and after, then the baseline is trained.
@@ -104,14 +127,18 @@ class EmRun(Cycles):
         options = self.options
         previous = self._manifest(cycle - 1) if cycle > 1 else None
         with self.stage(f"{name_of(cycle)}/assign") as folder:
-            assigned = self._assigner(
-                turn(self.records, cycle, options.assign_fraction),
+            run = self._assigner(
+                _split(turn(self.items, cycle, options.assign_fraction))[0],
                 folder,
                 seed,
                 cycle,
                 failures=self.failures,
                 previous=previous if options.warm_start else None,
-            ).run(report_to=self.tracker.part(f"{name_of(cycle)}/assign"))
+            )
+            assigned = run.run(
+                overwrite=self.is_outdated(run),
+                report_to=self.tracker.part(f"{name_of(cycle)}/assign"),
+            )
         if previous is not None and options.assign_fraction < 1 and is_main():
             merge_manifests(previous, folder / "manifest.jsonl", self._manifest(cycle))
         barrier()
@@ -119,6 +146,7 @@ class EmRun(Cycles):
             "assign": {name: assigned[name] for name in ("initial_loss", "best_loss", "losses")},
             "failed": assigned["failed"],
             "truncated_prompts": assigned["truncated_prompts"],
+            "cut_images": assigned["cut_images"],
         }
 
     def _assigner(
@@ -141,8 +169,10 @@ class EmRun(Cycles):
         if not self.heldout:
             return
         with self.stage(f"heldout-{name}") as folder:
-            run = self._assigner(self.heldout, folder, self.seed)
-            result = run.run(report_to=self.tracker.part(f"heldout-{name}"))
+            run = self._assigner(self.heldout, folder, self.seed, failures=self.heldout_failures)
+            result = run.run(
+                overwrite=self.is_outdated(run), report_to=self.tracker.part(f"heldout-{name}")
+            )
         heldout = self.summary.setdefault("heldout", {"samples": result["samples"]})
         heldout[name] = {key: result[key] for key in ("initial_loss", "best_loss", "losses")}
 
@@ -151,3 +181,11 @@ class EmRun(Cycles):
         folder = self.folder / name_of(cycle)
         is_merged = cycle > 1 and self.options.assign_fraction < 1
         return (folder if is_merged else folder / "assign") / "manifest.jsonl"
+
+
+def _split(items: Iterable[Record | Failure]) -> tuple[list[Record], list[Failure]]:
+    found = list(items)
+    return (
+        [item for item in found if isinstance(item, Record)],
+        [item for item in found if isinstance(item, Failure)],
+    )

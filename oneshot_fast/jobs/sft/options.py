@@ -55,6 +55,8 @@ class SftOptions(TrainOptions):
 class MeasuredTrainingOptions(RewardTrainingOptions):
     """Training on rewards: of which images, and what is measured."""
 
+    prompt_field: str | None = None
+    """Column or field of prompt_file; by default the first of prompt, text and caption."""
     resolution: int | None = None
     """With --reward: image side in pixels; by default the model's own. Pairs have that of their
     noises."""

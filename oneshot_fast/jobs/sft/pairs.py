@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from oneshot_fast.data.image_refs import ImageRef
+from oneshot_fast.data.image_refs import file_sha256
 from oneshot_fast.data.manifests import MatchedPair
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.data.records import Failure
@@ -39,7 +41,6 @@ class Examples:
         generator: Generator,
         targets: TargetImages,
         pairs: Sequence[MatchedPair],
-        hashes: Mapping[ImageRef, str],
         failures: list[Failure],
     ) -> Examples:
         """Read the noises of ``pairs`` and encode their targets; each process does its part of it.
@@ -48,24 +49,15 @@ class Examples:
             generator: Gives the shape of a noise.
             targets: Reads and encodes the target images.
             pairs: What to read.
-            hashes: Sha256 of each image as it is now.
             failures: Takes the pairs that cannot be read.
 
         Raises:
             UserError: If no pair can be used.
         """
-        shape = generator.noise_shape(targets.resolution, targets.resolution)
-
-        def read(k: int) -> tuple[Tensor, Tensor] | str:
-            try:
-                return _read(pairs[k], targets, shape, hashes)
-            except DataError as error:
-                return str(error)
-
         usable, noises, latents = [], [], []
-        for pair, found in zip(pairs, map_over_processes(read, len(pairs)), strict=True):
+        for pair, found in zip(pairs, read_pairs(generator, targets, pairs), strict=True):
             if isinstance(found, str):
-                failures.append(Failure(found, id=pair.id, prompt=pair.prompt))
+                failures.append(Failure(found, pair.line or None, pair.id, pair.prompt))
                 continue
             usable.append(pair)
             noises.append(found[0])
@@ -74,6 +66,28 @@ class Examples:
         if not usable:
             raise UserError(f"no pair of the manifest can be used; the first: {failures[0].reason}")
         return cls(usable, torch.stack(noises), torch.stack(latents))
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """What a training goes on with: ids, and hashes of noises and latents."""
+        tensors = {"noises": self.noises, "latents": self.latents}
+        hashes = {k: hashlib.sha256(v.numpy().data).hexdigest() for k, v in tensors.items()}
+        return {"ids": [pair.id for pair in self.pairs], **hashes}
+
+
+def read_pairs(
+    generator: Generator, targets: TargetImages, pairs: Sequence[MatchedPair]
+) -> list[tuple[Tensor, Tensor] | str]:
+    """Noise and target latent of each pair, or what is wrong; each process does its part."""
+    shape = generator.noise_shape(targets.resolution, targets.resolution)
+
+    def read(k: int) -> tuple[Tensor, Tensor] | str:
+        try:
+            return _read(pairs[k], targets, shape)
+        except DataError as error:
+            return str(error)
+
+    return map_over_processes(read, len(pairs))
 
 
 def first_noise_shape(pairs: Sequence[MatchedPair]) -> tuple[int, ...]:
@@ -88,9 +102,7 @@ def first_noise_shape(pairs: Sequence[MatchedPair]) -> tuple[int, ...]:
     return tuple(read_noise(pairs[-1].noise_path, pairs[-1].noise_index).shape)
 
 
-def _read(
-    pair: MatchedPair, targets: TargetImages, shape: Sequence[int], hashes: Mapping[ImageRef, str]
-) -> tuple[Tensor, Tensor]:
+def _read(pair: MatchedPair, targets: TargetImages, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Noise, of ``shape``, and target latent of one pair, [C, h, w] float32 on the CPU.
 
     Raises:
@@ -101,6 +113,6 @@ def _read(
         raise DataError(
             f"{pair.noise_path}: the noise is {list(noise.shape)}, the model takes {list(shape)}"
         )
-    if pair.image_sha256 not in (None, hashes[pair.image_path]):
+    if pair.image_sha256 not in (None, file_sha256(pair.image_path)):
         raise DataError(f"{pair.image_path} changed after its noise was assigned")
     return noise, targets.latent(pair.image_path, pair.resize_mode)

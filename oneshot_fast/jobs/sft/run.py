@@ -9,21 +9,21 @@ from typing import Any
 import torch
 
 from oneshot_fast import ops
-from oneshot_fast.data.image_refs import ImageRef, file_sha256
 from oneshot_fast.data.manifests import MatchedPair
 from oneshot_fast.data.records import Failure
+from oneshot_fast.errors import RunError
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.options import SftOptions
-from oneshot_fast.jobs.sft.pairs import Examples, first_noise_shape
+from oneshot_fast.jobs.sft.pairs import Examples, first_noise_shape, read_pairs
 from oneshot_fast.jobs.sft.plan import sft_plan
 from oneshot_fast.planning.timing import Plan
-from oneshot_fast.runtime.files import write_jsonl
+from oneshot_fast.runtime.files import read_json, read_jsonl, write_json, write_jsonl
 from oneshot_fast.runtime.processes import is_main, map_over_processes
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.losses.base import Loss
-from oneshot_fast.training.run import TrainingRun
+from oneshot_fast.training.run import BEGUN, TrainingRun
 
 
 class SftRun(TrainingRun):
@@ -66,27 +66,18 @@ class SftRun(TrainingRun):
         self.options: SftOptions = options
         self.pairs, self.targets, self.failures = pairs, targets, failures
         self._own_loss = None if loss is None else type(loss).__qualname__
-        self._hashes: dict[ImageRef, str] = {}
         self._examples: Examples | None = None
 
     def settings(self) -> dict[str, Any]:
-        pairs = self.pairs
-        # in the same order in every process
-        paths = list(dict.fromkeys(path for p in pairs for path in (p.image_path, p.noise_path)))
-        hashes = map_over_processes(lambda k: file_sha256(paths[k]), len(paths))
-        self._hashes = files = dict(zip(paths, hashes, strict=True))
-        contents: dict[str, list[tuple[object, ...]]] = {
-            "prompts": [(pair.id, pair.prompt) for pair in pairs],
-            "images": [(files[pair.image_path], pair.resize_mode) for pair in pairs],
-            "noises": [(files[pair.noise_path], pair.noise_index) for pair in pairs],
-        }
+        listed: list[MatchedPair | Failure] = sorted([*self.pairs, *self.failures], key=_line)
         return {
             "command": "sft",
             **dataclasses.asdict(self.options),
             **({"loss": self._own_loss} if self._own_loss else {}),
             **self.common_settings(),
-            "samples": len(pairs),
-            **{key: content_id(*value) for key, value in contents.items()},
+            "samples": len(listed),
+            "prompts": content_id(*((item.id, item.prompt) for item in listed)),
+            "pairs": content_id(*(item.digest or vars(item) for item in listed)),
         }
 
     def plan(self) -> Plan:
@@ -100,16 +91,44 @@ class SftRun(TrainingRun):
         )
 
     def learn(self) -> dict[str, Any]:
-        bad = list(self.failures)
-        self._examples = Examples.load(self.generator, self.targets, self.pairs, self._hashes, bad)
+        """Read and encode the pairs, and train on them.
+
+        Raises:
+            RunError: If the training was interrupted and its pairs are not those of then.
+        """
+        bad, path = list(self.failures), self.folder / BEGUN
+        is_begun = path.exists() and (self.folder / "state.safetensors").exists()
+        begun = read_json(path) if is_begun else None
+        pairs = self.pairs
+        if begun is not None:  # what was mended meanwhile waits for the end: see `is_mended`
+            ids = set(begun["ids"])
+            left_out = [pair for pair in pairs if pair.id not in ids]
+            pairs = [pair for pair in pairs if pair.id in ids]
+            reason = "could not be read when the training began; repeat the command when it is done"
+            bad += [Failure(reason, pair.line or None, pair.id, pair.prompt) for pair in left_out]
+        self._examples = Examples.load(self.generator, self.targets, pairs, bad)
+        contents = self._examples.contents
+        if begun not in (None, contents):
+            raise RunError(
+                f"{self.folder}: {len(begun['ids'])} pairs were there when the training began, "
+                f"{len(contents['ids'])} of them now, or files of theirs changed; restore or start "
+                "anew with --overwrite"
+            )
+        if is_main():
+            write_json(path, contents)
+            write_jsonl(self.folder / "failures.jsonl", [failure.row for failure in bad])
         prompts = [pair.prompt for pair in self._examples.pairs]
         self.make_pool(prompts)
         before = self._matched_loss()
         summary = self.train(prompts) | {"matched_loss_before": before}
-        if is_main():
-            rows = [{k: v for k, v in vars(f).items() if v is not None} for f in bad]
-            write_jsonl(self.folder / "failures.jsonl", rows)
         return summary | {"failed": len(bad)}
+
+    def is_mended(self) -> bool:
+        """Whether a pair that failed in the finished training can be read now."""
+        failed = {row.get("id") for row in read_jsonl(self.folder / "failures.jsonl")}
+        pairs = [pair for pair in self.pairs if pair.id in failed]
+        found = read_pairs(self.generator, self.targets, pairs)
+        return any(not isinstance(one, str) for one in found)
 
     def batch(self, rows: list[int], step: int) -> Batch:
         assert self._examples is not None
@@ -147,3 +166,7 @@ class SftRun(TrainingRun):
             .mean()
             .item()
         )
+
+
+def _line(item: MatchedPair | Failure) -> int:
+    return item.line or 0

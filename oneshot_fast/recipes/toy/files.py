@@ -21,6 +21,7 @@ _CIFAR_CLASSES = (
     "an airplane", "an automobile", "a bird", "a cat", "a deer", "a dog", "a frog", "a horse",
     "a ship", "a truck",
 )  # fmt: skip
+_MOST = 1 << 20  # images of a file; MNIST has 60,000
 _WANTED = "--data_root is the folder that holds MNIST/raw or cifar-10-batches-py, unpacked"
 
 
@@ -47,21 +48,24 @@ def _read_idx(path: Path, shape: tuple[int | None, ...]) -> Tensor:
     A file without .gz serves, too; None is any size.
     """
     found = path if path.exists() else path.with_suffix("")
+    start, values = 4 + 4 * len(shape), b""
+    sizes: tuple[int, ...] = ()
     try:
-        data = found.read_bytes()
-        data = gzip.decompress(data) if found == path else data
+        with gzip.open(found) if found == path else found.open("rb") as file:
+            header = file.read(start)
+            if header[:4] == bytes((0, 0, 8, len(shape))) and len(header) == start:
+                sizes = struct.unpack(f">{len(shape)}I", header[4:])
+                wanted = zip(shape, sizes, strict=True)
+                if all(size == want or (want is None and size <= _MOST) for want, size in wanted):
+                    values = file.read(math.prod(sizes) + 1)  # it may unpack to far more
     except FileNotFoundError:
         raise DataError(f"no such file: {path} ({_WANTED})") from None
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{found}: {one_line(error)}") from None
-    start = 4 + 4 * len(shape)
-    is_idx = data[:4] == bytes((0, 0, 8, len(shape))) and len(data) >= start
-    sizes = struct.unpack(f">{len(shape)}I", data[4:start]) if is_idx else ()
-    fits = is_idx and all(want in (None, size) for want, size in zip(shape, sizes, strict=True))
-    if not fits or len(data) - start != math.prod(sizes):
+    if not sizes or len(values) != math.prod(sizes):
         raise DataError(f"{found}: is no IDX file of bytes of the right shape, or cut off")
-    values = numpy.frombuffer(data, numpy.uint8, offset=start)
-    return torch.from_numpy(values.reshape(sizes).copy())  # a copy: the bytes are read-only
+    array = numpy.frombuffer(values, numpy.uint8)
+    return torch.from_numpy(array.reshape(sizes).copy())  # a copy: the bytes are read-only
 
 
 def cifar10(split: str, root: Path) -> LabelledImages:
