@@ -30,6 +30,8 @@ _UNUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_MIXED_PRECISION": "mixed precision (see --dtype)",
+    "ACCELERATE_DYNAMO_BACKEND": "TorchDynamo (see --compile)",
 }
 _timeout = timedelta(hours=12)  # how long a process waits for a slower one
 _BUCKET = 25 << 20  # bytes of gradients that are exchanged together, as torch's DDP does
@@ -41,12 +43,18 @@ def processes() -> PartialState:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    for variable, name in _UNUSED.items():  # accelerate would look for their packages
-        if parse_flag_from_env(variable) and os.environ.get("RANK", "0") == "0":
-            print(f"note: {name}, of accelerate's config, is not used here", file=sys.stderr)
-        os.environ.pop(variable, None)
+    if PartialState._shared_state:
+        return PartialState()
+    set_aside = {name: os.environ.pop(name) for name in _UNUSED if name in os.environ}
+    unused = [_UNUSED[k] for k, v in set_aside.items() if v.lower() not in ("", "no", "false")]
+    if unused and os.environ.get("RANK", "0") == "0":
+        said = ", ".join(unused)
+        print(f"note: of accelerate's config this is not used here: {said}", file=sys.stderr)
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu, timeout=_timeout)
+    try:  # accelerate would look for the packages
+        return PartialState(cpu=on_cpu, timeout=_timeout)
+    finally:
+        os.environ.update(set_aside)
 
 
 def set_timeout(minutes: float) -> None:

@@ -151,7 +151,7 @@ def test_who_is_waited_for_is_said_and_in_the_end_refused(tmp_path: Path) -> Non
     )
     said = ended.stderr.splitlines()
     assert said.count("process 0 waits for process 1") == 2
-    assert said.count("note: DeepSpeed, of accelerate's config, is not used here") == 1
+    assert said.count("note: of accelerate's config this is not used here: DeepSpeed") == 1
     (line,) = (line for line in said if line.startswith("refused"))
     assert "waited 0.0666667 minutes for process 1; end all and repeat" in line
 
