@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from oneshot_fast.errors import ModelError, one_line
+from oneshot_fast.errors import ModelError
 from oneshot_fast.generators.base import Generator, LoadOptions
 from oneshot_fast.generators.sdxl import SdxlGenerator
 from oneshot_fast.generators.toy import ToyGenerator
@@ -72,10 +72,12 @@ def _default_device() -> str | torch.device:
 
 
 def _usable_device(name: str | torch.device) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kind = accelerator.type if accelerator else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (AssertionError, RuntimeError) as error:  # torch raises either
-        here = torch.accelerator.current_accelerator(check_available=True)
-        others = f" and {here}" if here else ""
-        why = one_line(error).partition(". ")[0]
-        raise ModelError(f"cannot use device {name}: {why}; here are cpu{others}") from None
+        if torch.device(name).type in ("cpu", kind):
+            return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError):  # torch raises either, and says much
+        pass
+    others = (f", {kind}:{k}" for k in range(torch.accelerator.device_count()))
+    raise ModelError(f"cannot use device {name}; here are: cpu{''.join(others)}")
