@@ -4,19 +4,23 @@ A bad line never stops the rest: it becomes a `Failure` with its line number and
 is raised only where nothing at all can be done.
 """
 
+import itertools
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from oneshot_fast.data.image_refs import existing, hint
+from oneshot_fast.data.image_refs import existing, extra_module, hint
 from oneshot_fast.data.images import save_png
 from oneshot_fast.data.options import ALL, Selection
+from oneshot_fast.data.prompts import Row, read_table
 from oneshot_fast.data.records import (
     Failure,
     Record,
+    check_size,
     claim_id,
     nothing_usable,
     pair_id,
@@ -26,15 +30,23 @@ from oneshot_fast.data.records import (
 from oneshot_fast.errors import DataError, one_line
 from oneshot_fast.runtime.files import write_jsonl
 
-_LAYOUTS = {"pairs.jsonl": ("prompt", "image"), "metadata.jsonl": ("text", "file_name")}
+_OURS, _HUGGING_FACE = ("prompt", "image"), ("text", "file_name")
+_LAYOUTS = {
+    "pairs.jsonl": _OURS,
+    **dict.fromkeys(("metadata.jsonl", "metadata.csv", "metadata.parquet"), _HUGGING_FACE),
+}
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_REPEATS = re.compile(r"(\d{1,4})_")  # of a folder's name, as kohya's scripts have it
 
 
 def read_pairs(data_root: Path, selection: Selection = ALL) -> tuple[list[Record], list[Failure]]:
     """Read the (prompt, image) pairs of a data set; the images are looked up, not decoded.
 
     Args:
-        data_root: folder with pairs.jsonl ({"prompt", "image"}) or, without it, metadata.jsonl of a
-            Hugging Face image folder ({"text", "file_name"}); or the path of such a .jsonl file.
+        data_root: folder with pairs.jsonl ({"prompt", "image"}) or, without it, metadata.jsonl,
+            .csv or .parquet of a Hugging Face image folder ({"text", "file_name"}), or one that has
+            one folder with such a list; or the path of such a file; or a folder of images, or of
+            folders of them, each with its caption in a .txt file of its name.
         selection: which of its records (non-blank lines), and their fields.
 
     Returns:
@@ -51,7 +63,7 @@ def read_pairs(data_root: Path, selection: Selection = ALL) -> tuple[list[Record
     start, count = selection.start_index, selection.max_samples
     if start >= len(parsed) > 0:
         raise DataError(f"start_index is {start}, but {path} has {len(parsed)} records")
-    root = Path(os.path.realpath(path.parent))
+    root = Path(os.path.realpath(path if path.is_dir() else path.parent))
     chosen = parsed[start:][:count]
     found = [_find_image(item, root, selection.allow_outside_root) for item in chosen]
     records = [item for item in found if isinstance(item, Record)]
@@ -83,7 +95,7 @@ def write_pairs(
 def _find_pairs(data_root: Path) -> Path:
     """Path of the .jsonl file that lists the pairs."""
     if os.path.isfile(data_root):
-        if data_root.suffix == ".jsonl":
+        if data_root.suffix in (".jsonl", ".csv") or data_root.name in _LAYOUTS:
             return data_root
         raise DataError(f"{data_root}: give a folder, .tar, .parquet or .jsonl file as data_root")
     if not os.path.isdir(data_root):
@@ -91,15 +103,63 @@ def _find_pairs(data_root: Path) -> Path:
     for name in _LAYOUTS:
         if os.path.isfile(data_root / name):
             return data_root / name
+    inside = [
+        f"{x.name}/{name}" for x in _folders(data_root) for name in _LAYOUTS if (x / name).is_file()
+    ]
+    if len(inside) == 1:
+        return data_root / inside[0]
+    if inside:
+        raise DataError(
+            f"{data_root}: has {one_line(', '.join(inside))}; give one of these folders"
+        )
+    if any(isinstance(row, dict) for _, row in _captioned(data_root)):
+        return data_root
     raise DataError(
         f"{data_root}: has no {' and no '.join(_LAYOUTS)}, and no *.tar or *.parquet; add one of "
         "them"
     )
 
 
+def _rows(path: Path) -> Iterator[Row]:
+    if path.is_dir():
+        return _captioned(path)
+    if path.suffix == ".parquet":
+        table = extra_module("pyarrow.parquet").read_table(path)
+        return enumerate(table.to_pylist(), 1)
+    return read_table(path) if path.suffix == ".csv" else read_objects(path)
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
+def _captioned(root: Path) -> Iterator[Row]:
+    """Images of a folder, and of those in it, with the whole text of the .txt file beside them."""
+    numbers = itertools.count(1)
+    for folder in (root, *_folders(root)):
+        repeats = _REPEATS.match(folder.name) if folder != root else None
+        for image in sorted(folder.iterdir()):
+            if image.suffix.lower() in _IMAGES:
+                row = _caption_row(image, root)
+                yield from ((next(numbers), row) for _ in range(int(repeats[1]) if repeats else 1))
+
+
+def _caption_row(image: Path, root: Path) -> dict[str, object] | str:
+    path, name = image.with_suffix(".txt"), image.relative_to(root).as_posix()
+    try:
+        check_size(path.name, path.stat().st_size)
+        return {"prompt": path.read_text(encoding="utf-8-sig").strip(), "image": name}
+    except FileNotFoundError:
+        return f"{name} has no caption {path.name} beside it"
+    except UnicodeDecodeError:
+        return f"{path.name} of {name} is no UTF-8 text"
+    except (DataError, OSError) as error:
+        return f"caption of {name}: {one_line(error)}"
+
+
 def _parse_pairs(path: Path, fields: tuple[str, str]) -> list[Record | Failure]:
     """Every record of the file, so that ids do not depend on the part of it that is used."""
-    lines = list(read_objects(path))
+    lines = list(_rows(path))
     found = sorted({name for _, item in lines if isinstance(item, dict) for name in item})
     for field, flag in zip(fields, ("--prompt_field", "--image_field"), strict=True):
         if found and field not in found:

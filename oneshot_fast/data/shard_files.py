@@ -82,11 +82,11 @@ def expand_braces(pattern: str) -> list[str]:
 def _holds_shards(path: str) -> bool:
     """Whether a local path is a shard, or a folder that holds some and no list of pairs."""
     if not os.path.isdir(path):
-        return path.endswith(SUFFIXES)
+        return path.endswith(SUFFIXES) and os.path.basename(path) != "metadata.parquet"
     names = os.listdir(path)
     if "pairs.jsonl" in names or "metadata.jsonl" in names:
         return False
-    return any(name.endswith(SUFFIXES) for name in names)
+    return any(name.endswith(SUFFIXES) and name != "metadata.parquet" for name in names)
 
 
 def _find(patterns: list[tuple[str, bool]], allow_outside_root: bool) -> list[Shard]:

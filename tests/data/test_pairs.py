@@ -274,3 +274,38 @@ def test_file_sha256(tmp_path: Path) -> None:
     for body in (b"", os.urandom(3 << 20)):
         (tmp_path / "a").write_bytes(body)
         assert file_sha256(tmp_path / "a") == hashlib.sha256(body).hexdigest()
+
+
+def test_lists_as_csv_and_parquet_and_one_folder_down(root: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    table = {"file_name": ["a.png", "sub/b.png"], "text": ["a, cat", "a dog"]}
+    pq.write_table(arrow.table(table), root / "metadata.parquet")
+    found = [read_pairs(root)]
+    (root / "metadata.parquet").unlink()
+    write(root / "metadata.csv", "file_name,text", 'a.png,"a, cat"', "sub/b.png,a dog")
+    found += [read_pairs(root), read_pairs(root / "metadata.csv"), read_pairs(root.parent)]
+    for records, failures in found:
+        assert [(r.prompt, r.image) for r in records] == list(
+            zip(table["text"], table["file_name"], strict=True)
+        )
+        assert not failures and records[1].image_path == (root / "sub" / "b.png").resolve()
+    (root.parent / "test").mkdir()
+    (root.parent / "test" / "metadata.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"root/metadata\.csv, test/metadata\.jsonl; give one of"):
+        read_pairs(root.parent)
+
+
+def test_folders_of_images_with_captions(root: Path) -> None:
+    (root / "sub").rename(root / "3_cat")
+    write(root / "3_cat" / "b.txt", "a cat,", "sleeping")
+    write(root / "a.txt", "a dog")
+    Image.new("L", (4, 4)).save(root / "c.JPG", "jpeg")
+    records, failures = read_pairs(root)
+    assert [r.prompt for r in records] == ["a dog"] + ["a cat,\nsleeping"] * 3
+    assert len({r.id for r in records}) == 4 and records[1].image == "3_cat/b.png"
+    assert [f.reason for f in failures] == ["c.JPG has no caption c.txt beside it"]
+    write(root / "c.txt", b"\xff")
+    (root / "a.txt").write_text("a" * 70_000)
+    records, failures = read_pairs(root)
+    assert len(records) == 3 and len(failures) == 2
