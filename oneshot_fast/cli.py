@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from oneshot_fast.errors import UserError, one_line, printable, require
 from oneshot_fast.runtime.concurrency import handling, stop
+from oneshot_fast.runtime.options import RunOptions
 from oneshot_fast.runtime.progress import silence_imports
 
 OK, SOME_FAILED, BAD_INPUT, NO_SPACE, CRASHED = 0, 1, 2, 3, 70
@@ -62,6 +63,8 @@ def run_command(
                 from oneshot_fast.runtime.processes import set_timeout
 
                 set_timeout(minutes)
+            if isinstance(run := getattr(given, "run", None), RunOptions):
+                run.check()  # before any long work
             code = command(given)
             if "oneshot_fast.runtime.processes" in sys.modules:
                 sys.modules["oneshot_fast.runtime.processes"].leave()

@@ -1,5 +1,7 @@
 """Errors that a user can mend. Each message is one line that says what to do."""
 
+import importlib
+
 
 class UserError(ValueError):
     """Base of all of them; commands print the message and exit with 2."""
@@ -26,6 +28,16 @@ def require(condition: bool, message: str) -> None:
 def printable(text: str) -> str:
     """``text`` without what a terminal would obey: escapes and other control characters."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def need_package(name: str, flag: str) -> None:
+    """Raise UserError unless a package that not everybody has, and ``flag`` needs, can be used."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        raise UserError(
+            f"{flag} needs a package that is not installed: pip install {name}"
+        ) from None
 
 
 def one_line(message: object) -> str:

@@ -1,6 +1,8 @@
 """Read one noise from a safetensors shard or from a .pt file, tensors only."""
 
+import math
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -9,6 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from oneshot_fast.errors import DataError, one_line
+from oneshot_fast.runtime.tensor_files import load_tensors
+
+LARGEST = 1 << 26  # values of a noise; 64 channels of 1024 x 1024 latent pixels
 
 
 def read_noise(path: Path, index: int | None = None) -> Tensor:
@@ -30,7 +35,7 @@ def read_noise(path: Path, index: int | None = None) -> Tensor:
         if path.suffix == ".safetensors":
             noise = _only_noise(path, _read_row(path, index))
         else:
-            noise = _only_noise(path, torch.load(path, map_location="cpu", weights_only=True))
+            noise = _only_noise(path, load_tensors(path))
     except DataError:
         raise
     except pickle.UnpicklingError:  # torch's own message advises to run the pickled code
@@ -53,13 +58,19 @@ def _read_row(path: Path, index: int | None) -> Tensor:
         names = file.keys()
         if "z" not in names:
             raise DataError(f"{path}: has no tensor 'z' but {', '.join(names) or 'nothing'}")
-        if index is None:
-            return cast(Tensor, file.get_tensor("z"))
         rows = file.get_slice("z")
         shape = rows.get_shape()
+        _check_size(path, shape if index is None else shape[1:])
+        if index is None:
+            return cast(Tensor, file.get_tensor("z"))
         if not shape or index >= shape[0]:
             raise DataError(f"{path}: has no row {index}: tensor 'z' is {shape}")
         return cast(Tensor, rows[index])
+
+
+def _check_size(path: Path, shape: Sequence[int]) -> None:
+    if math.prod(shape) > LARGEST:
+        raise DataError(f"{path}: {list(shape)} is no noise: it would be larger than any latent")
 
 
 def _only_noise(path: Path, value: object) -> Tensor:
@@ -72,6 +83,7 @@ def _only_noise(path: Path, value: object) -> Tensor:
         raise DataError(
             f"{path}: expected one float noise [C, h, w] or [1, C, h, w], found {found}"
         )
+    _check_size(path, noises[0].shape)
     return noises[0].reshape(noises[0].shape[-3:])
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from oneshot_fast.errors import UserError
@@ -14,6 +15,7 @@ from oneshot_fast.runtime.files import write_folder
 
 # the attention projections that diffusers' own training scripts adapt
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+_KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
 def add_adapter(denoiser: Any, rank: int, alpha: float | None, seed: int = 0) -> None:
@@ -45,37 +47,57 @@ def add_adapter(denoiser: Any, rank: int, alpha: float | None, seed: int = 0) ->
     cast_training_params(denoiser, torch.float32)
 
 
-def write_adapter(pipe: Any, part: str, weights: Mapping[str, Tensor], folder: Path) -> None:
+def write_adapter(
+    part: str,
+    weights: Mapping[str, Tensor],
+    scale: float,
+    folder: Path,
+    kohya_name: Callable[[str], str] | None = None,
+) -> None:
     """Write an adapter that diffusers' ``pipe.load_lora_weights(folder)`` reads, atomically.
 
     Args:
-        pipe: A pipeline of diffusers.
-        part: Name of its network with an adapter of this shape.
-        weights: The adapter's weights, by their names in the network.
+        part: Name of the pipeline's network that it adapts.
+        weights: The adapter's weights, by peft's names in the network.
+        scale: Factor of B A, alpha / rank. A file in peft's names has it in B: what else it may lie
+            in, peft's and ours, not all read.
         folder: Where pytorch_lora_weights.safetensors is written.
+        kohya_name: Names an adapted module for kohya's format, which has ``scale`` in a tensor
+            ``alpha``; None writes peft's names.
     """
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
-
-    network: Any = getattr(pipe, part)
-    state = get_peft_model_state_dict(network, state_dict=dict(weights))
-    config = network.peft_config["default"]
-    # what there is to know; peft's whole configuration would bind the file to its version
-    metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": list(TARGETS)}
-    named = {
-        f"{part}_lora_layers": convert_state_dict_to_diffusers(state),
-        f"{part}_lora_adapter_metadata": metadata,
-    }
+    named: dict[str, Tensor] = {}
+    for key, value in sorted(weights.items()):
+        module, kind = key.removesuffix(".default.weight").rsplit(".", 1)
+        value = value.detach().cpu()
+        if kohya_name is None:
+            value = value * scale if kind == "lora_B" and scale != 1 else value
+            named[f"{part}.{module}.{kind}.weight"] = value.contiguous()
+            continue
+        module = f"lora_{part}_{kohya_name(module)}".replace(".", "_")
+        named[f"{module}.{_KOHYA[kind]}.weight"] = value.contiguous()
+        if kind == "lora_A":
+            named[f"{module}.alpha"] = torch.tensor(scale * len(value))
     with write_folder(folder) as temporary:
-        type(pipe).save_lora_weights(temporary, **named)
+        save_file(named, temporary / "pytorch_lora_weights.safetensors")
 
 
-def merge_adapter(denoiser: Any) -> None:
-    """Add the adapter to the weights it adapts, and take it off.
+@torch.no_grad()
+def merge_adapter(denoiser: Any, originals: Mapping[str, Tensor]) -> None:
+    """Take the adapter off, and put weights with it merged in on the CPU.
 
     Args:
-        denoiser: A network of diffusers with an adapter; in float32 the sum is exact but for
-            rounding.
+        denoiser: A network of diffusers with an adapter.
+        originals: Its weights before it was adapted, by name, and before they were rounded. The sum
+            is formed in float32 and rounded once, to their type.
     """
-    denoiser.fuse_lora()
+    from peft.tuners.lora import LoraLayer
+
+    layers: dict[str, Any] = dict(denoiser.to("cpu").named_modules())
+    adapted = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLayer)}
+    added = {f"{name}.weight": layers[name].get_delta_weight("default") for name in adapted}
     denoiser.unload_lora()
+    for name, parameter in denoiser.named_parameters():
+        value = originals[name]
+        if name in added:
+            value = (value.float() + added[name].float()).to(value.dtype)
+        parameter.data = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -13,7 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from oneshot_fast.data.images import to_pil
-from oneshot_fast.errors import UserError, require
+from oneshot_fast.errors import UserError, one_line, require
+from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
 Recomputed = Literal["none", "rewards", "full"]
@@ -125,6 +127,8 @@ class Generator(ABC):
     classifier: Classifier | None = None  # a judge of samples that comes with the model
     autocast: torch.dtype | None = None  # of the arithmetic, over float32 weights
     is_compiled: bool = False  # then each batch size costs a compilation
+    prompt_tokens: int = 77  # that the model reads, both ends included
+    _told: frozenset[str] = frozenset()  # prompts that were warned of
 
     @classmethod
     def reads(cls, model_id: str) -> bool:
@@ -206,6 +210,17 @@ class Generator(ABC):
     def is_truncated(self, prompt: str) -> bool:
         """Whether ``prompt`` is longer than what the model reads of it."""
         return False
+
+    def warn_of_cut(self, prompts: Iterable[str]) -> None:
+        """Say once on stderr how many of these prompts are cut off, and which is the first."""
+        cut = [p for p in dict.fromkeys(prompts) if p not in self._told and self.is_truncated(p)]
+        self._told = self._told.union(cut)
+        if cut and is_main():
+            print(
+                f"warning: {len(cut)} prompts are longer than {self.prompt_tokens} tokens; cut "
+                f'off, the first of them "{one_line(cut[0]):.60}..."',
+                file=sys.stderr,
+            )
 
     @abstractmethod
     def encode_image(self, image: Tensor) -> Tensor:
@@ -319,8 +334,23 @@ class Generator(ABC):
     def load_weights(self, folder: Path) -> None:
         """Take over the denoiser's weights from a folder of ``save``."""
 
-    def save_adapter(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Write an adapter of the denoiser, weights by name, atomically, or raise UserError."""
+    def originals(self) -> dict[str, Tensor]:
+        """The denoiser's weights as its files have them, by name, on the CPU.
+
+        Those in memory may be these in another type, rounded; if they were changed they count.
+        """
+        return {name: p.detach().cpu() for name, p in self.denoiser.named_parameters()}
+
+    def save_adapter(
+        self, weights: Mapping[str, Tensor], folder: Path, kohya: bool = False
+    ) -> None:
+        """Write an adapter of the denoiser atomically, or raise UserError.
+
+        Args:
+            weights: Its weights, by their names in the denoiser.
+            folder: Where.
+            kohya: In the format of kohya's scripts, which ComfyUI and A1111 read.
+        """
         raise UserError("this model takes no adapter; leave --lora_rank out")
 
     @abstractmethod

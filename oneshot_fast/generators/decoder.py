@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
-from oneshot_fast.errors import ModelError, one_line, require
+from oneshot_fast.errors import ModelError, require
 from oneshot_fast.generators.precision import gradient_scale, scale_gradient
+from oneshot_fast.generators.pretrained import load_network, refuse_dangling
 
 
 class Decoder:
@@ -115,9 +117,12 @@ def load_tiny_decoder(
         ModelError: If it cannot be loaded or is for other latents.
     """
     try:
-        vae = AutoencoderTiny.from_pretrained(decoder_id, torch_dtype=dtype)
-    except Exception as error:  # diffusers raises many types for a broken or absent model
-        raise ModelError(f"cannot use decoder {decoder_id}: {one_line(error)}") from None
+        refuse_dangling(Path(decoder_id))
+        vae, wrong = load_network(AutoencoderTiny, decoder_id, torch_dtype=dtype)
+        if wrong:
+            raise ModelError(wrong)
+    except ModelError as error:
+        raise ModelError(f"cannot use decoder {decoder_id}: {error}") from None
     if vae.config.latent_channels != latent_channels:
         raise ModelError(
             f"cannot use decoder {decoder_id}: it is for {vae.config.latent_channels} latent "

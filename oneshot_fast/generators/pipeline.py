@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import sys
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,8 @@ from oneshot_fast.generators.decoder import (
     update_digest,
 )  # fmt: skip
 from oneshot_fast.generators.precision import gradient_scale, scale_gradient
-from oneshot_fast.generators.pretrained import read_pipeline
+from oneshot_fast.generators.pretrained import PipelineFolder, open_folder
+from oneshot_fast.generators.single_file import PipelineFile
 from oneshot_fast.generators.step import Step
 from oneshot_fast.runtime.files import write_folder
 
@@ -70,7 +72,10 @@ class PipelineGenerator(Generator):
         self.decoder = Decoder(pipe.vae, vae_autocast)
         self._cache: EncodingCache | None = None
         self._encoders: dict[tuple[str, ...], str] = {}
+        # files of each network, and the type they were loaded in
+        self._sources: dict[str, tuple[PipelineFolder | PipelineFile, torch.dtype]] = {}
         self._compiled: Callable[..., Any] | None = None
+        self.prompt_tokens = pipe.tokenizer.model_max_length
         self._forget()
 
     def _forget(self) -> None:
@@ -99,21 +104,26 @@ class PipelineGenerator(Generator):
         dtype = options.dtype or usual
         weights = torch.float32 if options.master_weights else dtype
         try:
-            pipe = cls.read(str(model_path()) if model_id == "tiny" else model_id, options, weights)
+            source = cls.open(str(model_path()) if model_id == "tiny" else model_id, options)
+            pipe = source.read(weights)
+            cls.adapt(pipe, source)
             generator = cls(pipe, autocast=None if weights == dtype else dtype)
-            for part, network in generator.networks.items():
-                for name, parameter in network.named_parameters():
-                    if parameter.is_meta:  # the files had no values for it
-                        raise ModelError(f"its weights are incomplete: {part} has no {name}")
-            pipe.to(options.device)
-            return generator
         except ModelError as error:
             raise ModelError(f"cannot use model {model_id}: {error}") from None
+        generator._sources = dict.fromkeys(cls.parts, (source, weights))
+        pipe.to(options.device)
+        return generator
 
     @classmethod
-    def read(cls, source: str, options: LoadOptions, dtype: torch.dtype) -> Any:
-        """The pipeline of a folder, hub id or file, on the CPU, its weights in ``dtype``."""
-        return read_pipeline(cls.pipeline, source, options, dtype)
+    def open(cls, source: str, options: LoadOptions) -> PipelineFolder | PipelineFile:
+        """The files at ``source``: a folder, hub id or .safetensors file."""
+        if source.endswith(".safetensors"):
+            return PipelineFile(cls, Path(source), options)
+        return open_folder(cls, source, options)
+
+    @classmethod
+    def adapt(cls, pipe: Any, source: PipelineFolder | PipelineFile) -> None:
+        """Change ``pipe``, which was read from ``source``, to what the model is meant to be."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineGenerator:
         """One with weights of its own, not compiled; tokenizers and scheduler are shared."""
@@ -121,7 +131,6 @@ class PipelineGenerator(Generator):
         other.pipe = copy.copy(self.pipe)
         networks, other.decoder = copy.deepcopy((self.networks, self.decoder), memo)
         for name, network in networks.items():
-            setattr(other.pipe, name, None)
             setattr(other.pipe, name, network)
         other._compiled, other.is_compiled = None, False
         other._forget()
@@ -210,9 +219,7 @@ class PipelineGenerator(Generator):
         """
 
     def is_truncated(self, prompt: str) -> bool:
-        """Whether ``prompt`` has more tokens than the text encoders read (77 with both ends)."""
-        tokenizer = self.pipe.tokenizer
-        return len(tokenizer(prompt, verbose=False).input_ids) > tokenizer.model_max_length
+        return len(self.pipe.tokenizer(prompt, verbose=False).input_ids) > self.prompt_tokens
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
@@ -314,17 +321,54 @@ class PipelineGenerator(Generator):
         """Write a complete diffusers pipeline (safetensors) to ``folder``, atomically."""
         # Tokenizers save how they were called last: a call makes equal files of equal models.
         self._encode_prompt("")
+        whole = copy.copy(self.pipe)
+        for name, network in self._as_stored(*self.parts[1:]).items():
+            setattr(whole, name, network)
         with write_folder(folder) as temporary:
-            self.pipe.save_pretrained(temporary, safe_serialization=True)
+            whole.save_pretrained(temporary, safe_serialization=True)
 
     def load_weights(self, folder: Path) -> None:
         """Take over the denoiser's weights from a pipeline folder of ``save``."""
-        trained = type(self.denoiser).from_pretrained(folder, subfolder=self.parts[0])
-        self.denoiser.load_state_dict(trained.state_dict())
+        part, denoiser = self.parts[0], self.denoiser
+        source = open_folder(type(self), str(folder.absolute()), LoadOptions())
+        denoiser.load_state_dict(source.network(part, torch.float32).state_dict())
+        self._sources[part] = source, denoiser.dtype
 
-    def save_adapter(self, weights: Mapping[str, Tensor], folder: Path) -> None:
-        """Write an adapter that diffusers' ``pipe.load_lora_weights(folder)`` reads, atomically."""
-        write_adapter(self.pipe, self.parts[0], weights, folder)
+    def originals(self) -> dict[str, Tensor]:
+        (network,) = self._as_stored(self.parts[0]).values()
+        return {name: p.detach().cpu() for name, p in network.named_parameters()}
+
+    def _as_stored(self, *names: str) -> dict[str, nn.Module]:
+        """Networks as their files have them, where those in memory are these, rounded or widened.
+
+        A network that was changed since, or has no files, is the one in memory.
+        """
+        memory = self.networks
+        found = {name: memory[name] for name in names}
+        for name in self._sources.keys() & found.keys():
+            source, loaded = self._sources[name]
+            if {p.dtype for p in memory[name].parameters()} | {loaded} == {source.stored[name]}:
+                continue
+            others = {key: network for key, network in memory.items() if key != name}
+            try:
+                original = getattr(source.read(None, **others), name)
+            except ModelError as error:  # a training is not lost for it
+                print(f"warning: {name} stays as it was cast: {error}", file=sys.stderr)
+                continue
+            if _is_rounded(original, loaded, memory[name]):
+                found[name] = original
+        return found
+
+    def save_adapter(
+        self, weights: Mapping[str, Tensor], folder: Path, kohya: bool = False
+    ) -> None:
+        config = self.denoiser.peft_config["default"]
+        name = self._kohya_name if kohya else None
+        write_adapter(self.parts[0], weights, config.lora_alpha / config.r, folder, name)
+
+    def _kohya_name(self, module: str) -> str:
+        """Name of one of the denoiser's modules in kohya's format; that of diffusers, mostly."""
+        return module
 
     def fingerprint(self) -> str:
         """16 hex digits that change when any module or its precision changes.
@@ -340,3 +384,12 @@ class PipelineGenerator(Generator):
         if set(precision) != {torch.float32}:
             digest.update(repr(precision).encode())
         return digest.hexdigest()[:16]
+
+
+def _is_rounded(original: nn.Module, loaded: torch.dtype, network: nn.Module) -> bool:
+    """Whether ``network`` has the weights of ``original``, loaded in a type, and cast since."""
+    weights = original.state_dict()
+    return all(
+        torch.equal(weights[name].to(loaded).to(value.dtype), value.cpu())
+        for name, value in network.state_dict().items()
+    )

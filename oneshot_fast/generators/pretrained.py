@@ -1,58 +1,209 @@
-"""Pipelines of diffusers from a folder, the hub or one file; what is wrong is one line."""
+"""Pipelines of diffusers from a folder or the hub, every weight in its place."""
 
 from __future__ import annotations
 
+import importlib
+import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from oneshot_fast.errors import ModelError, one_line
 from oneshot_fast.generators.base import LoadOptions
+from oneshot_fast.runtime.processes import is_main
+from oneshot_fast.runtime.tensor_files import common_dtype, misfit, read_header
+
+_WEIGHTS = ("diffusion_pytorch_model", "pytorch_model", "model")
 
 
-def read_pipeline(kind: type[Any], source: str, options: LoadOptions, dtype: torch.dtype) -> Any:
-    """The pipeline at ``source``, on the CPU.
+class PipelineFolder:
+    """A pipeline in a folder; its networks can be read again as they lie there.
 
-    Args:
-        kind: Its class in diffusers.
-        source: Folder in diffusers layout, hub id, or .safetensors file.
-        options: Variant, revision, place of the configs.
-        dtype: Of the weights.
+    Attributes:
+        stored: Type of each network's weights, by name; float32 where it is mixed or unknown.
+    """
+
+    def __init__(self, family: type[Any], folder: Path, variant: str | None = None) -> None:
+        """Choose the files of each network.
+
+        Args:
+            family: Subclass of PipelineGenerator that it is read for.
+            folder: Where its networks are, in diffusers layout.
+            variant: Of the files; plain ones serve where a network lacks it, and else what it has.
+
+        Raises:
+            ModelError: If something is missing.
+        """
+        self.folder, self._family = folder, family
+        self._classes = {part: _class(folder, part) for part in family.parts}
+        self._variants = {part: _variant(folder / part, variant) for part in family.parts}
+        self.stored = {part: _stored(folder / part, v) for part, v in self._variants.items()}
+        only = {part: v for part, v in self._variants.items() if v not in (variant, None)}
+        if only and is_main():
+            listed = ", ".join(f"{part} ({v})" for part, v in only.items())
+            print(f"{folder}: has no other files of {listed}; these are taken", file=sys.stderr)
+
+    def read(self, dtype: torch.dtype | None, **given: nn.Module) -> Any:
+        """The pipeline, on the CPU.
+
+        Args:
+            dtype: Of the weights; None reads them as they are stored.
+            **given: Networks that need not be read.
+
+        Raises:
+            ModelError: If it cannot be read, or a weight is missing, unknown or of another shape.
+        """
+        networks, wrong = dict[str, Any](given), None
+        for part in self._classes.keys() - given.keys():
+            networks[part], misfit = self._load(part, dtype)
+            wrong = wrong or misfit
+        try:
+            pipe = self._family.pipeline.from_pretrained(
+                self.folder, dtype=dtype or torch.float32, local_files_only=True, **networks
+            )
+        except Exception as error:  # diffusers raises many types for a broken model
+            raise ModelError(one_line(error)) from None
+        self._family.check(pipe)  # tells more than what does not fit
+        if wrong:
+            raise ModelError(wrong)
+        return pipe
+
+    def network(self, part: str, dtype: torch.dtype | None) -> nn.Module:
+        """One of the networks, as ``read`` does."""
+        network, wrong = self._load(part, dtype)
+        if wrong:
+            raise ModelError(wrong)
+        return network
+
+    def _load(self, part: str, dtype: torch.dtype | None) -> tuple[nn.Module, str | None]:
+        return load_network(
+            self._classes[part],
+            self.folder,
+            part,
+            dtype=dtype or self.stored[part],
+            variant=self._variants[part],
+            local_files_only=True,
+        )
+
+
+def open_folder(family: type[Any], source: str, options: LoadOptions) -> PipelineFolder:
+    """The pipeline at ``source``, a local folder or a hub id, which is downloaded.
 
     Raises:
-        ModelError: If it cannot be read.
+        ModelError: If it is not there, or something of it is missing.
     """
-    known = {"dtype": dtype, "local_files_only": options.local_files_only}
-    if source.endswith(".safetensors"):
-        return _read_file(kind, Path(source), options.model_config, known)
-    return _read_folder(kind, source, options.variant, known | {"revision": options.revision})
-
-
-def _read_folder(kind: type[Any], source: str, variant: str | None, known: dict[str, Any]) -> Any:
     folder = Path(source)
-    is_local = folder.is_absolute() or source.startswith(".") or folder.exists()
-    if is_local and not (folder / "model_index.json").is_file():
+    refuse_dangling(folder)
+    if not (folder.is_absolute() or source.startswith(".") or folder.exists()):
+        folder = _download(family.pipeline, source, options)
+    elif not (folder / "model_index.json").is_file():
         raise ModelError("no model_index.json there; give a diffusers folder, a hub id or a file")
+    return PipelineFolder(family, folder, options.variant)
+
+
+def _download(kind: type[Any], source: str, options: LoadOptions) -> Path:
     errors: list[Exception] = []
-    for choice in dict.fromkeys((variant, None)):  # a checkpoint of ours has no variant files
+    for variant in dict.fromkeys((options.variant, None, "fp16")):
         try:
-            return kind.from_pretrained(source, variant=choice, **known)
-        except Exception as error:  # diffusers raises many types for a broken or absent model
+            return Path(
+                kind.download(
+                    source,
+                    variant=variant,
+                    revision=options.revision,
+                    local_files_only=options.local_files_only,
+                )
+            )
+        except Exception as error:  # diffusers raises many types for an absent model
             errors.append(error)
-    if is_local:
-        raise ModelError(one_line(errors[0]))
     raise ModelError(
         "it is no local folder, and the hub did not give it; download it first, or check the "
         f"name and the network ({one_line(errors[0]):.150})"
     )
 
 
-def _read_file(kind: type[Any], path: Path, model_config: str | None, known: dict[str, Any]) -> Any:
-    if not path.is_file():
-        raise ModelError("no such file")
+def load_network(
+    kind: Any, folder: Path | str, part: str = "", **how: Any
+) -> tuple[Any, str | None]:
+    """A network of a class of diffusers or transformers, and what is wrong with its weights.
+
+    Args:
+        kind: The class.
+        folder: Folder or hub id.
+        part: Subfolder, and its name in messages.
+        **how: As for the class's ``from_pretrained``.
+
+    Returns:
+        The network, and None or the weight that is missing, unknown or of another shape.
+
+    Raises:
+        ModelError: If it cannot be read.
+    """
+    if isinstance(folder, Path) and not (folder / part / "config.json").is_file():
+        raise ModelError(f"there is no {Path(part) / 'config.json'}")
     try:
-        return kind.from_single_file(str(path), config=model_config, **known)
-    except Exception as error:  # diffusers raises many types here, bare Exception among them
-        hint = "" if model_config else " (offline? name a folder of configs with --model_config)"
-        raise ModelError(one_line(error) + hint) from error
+        network, info = kind.from_pretrained(
+            folder, subfolder=part, output_loading_info=True, ignore_mismatched_sizes=True, **how
+        )
+    except Exception as error:  # both libraries raise many types for a broken model
+        raise ModelError(f"{part}: {one_line(error)}" if part else one_line(error)) from None
+    wrong = misfit(info)
+    if wrong is None:
+        return network, None
+    what = "incomplete" if wrong.startswith("no ") else "of another model"
+    return network, f"its weights are {what}: {part or 'it'} has {wrong}"
+
+
+def refuse_dangling(path: Path) -> None:
+    """Raise ModelError if ``path``, or something in it, is a link to what is not there."""
+    for link in (path, *path.glob("*"), *path.glob("*/*")):
+        if link.is_symlink() and not link.exists():
+            raise ModelError(
+                f"{link} is a link to {link.readlink()}, which is not there; copy what links point "
+                "to as well (cp -rL)"
+            )
+
+
+def _class(folder: Path, part: str) -> Any:
+    """Class of a network, as model_index.json names it."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        library, name = index.get(part) or (None, None)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(f"model_index.json is damaged: {one_line(error)}") from None
+    if name is None:
+        raise ModelError(f"the pipeline has no {part}")
+    found = None
+    if library in ("diffusers", "transformers"):
+        found = getattr(importlib.import_module(library), str(name), None)
+    if found is None:
+        raise ModelError(f"its {part} is a {name} of {library}, which is not known here")
+    return found
+
+
+def _files(folder: Path) -> dict[str | None, list[Path]]:
+    """Files of weights by variant, None being the plain ones."""
+    found: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.glob("*")):
+        base, *variant = re.sub(r"-\d+-of-\d+", "", path.name).split(".")
+        if base in _WEIGHTS and variant and variant.pop() in ("safetensors", "bin"):
+            found.setdefault(".".join(variant) or None, []).append(path)
+    return found
+
+
+def _variant(folder: Path, wanted: str | None) -> str | None:
+    found = _files(folder)
+    if not found:
+        raise ModelError(f"there are no weights of {folder.name}")
+    named = sorted(filter(None, found))
+    return next(v for v in (wanted, None, "fp16", *named) if v in found)
+
+
+def _stored(folder: Path, variant: str | None) -> torch.dtype:
+    files = _files(folder)[variant]
+    tensors = [path for path in files if path.suffix == ".safetensors"]
+    headers = [read_header(path)[0] for path in tensors]
+    return common_dtype(kind for header in headers for kind, _ in header.values())

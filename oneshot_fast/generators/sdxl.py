@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from oneshot_fast.errors import ModelError
-from oneshot_fast.generators.base import Conditioning, LoadOptions
+from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.generators.pipeline import PipelineGenerator
+from oneshot_fast.generators.pretrained import PipelineFolder
+from oneshot_fast.generators.single_file import PipelineFile, scheduler_of_file
 
 
 class SdxlGenerator(PipelineGenerator):
@@ -39,15 +41,9 @@ class SdxlGenerator(PipelineGenerator):
             )
 
     @classmethod
-    def read(cls, source: str, options: LoadOptions, dtype: torch.dtype) -> Any:
-        """The pipeline; a single file's has the scheduler of SDXL-Turbo."""
-        pipe = super().read(source, options, dtype)
-        if source.endswith(".safetensors"):
-            # it carries no scheduler: diffusers takes SDXL base's, which has leading spacing
-            pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(
-                pipe.scheduler.config, timestep_spacing="trailing"
-            )
-        return pipe
+    def adapt(cls, pipe: Any, source: PipelineFolder | PipelineFile) -> None:
+        if isinstance(source, PipelineFile):
+            pipe.scheduler = scheduler_of_file(source, pipe.scheduler)
 
     def blank_prompts(self, count: int) -> Conditioning:
         width = self.pipe.unet.config.cross_attention_dim
@@ -84,3 +80,15 @@ class SdxlGenerator(PipelineGenerator):
                 "time_ids": time_ids.expand(len(eps), -1),
             },
         }
+
+    def _kohya_name(self, module: str) -> str:
+        """Those of SDXL's own release: its blocks are numbered through."""
+        per = self.denoiser.config.layers_per_block + 1
+        block, number, kind, place, rest = module.replace("mid_block", "mid_block.0").split(".", 4)
+        assert kind == "attentions"  # what is adapted
+        if block == "mid_block":
+            return f"middle_block.1.{rest}"
+        at = int(number) * per + int(place)
+        if block == "down_blocks":
+            return f"input_blocks.{at + 1}.1.{rest}"
+        return f"output_blocks.{at}.1.{rest}"

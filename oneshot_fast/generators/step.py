@@ -10,6 +10,11 @@ from torch import Tensor
 
 from oneshot_fast.errors import ModelError
 
+_OTHER_FORM = (
+    "this model's step is not of this form, one of Euler or EulerAncestral with prediction type "
+    "epsilon or v_prediction; another scheduler would not make it one"
+)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -38,11 +43,13 @@ class Step:
             ModelError: For a scheduler or prediction type whose single step is not of this form.
         """
         if not isinstance(scheduler, EulerAncestralDiscreteScheduler | EulerDiscreteScheduler):
-            raise ModelError(
-                f"the scheduler is {type(scheduler).__name__}; a one-step model needs Euler or "
-                "EulerAncestral (set it in scheduler/scheduler_config.json)"
-            )
+            raise ModelError(f"the scheduler is {type(scheduler).__name__}: {_OTHER_FORM}")
+        prediction = scheduler.config.prediction_type
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ModelError(f"the prediction type is {prediction!r}: {_OTHER_FORM}")
         scheduler.set_timesteps(1)
+        if scheduler.sigmas[-1] != 0:
+            raise ModelError(f"its single step ends at a sigma above 0: {_OTHER_FORM}")
         timestep = scheduler.timesteps[0]
         if timestep < 0.9 * (scheduler.config.num_train_timesteps - 1):
             raise ModelError(
@@ -51,11 +58,6 @@ class Step:
             )
         init, sigma = float(scheduler.init_noise_sigma), float(scheduler.sigmas[0])
         norm = math.sqrt(sigma**2 + 1)
-        if scheduler.config.prediction_type == "epsilon":
+        if prediction == "epsilon":
             return cls(timestep, init / norm, init, sigma)
-        if scheduler.config.prediction_type == "v_prediction":
-            return cls(timestep, init / norm, init / norm**2, sigma / norm)
-        raise ModelError(
-            f"prediction type {scheduler.config.prediction_type!r} is not supported; "
-            "use epsilon or v_prediction"
-        )
+        return cls(timestep, init / norm, init / norm**2, sigma / norm)

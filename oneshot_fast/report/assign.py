@@ -75,11 +75,6 @@ def print_summary(summary: Json, folder: Path) -> None:
         f"loss {summary['initial_loss']:.4f} -> {summary['best_loss']:.4f} "
         f"in {summary['seconds']:.0f} s ({summary['images_per_second']:.2f} images/s)"
     )
-    if summary["truncated_prompts"]:
-        print(
-            f"warning: {summary['truncated_prompts']} prompts are longer than 77 tokens; cut off",
-            file=sys.stderr,
-        )
     if summary.get("cut_images"):
         print(f"warning: {summary['cut_images']}", file=sys.stderr)
     if summary["failed"]:

@@ -272,8 +272,6 @@ def print_summary(folder: Path) -> None:
         )
     if len(summary["cycles"]) > 1 and "frechet_distance" in summary["random_noise"]["final"]:
         print(f"checkpoint-best: cycle {summary['best_cycle']}, of the lowest Frechet distance")
-    if truncated := summary["cycles"][-1].get("truncated_prompts"):
-        print(f"warning: {truncated} prompts are longer than 77 tokens; cut off", file=sys.stderr)
     if cut := summary["cycles"][0].get("cut_images"):
         print(f"warning: {cut}", file=sys.stderr)
     if summary["failed"]:

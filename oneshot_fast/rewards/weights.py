@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from oneshot_fast.errors import ModelError, one_line
+from oneshot_fast.runtime.tensor_files import misfit
 
 
 def read_config(kind: Any, path: Path) -> Any:
@@ -73,15 +74,13 @@ def build(
             state_dict=dict(tensors),
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **options,
         )
     except Exception as error:  # transformers raises many types here
         raise ModelError(f"{path} has another layout: {one_line(error)}") from None
-    wrong = [f"no {key}" for key in sorted(info["missing_keys"])]
-    wrong += [f"unknown {key}" for key in sorted(info["unexpected_keys"])]
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise ModelError(f"{path} has another layout: {wrong[0]}{more}")
+    if wrong := misfit(info):
+        raise ModelError(f"{path} has another layout: {wrong}")
     return model.eval()
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from oneshot_fast.errors import require
+from oneshot_fast.errors import need_package, require
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -29,15 +29,19 @@ class RunOptions:
     timeout_minutes: float = 720.0
     """Several processes: how long one is waited for before the job ends."""
 
+    def check(self) -> None:
+        """Raise UserError for values that make no sense, or a package that is missing."""
+        require(
+            self.report_to == "wandb" or self.tracker_project == RunOptions.tracker_project,
+            "--tracker_project has no effect without --report_to wandb; give it, too",
+        )
+        if self.report_to != "none":
+            need_package(self.report_to, f"--report_to {self.report_to}")
+
     @property
     def tracker(self) -> str:
         """What a run takes as ``report_to``."""
-        is_wandb = self.report_to == "wandb"
-        require(
-            is_wandb or self.tracker_project == RunOptions.tracker_project,
-            "--tracker_project has no effect without --report_to wandb; give it, too",
-        )
-        return f"wandb:{self.tracker_project}" if is_wandb else self.report_to
+        return f"wandb:{self.tracker_project}" if self.report_to == "wandb" else self.report_to
 
 
 def pick(kind: type[Options], source: DataclassInstance, prefix: str = "", **given: Any) -> Options:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneshot_fast.errors import UserError, one_line, require
+from oneshot_fast.errors import UserError, need_package, one_line
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -83,15 +83,12 @@ def start_tracking(report_to: str | Tracker, folder: Path, settings: Mapping[str
 
     if report_to == "none" or not is_main():
         return Tracker()
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     from oneshot_fast.runtime.files import write_text
 
     name, _, project = report_to.partition(":")
-    require(
-        name in map(str, get_available_trackers()),
-        f"--report_to {name} needs a package that is not installed: pip install {name}",
-    )
+    need_package(name, f"--report_to {name}")
     logs = folder / "logs"
     if name == "tensorboard":
         writer = LOGGER_TYPE_TO_CLASS[name]("logs", folder)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,6 +27,75 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"cannot read {path}: {one_line(error)}; download it anew") from None
 
 
+def read_header(path: Path) -> tuple[dict[str, tuple[str, list[int]]], dict[str, str]]:
+    """Type (F32, ...) and shape of every tensor of a safetensors file, and its metadata.
+
+    Raises:
+        ModelError: If it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            kinds = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+            return kinds, file.metadata() or {}
+    except SafetensorError as error:
+        raise ModelError(f"cannot read {path}: {one_line(error)}; download it anew") from None
+
+
+def common_dtype(names: Iterable[str]) -> torch.dtype:
+    """Type of weights whose types in a safetensors header are ``names``; float32 for a mixture."""
+    known = {"F16": torch.float16, "BF16": torch.bfloat16}
+    kinds = {name for name in names if "F" in name}
+    return known.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def misfit(info: Mapping[str, Any]) -> str | None:
+    """The weight that is missing, unknown or of another shape in what was loaded; None if none is.
+
+    Args:
+        info: From ``from_pretrained(output_loading_info=True)`` of diffusers or transformers, which
+            leave at random what does not fit.
+    """
+    wrong = [f"no {key}" for key in sorted(info["missing_keys"])]
+    wrong += [f"an unknown {key}" for key in sorted(info["unexpected_keys"])]
+    wrong += [
+        f"{key} of shape {list(found)}, not {list(expected)}"
+        for key, found, expected in sorted(info["mismatched_keys"])
+    ]
+    return (wrong[0] + (f" and {len(wrong) - 1} more" if wrong[1:] else "")) if wrong else None
+
+
+def load_tensors(path: Path) -> Any:
+    """What a .pt file of torch.save holds, on the CPU; code in a pickle is never run.
+
+    Raises:
+        ValueError: If it claims more bytes than the file has, by compression or strides.
+        Exception: torch raises many types for a broken file.
+    """
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            _check_claim(sum(entry.file_size for entry in archive.infolist()), size)
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    for value in _tensors_in(loaded):
+        _check_claim(value.numel() * value.element_size(), size)
+    return loaded
+
+
+def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """Tensors in dictionaries of dictionaries, of which there may be a circle."""
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, dict) and depth:
+        for inner in value.values():
+            yield from _tensors_in(inner, depth - 1)
+
+
+def _check_claim(claimed: int, size: int) -> None:
+    if claimed > size:
+        raise ValueError(f"it claims {claimed:,} bytes, the file has {size:,}")
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Tensors of a .pt or .pth file, on the CPU; code in the file is never run.
 
@@ -34,7 +106,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         ModelError: If the file is damaged or holds more than tensors.
     """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = load_tensors(path)
     except OSError:
         raise
     except Exception as error:  # torch raises many types for a broken file

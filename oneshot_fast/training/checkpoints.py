@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from oneshot_fast.generators.adapters import merge_adapter
 from oneshot_fast.runtime.files import TEMPORARY, read_metadata, write_safetensors
-from oneshot_fast.runtime.processes import is_main
+from oneshot_fast.runtime.processes import barrier, is_main
 from oneshot_fast.training.trainer import Trainer, below
 
 _STEP = re.compile(r"checkpoint-(\d+)")
@@ -53,7 +52,7 @@ class Checkpoints:
             return
         path = self._folder / f"checkpoint-{trainer.step}"
         if trainer.options.lora_rank:
-            trainer.trainee.save_adapter(trainer.final(), path)
+            _save_adapter(trainer, trainer.final(), path)
         else:
             with ended(trainer):
                 trainer.trainee.save(path)
@@ -70,11 +69,11 @@ class Checkpoints:
         final = {name: p.clone() for name, p in trainer.final().items()}
         if trainer.options.lora_rank:
             if is_main():
-                trainee.save_adapter(trainer.best, self._folder / "lora-best")
-                trainee.save_adapter(final, self._folder / "lora-final")
+                _save_adapter(trainer, trainer.best, self._folder / "lora-best")
+                _save_adapter(trainer, final, self._folder / "lora-final")
             trainer.load_weights(final)
-            # in full precision, for which a GPU that holds the rounded weights may be too small
-            merge_adapter(module.to("cpu", torch.float32))
+            # where there is room for the exact weights, which a GPU may not have
+            merge_adapter(module, trainer.originals)
         else:
             if is_main():
                 trainer.load_weights(trainer.best)
@@ -83,6 +82,13 @@ class Checkpoints:
         if is_main():
             trainee.save(self._folder / "checkpoint-final")
         module.requires_grad_(False).to(home, trainer.initial_dtype)
+        if trainer.options.lora_rank:  # the next adapter adds to the weights in these files
+            barrier()
+            trainee.load_weights(self._folder / "checkpoint-final")
+
+
+def _save_adapter(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path) -> None:
+    trainer.trainee.save_adapter(weights, folder, trainer.options.lora_format == "kohya")
 
 
 def save_state(path: Path, trainers: Mapping[str, Trainer]) -> None:

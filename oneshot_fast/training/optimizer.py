@@ -5,7 +5,6 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from oneshot_fast.errors import UserError
 from oneshot_fast.runtime.seeds import derived_seed
 from oneshot_fast.training.options import TrainOptions
 
@@ -132,10 +131,8 @@ class WeightOptimizer:
 def _make_optimizer(parameters: list[nn.Parameter], options: TrainOptions) -> torch.optim.Optimizer:
     if options.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
-    try:
-        from torchao.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise UserError("--optimizer adamw8bit needs torchao: pip install torchao") from None
+    from torchao.optim import AdamW8bit  # type: ignore[import-not-found, unused-ignore]
+
     optimizer: torch.optim.Optimizer = AdamW8bit(
         parameters,
         lr=options.lr,

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from oneshot_fast.errors import require
+from oneshot_fast.errors import need_package, require
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class TrainOptions:
     to_out) of the denoiser; 0 trains all of its weights."""
     lora_alpha: float | None = None
     """The adapter is scaled by lora_alpha / lora_rank; by default lora_alpha is lora_rank."""
+    lora_format: Literal["diffusers", "kohya"] = "diffusers"
+    """Names in the adapter's file: peft's, which diffusers writes, or kohya's with alpha, which
+    ComfyUI and A1111 read, and diffusers, too."""
     use_ema: bool = False
     """End with an exponential moving average of the weights."""
     ema_decay: float = 0.9999
@@ -82,6 +85,10 @@ class TrainOptions:
             not (self.gradient_checkpointing and self.selective_checkpointing),
             "gradient_checkpointing recomputes all that selective_checkpointing does; give one",
         )
+        if self.lora_rank > 0:
+            need_package("peft", "--lora_rank")
+        if self.optimizer == "adamw8bit":
+            need_package("torchao", "--optimizer adamw8bit")
         require(self.lora_rank >= 0, "lora_rank must not be negative; 0 trains all weights")
         require(
             self.lora_alpha is None or (self.lora_rank > 0 and 0 < self.lora_alpha < math.inf),

@@ -198,6 +198,7 @@ class TrainingRun(ABC):
 
     def train(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Train on one example per prompt; all trainees end with their final weights."""
+        self.generator.warn_of_cut(prompts)
         self.trainers = {name: self.trainer(name) for name in self.trainees}
         student, state = self.trainers[STUDENT], self.folder / "state.safetensors"
         if state.exists():

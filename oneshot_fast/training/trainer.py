@@ -41,7 +41,12 @@ class Trainee(Protocol):
     def load_weights(self, folder: Path) -> None:
         """Take over the weights of ``module`` from a folder of ``save``."""
 
-    def save_adapter(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+    def originals(self) -> dict[str, Tensor]:
+        """Weights of ``module`` by name, on the CPU, as they were before they were rounded."""
+
+    def save_adapter(
+        self, weights: Mapping[str, Tensor], folder: Path, kohya: bool = False
+    ) -> None:
         """Write an adapter of ``module``, by its weights' names there, atomically."""
 
     def fingerprint(self) -> str:
@@ -71,6 +76,7 @@ class Trainer:
         module = trainee.module
         self.trainee, self.loss, self.options = trainee, loss, options
         self.initial_dtype = next(module.parameters()).dtype
+        self.originals = trainee.originals() if options.lora_rank else {}
         module.to(getattr(torch, options.weights_dtype)).requires_grad_(not options.lora_rank)
         if options.lora_rank:
             add_adapter(module, options.lora_rank, options.lora_alpha, derived_seed(seed, "lora"))

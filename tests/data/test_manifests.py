@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -286,3 +287,27 @@ def anonymous_kib() -> int:
     if not status.exists():
         pytest.skip("measures memory through /proc")
     return int(status.read_text().partition("RssAnon:")[2].split()[0])
+
+
+@pytest.mark.parametrize("form", ["strides", "old strides", "in a dict", "compressed", "sparse"])
+def test_a_noise_that_claims_more_than_its_file_has_is_refused(tmp_path: Path, form: str) -> None:
+    path = tmp_path / ("n.safetensors" if form == "sparse" else "n.pt")
+    huge = torch.zeros(1).expand(4, 100_000, 100_000)  # 160 GB
+    if form == "sparse":
+        end = 4 * 4 * 10_000 * 10_000
+        header = {"z": {"dtype": "F32", "shape": [4, 10_000, 10_000], "data_offsets": [0, end]}}
+        text = json.dumps(header).encode()
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+    elif form == "compressed":
+        torch.save(torch.zeros(4, 512, 512), tmp_path / "plain.pt")
+        plain = zipfile.ZipFile(tmp_path / "plain.pt")
+        with plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+            for entry in plain.infolist():
+                packed.writestr(entry.filename, plain.read(entry))
+    else:
+        value = {"z": huge} if form == "in a dict" else huge
+        torch.save(value, path, _use_new_zipfile_serialization=form != "old strides")
+    with pytest.raises(DataError, match=r"claims [\d,]+ bytes|larger than any latent"):
+        read_noise(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.errors import UserError
-from oneshot_fast.generators.adapters import add_adapter
+from oneshot_fast.generators.adapters import TARGETS, add_adapter, write_adapter
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.sdxl import SdxlGenerator
@@ -29,6 +31,7 @@ from oneshot_fast.training.losses.base import OneStepLoss
 from oneshot_fast.training.losses.preserve import Preserve, PreservePool
 
 LORA: dict[str, Any] = {"lora_rank": 4, "lr": 5e-3, "preserve_pool_size": 4, "batch_size": 4}
+UNET_FILE, LORA_FILE = "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"
 PROMPT = "a handwritten digit one"
 
 
@@ -142,6 +145,105 @@ def test_a_bfloat16_base_trains_a_float32_adapter(assigned: Path, tmp_path: Path
     assert generator.denoiser.dtype == torch.float32  # as it was loaded
     lora = load_file(tmp_path / "run" / "lora-final" / "pytorch_lora_weights.safetensors")
     assert {value.dtype for value in lora.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_a_rounded_base_leaves_exact(assigned: Path, tmp_path: Path, stored: torch.dtype) -> None:
+    pipe = StableDiffusionXLPipeline.from_pretrained(model_path(), dtype=stored)
+    pipe.save_pretrained(tmp_path / "base")
+    pairs, _ = read_manifest(assigned / "manifest.jsonl")
+    options = SftOptions(**{**LORA, "epochs": 1, "weights_dtype": "bfloat16"})
+    generator = load_generator(tmp_path / "base", dtype=torch.bfloat16)
+    SftRun(generator, pairs, tmp_path / "1", options).run()
+    SftRun(generator, pairs, tmp_path / "2", options).run()  # as the cycles of em do
+    weights = tmp_path / "base"
+    for folder in (tmp_path / "1", tmp_path / "2"):
+        final = folder / "checkpoint-final"
+        for part in ("vae", "text_encoder", "text_encoder_2"):
+            (old,), (new,) = ((f / part).glob("*.safetensors") for f in (tmp_path / "base", final))
+            assert old.read_bytes() == new.read_bytes()
+        old, new = (load_file(f / "unet" / UNET_FILE) for f in (weights, final))
+        lora = load_file(folder / "lora-final" / LORA_FILE)
+        assert old.keys() == new.keys() and {v.dtype for v in new.values()} == {stored}
+        for key, value in old.items():
+            name = f"unet.{key.removesuffix('.weight')}"
+            if f"{name}.lora_A.weight" in lora:
+                added = lora[f"{name}.lora_B.weight"] @ lora[f"{name}.lora_A.weight"]
+                assert added.abs().max() > 0
+                value = (value.float() + added).to(stored)
+            assert torch.equal(new[key], value)
+        weights = final
+
+
+def test_a_training_of_all_weights_leaves_the_other_parts_as_they_came(
+    assigned: Path, tmp_path: Path
+) -> None:
+    StableDiffusionXLPipeline.from_pretrained(model_path(), dtype=torch.float16).save_pretrained(
+        tmp_path / "half"
+    )
+    pairs, _ = read_manifest(assigned / "manifest.jsonl")
+    for base, more in (
+        (tmp_path / "half", {"master_weights": True}),
+        (model_path(), {"dtype": torch.bfloat16}),
+    ):
+        generator = load_generator(base, **more)
+        run = tmp_path / f"{base.name} run"
+        SftRun(generator, pairs, run, SftOptions(epochs=1, preserve_pool_size=4)).run()
+        for part in ("vae", "text_encoder", "text_encoder_2"):
+            (old,), (new,) = (
+                (f / part).glob("*.safetensors") for f in (base, run / "checkpoint-final")
+            )
+            tensors = [load_file(f) for f in (old, new)]
+            assert {k.removeprefix("text_model.") for k in tensors[0]} == {
+                k.removeprefix("text_model.") for k in tensors[1]
+            }
+            for values in zip(*(map(t.get, sorted(t)) for t in tensors), strict=True):
+                assert values[0].dtype == values[1].dtype and torch.equal(*values)
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+@pytest.mark.parametrize("names", ["diffusers", "kohya"])
+def test_other_programs_read_the_same_change(
+    assigned: Path, tmp_path: Path, tiny: Generator, names: Any, alpha: float | None
+) -> None:
+    generator, _ = train(assigned, tmp_path / "run", lora_alpha=alpha, lora_format=names, epochs=1)
+    change = make(generator) - make(tiny)
+    path = tmp_path / "run/lora-final" / LORA_FILE
+    lora = load_file(path)
+    pipe = StableDiffusionXLPipeline.from_pretrained(model_path())
+    pipe.load_lora_weights(path.parent)
+    theirs = make(SdxlGenerator(pipe)) - make(tiny)
+    torch.testing.assert_close(theirs, change, rtol=1e-3, atol=1e-4)
+    if names == "kohya":  # what ComfyUI and A1111 look for, and how they scale
+        assert {key.rpartition("lora_unet_")[1] for key in lora} == {"lora_unet_"}
+        kinds = {key.partition(".")[2] for key in lora}
+        assert kinds == {"lora_down.weight", "lora_up.weight", "alpha"}
+        modules = {key.partition(".")[0] for key in lora}
+        start = "transformer_blocks_0_attn1_to_out_0"
+        assert f"lora_unet_middle_block_1_{start}" in modules
+        assert f"lora_unet_input_blocks_3_1_{start}" in modules
+        assert f"lora_unet_output_blocks_0_1_{start}" in modules
+        assert {lora[f"{name}.alpha"].item() for name in modules} == {alpha or 4.0}
+        return
+    assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in lora)
+    network = copy.deepcopy(tiny.denoiser)  # peft itself, which knows no alpha of a file
+    network.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(TARGETS)))
+    bare = {key.removeprefix("unet."): value for key, value in lora.items()}
+    wrong = set_peft_model_state_dict(network, bare)
+    assert not wrong.unexpected_keys
+    pipe = StableDiffusionXLPipeline.from_pretrained(model_path(), unet=network)
+    torch.testing.assert_close(make(SdxlGenerator(pipe)) - make(tiny), change, rtol=1e-3, atol=1e-4)
+
+
+def test_equal_adapters_are_equal_files(tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        network = copy.deepcopy(load_generator("tiny").denoiser)
+        add_adapter(network, 4, None)
+        weights = [(k, p) for k, p in network.named_parameters() if ".lora_" in k]
+        random.Random(name).shuffle(weights)
+        write_adapter("unet", dict(weights), 1.0, tmp_path / name)
+    files = [(tmp_path / name / LORA_FILE).read_bytes() for name in ("1", "2")]
+    assert files[0] == files[1]
 
 
 def test_an_average_of_the_adapter_and_a_second_training_go_on(

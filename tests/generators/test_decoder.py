@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from oneshot_fast.errors import ModelError, UserError
@@ -129,6 +130,13 @@ def test_wrong_decoders_are_refused_in_one_line(tiny: Generator, tmp_path: Path)
         ModelOptions(decoder_id=str(tmp_path / "other")).load("tiny")
     with pytest.raises(ModelError, match=r"cannot use decoder .*nowhere"):
         ModelOptions(decoder_id=str(tmp_path / "nowhere")).load("tiny")
+    save_tiny_decoder(tmp_path / "short")
+    path = tmp_path / "short/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["decoder.layers.0.bias"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"cannot use decoder .*no decoder.layers.0.bias"):
+        ModelOptions(decoder_id=str(tmp_path / "short")).load("tiny")
     generator = ModelOptions().load("tiny")
     generator.pipe.vae.register_to_config(force_upcast=True)
     with pytest.raises(ModelError, match="overflows in float16"):

@@ -1,14 +1,18 @@
-"""A generator from one .safetensors file in the layout of SDXL's own release."""
+"""Generators from folders and from single files in the layout of SDXL's own release."""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection
 
@@ -87,7 +91,31 @@ def original_layout(pipe: StableDiffusionXLPipeline) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in tensors.items()}
 
 
-def test_a_single_file_loads_like_the_folder(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Forms:
+    """One model as a folder and as a single file."""
+
+    folder: Path
+    file: Path
+
+    def spoiled(self, place: Path, metadata: dict[str, str] | None = None, **more: Any) -> Path:
+        """A copy of the file with another header, and tensors added, or taken away by None."""
+        tensors = load_file(self.file) | {k.replace("__", "."): v for k, v in more.items()}
+        save_file({k: v for k, v in tensors.items() if v is not None}, place, metadata)
+        return place
+
+    def config(self, place: Path, **scheduler: Any) -> str:
+        """A copy of the folder, for --model_config, whose scheduler says other things."""
+        path = shutil.copytree(self.folder, place) / "scheduler/scheduler_config.json"
+        said = {**json.loads(path.read_text()), **scheduler}
+        path.write_text(json.dumps({k: v for k, v in said.items() if v is not None}))
+        return str(place)
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> Forms:
+    """The embedded model with a second text encoder that diffusers tells from the first."""
+    place = tmp_path_factory.mktemp("forms")
     pipe = StableDiffusionXLPipeline.from_pretrained(model_path(), dtype=torch.float32)
     # diffusers tells the two text encoders of a single file apart by their widths.
     width = 2 * pipe.text_encoder.config.hidden_size
@@ -104,10 +132,14 @@ def test_a_single_file_loads_like_the_folder(tmp_path: Path) -> None:
     wide = StableDiffusionXLPipeline(
         **{**pipe.components, "unet": unet, "text_encoder_2": second.eval()}
     )
-    wide.save_pretrained(tmp_path / "folder")
-    save_file(original_layout(wide), tmp_path / "model.safetensors")
-    single = load_generator(tmp_path / "model.safetensors", model_config=str(tmp_path / "folder"))
-    folder = load_generator(tmp_path / "folder")
+    wide.save_pretrained(place / "folder")
+    save_file(original_layout(wide), place / "model.safetensors")
+    return Forms(place / "folder", place / "model.safetensors")
+
+
+def test_a_single_file_loads_like_the_folder(forms: Forms, tmp_path: Path) -> None:
+    single = load_generator(forms.file, model_config=str(forms.folder))
+    folder = load_generator(forms.folder)
     prompts = ["a handwritten digit three", "the number 7 in blue ink"]
     eps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -118,7 +150,153 @@ def test_a_single_file_loads_like_the_folder(tmp_path: Path) -> None:
     assert single.fingerprint() == folder.fingerprint()
     with pytest.raises(ModelError, match="no such file"):
         load_generator(tmp_path / "other.safetensors")
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[:-1000])
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(forms.file.read_bytes()[:-1000])
     with pytest.raises(ModelError, match=r"^cannot use model [^\n]+$"):
-        load_generator(tmp_path / "model.safetensors", model_config=str(tmp_path / "folder"))
+        load_generator(cut, model_config=str(forms.folder))
+
+
+MARK = torch.tensor([])
+V = {"modelspec.prediction_type": "v"}
+
+
+@pytest.mark.parametrize("marks", [{"v_pred": MARK}, {"v_pred": MARK, "ztsnr": MARK}, V], ids=str)
+def test_what_a_file_says_of_itself_is_used(
+    forms: Forms, tmp_path: Path, marks: dict[str, Any]
+) -> None:
+    tensors = {key: value for key, value in marks.items() if key not in V}
+    metadata = {key: value for key, value in marks.items() if key in V}
+    file = forms.spoiled(tmp_path / "v.safetensors", metadata, **tensors)
+    said = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in marks}
+    silent = dict.fromkeys(said)  # a config that says nothing
+    made = []
+    for name, config in (("silent", silent), ("agreeing", said)):
+        generator = load_generator(file, model_config=forms.config(tmp_path / name, **config))
+        eps = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            made.append(generator.latents(eps, generator.encode_prompts(["a digit"])))
+    folder = load_generator(forms.config(tmp_path / "folder", **said))
+    with torch.no_grad():
+        expected = folder.latents(eps, folder.encode_prompts(["a digit"]))
+    for latents in made:
+        torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "v_pred": ({"v_pred": MARK}, {}, "tensor v_pred says .*v_prediction, and --model_config"),
+    "header": ({"metadata": V}, {}, r"modelspec.prediction_type\) says .*, and --model_config "),
+    "ztsnr": ({"ztsnr": MARK}, {"prediction_type": None}, "ztsnr says .*True, and --model_config"),
+    "ztsnr epsilon": ({"ztsnr": MARK}, {"rescale_betas_zero_snr": None}, "ztsnr says .*v_pred"),
+    "epsilon": (
+        {"metadata": {"modelspec.prediction_type": "epsilon"}},
+        {"prediction_type": "v_prediction"},
+        "says prediction_type epsilon, and --model_config .* says v_prediction",
+    ),
+    "both": (
+        {"v_pred": MARK, "metadata": {"modelspec.prediction_type": "epsilon"}}, {},
+        "tensor v_pred says .* and its header",
+    ),
+    "edm": ({"edm_mean": MARK}, {}, "edm_.*not of this form"),
+    "flux": ({"metadata": {"modelspec.architecture": "flux-1-dev"}}, {}, "is flux-1-dev, but"),
+    "lora": (
+        {"metadata": {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}}, {}, "/lora"
+    ),
+    "sample": (
+        {"metadata": {"modelspec.prediction_type": "sample"}},
+        {"prediction_type": None}, "'sample': this model's step is not of this form",
+    ),
+    "LCM": ({}, {"_class_name": "LCMScheduler"}, "step is not of this form"),
+    "missing": (
+        {"conditioner__embedders__1__model__text_projection": None}, {},
+        "incomplete: text_encoder_2 has no text_projection.weight",
+    ),
+    "left over": (
+        {"model__diffusion_model__time_embed__cond_proj__weight": torch.ones(64, 8)}, {},
+        "unet has no use for model.diffusion_model.time_embed.cond_proj.weight",
+    ),
+    "left over, of a known size": (
+        {"first_stage_model__extra": torch.ones(16)}, {}, "vae has no use for first_stage_model.e"
+    ),
+    "shape": ({"model__diffusion_model__out__2__bias": torch.ones(5)}, {}, "conv_out.bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_file_that_contradicts_is_refused(forms: Forms, tmp_path: Path, name: str) -> None:
+    changes, scheduler, message = CONTRADICTIONS[name]
+    config = forms.config(tmp_path / "config", **scheduler)
+    if "_class_name" in scheduler:
+        index = tmp_path / "config/model_index.json"
+        said = {**json.loads(index.read_text()), "scheduler": ["diffusers", "LCMScheduler"]}
+        index.write_text(json.dumps(said))
+    file = forms.spoiled(tmp_path / "model.safetensors", **changes)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_generator(file, model_config=config)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_configs_of_another_pipeline_are_refused(forms: Forms, tmp_path: Path) -> None:
+    config = Path(forms.config(tmp_path / "config"))
+    said = json.loads((config / "model_index.json").read_text())
+    said["_class_name"] = "StableDiffusionPipeline"
+    (config / "model_index.json").write_text(json.dumps(said))
+    with pytest.raises(ModelError, match="is of a StableDiffusionPipeline, the file is read as a"):
+        load_generator(forms.file, model_config=str(config))
+
+
+def change(path: Path, key: str, value: Tensor | None) -> None:
+    tensors = load_file(path) | {key: value}
+    save_file({k: v for k, v in tensors.items() if v is not None}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
+def test_weights_that_do_not_fit_a_folder_are_named(tmp_path: Path, part: str) -> None:
+    for number, (value, message) in enumerate((
+        (None, "incomplete: {0} has no {1}"),
+        (torch.ones(3, 3), r"another model: {0} has {1} of shape \[3, 3\], not \["),
+    )):  # fmt: skip
+        folder = shutil.copytree(model_path(), tmp_path / f"{number}")
+        (path,) = (folder / part).glob("*.safetensors")
+        key = sorted(load_file(path))[-1]
+        change(path, key, value)
+        with pytest.raises(ModelError, match=message.format(part, key)):
+            load_generator(folder)
+    (path,) = (shutil.copytree(model_path(), tmp_path / "more") / part).glob("*.safetensors")
+    change(path, "more.weight", torch.ones(3))
+    with pytest.raises(ModelError, match=f"another model: {part} has an unknown more.weight"):
+        load_generator(tmp_path / "more")
+
+
+def test_a_folder_that_has_only_fp16_files_is_taken(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipe = StableDiffusionXLPipeline.from_pretrained(model_path(), dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "fp16", variant="fp16")
+    generator = load_generator(tmp_path / "fp16")
+    assert "only" in (said := capfd.readouterr().err) or "no other files of" in said
+    assert "unet (fp16)" in said and "vae (fp16)" in said
+    load_generator(tmp_path / "fp16", variant="fp16")
+    assert "other files" not in capfd.readouterr().err
+    expected = load_generator("tiny").denoiser.state_dict()
+    found = generator.denoiser.state_dict()
+    assert all(torch.equal(v.half().float(), found[k]) for k, v in expected.items())
+    generator.save(tmp_path / "saved")  # the untrained parts leave as they came
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        (old,) = (tmp_path / "fp16" / part).glob("*.safetensors")
+        (new,) = (tmp_path / "saved" / part).glob("*.safetensors")
+        assert old.read_bytes() == new.read_bytes()
+
+
+def test_dangling_links_are_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-final").symlink_to("cycle-02/sft/checkpoint-final")
+    with pytest.raises(ModelError, match=r"checkpoint-final is a link to cycle-02/.*not there"):
+        load_generator(tmp_path / "checkpoint-final")
+    folder = shutil.copytree(model_path(), tmp_path / "hub")
+    path = folder / "vae/diffusion_pytorch_model.safetensors"
+    path.unlink()
+    path.symlink_to("../../blobs/0a1b")
+    with pytest.raises(ModelError, match=r"is a link to .*blobs/0a1b"):
+        load_generator(folder)
+    (tmp_path / "file.safetensors").symlink_to("nowhere")
+    with pytest.raises(ModelError, match="is a link to nowhere"):
+        load_generator(tmp_path / "file.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -130,7 +131,7 @@ def test_a_half_precision_vae_is_decoded_as_the_pipeline_does(pipe: Any) -> None
 def test_a_saved_generator_loads_equal(
     tiny: Generator, tmp_path: Path, variant: str | None
 ) -> None:
-    tiny.save(tmp_path / "saved")
+    copy.deepcopy(tiny).save(tmp_path / "saved")
     again = load_generator(tmp_path / "saved", variant=variant)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         old, new = (getattr(g.pipe, part).state_dict() for g in (tiny, again))
@@ -183,11 +184,11 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "sample prediction": (
         lambda f: edit(f / "scheduler/scheduler_config.json", prediction_type="sample"),
-        "'sample' is not supported",
+        "'sample': this model's step is not of this form",
     ),
     "DDIM": (
         lambda f: edit(f / "model_index.json", scheduler=["diffusers", "DDIMScheduler"]),
-        "DDIMScheduler.*needs Euler",
+        "DDIMScheduler: this model's step is not of this form",
     ),
     "SD1.5": (drop_text_encoder, "text_encoder_2"),
     "LCM": (lambda f: edit(f / "unet/config.json", time_cond_proj_dim=8), "guidance embedding"),
@@ -203,6 +204,13 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing weight": (
         lambda f: drop_weight(f / "unet/diffusion_pytorch_model.safetensors"),
         "incomplete: unet has no conv_out.bias",
+    ),
+    "sigma_min": (
+        lambda f: (
+            edit(f / "scheduler/scheduler_config.json", final_sigmas_type="sigma_min"),
+            edit(f / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"]),
+        ),
+        "sigma above 0: this model's step is not of this form",
     ),
     "corrupt config": (lambda f: truncate(f / "unet/config.json"), "config"),
 }  # fmt: skip
@@ -223,7 +231,21 @@ def test_wrong_models_are_refused_in_one_line(tmp_path: Path, call: Any, name: s
     assert re.search(f"cannot use model {re.escape(str(folder))}: .*({message})", ended.error)
 
 
-@pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99", "xla", "meta"])
 def test_a_missing_device_is_refused_in_one_line(device: str) -> None:
-    with pytest.raises(ModelError, match=f"^cannot use device {device}: .+"):
+    with pytest.raises(ModelError, match=f"^cannot use device {device}; here are: cpu") as caught:
         load_generator("tiny", device=device)
+    assert len(str(caught.value)) < 150
+
+
+def test_cut_prompts_are_counted_once_and_the_first_is_named(
+    tiny: Generator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    generator = copy.deepcopy(tiny)
+    long = "a digit " * 200
+    generator.warn_of_cut([PROMPTS[0], long, long + "two", long])
+    said = capfd.readouterr().err
+    assert said.startswith("warning: 2 prompts are longer than 77 tokens; cut off, the first of ")
+    assert '"a digit a digit' in said and len(said) < 200
+    generator.warn_of_cut([long, PROMPTS[0]])
+    assert not capfd.readouterr().err

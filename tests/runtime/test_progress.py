@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from oneshot_fast.generators.options import ModelOptions
+
 COMMANDS = ("assign", "sft", "em")
 
 
@@ -47,7 +49,7 @@ def test_a_missing_tracker_is_one_line_before_any_work(
     argv = flags(command, small_data, assigned, tmp_path / "run", "wandb")
     ended = call(command, *argv)
     assert ended.code == 2 and "pip install wandb" in ended.error
-    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock", "run.json"}
+    assert not (tmp_path / "run").exists()
 
 
 class WandB(ModuleType):
@@ -112,3 +114,21 @@ def test_a_project_is_for_wandb(
     argv = flags("assign", small_data, assigned, tmp_path / "run", "none")
     ended = call("assign", *argv, "--tracker_project", "letters")
     assert ended.code == 2 and "without --report_to wandb" in ended.error
+
+
+@pytest.mark.parametrize("flag", ["--lora_rank 4", "--optimizer adamw8bit", "--report_to wandb"])
+@pytest.mark.parametrize("command", ["sft", "em"])
+def test_a_missing_package_is_one_line_before_a_model_is_loaded(
+    assigned: Path, tmp_path: Path, call: Any, monkeypatch: Any, command: str, flag: str
+) -> None:
+    package = {"--l": "peft", "--o": "torchao", "--r": "wandb"}[flag[:3]]
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(ModelOptions, "load", None)
+    if command == "em":
+        flags = flag.replace("--lora", "--train_lora").replace("--opt", "--train_opt").split()
+        ended = call("em", *flags, "--work_dir", tmp_path / "run")
+    else:
+        place = ["--manifest_path", assigned / "manifest.jsonl", "--output_dir", tmp_path / "run"]
+        ended = call("sft", *flag.split(), *place, "--model_id", "tiny")
+    assert ended.code == 2 and f"pip install {package}" in ended.error
+    assert not (tmp_path / "run").exists()

@@ -249,9 +249,11 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
 
     def summary(self, rows: Sequence[Json], is_last: bool) -> Json:
         cut = [row for row in rows if row.get("cut", 0) > MUCH]
+        long = [row["prompt"] for row in rows if row["prompt_truncated"]]
+        self.generator.warn_of_cut(long)
         return {
             "state": self._state,
-            "truncated_prompts": sum(row["prompt_truncated"] for row in rows),
+            "truncated_prompts": len(long),
             "cut_images": cut_warning(len(cut), cut[0]["target_image_path"]) if cut else None,
             **self.means(rows),
             "nfe": statistics.fmean(row["nfe"] for row in rows),

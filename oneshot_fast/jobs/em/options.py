@@ -124,6 +124,10 @@ class EmOptions:
     one."""
     train_lora_alpha: float | None = None
     """M-step: the adapter is scaled by train_lora_alpha / train_lora_rank; by default 1."""
+    train_lora_format: Annotated[Literal["diffusers", "kohya"], arg(aliases=["--lora_format"])] = (
+        "diffusers"
+    )
+    """M-step: names in the adapters' files; kohya's for ComfyUI and A1111."""
     train_use_ema: bool = False
     """M-step: end with an exponential moving average of the weights."""
     train_ema_decay: float = 0.9999

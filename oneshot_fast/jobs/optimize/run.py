@@ -109,6 +109,10 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
         self.reward_names = [*(weighted if reward_names is None else reward_names)]
         self.seed, self.num_images = seed, num_images
 
+    def solve_all(self) -> None:
+        self.search.generator.warn_of_cut(sample.prompt for sample in self.samples)
+        super().solve_all()
+
     def settings(self) -> dict[str, Any]:
         search = self.search
         return {

@@ -1,0 +1,183 @@
+"""Pipelines of diffusers from one .safetensors file in the layout of SDXL's own release."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from oneshot_fast.errors import ModelError, one_line
+from oneshot_fast.generators.base import LoadOptions
+from oneshot_fast.generators.pretrained import refuse_dangling
+from oneshot_fast.runtime.tensor_files import common_dtype, read_header
+
+# how the names of each network's tensors begin in the file
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "conditioner.embedders.0.",
+    "text_encoder_2": "conditioner.embedders.1.",
+}
+_ARCHITECTURE = "stable-diffusion-xl"
+_NO_WEIGHTS = ("position_ids", "logit_scale")  # of CLIP, which encode no text
+
+
+class PipelineFile:
+    """A pipeline in one file; its networks can be read again as they lie there.
+
+    Attributes:
+        stored: Type of each network's weights, by name; float32 where it is mixed or unknown.
+        tensors: Type and shape of every tensor, by name.
+        metadata: The file's header.
+        model_config: Where the configs are; None takes those that diffusers knows.
+    """
+
+    def __init__(self, family: type[Any], path: Path, options: LoadOptions) -> None:
+        """Read the header.
+
+        Args:
+            family: Subclass of PipelineGenerator that it is read for.
+            path: The file.
+            options: Place of the configs.
+
+        Raises:
+            ModelError: If it is missing or damaged, or the configs are those of another pipeline.
+        """
+        refuse_dangling(path)
+        if not path.is_file():
+            raise ModelError("no such file")
+        self._family, self._path = family, path
+        self._known = {"local_files_only": options.local_files_only}
+        self.model_config = options.model_config
+        self.tensors, self.metadata = read_header(path)
+        self.stored = {
+            part: common_dtype(kind for kind, _ in self._of(part).values()) for part in family.parts
+        }
+        if self.model_config is not None:
+            self._check_config(self.model_config)
+
+    def _check_config(self, place: str) -> None:
+        refuse_dangling(Path(place))
+        try:
+            named = self._family.pipeline.load_config(place, **self._known)["_class_name"]
+        except Exception as error:  # diffusers raises many types here
+            raise ModelError(f"--model_config {place}: {one_line(error)}") from None
+        if named != self._family.pipeline.__name__:
+            raise ModelError(
+                f"--model_config {place} is of a {named}, the file is read as a "
+                f"{self._family.pipeline.__name__}"
+            )
+
+    def read(self, dtype: torch.dtype | None, **given: nn.Module) -> Any:
+        """The pipeline, on the CPU.
+
+        Args:
+            dtype: Of the weights; None reads them as they are stored.
+            **given: Networks that need not be read.
+
+        Raises:
+            ModelError: If it cannot be read, or a weight is missing, unknown or of another shape.
+        """
+        try:
+            pipe = self._family.pipeline.from_single_file(
+                str(self._path),
+                config=self.model_config,
+                dtype=dtype or torch.float32,
+                **self._known,
+                **given,
+            )
+        except Exception as error:  # diffusers raises many types here, bare Exception among them
+            hint = " (offline? name a folder of configs with --model_config)"
+            raise ModelError(one_line(error) + ("" if self.model_config else hint)) from error
+        self._family.check(pipe)  # tells more than what does not fit
+        for part in self._family.parts:
+            network = getattr(pipe, part)
+            self._check(part, network)
+            if dtype is None and part not in given:
+                network.to(self.stored[part])
+        return pipe
+
+    def _check(self, part: str, network: nn.Module) -> None:
+        """Raise ModelError for a weight that the file lacks, or has too many."""
+        for name, parameter in network.named_parameters():
+            if parameter.is_meta:
+                raise ModelError(f"its weights are incomplete: {part} has no {name}")
+        # names differ, but not the number of values: attention's are only joined or squeezed
+        left = Counter(value.numel() for value in network.parameters())
+        for name, size in self._sizes(part).items():
+            left[size] -= 3 if ".in_proj_" in name else 1
+        if surplus := {size for size, count in left.items() if count < 0}:
+            values = [value for value in network.parameters() if value.numel() in surplus]
+            names = [name for name, size in self._sizes(part).items() if size in surplus]
+            with safe_open(self._path, framework="pt") as file:
+                unused = [name for name in names if not _among(file.get_tensor(name), values)]
+            raise ModelError(
+                f"its weights are of another model: {part} has no use for {(unused or names)[0]}"
+            )
+
+    def _sizes(self, part: str) -> dict[str, int]:
+        """Number of values of each weight, of one of the three that attention's are joined of."""
+        return {
+            name: math.prod(shape) // (3 if ".in_proj_" in name else 1)
+            for name, (_, shape) in self._of(part).items()
+            if not name.endswith(_NO_WEIGHTS)
+        }
+
+    def _of(self, part: str) -> dict[str, tuple[str, list[int]]]:
+        prefix = PREFIXES.get(part, part + ".")
+        return {name: kind for name, kind in self.tensors.items() if name.startswith(prefix)}
+
+
+def _among(tensor: Tensor, values: Sequence[Tensor]) -> bool:
+    return any(torch.equal(tensor.flatten().to(value), value.flatten()) for value in values)
+
+
+def scheduler_of_file(source: PipelineFile, config: Any) -> Any:
+    """The scheduler of a one-step model in one file of SDXL: it says what it is, and carries none.
+
+    Args:
+        source: The file. Tensors ``v_pred`` and ``ztsnr`` mark a model by their presence.
+        config: The scheduler of the configs. diffusers' own, SDXL base's, has leading spacing.
+
+    Raises:
+        ModelError: If the file says that it is no such model, or its words contradict each other
+            or those of --model_config.
+    """
+    if any(name.startswith("edm_") for name in source.tensors):
+        raise ModelError("it has the mark edm_... of EDM: this model's step is not of this form")
+    kind = source.metadata.get("modelspec.architecture", _ARCHITECTURE)
+    if not kind.startswith(_ARCHITECTURE) or kind.endswith(("/lora", "refiner", "inpainting")):
+        raise ModelError(f"its modelspec.architecture is {kind}, but {_ARCHITECTURE}-... is needed")
+    if not isinstance(config, EulerDiscreteScheduler | EulerAncestralDiscreteScheduler):
+        return config  # of --model_config, and refused
+    said: dict[str, tuple[Any, str]] = {}
+
+    def say(key: str, value: Any, where: str) -> None:
+        before, first = said.setdefault(key, (value, where))
+        if before != value:
+            raise ModelError(f"{first} says {key} {before}, and {where} says {value}")
+
+    if "v_pred" in source.tensors:
+        say("prediction_type", "v_prediction", "its tensor v_pred")
+    if prediction := source.metadata.get("modelspec.prediction_type"):
+        name = prediction.lower().replace("-", "_")
+        name = {"v": "v_prediction", "v_pred": "v_prediction", "eps": "epsilon"}.get(name, name)
+        say("prediction_type", name, "its header (modelspec.prediction_type)")
+    if "ztsnr" in source.tensors:
+        say("rescale_betas_zero_snr", True, "its tensor ztsnr")
+        say("prediction_type", "v_prediction", "its tensor ztsnr")
+    if source.model_config is not None:
+        for key in ("prediction_type", "rescale_betas_zero_snr"):
+            if key not in config.config.get("_use_default_values", ()):
+                say(key, config.config[key], f"--model_config {source.model_config}")
+    words = {key: value for key, (value, _) in said.items()}
+    return EulerAncestralDiscreteScheduler.from_config(
+        config.config, timestep_spacing="trailing", **words
+    )
