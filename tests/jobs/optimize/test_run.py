@@ -229,8 +229,8 @@ def test_prompt_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\n  two \n", encoding="utf-8")
     (tmp_path / "a.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n', encoding="utf-8")
     assert read_prompts(tmp_path / "a.txt") == read_prompts(tmp_path / "a.jsonl") == ["one", "two"]
-    (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n{"text": "two"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="line 2: missing field 'prompt'"):
+    (tmp_path / "b.jsonl").write_text('{"prompt": "one"}\n{"title": "two"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match="line 2: no field prompt, text, caption"):
         read_prompts(tmp_path / "b.jsonl")
 
 
