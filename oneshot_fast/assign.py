@@ -101,7 +101,7 @@ def execute(command: AssignCommand) -> int:
         )
         print(plan)
         return OK
-    summary = run.run(overwrite=command.run.overwrite, report_to=command.run.tracker)
+    summary = run.run(**command.run.arguments)
     return _finish(command, folder, summary)
 
 
@@ -122,8 +122,7 @@ def _run_on_ray(command: AssignCommand, folder: Path, source: Source) -> dict[st
 
     path, more = folder.absolute(), _common(command)
     job = Job(command.model, command.model_id, command.search, path, **more)
-    run, actors = command.run, command.ray_actors
-    return run_on_ray(job, source, actors=actors, overwrite=run.overwrite, report_to=run.tracker)
+    return run_on_ray(job, source, actors=command.ray_actors, **command.run.arguments)
 
 
 def _finish(command: AssignCommand, folder: Path, summary: dict[str, Any]) -> int:

@@ -81,7 +81,7 @@ def execute(command: EmCommand) -> int:
     if command.dry_run:
         print(em_plan(run))
         return OK
-    summary = run.run(overwrite=command.run.overwrite, report_to=command.run.tracker)
+    summary = run.run(**command.run.arguments)
     if is_main():
         write_em_report(command.work_dir, public(command))
         print_summary(command.work_dir)

@@ -19,6 +19,17 @@ class RunError(UserError):
     """A run cannot start or go on."""
 
 
+class DamagedError(RunError):
+    """A file that a run of ours wrote is not as it was written."""
+
+    def __init__(self, path: object) -> None:
+        """Name the file, and say what makes it again."""
+        super().__init__(
+            f"{path} is damaged; repeat the command that wrote it with --verify, which makes it "
+            "again or says what cannot be made again"
+        )
+
+
 def require(condition: bool, message: str) -> None:
     """Raise UserError with ``message`` unless ``condition`` holds."""
     if not condition:

@@ -120,7 +120,7 @@ def execute(command: OptimizeCommand) -> int:
     if command.output_dir is None or command.dry_run:
         print(optimize_plan(run.search, run.samples, run.batch_size))
         return OK
-    summary = run.run(overwrite=command.run.overwrite, report_to=command.run.tracker)
+    summary = run.run(**command.run.arguments)
     if is_main():
         write_optimize_report(command.output_dir, public(command))
         print_summary(summary, command.output_dir, command.model_id)

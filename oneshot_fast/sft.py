@@ -63,7 +63,7 @@ def execute(command: SftCommand) -> int:
     if command.dry_run:
         print(run.plan())
         return OK
-    summary = run.run(overwrite=command.run.overwrite, report_to=command.run.tracker)
+    summary = run.run(**command.run.arguments)
     if is_main():
         from oneshot_fast.report.sft import print_summary, write_reward_report, write_sft_report
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from oneshot_fast.data.image_refs import ImageRef, Member
 from oneshot_fast.errors import DataError, one_line
+from oneshot_fast.runtime.files import replacing
 
 # A fixed list, since Pillow would hand some other formats (EPS) to external programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
@@ -143,8 +144,8 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def save_png(path: Path, image: Tensor) -> None:
     """Write an RGB image [3, H, W], uint8 or floats in [0, 1], as an 8-bit PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil(image).save(path)
+    with replacing(path, durable=False) as temporary:
+        to_pil(image).save(temporary, "PNG")
 
 
 def shrink(images: Tensor, side: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Read one noise from a safetensors shard or from a .pt file, tensors only."""
 
+import functools
 import math
 import pickle
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from oneshot_fast.errors import DataError, one_line
+from oneshot_fast.errors import DamagedError, DataError, one_line
+from oneshot_fast.runtime.files import check_safetensors
 from oneshot_fast.runtime.tensor_files import load_tensors
 
 LARGEST = 1 << 26  # values of a noise; 64 channels of 1024 x 1024 latent pixels
@@ -29,14 +31,16 @@ def read_noise(path: Path, index: int | None = None) -> Tensor:
         [C, h, w] float32 on the CPU, finite.
 
     Raises:
+        DamagedError: a shard of ours is not as it was written.
         DataError: the file is damaged or no plain tensor; the noise has a wrong shape or values.
     """
     try:
         if path.suffix == ".safetensors":
+            _check(path, path.stat().st_mtime_ns)
             noise = _only_noise(path, _read_row(path, index))
         else:
             noise = _only_noise(path, load_tensors(path))
-    except DataError:
+    except (DataError, DamagedError):
         raise
     except pickle.UnpicklingError:  # torch's own message advises to run the pickled code
         raise DataError(
@@ -50,6 +54,12 @@ def read_noise(path: Path, index: int | None = None) -> Tensor:
         row = "" if index is None else f" in row {index}"
         raise DataError(f"{path}: NaN or infinite noise{row}; assign this target again")
     return noise
+
+
+@functools.lru_cache(1 << 16)
+def _check(path: Path, changed: int) -> None:
+    """Raise DamagedError if a shard of ours is damaged; read once, unless it ``changed``."""
+    check_safetensors(path)
 
 
 def _read_row(path: Path, index: int | None) -> Tensor:

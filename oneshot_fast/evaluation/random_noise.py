@@ -4,14 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from oneshot_fast.data.images import save_png, shrink, tile
 from oneshot_fast.embedded.classifier import load_classifier
 from oneshot_fast.evaluation.measures import frechet_distance, pairwise_diversity, prompt_accuracy
 from oneshot_fast.generators.base import Classifier, Generator
-from oneshot_fast.runtime.files import read_json, write_json, write_safetensors
+from oneshot_fast.runtime.files import read_json, read_safetensors, write_json, write_safetensors
 from oneshot_fast.runtime.progress import progress
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
@@ -71,21 +70,21 @@ class RandomNoiseMeasure:
 
         Args:
             generator: The generator as it is now.
-            path: Where to keep the result, without suffix; an existing one is read. The first one
-                in a folder must be of the base generator: the drift is measured against it.
+            path: Where to keep the result, without suffix; an existing one is read. The one named
+                "base" comes first: the drift is measured against it.
 
         Returns:
             samples, diversity, drift (RMS latent distance to the base generator), with a
             classifier accuracy and frechet_distance, and the mean of each of the scores.
         """
-        result_path = path.with_name(f"{path.name}.json")
-        if result_path.exists():
+        result_path, grid = (path.with_name(path.name + end) for end in (".json", ".png"))
+        base_path, is_base = path.with_name("base.safetensors"), path.name == "base"
+        if result_path.exists() and grid.exists() and (base_path.exists() or not is_base):
             return read_json(result_path)
-        latents, images, means = self._generate(generator, path.with_name(f"{path.name}.png"))
-        base_path = path.with_name("base.safetensors")
-        if not base_path.exists():
+        latents, images, means = self._generate(generator, grid)
+        if is_base:
             write_safetensors(base_path, {"latents": latents}, {})
-        base = load_file(base_path)["latents"]
+        base = read_safetensors(base_path)["latents"]
         result = {
             "samples": len(self.prompts),
             "diversity": pairwise_diversity(images, self.labels),

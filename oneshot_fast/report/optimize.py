@@ -32,7 +32,7 @@ def write_optimize_report(folder: Path, flags: Mapping[str, Any]) -> None:
     summary = read_json(folder / "metrics_summary.json")
     images = [
         image
-        for group in read_json(folder / "metrics_per_prompt.json")
+        for group in read_json(folder / "metrics_per_prompt.json", list)
         for image in group["images"]
     ]
     curves = {

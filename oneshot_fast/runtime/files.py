@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
+
+from oneshot_fast.errors import DamagedError
+from oneshot_fast.runtime.ledger import carried_digest, digest, ledger_of, say
 
 Json = dict[str, Any]
 TEMPORARY = ".tmp-"
@@ -28,7 +33,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, _dumps(value, indent=2) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -37,7 +42,20 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False).translate(_LINE_ENDS) + "\n"
+    return _dumps(row).translate(_LINE_ENDS) + "\n"
+
+
+def _dumps(value: Any, indent: int | None = None) -> str:
+    return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with null in place of numbers that JSON does not have: NaN and infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -45,6 +63,9 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
     After a kill or a power cut a torn last line is possible: ``mend_jsonl`` cuts it off.
     """
+    ledger = ledger_of(path)
+    if ledger is not None:
+        ledger.claim(path)
     lines = "".join(map(_line, rows)).encode()
     with path.open("ab", buffering=0) as file:
         size = file.tell()
@@ -59,63 +80,178 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def mend_jsonl(path: Path) -> list[Json]:
     """Rows of a JSON lines file that we appended to; a torn last line is cut off."""
-    rows: list[Json] = []
     if not path.exists():
-        return rows
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # broken JSON, or broken UTF-8
-            break
-    write_jsonl(path, rows)
+        return []
+    rows, whole = _rows(path)
+    if not whole:
+        write_jsonl(path, rows)
     return rows
 
 
 def read_jsonl(path: Path) -> list[Json]:
-    """Rows of a JSON lines file; none if it is absent."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    """Rows of a JSON lines file that we wrote; none if it is absent.
+
+    What comes after damage is left out, and that is said.
+    """
+    rows, whole = _rows(path) if path.is_file() else ([], True)
+    if not whole:
+        say(f"{path} is damaged after line {len(rows)}; the rest is left out")
+    return rows
 
 
-def read_json(path: Path) -> Any:
-    """Value of a JSON file that we wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def _rows(path: Path) -> tuple[list[Json], bool]:
+    """The rows before the first damaged line, and whether there is none."""
+    rows: list[Json] = []
+    lines = path.read_bytes().split(b"\n")
+    for line in lines[:-1] if not lines[-1] else lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # broken JSON, or broken UTF-8
+            return rows, False
+        if not isinstance(row, dict):
+            return rows, False
+        rows.append(row)
+    return rows, not lines[-1]
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Value of a JSON file that we wrote.
+
+    Raises:
+        DamagedError: If it is not JSON, or its value not of this ``kind``.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, kind):
+        raise DamagedError(path)
+    return value
 
 
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> None:
-    """Write tensors atomically; ``metadata`` values are stored as JSON."""
-    header = {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
-    data = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    # safetensors writes to a temporary file of its own beside the target: in a folder of ours, a
-    # kill leaves nothing that the next run does not know to remove.
-    folder = path.with_name(f"{TEMPORARY}folder-{path.name}")
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write tensors atomically, the same bytes for the same tensors and metadata.
+
+    The header carries a sha256 of the file, see ``ledger.digest``, which ``read_safetensors``
+    compares.
+
+    Args:
+        path: The file.
+        tensors: By name.
+        metadata: Values are stored as JSON.
+    """
+    texts = {"sha256": "0" * 64}
+    texts |= {key: json.dumps(finite(value), ensure_ascii=False) for key, value in metadata.items()}
+    # as safetensors does: sorted, so that each begins at a multiple of its type's size
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header, end = dict[str, Any](__metadata__=texts), 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        kind = _TYPES[tensors[name].dtype]
+        header[name] = {
+            "dtype": kind,
+            "shape": [*tensors[name].shape],
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                data = tensors[name].detach().cpu().contiguous().flatten()
+                data.view(torch.uint8).numpy().tofile(file)
+        at = 8 + text.index(b"0" * 64)
+        stamp = digest(temporary)
+        with temporary.open("r+b") as file:
+            file.seek(at)
+            file.write(stamp.encode())
+
+
+_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file of ours, on the CPU.
+
+    Raises:
+        DamagedError: If its bytes are not those that were written.
+    """
+    check_safetensors(path)
     try:
-        with replacing(path) as temporary:
-            save_file(data, folder / path.name, metadata=header)
-            (folder / path.name).rename(temporary)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        return load_file(path)
+    except SafetensorError:
+        raise DamagedError(path) from None
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise DamagedError if the file is not what the hash in its header says."""
+    stamp = carried_digest(path)
+    if stamp is not None and stamp != digest(path):
+        raise DamagedError(path)
 
 
 def read_metadata(path: Path, key: str) -> Any:
-    """Metadata ``key`` of a file of ``write_safetensors``, without reading its tensors."""
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()[key])
+    """Metadata ``key`` of a file of ``write_safetensors``, without reading its tensors.
+
+    Raises:
+        DamagedError: If its header is damaged, its size wrong, or the key is not there.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()[key])
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+        raise DamagedError(path) from None
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder of ours, if it is there; a kill leaves nothing half removed."""
+    if not os.path.lexists(path):
+        return
+    doomed = path.with_name(TEMPORARY + path.name)
+    delete(doomed)
+    path.rename(doomed)
+    delete(doomed)
+    ledger = ledger_of(path)
+    if ledger is not None:
+        ledger.forget(ledger.key(path))
+
+
+def delete(path: Path) -> None:
+    """Delete a file or folder, whichever it is, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file that becomes ``path`` when the block ends without an error."""
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary file that becomes ``path`` when the block ends without an error.
+
+    Args:
+        path: The file; the run in whose folder it lies notes it.
+        durable: Wait until the disk has it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(TEMPORARY + path.name)
+    temporary, ledger = path.with_name(TEMPORARY + path.name), ledger_of(path)
     try:
         yield temporary
-        _fsync(temporary)
+        if durable:
+            _fsync(temporary)
+        if ledger is not None:
+            ledger.claim(path)
         temporary.replace(path)
-        _fsync(path.parent)
+        if durable:
+            _fsync(path.parent)
+        if ledger is not None:
+            ledger.note(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -127,17 +263,25 @@ def write_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(TEMPORARY + path.name)
     old = path.with_name(TEMPORARY + "old-" + path.name)
+    ledger = ledger_of(path)
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
+        mode = temporary.stat().st_mode & 0o666  # safetensors makes files that others cannot read
         for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
             _fsync(file)
+        if ledger is not None:
+            ledger.claim(path)
         if path.exists():
             path.rename(old)
         temporary.rename(path)
         _fsync(path.parent)
+        if ledger is not None:
+            ledger.note(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

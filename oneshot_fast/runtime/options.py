@@ -22,6 +22,9 @@ class RunOptions:
     """Seed of the run; each sample's own seed follows from it and from the sample's id."""
     overwrite: bool = False
     """Start anew in a folder that holds another run, instead of resuming."""
+    verify: bool = False
+    """Read every file of a run that goes on, or is finished, and compare its hash with the one that
+    was noted when it was written; otherwise only sizes, and the hashes of small files."""
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     """Also log losses and sample pictures to this tracker."""
     tracker_project: str = "oneshot_fast"
@@ -42,6 +45,15 @@ class RunOptions:
     def tracker(self) -> str:
         """What a run takes as ``report_to``."""
         return f"wandb:{self.tracker_project}" if self.report_to == "wandb" else self.report_to
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of every job's ``run``."""
+        return {
+            "overwrite": self.overwrite,
+            "report_to": self.tracker,
+            "verify": self.verify,
+        }
 
 
 def pick(kind: type[Options], source: DataclassInstance, prefix: str = "", **given: Any) -> Options:

@@ -24,6 +24,8 @@ from oneshot_fast.errors import RunError, require
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from oneshot_fast.runtime.folder import RunFolder
+
 T = TypeVar("T")
 _NOTICE = 60.0  # seconds after which a process says whom it waits for
 _UNUSED = {
@@ -130,11 +132,12 @@ def largest(number: int) -> int:
 
 
 @contextlib.contextmanager
-def kept_by_main(folder: contextlib.AbstractContextManager[object]) -> Iterator[None]:
+def kept_by_main(folder: RunFolder) -> Iterator[None]:
     """Enter ``folder`` in the main process, and let all begin and end together."""
     with folder if is_main() else contextlib.nullcontext():
         barrier()
-        yield
+        with contextlib.nullcontext() if is_main() else folder.joined():
+            yield
         barrier()
 
 

@@ -7,6 +7,8 @@ together or not at all; every other file is made of the shards' rows.
 from __future__ import annotations
 
 import itertools
+import math
+import re
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -17,19 +19,22 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from oneshot_fast.errors import require
+from oneshot_fast.errors import DamagedError, require
 from oneshot_fast.runtime.concurrency import Background
 from oneshot_fast.runtime.files import (
     Json,
     append_jsonl,
+    finite,
     mend_jsonl,
     read_json,
     read_metadata,
+    remove,
     write_json,
     write_jsonl,
     write_safetensors,
 )
 from oneshot_fast.runtime.folder import RunFolder
+from oneshot_fast.runtime.ledger import say, set_aside
 from oneshot_fast.runtime.processes import (
     barrier,
     claims,
@@ -132,7 +137,7 @@ class ShardRun(ABC, Generic[Item, Found]):
         """Write a picture."""
 
     @abstractmethod
-    def means(self, rows: Sequence[Json]) -> dict[str, float]:
+    def means(self, rows: Sequence[Json]) -> dict[str, float | None]:
         """What history.jsonl says of a shard."""
 
     @abstractmethod
@@ -147,12 +152,15 @@ class ShardRun(ABC, Generic[Item, Found]):
     def check(self) -> None:
         """Raise RunError if what is ``done`` does not fit the samples."""
 
-    def run(self, *, overwrite: bool = False, report_to: str | Tracker = "none") -> Json:
+    def run(
+        self, *, overwrite: bool = False, report_to: str | Tracker = "none", verify: bool = False
+    ) -> Json:
         """Solve every sample that has no result yet, then write all files.
 
         Args:
             overwrite: Start anew.
             report_to: As for ``start_tracking``.
+            verify: Compare the hashes of all files that are there.
 
         Returns:
             The summary, as in its file.
@@ -163,14 +171,17 @@ class ShardRun(ABC, Generic[Item, Found]):
         """
         self.batch_size = min(gather_objects([self.batch_size]))  # all cut the same batches
         settings = self.settings()
-        with kept_by_main(RunFolder(self.folder, settings, self.outputs, overwrite)):
+        folder = RunFolder(self.folder, settings, self.outputs, overwrite, verify)
+        with kept_by_main(folder):
+            if is_main():
+                self._drop_damaged(folder)
+            barrier()
             self.done = self._rows()
             barrier()  # until all have seen the same
             self.check()
             if not self.is_finished():
                 self._tracker = start_tracking(report_to, self.folder, settings)
                 if is_main():
-                    mend_jsonl(self.folder / "history.jsonl")
                     write_jsonl(self.folder / "manifest.jsonl", map(self.line, self.done.values()))
                 self.solve_all()
                 self._tracker.finish()
@@ -180,10 +191,27 @@ class ShardRun(ABC, Generic[Item, Found]):
                 barrier()
             return dict(read_json(self.folder / self.summary_name))
 
+    def _drop_damaged(self, folder: RunFolder) -> None:
+        """Set shards aside that cannot be read, and remove those that lost a picture."""
+        lost = [Path(key).name for key in folder.damaged if key.startswith("images/")]
+        for shard in self._shards():
+            try:
+                rows = read_metadata(shard, "rows")
+            except DamagedError:
+                say(f"{shard} is damaged; kept as {set_aside(shard, 'damaged').name}, made again")
+                continue
+            if any(name.startswith(f"{row['id']}-") for name in lost for row in rows):
+                remove(shard)
+        folder.reopen(self.summary_name)
+
+    def _shards(self) -> list[Path]:
+        """Those with a name that this run gives."""
+        paths = sorted((self.folder / "noises").glob("*.safetensors"))
+        return [path for path in paths if re.fullmatch(r"\d{8}(-\d+)?", path.stem)]
+
     def _rows(self) -> dict[str, Json]:
         """Rows of all shards."""
-        shards = sorted((self.folder / "noises").glob("*.safetensors"))
-        return {row["id"]: row for shard in shards for row in read_metadata(shard, "rows")}
+        return {row["id"]: row for shard in self._shards() for row in read_metadata(shard, "rows")}
 
     def is_finished(self) -> bool:
         """Whether nothing is left to do; a failed sample is tried again."""
@@ -244,7 +272,7 @@ class ShardRun(ABC, Generic[Item, Found]):
         """Write pictures, then the shard; returns its rows."""
         path = self._new_path(found[0].index)
         places = [{"noise_path": path.as_posix(), "noise_index": k} for k in range(len(found))]
-        rows = [self.row(one, place) for one, place in zip(found, places, strict=True)]
+        rows = [finite(self.row(one, place)) for one, place in zip(found, places, strict=True)]
         for name, image in images.items():
             self.save_image(self.folder / "images" / name, image)
         tensors = {
@@ -304,7 +332,13 @@ def shard_path(index: int, suffix: str = "") -> Path:
     return Path("noises") / f"{index:08d}{suffix}.safetensors"
 
 
-def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the finite ``values``; None stands for the others, and for a mean of none."""
+    there = [value for value in values if value is not None and math.isfinite(value)]
+    return statistics.fmean(there) if there else None
+
+
+def mean_curve(curves: Sequence[Sequence[float | None]]) -> list[float | None]:
     """Mean per step; what ended early stays at its last value."""
-    steps = range(max(map(len, curves)))
-    return [statistics.fmean(curve[min(k, len(curve) - 1)] for curve in curves) for k in steps]
+    steps = range(max(map(len, curves), default=0))
+    return [mean(curve[min(k, len(curve) - 1)] for curve in curves if curve) for k in steps]

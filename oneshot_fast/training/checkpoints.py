@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from oneshot_fast.generators.adapters import merge_adapter
-from oneshot_fast.runtime.files import TEMPORARY, read_metadata, write_safetensors
+from oneshot_fast.runtime.files import read_metadata, read_safetensors, remove, write_safetensors
 from oneshot_fast.runtime.processes import barrier, is_main
 from oneshot_fast.training.trainer import Trainer, below
 
@@ -57,10 +55,7 @@ class Checkpoints:
             with ended(trainer):
                 trainer.trainee.save(path)
         for name in self.intermediate()[: -self._keep]:
-            doomed = self._folder / (TEMPORARY + name)  # a kill leaves nothing half removed
-            shutil.rmtree(doomed, ignore_errors=True)
-            (self._folder / name).rename(doomed)
-            shutil.rmtree(doomed)
+            remove(self._folder / name)
 
     def finish(self, trainer: Trainer) -> None:
         """Write the best and the final weights; the trainee ends with the final ones, frozen."""
@@ -103,7 +98,7 @@ def save_state(path: Path, trainers: Mapping[str, Trainer]) -> None:
 
 def load_state(path: Path, trainers: Mapping[str, Trainer]) -> None:
     """Let all trainers continue from a file of ``save_state``."""
-    tensors = load_file(path)
+    tensors = read_safetensors(path)
     for name, trainer in trainers.items():
         prefix = _prefix(name)
         trainer.resume(below(tensors, prefix), read_metadata(path, prefix + "position"))

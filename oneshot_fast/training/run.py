@@ -5,6 +5,7 @@ What it learns from is said by a subclass, as the runs of jobs/sft: matched pair
 
 import contextlib
 import math
+import re
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ import torch
 from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.runtime.concurrency import Interrupts, stop
-from oneshot_fast.runtime.files import read_json, write_json, write_jsonl
+from oneshot_fast.runtime.files import read_json, remove, write_json, write_jsonl
 from oneshot_fast.runtime.folder import RunFolder
 from oneshot_fast.runtime.processes import barrier, is_main, kept_by_main, largest, processes
 from oneshot_fast.runtime.progress import Tracker, progress, start_tracking
@@ -33,6 +34,11 @@ from oneshot_fast.training.trainer import BadStepsError, Trainee, Trainer
 BEGUN = "begun.json"  # which examples an interrupted training has
 _STATE = ("state.safetensors", BEGUN)
 _POOL = "preserve.safetensors"
+
+
+def _is_vital(key: str) -> bool:
+    """Whether a finished training without this file has to train again."""
+    return re.match(r"(.*/)?checkpoint-\d+/|eval/|preserve|state|history|failures", key) is None
 
 
 class TrainingRun(ABC):
@@ -152,6 +158,7 @@ class TrainingRun(ABC):
         *,
         overwrite: bool = False,
         report_to: str | Tracker = "none",
+        verify: bool = False,
         pool: PreservePool | None = None,
     ) -> dict[str, Any]:
         """Train, or finish an interrupted training; all trainees end with their final weights.
@@ -159,6 +166,7 @@ class TrainingRun(ABC):
         Args:
             overwrite: Start anew.
             report_to: As for ``start_tracking``.
+            verify: Compare the hashes of all files that are there.
             pool: Preserve targets; by default made from the generator as it is now.
 
         Returns:
@@ -170,7 +178,11 @@ class TrainingRun(ABC):
         self.pool, settings = pool, self.settings()
         others = (name for name in self.trainees if name != STUDENT)
         outputs = (*self.outputs, *others, *self._checkpoints(STUDENT).intermediate())
-        with kept_by_main(RunFolder(self.folder, settings, outputs, overwrite)):
+        folder = RunFolder(self.folder, settings, outputs, overwrite, verify)
+        with kept_by_main(folder):
+            if is_main():
+                folder.reopen("summary.json", _is_vital)
+            barrier()
             path = self.folder / "summary.json"
             finals = {name: self._home(name) / "checkpoint-final" for name in self.trainees}
             finished = path.exists() and all(final.exists() for final in finals.values())
@@ -178,8 +190,8 @@ class TrainingRun(ABC):
                 barrier()  # until all have seen it
                 if is_main():
                     print("records that failed can be read now: trained anew", file=sys.stderr)
-                    path.unlink()
-                    (self.folder / _POOL).unlink(missing_ok=True)
+                    remove(path)
+                    remove(self.folder / _POOL)
                     self._drop_state()
                 barrier()
             elif finished:
@@ -312,7 +324,7 @@ class TrainingRun(ABC):
     def _drop_state(self) -> None:
         """Remove what only an interrupted training goes on from."""
         for name in _STATE:
-            (self.folder / name).unlink(missing_ok=True)
+            remove(self.folder / name)
 
     @contextlib.contextmanager
     def _only_needed(self, prompts: Sequence[str]) -> Iterator[None]:

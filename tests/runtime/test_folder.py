@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from oneshot_fast.errors import RunError
-from oneshot_fast.runtime.files import read_json
+from oneshot_fast.runtime.files import read_json, write_folder, write_json
 from oneshot_fast.runtime.folder import RunFolder
 
 OUTPUTS = ("results", "summary.json")
@@ -30,15 +30,26 @@ def test_other_settings_are_named_and_refused(tmp_path: Path) -> None:
     assert (tmp_path / "results").exists()
 
 
-def test_overwrite_removes_what_the_run_owns_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").touch()
-    (tmp_path / ".tmp-mine").mkdir()
-    with RunFolder(tmp_path, {"lr": 1}, OUTPUTS):
-        (tmp_path / "results" / "sub").mkdir(parents=True)
-        (tmp_path / "summary.json").symlink_to(tmp_path / "mine.txt")
-    with RunFolder(tmp_path, {"lr": 2}, OUTPUTS, overwrite=True):
-        assert sorted(os.listdir(tmp_path)) == [".lock", ".tmp-mine", "mine.txt", "run.json"]
-    assert read_json(tmp_path / "run.json") == {"lr": 2}
+def test_overwrite_removes_what_the_run_wrote_and_nothing_else(tmp_path: Path) -> None:
+    run, inner = tmp_path / "run", tmp_path / "run" / "results" / "inner"
+    run.mkdir()
+    (run / "mine.txt").touch()
+    with RunFolder(run, {"lr": 1}, OUTPUTS):
+        write_json(run / "results" / "a.json", {})
+        with write_folder(run / "results" / "model") as folder:
+            (folder / "weights").touch()
+        with RunFolder(inner, {}, OUTPUTS):
+            write_json(inner / "summary.json", {})
+    (run / "results" / "mine.png").touch()
+    (inner / "mine.png").touch()
+    (run / "summary.json").write_text("mine")
+    with RunFolder(run, {"lr": 2}, OUTPUTS, overwrite=True):
+        found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+        kept = {"mine.txt", "summary.json", "results/mine.png", "results/inner/mine.png"}
+        assert found == {*kept, ".lock", "files.jsonl", "run.json"}
+        write_json(run / "summary.json", {"is": "ours"})
+    assert (run / "summary.json.old").read_text() == "mine"
+    assert read_json(run / "run.json") == {"lr": 2}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -56,7 +67,7 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     for name in (".tmp-run.json", ".tmp-old-results", ".tmp-summary.json", "results/.tmp-0"):
         (tmp_path / name).touch()
     with RunFolder(tmp_path, {}, OUTPUTS):
-        assert sorted(os.listdir(tmp_path)) == [".lock", "results", "run.json"]
+        assert sorted(os.listdir(tmp_path)) == [".lock", "files.jsonl", "results", "run.json"]
         assert not os.listdir(tmp_path / "results")
 
 

@@ -106,6 +106,7 @@ def run_on_ray(
     actors: int | None = None,
     overwrite: bool = False,
     report_to: str = "none",
+    verify: bool = False,
 ) -> dict[str, Any]:
     """Assign a data set with Ray: on the cluster of this machine, else on this machine alone.
 
@@ -115,6 +116,7 @@ def run_on_ray(
         actors: How many; by default one per GPU, else one per CPU core.
         overwrite: Start anew.
         report_to: Tracker.
+        verify: Compare the hashes of all files that are there.
 
     Returns:
         The summary, as in summary.json.
@@ -128,7 +130,7 @@ def run_on_ray(
         if job.batch_size == "auto":
             job = dataclasses.replace(job, batch_size=_fitting(job))
         run = RayRun(job, source, count)
-        return run.run(overwrite=overwrite, report_to=report_to)
+        return run.run(overwrite=overwrite, report_to=report_to, verify=verify)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.runtime.files import Json, read_metadata
+from oneshot_fast.runtime.ledger import Ledger, listing
 from oneshot_fast.runtime.progress import silence_imports
 from oneshot_fast.runtime.shards import shard_path
 
@@ -88,6 +89,10 @@ class Actor:
         silence_imports()
         return AssignRun(job.model.load(job.model_id), FolderSource([], []), **job.arguments)
 
+    @functools.cached_property
+    def _ledger(self) -> Ledger:
+        return Ledger(self._job.folder)
+
     def match(self, batches: Sequence[Batch]) -> Result:
         """Solve ``batches`` and write them, less what was written when they were tried before."""
         run, shards = self._run, self._written(batches)
@@ -96,7 +101,8 @@ class Actor:
             [x for x in batch if isinstance(x, Failure) or x[1].id not in done] for batch in batches
         ]
         run.failures = []
-        run.solve_into(lambda *shard: shards.append(run.write(*shard)), left)
+        with listing(self._ledger):
+            run.solve_into(lambda *shard: shards.append(run.write(*shard)), left)
         return Result(shards, run.failures)
 
     def _written(self, batches: Sequence[Batch]) -> list[Rows]:

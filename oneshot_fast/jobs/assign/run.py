@@ -24,7 +24,7 @@ from oneshot_fast.jobs.assign.search import TargetSearch
 from oneshot_fast.jobs.assign.targets import Preparer, Target, failure
 from oneshot_fast.runtime.concurrency import ahead
 from oneshot_fast.runtime.files import Json, read_json
-from oneshot_fast.runtime.shards import ShardRun, mean_curve
+from oneshot_fast.runtime.shards import ShardRun, mean, mean_curve
 from oneshot_fast.search.movers.registry import check_fits
 from oneshot_fast.search.solver import Solved
 
@@ -243,9 +243,9 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
             "losses": losses,
         }
 
-    def means(self, rows: Sequence[Json]) -> dict[str, float]:
+    def means(self, rows: Sequence[Json]) -> dict[str, float | None]:
         names = ("initial_loss", "best_loss")
-        return {name: statistics.fmean(row[name] for row in rows) for name in names}
+        return {name: mean(row[name] for row in rows) for name in names}
 
     def summary(self, rows: Sequence[Json], is_last: bool) -> Json:
         cut = [row for row in rows if row.get("cut", 0) > MUCH]

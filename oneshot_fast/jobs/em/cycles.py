@@ -87,7 +87,7 @@ class Cycles(ABC):
             "keep_checkpoints": keep_checkpoints,
         }
         self._pool: PreservePool | None = None
-        self.tracker = Tracker()
+        self.tracker, self.verify = Tracker(), False
         self.summary: dict[str, Any] = {"random_noise": {}, "cycles": []}
 
     @abstractmethod
@@ -119,22 +119,23 @@ class Cycles(ABC):
             **self.describe(),
         }
 
-    def run(self, *, overwrite: bool = False, report_to: str | Tracker = "none") -> dict[str, Any]:
+    def run(
+        self, *, overwrite: bool = False, report_to: str | Tracker = "none", verify: bool = False
+    ) -> dict[str, Any]:
         """Run all stages that have no result yet; returns the summary, as in summary.json."""
         cycles = range(1, len(self.options.schedule()) + 1)
         old = (path.name for path in self.folder.glob("cycle-*"))  # may be more than the new ones
         outputs = (*_OUTPUTS, *sorted({*old, *map(name_of, cycles)}))
-        settings = self.settings()
-        with kept_by_main(RunFolder(self.folder, settings, outputs, overwrite)):
-            if is_main():
-                files.mend_jsonl(self.folder / "history.jsonl")
+        settings, self.verify = self.settings(), verify
+        folder = RunFolder(self.folder, settings, outputs, overwrite, verify)
+        with kept_by_main(folder):
             self.tracker = start_tracking(report_to, self.folder, settings)
             measure = self.measure()
             self.evaluate(measure, "base")
             self._make_pool()
             self.alternate(measure)
             self.tracker.finish()
-            if is_main():
+            if is_main() and folder.is_writable:
                 self._finish(settings)
         return dict(files.read_json(self.folder / "summary.json"))
 
@@ -202,6 +203,7 @@ class Cycles(ABC):
             pool=self._pool,
             overwrite=self.is_outdated(run, is_mended),
             report_to=self.tracker.part(folder.relative_to(self.folder).as_posix()),
+            verify=self.verify,
         )
 
     def is_outdated(self, run: StageRun, is_mended: bool = False) -> bool:
@@ -217,7 +219,7 @@ class Cycles(ABC):
             print(f"[{name}] made anew: what it was made of was mended", file=sys.stderr)
             for path in (self.folder / "eval").glob("[cd]*.json"):  # of cycles, and direct
                 if path.stem >= name.parts[0]:
-                    path.unlink()
+                    files.remove(path)
         return outdated
 
     def _make_pool(self) -> None:

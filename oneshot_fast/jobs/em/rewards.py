@@ -91,8 +91,8 @@ class RewardEmRun(Cycles):
     def e_step(self, cycle: int, seed: int) -> tuple[Path, dict[str, Any]]:
         self.generator.recompute(self.recompute)  # an M-step ends it
         with self.stage(f"{name_of(cycle)}/assign") as folder:
-            run = self.searcher(cycle, folder, seed)
-            found = run.run(report_to=self.tracker.part(f"{name_of(cycle)}/assign"))
+            tracker = self.tracker.part(f"{name_of(cycle)}/assign")
+            found = self.searcher(cycle, folder, seed).run(report_to=tracker, verify=self.verify)
         return folder / MANIFEST, {
             "search": {name: found[name] for name in ("initial_reward", "best_reward")},
             "failed": found["failed"],

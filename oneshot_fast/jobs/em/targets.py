@@ -138,6 +138,7 @@ class EmRun(Cycles):
             assigned = run.run(
                 overwrite=self.is_outdated(run),
                 report_to=self.tracker.part(f"{name_of(cycle)}/assign"),
+                verify=self.verify,
             )
         if previous is not None and options.assign_fraction < 1 and is_main():
             merge_manifests(previous, folder / "manifest.jsonl", self._manifest(cycle))
@@ -171,7 +172,9 @@ class EmRun(Cycles):
         with self.stage(f"heldout-{name}") as folder:
             run = self._assigner(self.heldout, folder, self.seed, failures=self.heldout_failures)
             result = run.run(
-                overwrite=self.is_outdated(run), report_to=self.tracker.part(f"heldout-{name}")
+                overwrite=self.is_outdated(run),
+                report_to=self.tracker.part(f"heldout-{name}"),
+                verify=self.verify,
             )
         heldout = self.summary.setdefault("heldout", {"samples": result["samples"]})
         heldout[name] = {key: result[key] for key in ("initial_loss", "best_loss", "losses")}

@@ -1,7 +1,6 @@
 """Noise optimisation over many prompts, into one folder."""
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.files import Json, read_json, write_json, write_jsonl
 from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.seeds import content_id, derived_seed
-from oneshot_fast.runtime.shards import ShardRun, mean_curve
+from oneshot_fast.runtime.shards import ShardRun, mean, mean_curve
 
 _METRICS_EVERY = 30.0  # seconds between two writings of the metrics of all prompts
 
@@ -172,9 +171,9 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
             "scores": last.scores,
         }
 
-    def means(self, rows: Sequence[Json]) -> dict[str, float]:
+    def means(self, rows: Sequence[Json]) -> dict[str, float | None]:
         return {
-            f"{name}_reward": statistics.fmean(row[name]["total"] for row in rows)
+            f"{name}_reward": mean(row[name]["total"] for row in rows)
             for name in ("initial", "best")
         }
 
@@ -207,7 +206,7 @@ def metrics_per_prompt(rows: Sequence[Json]) -> list[dict[str, Any]]:
     return [
         {
             "prompt": group[0]["prompt"],
-            "initial_reward": statistics.fmean(row["initial"]["total"] for row in group),
+            "initial_reward": mean(row["initial"]["total"] for row in group),
             "best_reward": max(row["best"]["total"] for row in group),
             "best_id": max(group, key=lambda row: row["best"]["total"])["id"],
             "images": [{key: row[key] for key in keys} for row in group],
@@ -222,15 +221,15 @@ def summarise(rows: Sequence[Json]) -> dict[str, Any]:
     return {
         "samples": len(rows),
         "prompts": len({row["id"].rpartition("-")[0] for row in rows}),
-        "initial_reward": statistics.fmean(row["initial"]["total"] for row in rows),
-        "best_reward": statistics.fmean(row["best"]["total"] for row in rows),
+        "initial_reward": mean(row["initial"]["total"] for row in rows),
+        "best_reward": mean(row["best"]["total"] for row in rows),
         "improved": sum(row["best"]["total"] > row["initial"]["total"] for row in rows),
-        "angle": statistics.fmean(row["angle"] for row in rows),
-        "energy": statistics.fmean(row["energy"] for row in rows),
+        "angle": mean(row["angle"] for row in rows),
+        "energy": mean(row["energy"] for row in rows),
         "rewards": {
             name: {
-                "initial": statistics.fmean(row["initial"][name] for row in rows),
-                "best": statistics.fmean(row["best"][name] for row in rows),
+                "initial": mean(row["initial"][name] for row in rows),
+                "best": mean(row["best"][name] for row in rows),
                 "per_step": mean_curve([row["scores"][name] for row in rows]),
             }
             for name in names

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from oneshot_fast.generators.base import Generator
-from oneshot_fast.runtime.files import read_metadata, write_safetensors
+from oneshot_fast.runtime.files import read_metadata, read_safetensors, write_safetensors
 from oneshot_fast.runtime.processes import is_main, map_over_processes
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.training.batch import Rows
@@ -65,7 +64,9 @@ class PreservePool:
         """
         if path.exists():
             kept = read_metadata(path, "pool")
-            return cls(kept["prompts"], kept["seeds"], load_file(path)["latents"], tuple(shape))
+            return cls(
+                kept["prompts"], kept["seeds"], read_safetensors(path)["latents"], tuple(shape)
+            )
         draw = torch.Generator().manual_seed(derived_seed(seed, "preserve prompts"))
         chosen = torch.randint(len(prompts), (size,), generator=draw).tolist()
         pool_prompts = [prompts[k] for k in chosen]
