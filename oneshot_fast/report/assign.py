@@ -24,7 +24,9 @@ def write_assign_report(folder: Path, flags: Mapping[str, Any]) -> None:
 def targets_section(summary: Json, rows: Sequence[Json]) -> Section:
     """Loss of the targets of an assign run before and after."""
     late = sum(row["best_step"] == summary["settings"]["steps"] for row in rows)
-    worse = sum(row["best_loss"] >= row["initial_loss"] for row in rows)
+    worse = sum(
+        row["initial_loss"] is not None and row["best_loss"] >= row["initial_loss"] for row in rows
+    )
     text = [
         f"{late} of {len(rows)} targets reached their lowest loss at the last step"
         + (": more steps would lower it further." if late > len(rows) / 2 else "."),

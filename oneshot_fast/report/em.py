@@ -26,6 +26,7 @@ from oneshot_fast.report.page import (
 from oneshot_fast.report.rewards import draw_histories, rewards_section
 from oneshot_fast.report.sft import training_section
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
+from oneshot_fast.runtime.units import decimals
 
 _GRID_SIDE = 1280
 
@@ -152,8 +153,10 @@ def _metric_row(key: str, columns: Mapping[str, str], measured: Mapping[str, Jso
     is_share = key == "accuracy"
     texts = ["" if v is None else f"{100 * v:.1f} %" if is_share else number(v) for v in values]
     base, final = measured["base"][key], measured["final"][key]
+    if base is None or final is None:  # not finite
+        return Row(name[0].upper() + name[1:], [*map(Cell, texts), Cell("")], direction, words)
     change = f"{100 * (final - base):+.1f} points" if is_share else percent(final, base)
-    mood = _mood(key, base, final, measured["real"].get("diversity", 0.0))
+    mood = _mood(key, base, final, measured["real"].get("diversity") or 0.0)
     title = name[0].upper() + name[1:]
     return Row(title, [*map(Cell, texts), Cell(change, mood)], direction, words)
 
@@ -258,12 +261,14 @@ def print_summary(folder: Path) -> None:
         print("\nMatching loss, before -> after the E-step -> after the M-step:")
     for row in summary["cycles"]:
         if "search" in row:
-            before, after = (row["search"][name] for name in ("initial_reward", "best_reward"))
-            print(f"search of cycle {row['cycle']}: mean reward {before:.4f} -> {after:.4f}")
+            found = (row["search"][name] for name in ("initial_reward", "best_reward"))
+            print(
+                f"search of cycle {row['cycle']}: mean reward {' -> '.join(map(decimals, found))}"
+            )
         else:
-            before, after = (row["assign"][name] for name in ("initial_loss", "best_loss"))
-            end = row["sft"]["matched_loss_after"]
-            print(f"cycle {row['cycle']:<4} {before:10.4f} -> {after:.4f} -> {end:.4f}")
+            losses = [row["assign"][name] for name in ("initial_loss", "best_loss")]
+            losses.append(row["sft"]["matched_loss_after"])
+            print(f"cycle {row['cycle']:<4}     {' -> '.join(map(decimals, losses))}")
     if "heldout" in summary:
         base, final = (summary["heldout"][name]["best_loss"] for name in ("base", "final"))
         print(

@@ -171,7 +171,17 @@ def versions() -> dict[str, str]:
 
 
 def picture(path: Path, limit: int, caption: str = "") -> Picture:
-    """Embed an image, made smaller if it is larger than ``limit`` pixels a side or 300 kB."""
+    """Embed an image, made smaller if it is larger than ``limit`` pixels a side or 300 kB.
+
+    One that cannot be read is said to be so, in a page that has all else.
+    """
+    try:
+        return _picture(path, limit, caption)
+    except (OSError, SyntaxError, ValueError):  # what PIL raises for damaged files
+        return Picture("data:,", f"{caption} (cannot be read)".strip(), False)
+
+
+def _picture(path: Path, limit: int, caption: str) -> Picture:
     with Image.open(path) as image:
         pixelated = max(image.size) <= _PIXEL_ART
         if max(image.size) <= limit and path.stat().st_size <= _KEPT_BYTES:
@@ -186,8 +196,10 @@ def picture(path: Path, limit: int, caption: str = "") -> Picture:
     return Picture(uri, caption, pixelated)
 
 
-def number(value: float) -> str:
-    """Four significant digits without an exponent, where that is readable."""
+def number(value: float | None) -> str:
+    """Four significant digits without an exponent, where that is readable; None is not finite."""
+    if value is None:
+        return "not finite"
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
     if abs(value) < 1e-4:
@@ -196,12 +208,12 @@ def number(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
-def percent(after: float, before: float) -> str:
+def percent(after: float | None, before: float | None) -> str:
     """Relative change, signed."""
-    return f"{100 * (after / before - 1):+.1f} %" if before else ""
+    return f"{100 * (after / before - 1):+.1f} %" if before and after is not None else ""
 
 
-def change(before: float, after: float) -> tuple[str, str, str]:
+def change(before: float | None, after: float | None) -> tuple[str, str, str]:
     """Two numbers and the relative change between them: cells of a table."""
     return number(before), number(after), percent(after, before)
 

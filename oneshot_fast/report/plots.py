@@ -74,22 +74,24 @@ def new_axes(
     return figure, figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
 
 
-def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+def _log_if_wide(axes: Axes, values: Sequence[float | None]) -> None:
     """Logarithmic y axis for positive values that span more than a factor of 30."""
-    if min(values) > 0 and max(values) > 30 * min(values):
+    values = [value for value in values if value is not None and math.isfinite(value)]
+    if values and min(values) > 0 and max(values) > 30 * min(values):
         axes.set_yscale("log")
 
 
 @inline_svg
 def curves(
-    lines: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, first: int = 0
+    lines: Mapping[str, Sequence[float | None]], xlabel: str, ylabel: str, first: int = 0
 ) -> Figure:
     """One line per name over the steps ``first``, ``first`` + 1, ...."""
     figure, axes = new_axes(xlabel, ylabel)
     for color, (name, values) in zip(itertools.cycle(PALETTE), lines.items(), strict=False):
         steps = range(first, first + len(values))
         marker = "o" if len(values) < 30 else None
-        axes.plot(steps, values, color=color, label=name, marker=marker, markersize=3)
+        known = [math.nan if value is None else value for value in values]
+        axes.plot(steps, known, color=color, label=name, marker=marker, markersize=3)
     _log_if_wide(axes, [v for values in lines.values() for v in values])
     whole_numbers(axes)
     axes.legend()
@@ -97,13 +99,14 @@ def curves(
 
 
 @inline_svg
-def loss_band(losses: Sequence[Sequence[float]]) -> Figure:
+def loss_band(losses: Sequence[Sequence[float | None]]) -> Figure:
     """Median and 10 to 90 % band of the loss curves of all targets; ended ones stay as they are."""
     steps = range(max(map(len, losses)))
-    padded = [[curve[min(k, len(curve) - 1)] for k in steps] for curve in losses]
+    known = [[math.nan if value is None else value for value in curve] for curve in losses]
+    padded = [[curve[min(k, len(curve) - 1)] for k in steps] for curve in known]
     table = torch.tensor(padded, dtype=torch.float64)
     levels = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    low, middle, high = table.quantile(levels, 0).tolist()
+    low, middle, high = table.nanquantile(levels, 0).tolist()
     figure, axes = new_axes("step", "loss")
     axes.fill_between(
         range(len(low)), low, high, color=BLUE, alpha=0.2, linewidth=0, label="10 to 90 %"
@@ -116,12 +119,22 @@ def loss_band(losses: Sequence[Sequence[float]]) -> Figure:
 
 
 @inline_svg
-def before_after(before: Sequence[float], after: Sequence[float]) -> Figure:
+def before_after(before: Sequence[float | None], after: Sequence[float]) -> Figure:
     """A dot per target: its loss before and after; the diagonal is no change."""
     figure, axes = new_axes("loss on the base noise", "loss on the assigned noise")
-    ends = [min(*before, *after), max(*before, *after)]
+    known = [(x, y) for x, y in zip(before, after, strict=True) if x is not None]
+    places = [value for pair in known for value in pair] or [1.0]
+    ends = [min(places), max(places)]
     axes.plot(ends, ends, color=GREY, linewidth=1, linestyle="--", label="no change")
-    axes.scatter(before, after, s=14, color=BLUE, alpha=0.6, linewidths=0, label="target")
+    axes.scatter(
+        [x for x, _ in known],
+        [y for _, y in known],
+        s=14,
+        color=BLUE,
+        alpha=0.6,
+        linewidths=0,
+        label="target",
+    )
     if ends[0] > 0 and ends[1] > 30 * ends[0]:
         axes.loglog()
     axes.legend()

@@ -1,6 +1,7 @@
 """What trainings on rewards raised, and what it cost: a section and a picture."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ _LAST = ("accuracy", "diversity", "drift")
 def history(folder: Path) -> list[dict[str, Any]]:
     """What was measured in a finished run of ``RewardRun``, from epoch 0, the base."""
     base = read_json(folder / "summary.json")["base"]
-    return [{"epoch": 0, **base}, *read_jsonl(folder / "history.jsonl")]
+    rows = [{"epoch": 0, **base}, *read_jsonl(folder / "history.jsonl")]
+    return [{key: math.nan if v is None else v for key, v in row.items()} for row in rows]
 
 
 def rewards_section(

@@ -14,6 +14,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days"
 
 
+def decimals(value: float | None) -> str:
+    """A number with four decimals; None is what JSON has in place of NaN and infinities."""
+    return "not finite" if value is None else f"{value:.4f}"
+
+
 def count_text(value: int) -> str:
     """A large number as people say it."""
     return f"{value / 1e6:.1f} million" if value >= 1e6 else f"{value / 1e3:.1f} thousand"

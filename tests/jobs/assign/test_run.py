@@ -36,7 +36,10 @@ def flags(data: Path, folder: Path, *more: object) -> list[object]:
 
 def test_a_run_has_its_files_and_its_loss_falls(assigned: Path, small_data: Path) -> None:
     names = {path.name for path in assigned.iterdir()} - {".lock"}
-    files = "diagnostics.json failures.jsonl files.jsonl history.jsonl images manifest.jsonl noises report.html"
+    files = (
+        "diagnostics.json failures.jsonl files.jsonl history.jsonl images manifest.jsonl noises "
+    )
+    files += "report.html"
     assert names == {*files.split(), "run.json", "summary.json"}
     rows, summary = (
         rows_of(assigned / "manifest.jsonl"),
