@@ -262,9 +262,8 @@ def print_summary(folder: Path) -> None:
     for row in summary["cycles"]:
         if "search" in row:
             found = (row["search"][name] for name in ("initial_reward", "best_reward"))
-            print(
-                f"search of cycle {row['cycle']}: mean reward {' -> '.join(map(decimals, found))}"
-            )
+            gain = " -> ".join(map(decimals, found))
+            print(f"search of cycle {row['cycle']}: mean reward {gain}")
         else:
             losses = [row["assign"][name] for name in ("initial_loss", "best_loss")]
             losses.append(row["sft"]["matched_loss_after"])

@@ -76,8 +76,8 @@ def new_axes(
 
 def _log_if_wide(axes: Axes, values: Sequence[float | None]) -> None:
     """Logarithmic y axis for positive values that span more than a factor of 30."""
-    values = [value for value in values if value is not None and math.isfinite(value)]
-    if values and min(values) > 0 and max(values) > 30 * min(values):
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if known and min(known) > 0 and max(known) > 30 * min(known):
         axes.set_yscale("log")
 
 
@@ -126,15 +126,8 @@ def before_after(before: Sequence[float | None], after: Sequence[float]) -> Figu
     places = [value for pair in known for value in pair] or [1.0]
     ends = [min(places), max(places)]
     axes.plot(ends, ends, color=GREY, linewidth=1, linestyle="--", label="no change")
-    axes.scatter(
-        [x for x, _ in known],
-        [y for _, y in known],
-        s=14,
-        color=BLUE,
-        alpha=0.6,
-        linewidths=0,
-        label="target",
-    )
+    dots = [x for x, _ in known], [y for _, y in known]
+    axes.scatter(*dots, s=14, color=BLUE, alpha=0.6, linewidths=0, label="target")
     if ends[0] > 0 and ends[1] > 30 * ends[0]:
         axes.loglog()
     axes.legend()

@@ -78,7 +78,7 @@ class RunFolder:
                 write_json(self.path / "run.json", self._settings)
                 self.ledger.note(self.path / "run.json", with_text=True)
                 for name in _BY_OTHERS.intersection(self._outputs):
-                    self.ledger.claim(self.path / name)
+                    self.ledger.put({"path": name, "by_others": True})
             self._held = held.pop_all()
         return self
 
@@ -163,7 +163,7 @@ class RunFolder:
             say(
                 f"{self.ledger.path} is damaged or not there; the other files are taken as they are"
             )
-            for name in self._outputs:
+            for name in sorted({*self._outputs} - _BY_OTHERS):
                 for file in (self.path / name, *(self.path / name).rglob("*")):
                     inner = any((p / NAME).exists() for p in file.parents if self.path in p.parents)
                     if file.is_file() and not inner and not self.ledger.owns(self.ledger.key(file)):

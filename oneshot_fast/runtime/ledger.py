@@ -102,7 +102,8 @@ class Ledger:
             path = self.folder / key
             small_text = path.suffix in _TEXTS and row.get("size", 0) <= _SMALL
             is_done = "size" in row and ("text" in row or not small_text)
-            if not (is_done or row.get("gone") or path.is_symlink()) and path.is_file():
+            is_not = "gone" in row or "by_others" in row or path.is_symlink()
+            if not (is_done or is_not) and path.is_file():
                 self.note(path, with_text=True)
 
     def damaged(self, thorough: bool) -> list[str]:
