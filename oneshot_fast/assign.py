@@ -17,6 +17,7 @@ from oneshot_fast.data.records import Record, pair_id
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.assign.options import AssignOptions
+from oneshot_fast.runtime.files import if_writable
 from oneshot_fast.runtime.options import RunOptions
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ def _finish(command: AssignCommand, folder: Path, summary: dict[str, Any]) -> in
     from oneshot_fast.runtime.processes import is_main
 
     if is_main():
-        write_assign_report(folder, public(command))
+        with if_writable():
+            write_assign_report(folder, public(command))
         print_summary(summary, folder)
     return SOME_FAILED if summary["failed"] else OK
 

@@ -18,6 +18,7 @@ from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.rewards.options import RewardOptions, RewardTrainingOptions
+from oneshot_fast.runtime.files import if_writable
 from oneshot_fast.runtime.options import RunOptions
 from oneshot_fast.runtime.processes import is_main, main_first
 
@@ -83,7 +84,8 @@ def execute(command: EmCommand) -> int:
         return OK
     summary = run.run(**command.run.arguments)
     if is_main():
-        write_em_report(command.work_dir, public(command))
+        with if_writable():
+            write_em_report(command.work_dir, public(command))
         print_summary(command.work_dir)
     return SOME_FAILED if summary["failed"] else OK
 

@@ -18,6 +18,7 @@ from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.pairs import MANIFEST
 from oneshot_fast.rewards.options import RewardOptions
+from oneshot_fast.runtime.files import if_writable
 from oneshot_fast.runtime.options import RunOptions
 
 if TYPE_CHECKING:
@@ -122,7 +123,8 @@ def execute(command: OptimizeCommand) -> int:
         return OK
     summary = run.run(**command.run.arguments)
     if is_main():
-        write_optimize_report(command.output_dir, public(command))
+        with if_writable():
+            write_optimize_report(command.output_dir, public(command))
         print_summary(summary, command.output_dir, command.model_id)
     return SOME_FAILED if summary["failed"] else OK
 

@@ -15,6 +15,7 @@ from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.sft.options import MeasuredTrainingOptions, SftOptions
 from oneshot_fast.rewards.options import RewardOptions
+from oneshot_fast.runtime.files import if_writable
 from oneshot_fast.runtime.options import RunOptions
 from oneshot_fast.runtime.processes import is_main
 
@@ -68,7 +69,8 @@ def execute(command: SftCommand) -> int:
         from oneshot_fast.report.sft import print_summary, write_reward_report, write_sft_report
 
         write_report = write_reward_report if command.rewards.reward else write_sft_report
-        write_report(run.folder, public(command))
+        with if_writable():
+            write_report(run.folder, public(command))
         print_summary(summary, run.folder)
     return SOME_FAILED if summary["failed"] else OK
 

@@ -10,7 +10,13 @@ from oneshot_fast.data.images import save_png, shrink, tile
 from oneshot_fast.embedded.classifier import load_classifier
 from oneshot_fast.evaluation.measures import frechet_distance, pairwise_diversity, prompt_accuracy
 from oneshot_fast.generators.base import Classifier, Generator
-from oneshot_fast.runtime.files import read_json, read_safetensors, write_json, write_safetensors
+from oneshot_fast.runtime.files import (
+    finite,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
 from oneshot_fast.runtime.progress import progress
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
@@ -96,7 +102,7 @@ class RandomNoiseMeasure:
             if self.real is not None:
                 features = (self.classifier.features(x) for x in (images, self.real))
                 result["frechet_distance"] = frechet_distance(*features)
-        result |= means
+        result = finite(result | means)
         write_json(result_path, result)
         return result
 

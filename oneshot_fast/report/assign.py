@@ -9,6 +9,7 @@ from oneshot_fast.report import page, plots
 from oneshot_fast.report.noise import noise_section
 from oneshot_fast.report.page import Plot, Section, Table, number, strip, write_run
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
+from oneshot_fast.runtime.units import decimals
 
 _KINDS = ("target", "base", "assigned")
 
@@ -74,7 +75,7 @@ def print_summary(summary: Json, folder: Path) -> None:
     """Say what was reached and where it is."""
     print(
         f"assigned {summary['samples']} of {summary['samples'] + summary['failed']} targets: mean "
-        f"loss {summary['initial_loss']:.4f} -> {summary['best_loss']:.4f} "
+        f"loss {decimals(summary['initial_loss'])} -> {decimals(summary['best_loss'])} "
         f"in {summary['seconds']:.0f} s ({summary['images_per_second']:.2f} images/s)"
     )
     if summary.get("cut_images"):

@@ -9,6 +9,7 @@ from oneshot_fast.report import page, plots
 from oneshot_fast.report.page import Plot, Section, Table, write_run
 from oneshot_fast.report.rewards import draw_histories, history, rewards_section
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
+from oneshot_fast.runtime.units import decimals
 
 
 def write_sft_report(folder: Path, flags: Mapping[str, Any]) -> None:
@@ -80,12 +81,12 @@ def print_summary(summary: Json, folder: Path) -> None:
     if "base" in summary:
         print(f"trained {steps} steps on rewards in {seconds:.0f} s")
         for name, before in summary["base"].items():
-            print(f"{name:24}{before:10.4f} -> {summary['final'][name]:.4f}")
+            print(f"{name:24}{decimals(before):>10} -> {decimals(summary['final'][name])}")
     else:
         before, after = summary["matched_loss_before"], summary["matched_loss_after"]
         print(
             f"trained {steps} steps on {summary['samples']} pairs in {seconds:.0f} s: latent loss "
-            f"on the matched noises {before:.4f} -> {after:.4f}"
+            f"on the matched noises {decimals(before)} -> {decimals(after)}"
         )
     if summary["failed"]:
         print(f"{summary['failed']} pairs failed: {folder / 'failures.jsonl'}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -255,6 +256,17 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def if_writable() -> Iterator[None]:
+    """For what is only for people to look at: left out on a drive that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        say(f"not written: {error.filename or 'a file'} ({os.strerror(error.errno)})")
 
 
 @contextlib.contextmanager

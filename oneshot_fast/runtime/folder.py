@@ -12,7 +12,7 @@ from typing import Any
 
 import filelock
 
-from oneshot_fast.errors import RunError
+from oneshot_fast.errors import DamagedError, RunError
 from oneshot_fast.runtime.files import TEMPORARY, delete, read_json, remove, replacing, write_json
 from oneshot_fast.runtime.ledger import NAME, Ledger, ledger_of, listing, say, set_aside
 
@@ -111,7 +111,9 @@ class RunFolder:
     def is_other(self) -> bool:
         """Whether the folder holds a run with other settings."""
         path = self.path / "run.json"
-        return path.exists() and bool(_differences(read_json(path), self._settings))
+        with contextlib.suppress(DamagedError):  # restored when the run begins
+            return path.exists() and bool(_differences(read_json(path), self._settings))
+        return False
 
     def _prepare(self) -> None:
         """Make the folder ready for this run: empty, or as an earlier one left it."""

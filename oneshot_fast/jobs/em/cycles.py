@@ -248,9 +248,9 @@ class Cycles(ABC):
         noise, last = self.summary["random_noise"], len(self.summary["cycles"])
         noise["final"] = noise[name_of(last)]
         # Without a classifier nothing here tells better from worse, so the last one is taken.
-        best = min(
-            range(1, last + 1), key=lambda k: (noise[name_of(k)].get("frechet_distance", 0.0), -k)
-        )
+        distances = {k: noise[name_of(k)].get("frechet_distance", 0.0) for k in range(1, last + 1)}
+        known = [k for k, distance in distances.items() if distance is not None] or [last]
+        best = min(known, key=lambda k: (distances[k], -k))
         folders = [f"{name_of(last)}/assign", "heldout-base"]
         failures = [
             r for f in folders for r in files.mend_jsonl(self.folder / f / "failures.jsonl")

@@ -49,7 +49,7 @@ def summary(aligned: Path) -> Any:
 def test_all_stages_leave_their_files(aligned: Path) -> None:
     names = {path.name for path in aligned.iterdir()} - {".lock"}
     files = "failures.jsonl history.jsonl preserve.safetensors report.html run.json summary.json"
-    folders = "cycle-01 cycle-02 data direct eval heldout-base heldout-final"
+    folders = "files.jsonl cycle-01 cycle-02 data direct eval heldout-base heldout-final"
     assert names == {*files.split(), *folders.split(), "checkpoint-best", "checkpoint-final"}
     for name in ("base", "cycle-01", "cycle-02", "direct"):
         assert (aligned / "eval" / f"{name}.json").is_file()

@@ -57,7 +57,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, assigned: Path) -> Path:
 
 def test_a_run_has_its_files_and_its_loss_falls(trained: Path, assigned: Path) -> None:
     names = {path.name for path in trained.iterdir()} - {".lock"}
-    files = "failures.jsonl history.jsonl preserve.safetensors report.html run.json summary.json"
+    files = "failures.jsonl files.jsonl history.jsonl preserve.safetensors report.html run.json "
+    files += "summary.json"
     assert names == {*files.split(), "checkpoint-best", "checkpoint-final"}
     summary, history = (
         json.loads((trained / "summary.json").read_text()),
