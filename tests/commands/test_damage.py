@@ -20,7 +20,7 @@ CHANGES = r"(files|history)\.jsonl$|summary\.json$|report\.html$|\.lock$|\.png$|
 
 
 def flags(command: str, folder: Path, small_data: Path, assigned: Path) -> list[object]:
-    common = ["--model_id", "tiny", "--batch_size", 4, "--output_dir", folder]
+    common: list[object] = ["--model_id", "tiny", "--batch_size", 4, "--output_dir", folder]
     if command == "assign":
         options = [
             "--num_images",

@@ -153,8 +153,8 @@ def test_a_run_has_its_files(tmp_path: Path, call: Call) -> None:
     assert ended.code == 0, ended.err
     names = {path.name for path in folder.iterdir()} - {".lock"}
     assert names == {
-        "curves.png", "diagnostics.json", "failures.jsonl", "files.jsonl", "history.jsonl", "images",
-        "manifest.jsonl", "metrics_per_prompt.json", "metrics_summary.json", "noises",
+        "curves.png", "diagnostics.json", "failures.jsonl", "files.jsonl", "history.jsonl",
+        "images", "manifest.jsonl", "metrics_per_prompt.json", "metrics_summary.json", "noises",
         "pairs.jsonl", "report.html", "run.json", "training",
     }  # fmt: skip
     assert len(list((folder / "images").iterdir())) == 4 * 3
