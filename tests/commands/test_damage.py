@@ -15,8 +15,10 @@ WAYS: dict[str, Callable[[Path], object]] = {
     "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "deleted": Path.unlink,
 }
-# With times in them, or written for people after the run; and what was set aside.
-CHANGES = r"(files|history)\.jsonl$|summary\.json$|report\.html$|\.lock$|\.png$|\.damaged"
+# With times in them, for people, of no use after a training; and what was set aside.
+CHANGES = (
+    r"(files|history)\.jsonl$|summary\.json$|report\.html$|\.lock$|\.png$|preserve|\.damaged|\.old/"
+)
 
 
 def flags(command: str, folder: Path, small_data: Path, assigned: Path) -> list[object]:
