@@ -163,7 +163,7 @@ def write_safetensors(
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 data = tensors[name].detach().cpu().contiguous().flatten()
-                data.view(torch.uint8).numpy().tofile(file)
+                file.write(data.view(torch.uint8).numpy().data)
         at = 8 + text.index(b"0" * 64)
         stamp = digest(temporary)
         with temporary.open("r+b") as file:

@@ -132,7 +132,7 @@ class RunFolder:
         if self.is_writable:
             self._remove_leftovers()
         if self._overwrite:
-            if not self.ledger.is_whole:
+            if not self.ledger.is_ours:
                 raise RunError(
                     f"{self.ledger.path}, the list of what the run wrote, is damaged or of an "
                     f"older version; remove {self.path} yourself, and repeat"
@@ -161,7 +161,7 @@ class RunFolder:
 
     def _check(self) -> None:
         """Restore damaged texts; set aside what else is damaged, so that it is made again."""
-        if not self.ledger.is_whole:
+        if not self.ledger.is_whole and NAME not in self.ledger.entries:
             say(
                 f"{self.ledger.path} is damaged or not there; the other files are taken as they are"
             )

@@ -7,6 +7,7 @@ last line of a path counts. Small texts are kept in it whole when the run ends.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ class Ledger:
     Attributes:
         entries: By path below the folder: "path" alone while a file is written or appended to, with
             "size" and "sha256" when it is whole, and with its "text".
-        is_whole: Whether the list itself can be trusted.
+        is_whole: Whether the list itself is as it was written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,6 +49,11 @@ class Ledger:
                 self.is_whole = False
         if data and not data.endswith(b"\n"):
             self._append(b"\n")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether all in it was written by the run; else some was taken as it was found."""
+        return self.is_whole and NAME not in self.entries
 
     def key(self, path: Path) -> str:
         """Name of a path in the list."""
@@ -73,14 +79,12 @@ class Ledger:
                 files = [file for file in path.rglob("*") if file.is_file()]
             if not all(self.owns(self.key(file)) for file in files):
                 say(f"{path} was not written by this run; kept as {set_aside(path, 'old').name}")
-            if files != [path]:
-                self.forget(key)
-        self.put({"path": key})
+        self.put({"path": key})  # before what is inside is forgotten: a kill leaves it ours
+        if path.is_dir() and not path.is_symlink():
+            self.forget(key, itself=False)
 
     def note(self, path: Path, with_text: bool = False) -> None:
         """Note that ``path``, a file or a folder, is whole."""
-        if path.is_dir():
-            self.put({"path": self.key(path), "gone": True})  # from here on its files count
         for file in path.rglob("*") if path.is_dir() else (path,):
             if file.is_file() and file.name != NAME:
                 row: dict[str, Any] = {"path": self.key(file), "size": file.stat().st_size}
@@ -88,11 +92,14 @@ class Ledger:
                 if with_text and file.suffix in _TEXTS and row["size"] <= _SMALL:
                     row["text"] = file.read_text(encoding="utf-8")
                 self.put(row)
+        if path.is_dir():
+            self.put({"path": self.key(path), "gone": True})  # from here on its files count
 
-    def forget(self, key: str) -> None:
-        """Note that a file, or a folder with all in it, is gone."""
-        for name in [n for n in self.entries if n == key or n.startswith(f"{key}/")]:
-            if not self.entries[name].get("gone"):
+    def forget(self, key: str, itself: bool = True) -> None:
+        """Note that a file, or a folder with all in it, or only what is in it, is gone."""
+        for name in list(self.entries):
+            is_meant = name.startswith(f"{key}/") or (itself and name == key)
+            if is_meant and not self.entries[name].get("gone"):
                 self.put({"path": name, "gone": True})
 
     def seal(self) -> None:
@@ -140,7 +147,10 @@ class Ledger:
     def _append(self, line: bytes) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            os.write(descriptor, line)  # one call: lines of several processes do not mix
+            end = os.fstat(descriptor).st_size
+            if os.write(descriptor, line) < len(line):  # one call: lines of processes do not mix
+                os.ftruncate(descriptor, end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         finally:
             os.close(descriptor)
 

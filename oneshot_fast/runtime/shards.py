@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -34,7 +33,7 @@ from oneshot_fast.runtime.files import (
     write_safetensors,
 )
 from oneshot_fast.runtime.folder import RunFolder
-from oneshot_fast.runtime.ledger import say, set_aside
+from oneshot_fast.runtime.ledger import ledger_of, say, set_aside
 from oneshot_fast.runtime.processes import (
     barrier,
     claims,
@@ -205,9 +204,10 @@ class ShardRun(ABC, Generic[Item, Found]):
         folder.reopen(self.summary_name)
 
     def _shards(self) -> list[Path]:
-        """Those with a name that this run gives."""
+        """Those that this run wrote."""
         paths = sorted((self.folder / "noises").glob("*.safetensors"))
-        return [path for path in paths if re.fullmatch(r"\d{8}(-\d+)?", path.stem)]
+        ledger = ledger_of(self.folder / "noises")
+        return [path for path in paths if ledger is None or ledger.owns(ledger.key(path))]
 
     def _rows(self) -> dict[str, Json]:
         """Rows of all shards."""

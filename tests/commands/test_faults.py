@@ -52,7 +52,10 @@ def outcome(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             found[str(path.relative_to(folder))] = os.readlink(path)
-        elif path.name not in (".lock", "report.html", "history.jsonl") and path.is_file():
+        elif (
+            path.name not in (".lock", "files.jsonl", "report.html", "history.jsonl")
+            and path.is_file()
+        ):
             is_json = path.name in ("summary.json", "diagnostics.json")
             content = json.loads(path.read_text()) if is_json else path.read_bytes()
             found[str(path.relative_to(folder))] = without_timings(content)

@@ -32,7 +32,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> 
     with disk_of(100):
         with pytest.raises(OSError, match="large"):
             files.write_json(tmp_path / "a.json", {"value": "long" * 99})
-        with pytest.raises(OSError, match=r"large|written"):
+        with pytest.raises(OSError, match="large"):
             files.write_safetensors(tmp_path / "a.safetensors", {"x": torch.ones(99)}, {})
     assert files.read_json(tmp_path / "a.json") == {"value": 1}
     assert load_file(tmp_path / "a.safetensors")["x"].tolist() == [1, 1]

@@ -1,7 +1,6 @@
 """The main job by targets: assign a noise to every target, train on the pairs, repeat."""
 
 import contextlib
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.em.cycles import Cycles, name_of
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.schedule import turn
-from oneshot_fast.runtime.files import read_json, write_json
+from oneshot_fast.runtime.files import read_json, remove, write_json
 from oneshot_fast.runtime.processes import barrier, is_main, main_first
 from oneshot_fast.runtime.seeds import content_id
 
@@ -99,8 +98,10 @@ class EmRun(Cycles):
     def _forget_measures(self, ids: list[str]) -> None:
         """All are made anew if other held-out images could be read when they were made."""
         path = self.folder / "eval" / "heldout-ids.json"
-        if path.exists() and read_json(path) != ids:
-            shutil.rmtree(path.parent)
+        if path.exists() and read_json(path, list) == ids:
+            return
+        for measured in path.parent.glob("*.json") if path.exists() else ():
+            remove(measured)
         write_json(path, ids)
 
     def alternate(self, measure: RandomNoiseMeasure) -> None:
