@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from samples import rows_of
 
-from oneshot_fast.data.image_refs import file_sha256
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.pairs import Examples
@@ -30,7 +29,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 import oneshot_fast.runtime.processes
-from oneshot_fast.data.image_refs import file_sha256
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.jobs.sft.pairs import Examples
 from oneshot_fast.generators.loading import load_generator
@@ -41,8 +39,7 @@ oneshot_fast.runtime.processes._AT_ONCE = 2
 generator, encoded = load_generator("tiny"), []
 generator.pipe.vae.encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
 pairs, failures = read_manifest(Path(sys.argv[1]))
-hashes = {pair.image_path: file_sha256(pair.image_path) for pair in pairs}
-found = Examples.load(generator, TargetImages(generator), pairs, hashes, failures)
+found = Examples.load(generator, TargetImages(generator), pairs, failures)
 here = oneshot_fast.runtime.processes.processes()
 place = Path(sys.argv[2]) / str(here.process_index)
 save_file({"noises": found.noises, "latents": found.latents}, place.with_suffix(".safetensors"))
@@ -170,8 +167,7 @@ def test_each_process_encodes_its_part_and_knows_all(tmp_path, damaged, tiny, on
     )
     assert ended.returncode == 0, ended.stderr[-4000:]
     pairs, failures = read_manifest(damaged)
-    hashes = {pair.image_path: file_sha256(pair.image_path) for pair in pairs}
-    one = Examples.load(tiny, TargetImages(tiny), pairs, hashes, failures)
+    one = Examples.load(tiny, TargetImages(tiny), pairs, failures)
     assert len(one.pairs) == 4 and len(failures) == 2
     for process in ("0", "1"):
         tensors = load_file(tmp_path / f"{process}.safetensors")

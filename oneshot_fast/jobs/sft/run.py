@@ -104,8 +104,11 @@ class SftRun(TrainingRun):
             ids = set(begun["ids"])
             left_out = [pair for pair in pairs if pair.id not in ids]
             pairs = [pair for pair in pairs if pair.id in ids]
-            reason = "could not be read when the training began; repeat the command when it is done"
-            bad += [Failure(reason, pair.line or None, pair.id, pair.prompt) for pair in left_out]
+            said = {r.get("id"): r["reason"] for r in read_jsonl(self.folder / "failures.jsonl")}
+            late = "could not be read when the training began; repeat the command when it is done"
+            for pair in left_out:
+                reason = said.get(pair.id, late)
+                bad.append(Failure(reason, pair.line or None, pair.id, pair.prompt))
         self._examples = Examples.load(self.generator, self.targets, pairs, bad)
         contents = self._examples.contents
         if begun not in (None, contents):
