@@ -33,7 +33,7 @@ from oneshot_fast.runtime.files import (
     write_safetensors,
 )
 from oneshot_fast.runtime.folder import RunFolder
-from oneshot_fast.runtime.ledger import ledger_of, say, set_aside
+from oneshot_fast.runtime.ledger import Ledger, say, set_aside
 from oneshot_fast.runtime.processes import (
     barrier,
     claims,
@@ -204,10 +204,10 @@ class ShardRun(ABC, Generic[Item, Found]):
         folder.reopen(self.summary_name)
 
     def _shards(self) -> list[Path]:
-        """Those that this run wrote."""
+        """Those that this run wrote, in any of its processes."""
         paths = sorted((self.folder / "noises").glob("*.safetensors"))
-        ledger = ledger_of(self.folder / "noises")
-        return [path for path in paths if ledger is None or ledger.owns(ledger.key(path))]
+        ledger = Ledger(self.folder)  # as it is now: other processes write, too
+        return [path for path in paths if ledger.owns(ledger.key(path))]
 
     def _rows(self) -> dict[str, Json]:
         """Rows of all shards."""
