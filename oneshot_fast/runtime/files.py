@@ -27,7 +27,11 @@ _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` atomically: temporary name, fsync, rename."""
+    """Replace ``path`` atomically: temporary name, fsync, rename; what is so already stays."""
+    ledger = ledger_of(path)
+    is_known = ledger is not None and ledger.is_sealed(ledger.key(path))
+    if is_known and path.is_file() and path.read_bytes() == text.encode():
+        return  # a finished run may be on a drive that cannot be written
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
