@@ -6,7 +6,7 @@
 #include <map>
 #include <memory>
 
-#include "../../csrc/cuda/launchers.h"
+#include "../../../csrc/cuda/launchers.h"
 #include "cuda_runtime.h"
 
 namespace osf::cuda {
