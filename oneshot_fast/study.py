@@ -23,7 +23,7 @@ class StudyCommand:
     output_dir: Path = Path("runs/study")
     """Folder of models, measures, table (study.md) and plots."""
     quick: bool = False
-    """A few trainings of short-lived models, in a few minutes: shows that it runs, proves nothing."""
+    """A few trainings of short-lived models, in minutes: shows that it runs, proves nothing."""
     datasets: tuple[Name, ...] = ("digits", "shapes")
     """Generators to study."""
     seeds: int = 3
