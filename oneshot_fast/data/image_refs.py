@@ -1,7 +1,5 @@
 """Images that are no files of their own: parts of tar shards and Parquet files, fsspec URLs."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os

@@ -1,7 +1,5 @@
 """Matched pairs back from manifests, ours and the reference workflow's."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import dataclass

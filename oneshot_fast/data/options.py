@@ -1,7 +1,5 @@
 """Which pairs are read, and how: the flags of every command that takes images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

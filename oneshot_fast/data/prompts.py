@@ -1,7 +1,5 @@
 """Lists of prompts."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which files a data root names: a folder of shards, one shard, or a pattern, local or remote."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass, replace

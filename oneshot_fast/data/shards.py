@@ -1,7 +1,5 @@
 """Samples of one tar shard (WebDataset) or one Parquet file, in order, their images not read."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

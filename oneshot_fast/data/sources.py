@@ -4,8 +4,6 @@ A `Source` gives records and failures in a fixed order, as often as it is asked.
 while it is iterated, one after another, so that work starts without a pass over everything.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Container, Iterable, Iterator

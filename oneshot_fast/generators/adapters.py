@@ -1,7 +1,5 @@
 """Low-rank adapters of attention (LoRA, Hu et al. 2021, arXiv 2106.09685), by peft."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a generator is: prompts and Gaussian noise in, latents and images out."""
 
-from __future__ import annotations
-
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,20 +36,20 @@ class Conditioning:
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in named.items() if value is not None}
 
-    def select(self, rows: slice | Sequence[int] | Tensor) -> Conditioning:
+    def select(self, rows: slice | Sequence[int] | Tensor) -> "Conditioning":
         """That of the prompts at ``rows``, in their order."""
         return replace(self, **{name: value[rows] for name, value in self.tensors().items()})
 
-    def row(self, k: int) -> Conditioning:
+    def row(self, k: int) -> "Conditioning":
         """That of prompt ``k``, as a batch of one."""
         return self.select(slice(k, k + 1))
 
-    def to(self, device: str | torch.device) -> Conditioning:
+    def to(self, device: str | torch.device) -> "Conditioning":
         """The same on ``device``."""
         return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
 
     @staticmethod
-    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+    def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
         """One batch of the prompts of all ``parts``, of which there is at least one."""
         rows = [part.tensors() for part in parts]
         return replace(parts[0], **{name: torch.cat([r[name] for r in rows]) for name in rows[0]})
@@ -78,7 +76,7 @@ class Prediction:
         """Estimate of the clean latents, x - sigma * output, [B, C, h, w] float32."""
         return self.x - self.sigma * self.output
 
-    def select(self, rows: slice) -> Prediction:
+    def select(self, rows: slice) -> "Prediction":
         """That of ``rows``."""
         return Prediction(self.output[rows], self.x[rows], self.sigma)
 
@@ -137,7 +135,7 @@ class Generator(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, model_id: str, options: LoadOptions) -> Generator:
+    def load(cls, model_id: str, options: LoadOptions) -> "Generator":
         """Load a model.
 
         Raises:

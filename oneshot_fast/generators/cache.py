@@ -1,7 +1,5 @@
 """Encodings on disk, named by what they are made of."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

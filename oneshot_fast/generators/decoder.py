@@ -1,7 +1,5 @@
 """Latents to images, differentiably: a VAE's decoder, or a tiny one in its place."""
 
-from __future__ import annotations
-
 import hashlib
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -150,7 +148,7 @@ def latent_affine(
     return mean, std / config.scaling_factor
 
 
-def update_digest(digest: hashlib._Hash, part: str, module: nn.Module) -> None:
+def update_digest(digest: "hashlib._Hash", part: str, module: nn.Module) -> None:
     """Hash name, shape and up to 2047 evenly spaced values of every tensor in float32."""
     for name, value in sorted(module.state_dict().items()):
         flat = value.detach().flatten()

@@ -1,7 +1,5 @@
 """Which family of generators reads a model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

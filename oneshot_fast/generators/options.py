@@ -1,7 +1,5 @@
 """How a generator is loaded: the flags of every command that takes one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -47,7 +45,7 @@ class ModelOptions:
     """Folder that keeps encoded prompts and target images (safetensors, named by content) for other
     runs and commands too; by default each run encodes them anew."""
 
-    def load(self, model_id: str, master_weights: bool = False) -> Generator:
+    def load(self, model_id: str, master_weights: bool = False) -> "Generator":
         """Load a generator.
 
         Args:
@@ -76,7 +74,7 @@ class ModelOptions:
         self._tune(generator)
         return generator
 
-    def _tune(self, generator: Generator) -> None:
+    def _tune(self, generator: "Generator") -> None:
         """Set decoder, memory order and compilation."""
         import torch
 

@@ -1,7 +1,5 @@
 """What all generators over a pipeline of diffusers share; a family adds its conditioning."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import sys
@@ -94,7 +92,7 @@ class PipelineGenerator(Generator):
             raise ModelError(f"the pipeline has no {', '.join(missing)}")
 
     @classmethod
-    def load(cls, model_id: str, options: LoadOptions) -> PipelineGenerator:
+    def load(cls, model_id: str, options: LoadOptions) -> "PipelineGenerator":
         """Load a folder in diffusers layout, a hub id, a .safetensors file, or "tiny".
 
         Raises:
@@ -125,7 +123,7 @@ class PipelineGenerator(Generator):
     def adapt(cls, pipe: Any, source: PipelineFolder | PipelineFile) -> None:
         """Change ``pipe``, which was read from ``source``, to what the model is meant to be."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineGenerator:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PipelineGenerator":
         """One with weights of its own, not compiled; tokenizers and scheduler are shared."""
         other = copy.copy(self)
         other.pipe = copy.copy(self.pipe)

@@ -1,7 +1,5 @@
 """Gradients that pass through float16 without vanishing."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Pipelines of diffusers from a folder or the hub, every weight in its place."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re

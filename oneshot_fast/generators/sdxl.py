@@ -1,7 +1,5 @@
 """Generators of SDXL's shape: a UNet that is told of text by two encoders, and of sizes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Pipelines of diffusers from one .safetensors file in the layout of SDXL's own release."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

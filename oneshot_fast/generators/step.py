@@ -1,7 +1,5 @@
 """The single step that a one-step pipeline takes, read from its scheduler."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -33,7 +31,7 @@ class Step:
     sigma: float
 
     @classmethod
-    def from_scheduler(cls, scheduler: object) -> Step:
+    def from_scheduler(cls, scheduler: object) -> "Step":
         """Read the step that ``pipe(num_inference_steps=1)`` takes.
 
         Source: Karras et al. 2022 (arXiv 2206.00364), with the last sigma 0, where the ancestral

@@ -1,7 +1,5 @@
 """Target images and their latents, each decoded and encoded once."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

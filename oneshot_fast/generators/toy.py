@@ -1,7 +1,5 @@
 """The small generators: no VAE, no text, the noise of a shape of its own."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -134,7 +132,7 @@ class ToyGenerator(Generator):
         self._network.load_state_dict(load_file(folder / "model.safetensors"))
 
     @classmethod
-    def load(cls, model_id: str | Path, options: LoadOptions = _ON_CPU) -> ToyGenerator:
+    def load(cls, model_id: str | Path, options: LoadOptions = _ON_CPU) -> "ToyGenerator":
         """Read what ``save`` wrote.
 
         Raises:

@@ -1,7 +1,5 @@
 """The networks of the small generators: noise to image, and image to class."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

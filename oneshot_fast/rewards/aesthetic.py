@@ -1,7 +1,5 @@
 """``aesthetic``: how much people like the look of an image, whatever its prompt."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from oneshot_fast.rewards.base import EmbeddingReward, Setup
@@ -28,7 +26,7 @@ class AestheticReward(EmbeddingReward):
         self.encoder, self.head = encoder, head
 
     @classmethod
-    def load(cls, name: str, setup: Setup) -> AestheticReward:
+    def load(cls, name: str, setup: Setup) -> "AestheticReward":
         path = setup.find("Aesthetic", HEAD_FILE)
         head = linear_head(read_pickle(path), path).to(setup.device)
         return cls(name, load_clip(setup, VIT_L), head)

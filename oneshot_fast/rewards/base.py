@@ -1,7 +1,5 @@
 """What a reward is, and the weighted sum of several."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +53,7 @@ class Reward(nn.Module):
     differentiable: bool = True
 
     @classmethod
-    def load(cls, name: str, setup: Setup) -> Reward:
+    def load(cls, name: str, setup: Setup) -> "Reward":
         """The reward called ``name``; a subclass whose models are files reads them here.
 
         Raises:
@@ -92,7 +90,7 @@ class Reward(nn.Module):
 class EmbeddingReward(Reward):
     """Scores the embedding of an image, which rewards with the same ``encoder`` share."""
 
-    encoder: ImageEncoder
+    encoder: "ImageEncoder"
 
     def rate(self, embeddings: Tensor, features: Tensor | None) -> Tensor:
         """Scores, [B] float32, of what the encoder makes of images, [B, D] float32."""

@@ -1,7 +1,5 @@
 """``clip``: how well an image fits its prompt."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from oneshot_fast.rewards.base import Setup
@@ -17,6 +15,6 @@ class ClipReward(CosineReward):
     model: ClassVar = VIT_L
 
     @classmethod
-    def load(cls, name: str, setup: Setup) -> ClipReward:
+    def load(cls, name: str, setup: Setup) -> "ClipReward":
         encoder = load_clip(setup, cls.model)
         return cls(name, encoder, encoder.scale)

@@ -1,7 +1,5 @@
 """``digit``: how clearly an image shows the digit that its prompt names."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +25,7 @@ class DigitReward(Reward):
         self._classifier = load_classifier().to(device)
 
     @classmethod
-    def load(cls, name: str, setup: Setup) -> DigitReward:
+    def load(cls, name: str, setup: Setup) -> "DigitReward":
         return cls(setup.device)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:

@@ -1,7 +1,5 @@
 """``hpsv2``: Human Preference Score v2, which of several images for a prompt people prefer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +57,7 @@ class HpsReward(CosineReward):
     """
 
     @classmethod
-    def load(cls, name: str, setup: Setup) -> HpsReward:
+    def load(cls, name: str, setup: Setup) -> "HpsReward":
         path = setup.find(MODEL, FILES[name])
         tokenizer = load_tokenizer(setup, MODEL)
         model = load_open_clip(path, tokenizer.eos_token_id, setup.dtype).to(setup.device)

@@ -1,7 +1,5 @@
 """``imagereward``: how much people would like an image for its prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +50,7 @@ class ImageRewardReward(Reward):
         self._tokenizer = tokenizer
 
     @classmethod
-    def load(cls, name: str, setup: Setup) -> ImageRewardReward:
+    def load(cls, name: str, setup: Setup) -> "ImageRewardReward":
         path = setup.find(MODEL, FILE)
         vision, text, head = load_blip(path, setup.dtype)
         from transformers import BertTokenizer

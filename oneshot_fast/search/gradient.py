@@ -4,8 +4,6 @@ A slot's moments, step, step size and best result are its own, so that a finishe
 its slot to another one while the rest go on. Nothing here waits for the device.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -98,7 +96,7 @@ class Search:
         q = self._mover.rotation(self._state["point"])
         return self._problem.eps.nbytes + (0 if q is None else q.nbytes)
 
-    def place(self, slots: Sequence[int], new: Search) -> None:
+    def place(self, slots: Sequence[int], new: "Search") -> None:
         """Let ``new`` searches, just started, take over ``slots``, in which others have ended."""
         size, index = len(self.running), torch.tensor(slots, device=self.device)
         order = [*range(size)]

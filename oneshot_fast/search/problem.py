@@ -1,7 +1,5 @@
 """What is searched, what an objective finds of a noise, and what a search finds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -31,7 +29,7 @@ class Problem:
     target: Mapping[str, Tensor] = field(default_factory=dict)
     start: Tensor | None = None
 
-    def select(self, rows: Sequence[int]) -> Problem:
+    def select(self, rows: Sequence[int]) -> "Problem":
         """The searches ``rows``, in their order."""
         index = torch.tensor(rows, device=self.eps.device)
         return Problem(
@@ -42,7 +40,7 @@ class Problem:
             None if self.start is None else self.start[index],
         )
 
-    def cat(self, other: Problem) -> Problem:
+    def cat(self, other: "Problem") -> "Problem":
         """The searches of both, which begin alike."""
         starts = [part.start for part in (self, other) if part.start is not None]
         return Problem(

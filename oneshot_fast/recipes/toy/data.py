@@ -1,7 +1,5 @@
 """Labelled images for the small generators: real digits and drawn coloured shapes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +34,7 @@ class LabelledImages:
     labels: Tensor
     prompts: tuple[str, ...]
 
-    def sample(self, count: int, start: int = 0) -> LabelledImages:
+    def sample(self, count: int, start: int = 0) -> "LabelledImages":
         """At most ``count`` of the images, from ``start`` on in a random order."""
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
         chosen = order[start : start + count]
