@@ -127,20 +127,32 @@ cudaError_t with_dtype(DType dtype, F f) {
 // Bytes of an element in the accumulation dtype
 inline int64_t accumulator_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
+// Dynamic shared memory of a block. A kernel that needs it has such a first parameter, whose type
+// is an argument of its template, so that the kernel's name tells tools/check_cuda.py the size.
+template <int Bytes>
+struct DynamicShared {
+  static_assert(Bytes <= 99 << 10, "sm_86, sm_89 and sm_120 give a block no more");
+};
+template <class...>
+constexpr int kSharedBytes = 0;
+template <int Bytes, class... More>
+constexpr int kSharedBytes<DynamicShared<Bytes>, More...> = Bytes;
+
 // Launches at most kMaxBlocks blocks: every kernel steps over its work by the size of the grid.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
-                   void* stream, Arguments... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+                   Arguments... arguments) {
+  constexpr int kShared = kSharedBytes<Parameters...>;
   if (blocks == 0) return cudaSuccess;
-  if (shared_bytes > 48 << 10) {  // more must be asked for, per kernel and device
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if constexpr (kShared > 48 << 10) {  // more must be asked for, per kernel and device
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(min(blocks, kMaxBlocks)));
   config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.dynamicSmemBytes = kShared;
   config.stream = static_cast<cudaStream_t>(stream);
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }

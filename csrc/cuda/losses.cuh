@@ -101,10 +101,10 @@ cudaError_t mean_per_image(int64_t B, int64_t n, bool wide, F f, void* workspace
   double* const partial = static_cast<double*>(workspace);
   const auto kernel = wide ? sum_chunks<T, kWide<S>, F> : sum_chunks<T, 1, F>;
   const cudaError_t error =
-      launch(kernel, chunks.count(), kLossThreads, 0, stream, chunks, f, partial, loss);
+      launch(kernel, chunks.count(), kLossThreads, stream, chunks, f, partial, loss);
   // a mean of no elements is a NaN, written by the second stage
   if (error != cudaSuccess || (n > 0 && chunks.per_image.divisor() == 1)) return error;
-  return launch(add_chunks<T>, ceil_div(B, kLossThreads / kWarp), kLossThreads, 0, stream, chunks,
+  return launch(add_chunks<T>, ceil_div(B, kLossThreads / kWarp), kLossThreads, stream, chunks,
                 static_cast<const double*>(partial), loss);
 }
 
@@ -112,7 +112,7 @@ template <class S, class F>
 cudaError_t map_per_image(int64_t B, int64_t n, bool wide, F f, void* stream) {
   const Chunks chunks(B, n);
   const auto kernel = wide ? map_chunks<kWide<S>, F> : map_chunks<1, F>;
-  return launch(kernel, chunks.count(), kLossThreads, 0, stream, chunks, f);
+  return launch(kernel, chunks.count(), kLossThreads, stream, chunks, f);
 }
 
 }  // namespace osf::cuda

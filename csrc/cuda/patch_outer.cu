@@ -20,7 +20,7 @@ template <class S, int TD, int RM, int RN, int TN>
 cudaError_t tiled(const Outer& o, const OuterPlan& plan) {
   const int width = access_width<S>(o.tiles, o.a, o.b);
   return with_patch_side<S>(o.tiles.grid.p, width, [&]<int P, int V>() {
-    return launch(outer_tiled<S, P, V, TD, RM, RN, TN>, plan.blocks(), kPatchThreads, 0, o.stream,
+    return launch(outer_tiled<S, P, V, TD, RM, RN, TN>, plan.blocks(), kPatchThreads, o.stream,
                   o.tiles, plan, static_cast<const S*>(o.a), static_cast<const S*>(o.b),
                   static_cast<Accumulator<S>*>(o.workspace), static_cast<S*>(o.out));
   });
@@ -30,7 +30,7 @@ template <class S>
 cudaError_t on_tensor_cores(const Outer& o, const OuterPlan& plan) {
   const int width = access_width<S>(o.tiles, o.a, o.b);
   return with_patch_side<S>(o.tiles.grid.p, width, [&]<int P, int V>() {
-    return launch(outer_wmma<S, P, V>, plan.blocks(), kPatchThreads, 0, o.stream, o.tiles, plan,
+    return launch(outer_wmma<S, P, V>, plan.blocks(), kPatchThreads, o.stream, o.tiles, plan,
                   static_cast<const S*>(o.a), static_cast<const S*>(o.b),
                   static_cast<float*>(o.workspace), static_cast<S*>(o.out));
   });
@@ -55,8 +55,8 @@ cudaError_t outer(const Outer& o) {
   const int64_t splits = plan.splits.divisor(), n = o.tiles.D * o.tiles.D;
   if (error != cudaSuccess || splits == 1) return error;
   const Divider blocks(ceil_div(n, kWarp));
-  return launch(add_partial_sums<S>, plan.outputs * blocks.divisor(), 256, 0, o.stream,
-                plan.outputs, splits, n, blocks, static_cast<const Accumulator<S>*>(o.workspace),
+  return launch(add_partial_sums<S>, plan.outputs * blocks.divisor(), 256, o.stream, plan.outputs,
+                splits, n, blocks, static_cast<const Accumulator<S>*>(o.workspace),
                 static_cast<S*>(o.out));
 }
 

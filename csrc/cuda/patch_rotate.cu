@@ -21,7 +21,7 @@ cudaError_t in_registers(const Rotation& r) {
   constexpr int A = R * P < kWide<S> ? R * P : kWide<S>;
   const auto run = [&](auto kernel, int patches) {
     const Divider blocks(ceil_div(r.tiles.patches, patches * kPatchThreads));
-    return launch(kernel, r.tiles.count * blocks.divisor(), kPatchThreads, 0, r.stream, r.tiles,
+    return launch(kernel, r.tiles.count * blocks.divisor(), kPatchThreads, r.stream, r.tiles,
                   blocks, static_cast<const S*>(r.x), static_cast<const S*>(r.q.data), r.q.stride,
                   r.q.transposed, static_cast<S*>(r.out));
   };
@@ -35,7 +35,7 @@ cudaError_t tiled(const Rotation& r) {
   const int width = access_width<S>(r.tiles, r.x, r.out);
   return with_patch_side<S>(r.tiles.grid.p, width, [&]<int P, int V>() {
     const RotateBlocks<TM, TN> blocks(r.tiles);
-    return launch(rotate_tiled<S, P, V, TM, TN, RM, RN>, blocks.count, kPatchThreads, 0, r.stream,
+    return launch(rotate_tiled<S, P, V, TM, TN, RM, RN>, blocks.count, kPatchThreads, r.stream,
                   r.tiles, blocks, static_cast<const S*>(r.x), static_cast<const S*>(r.q.data),
                   r.q.stride, r.q.transposed, static_cast<S*>(r.out));
   });
@@ -46,7 +46,7 @@ cudaError_t on_tensor_cores(const Rotation& r) {
   const int width = access_width<S>(r.tiles, r.x, r.out);
   return with_patch_side<S>(r.tiles.grid.p, width, [&]<int P, int V>() {
     const RotateBlocks<64, 64> blocks(r.tiles);
-    return launch(rotate_wmma<S, P, V>, blocks.count, kPatchThreads, 0, r.stream, r.tiles, blocks,
+    return launch(rotate_wmma<S, P, V>, blocks.count, kPatchThreads, r.stream, r.tiles, blocks,
                   static_cast<const S*>(r.x), static_cast<const S*>(r.q.data), r.q.stride,
                   r.q.transposed, static_cast<S*>(r.out));
   });

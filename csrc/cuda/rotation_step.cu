@@ -53,10 +53,10 @@ __device__ __forceinline__ typename Team::Part adam_step(const Team& team, const
 
 // One step, see kernels.h, each matrix from start to end in shared memory.
 // Shared memory: the matrices of the series. A thread owns RM x RN elements.
-template <class S, int Side, bool Scalar>
+template <class S, int Side, bool Scalar, class Shared>
 __global__ void __launch_bounds__(
     Team<Accumulator<S>, Side>::kThreads* Team<Accumulator<S>, Side>::kTeams, 1)
-    rotation_step_small(int64_t B, int D, Adam<Accumulator<S>> adam,
+    rotation_step_small(Shared, int64_t B, int D, Adam<Accumulator<S>> adam,
                         const S* __restrict__ g,               // [B, D, D]
                         Accumulator<S>* __restrict__ q,        // [B, D, D]
                         Accumulator<S>* __restrict__ m,        // [B, D, D]
@@ -65,10 +65,8 @@ __global__ void __launch_bounds__(
   using T = Accumulator<S>;
   using Group = Team<T, Side>;
   using Part = typename Group::Part;
-  using Sum = Series<T, Side, kMaxPowers>;
   const Group team(D);
-  T* const memory = reinterpret_cast<T*>(dynamic_shared);
-  Sum series(team, memory + threadIdx.x / Group::kThreads * Sum::kElements);
+  Series<T, Side, kPowers<Side>> series(team, SeriesMemory<T, Side, kPowers<Side>>::of_team());
   T *const left = series.X(1), *const right = series.X(2);
   for (int64_t b = blockIdx.x * int64_t{Group::kTeams} + threadIdx.x / Group::kThreads; b < B;
        b += gridDim.x * int64_t{Group::kTeams}) {
@@ -124,10 +122,9 @@ template <class S, int Side, bool Scalar>
 cudaError_t step(const Problem& p) {
   using T = Accumulator<S>;
   using Group = Team<T, Side>;
-  constexpr int64_t kBytes =
-      Group::kTeams * Series<T, Side, kMaxPowers>::kElements * int64_t{sizeof(T)};
-  return launch(rotation_step_small<S, Side, Scalar>, ceil_div(p.B, Group::kTeams),
-                Group::kThreads * Group::kTeams, kBytes, p.stream, p.B, static_cast<int>(p.D),
+  using Shared = typename SeriesMemory<T, Side, kPowers<Side>>::Shared;
+  return launch(rotation_step_small<S, Side, Scalar, Shared>, ceil_div(p.B, Group::kTeams),
+                Group::kThreads * Group::kTeams, p.stream, Shared{}, p.B, static_cast<int>(p.D),
                 Adam<T>(p.options), static_cast<const S*>(p.g), static_cast<T*>(p.q),
                 static_cast<T*>(p.m), static_cast<T*>(p.v), static_cast<T*>(p.steps));
 }

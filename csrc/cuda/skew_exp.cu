@@ -4,7 +4,7 @@
 namespace osf::cuda {
 namespace {
 
-// Whether a matrix and all that its exponential needs fit into the shared memory of every GPU.
+// Whether a matrix and all that its exponential needs fit into the shared memory of any GPU.
 bool is_small(DType dtype, int64_t D) { return D <= (dtype == DType::f64 ? 32 : 64); }
 
 struct Problem {
@@ -17,33 +17,18 @@ struct Problem {
 };
 
 template <class S, int Side>
-cudaError_t small_forward(const Problem& p) {
-  using T = Accumulator<S>;
-  using Group = Team<T, Side>;
-  constexpr int64_t kBytes =
-      Group::kTeams * Series<T, Side, kMaxPowers>::kElements * int64_t{sizeof(T)};
-  return launch(skew_exp_small<S, Side>, ceil_div(p.B, Group::kTeams),
-                Group::kThreads * Group::kTeams, kBytes, p.stream, p.B, static_cast<int>(p.D),
-                static_cast<const S*>(p.a), static_cast<S*>(p.out));
-}
-
-// Two powers leave room for D = 64 in the 163 KiB of sm_80, at the price of more squarings.
-template <class S, int Side, int Powers = Side == 64 ? 2 : kMaxPowers>
-cudaError_t small_adjoint(const Problem& p) {
-  using T = Accumulator<S>;
-  using Group = Team<T, Side>;
-  constexpr int64_t kBytes =
-      Group::kTeams * AdjointMemory<T, Side, Powers>::kElements * int64_t{sizeof(T)};
-  static_assert(kBytes <= 163 << 10);
-  return launch(d_skew_exp_small<S, Side, Powers>, ceil_div(p.B, Group::kTeams),
-                Group::kThreads * Group::kTeams, kBytes, p.stream, p.B, static_cast<int>(p.D),
-                static_cast<const S*>(p.grad), static_cast<const S*>(p.a),
-                static_cast<const S*>(p.q), static_cast<S*>(p.out));
-}
-
-template <class S, int Side>
 cudaError_t small(const Problem& p) {
-  return p.grad ? small_adjoint<S, Side>(p) : small_forward<S, Side>(p);
+  using T = Accumulator<S>;
+  using Group = Team<T, Side>;
+  const auto run = [&](auto kernel, auto shared, auto... matrices) {
+    return launch(kernel, ceil_div(p.B, Group::kTeams), Group::kThreads * Group::kTeams, p.stream,
+                  shared, p.B, static_cast<int>(p.D), static_cast<const S*>(matrices)...,
+                  static_cast<S*>(p.out));
+  };
+  using Forward = typename SeriesMemory<T, Side, kPowers<Side>>::Shared;
+  using Adjoint = typename SeriesMemory<T, Side, kAdjointPowers<T>, 1>::Shared;
+  return p.grad ? run(d_skew_exp_small<S, Side, Adjoint>, Adjoint{}, p.grad, p.a, p.q)
+                : run(skew_exp_small<S, Side, Forward>, Forward{}, p.a);
 }
 
 template <class S>

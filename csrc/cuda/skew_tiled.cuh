@@ -142,7 +142,7 @@ class TiledExponential {
 
   template <class... Parameters, class... Arguments>
   void start(void (*kernel)(Parameters...), int64_t blocks, int threads, Arguments... arguments) {
-    if (error_ == cudaSuccess) error_ = launch(kernel, blocks, threads, 0, stream_, arguments...);
+    if (error_ == cudaSuccess) error_ = launch(kernel, blocks, threads, stream_, arguments...);
   }
   // A kernel with a thread per element
   template <class... Parameters, class... Arguments>

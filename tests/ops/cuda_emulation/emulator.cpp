@@ -11,7 +11,8 @@
 
 namespace osf::cuda {
 
-constexpr size_t kMaxShared = 163 << 10, kGuard = 64;  // of sm_80; nobody may touch the guard
+// The least that an architecture since sm_80 gives a block; nobody may touch the guard.
+constexpr size_t kMaxShared = 99 << 10, kGuard = 64;
 alignas(128) thread_local unsigned char dynamic_shared[kMaxShared + kGuard];
 
 }  // namespace osf::cuda
