@@ -1,6 +1,8 @@
 """Errors that a user can mend. Each message is one line that says what to do."""
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
@@ -34,6 +36,20 @@ def require(condition: bool, message: str) -> None:
     """Raise UserError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise UserError(message)
+
+
+@contextlib.contextmanager
+def refused(kind: type[UserError], prefix: str = "") -> Iterator[None]:
+    """Raise what a library raises inside, of whatever class, as ``kind``: prefix and its message.
+
+    Our own errors pass as they are.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise kind(prefix + one_line(error)) from error
 
 
 def printable(text: str) -> str:

@@ -3,7 +3,7 @@
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -33,16 +33,11 @@ class Conditioning:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, [B, ...]; ``dataclasses.replace`` puts others in their place."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in named.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def select(self, rows: slice | Sequence[int] | Tensor) -> "Conditioning":
         """That of the prompts at ``rows``, in their order."""
         return replace(self, **{name: value[rows] for name, value in self.tensors().items()})
-
-    def row(self, k: int) -> "Conditioning":
-        """That of prompt ``k``, as a batch of one."""
-        return self.select(slice(k, k + 1))
 
     def to(self, device: str | torch.device) -> "Conditioning":
         """The same on ``device``."""
@@ -150,8 +145,7 @@ class Generator(ABC):
     @property
     def module(self) -> nn.Module:
         """The denoiser, by the name that all trainees have for what is trained."""
-        module: nn.Module = self.denoiser
-        return module
+        return self.denoiser
 
     @property
     @abstractmethod
@@ -171,8 +165,7 @@ class Generator(ABC):
     @property
     def device(self) -> torch.device:
         """Where the denoiser lives."""
-        device: torch.device = next(self.denoiser.parameters()).device
-        return device
+        return next(self.denoiser.parameters()).device
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -100,10 +100,8 @@ class Decoder:
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self._tile and max(latents.shape[-2:]) > self._tile:
-            decoded: Tensor = self._vae.tiled_decode(latents, return_dict=False)[0]
-        else:
-            decoded = self._vae.decode(latents, return_dict=False)[0]
-        return decoded
+            return self._vae.tiled_decode(latents, return_dict=False)[0]
+        return self._vae.decode(latents, return_dict=False)[0]
 
 
 def load_tiny_decoder(

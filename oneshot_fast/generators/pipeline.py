@@ -169,13 +169,7 @@ class PipelineGenerator(Generator):
         return self.denoiser.config.in_channels, height // factor, width // factor
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts as the pipeline does, each distinct one once.
-
-        Prompts run one by one, so an encoding never depends on its neighbours' rounding.
-
-        Returns:
-            Conditioning of B = len(prompts) prompts on the generator's device.
-        """
+        """As the pipeline does, each distinct one once and by itself."""
         rows = []
         for prompt in prompts:
             if prompt not in self._prompts:
@@ -221,14 +215,7 @@ class PipelineGenerator(Generator):
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
-        """Latent of one image: the mean of the VAE's posterior, scaled as the denoiser expects.
-
-        Args:
-            image: [3, H, W] float32, [0, 1] RGB.
-
-        Returns:
-            [C, H/8, W/8] float32 on the generator's device.
-        """
+        """The mean of the VAE's posterior, scaled as the denoiser expects."""
         vae = self.pipe.vae
         x = (image[None] * 2 - 1).to(vae.device, next(vae.encoder.parameters()).dtype)
         with computing(vae.device, self._vae_autocast):
@@ -284,9 +271,8 @@ class PipelineGenerator(Generator):
     def _gradient_scale(self, dtype: torch.dtype, elements: int) -> float:
         """Scale of the gradients inside the denoiser; 1 where it is trained, which has its own."""
         scale = gradient_scale(self.autocast or dtype, elements)
-        if scale != 1 and any(p.requires_grad for p in self.denoiser.parameters()):
-            return 1.0
-        return scale
+        is_trained = scale != 1 and any(p.requires_grad for p in self.denoiser.parameters())
+        return 1.0 if is_trained else scale
 
     def recompute(self, level: Recomputed) -> None:
         super().recompute(level)

@@ -30,8 +30,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """``x``; its gradient is multiplied by ``factor``."""
     if factor == 1:
         return x
-    scaled: Tensor = _ScaleGradient.apply(x, factor)  # type: ignore[no-untyped-call]
-    return scaled
+    return _ScaleGradient.apply(x, factor)  # type: ignore[no-untyped-call]
 
 
 class _ScaleGradient(torch.autograd.Function):

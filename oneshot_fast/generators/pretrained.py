@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from oneshot_fast.errors import ModelError, one_line
+from oneshot_fast.errors import ModelError, one_line, refused
 from oneshot_fast.generators.base import LoadOptions
 from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.tensor_files import common_dtype, misfit, read_header
@@ -38,8 +38,9 @@ class PipelineFolder:
         """
         self.folder, self._family = folder, family
         self._classes = {part: _class(folder, part) for part in family.parts}
-        self._variants = {part: _variant(folder / part, variant) for part in family.parts}
-        self.stored = {part: _stored(folder / part, v) for part, v in self._variants.items()}
+        weights = {part: _weights(folder / part, variant) for part in family.parts}
+        self._variants = {part: chosen for part, (chosen, _) in weights.items()}
+        self.stored = {part: dtype for part, (_, dtype) in weights.items()}
         only = {part: v for part, v in self._variants.items() if v not in (variant, None)}
         if only and is_main():
             listed = ", ".join(f"{part} ({v})" for part, v in only.items())
@@ -59,12 +60,10 @@ class PipelineFolder:
         for part in self._classes.keys() - given.keys():
             networks[part], misfit = self._load(part, dtype)
             wrong = wrong or misfit
-        try:
+        with refused(ModelError):
             pipe = self._family.pipeline.from_pretrained(
                 self.folder, dtype=dtype or torch.float32, local_files_only=True, **networks
             )
-        except Exception as error:  # diffusers raises many types for a broken model
-            raise ModelError(one_line(error)) from None
         self._family.check(pipe)  # tells more than what does not fit
         if wrong:
             raise ModelError(wrong)
@@ -142,12 +141,10 @@ def load_network(
     """
     if isinstance(folder, Path) and not (folder / part / "config.json").is_file():
         raise ModelError(f"there is no {Path(part) / 'config.json'}")
-    try:
+    with refused(ModelError, f"{part}: " if part else ""):
         network, info = kind.from_pretrained(
             folder, subfolder=part, output_loading_info=True, ignore_mismatched_sizes=True, **how
         )
-    except Exception as error:  # both libraries raise many types for a broken model
-        raise ModelError(f"{part}: {one_line(error)}" if part else one_line(error)) from None
     wrong = misfit(info)
     if wrong is None:
         return network, None
@@ -182,26 +179,16 @@ def _class(folder: Path, part: str) -> Any:
     return found
 
 
-def _files(folder: Path) -> dict[str | None, list[Path]]:
-    """Files of weights by variant, None being the plain ones."""
+def _weights(folder: Path, wanted: str | None) -> tuple[str | None, torch.dtype]:
+    """Variant of a network's files that is read, None being the plain one, and its type."""
     found: dict[str | None, list[Path]] = {}
     for path in sorted(folder.glob("*")):
         base, *variant = re.sub(r"-\d+-of-\d+", "", path.name).split(".")
         if base in _WEIGHTS and variant and variant.pop() in ("safetensors", "bin"):
             found.setdefault(".".join(variant) or None, []).append(path)
-    return found
-
-
-def _variant(folder: Path, wanted: str | None) -> str | None:
-    found = _files(folder)
     if not found:
         raise ModelError(f"there are no weights of {folder.name}")
     named = sorted(filter(None, found))
-    return next(v for v in (wanted, None, "fp16", *named) if v in found)
-
-
-def _stored(folder: Path, variant: str | None) -> torch.dtype:
-    files = _files(folder)[variant]
-    tensors = [path for path in files if path.suffix == ".safetensors"]
-    headers = [read_header(path)[0] for path in tensors]
-    return common_dtype(kind for header in headers for kind, _ in header.values())
+    chosen = next(v for v in (wanted, None, "fp16", *named) if v in found)
+    headers = [read_header(path)[0] for path in found[chosen] if path.suffix == ".safetensors"]
+    return chosen, common_dtype(kind for header in headers for kind, _ in header.values())

@@ -11,7 +11,7 @@ from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from oneshot_fast.errors import ModelError, one_line
+from oneshot_fast.errors import ModelError, one_line, refused
 from oneshot_fast.generators.base import LoadOptions
 from oneshot_fast.generators.pretrained import refuse_dangling
 from oneshot_fast.runtime.tensor_files import common_dtype, read_header
@@ -63,10 +63,8 @@ class PipelineFile:
 
     def _check_config(self, place: str) -> None:
         refuse_dangling(Path(place))
-        try:
+        with refused(ModelError, f"--model_config {place}: "):
             named = self._family.pipeline.load_config(place, **self._known)["_class_name"]
-        except Exception as error:  # diffusers raises many types here
-            raise ModelError(f"--model_config {place}: {one_line(error)}") from None
         if named != self._family.pipeline.__name__:
             raise ModelError(
                 f"--model_config {place} is of a {named}, the file is read as a "

@@ -83,8 +83,7 @@ class ToyNetwork(nn.Module):
 
 
 def _plain(block: nn.Module, *args: Tensor) -> Tensor:
-    result: Tensor = block(*args)
-    return result
+    return block(*args)
 
 
 class _Block(nn.Module):

@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oneshot_fast.errors import ModelError, refused
 from oneshot_fast.rewards.base import EmbeddingReward, ImageEncoder, Setup
 from oneshot_fast.rewards.preprocess import preprocess
-from oneshot_fast.rewards.weights import build, read_config, read_tokenizer, tokenize
+from oneshot_fast.rewards.weights import build, read_tokenizer, tokenize
 from oneshot_fast.runtime.tensor_files import read_safetensors
 
 VIT_L = "CLIP-ViT-L-14"
+TOKENIZER = ("CLIPTokenizer", "merges.txt", "vocab.json")
 
 
 class ClipEncoder(ImageEncoder):
@@ -70,16 +72,9 @@ def load_clip(setup: Setup, model: str) -> ClipEncoder:
         path, config_path = (setup.find(model, f) for f in ("model.safetensors", "config.json"))
         from transformers import CLIPConfig, CLIPModel  # slow, so a missing file is told first
 
-        config = read_config(CLIPConfig, config_path)
+        with refused(ModelError, f"cannot use {config_path}: "):
+            config = CLIPConfig.from_json_file(config_path)
         network = build(CLIPModel, config, read_safetensors(path), path, setup.dtype)
-        setup.shared[model] = ClipEncoder(network.to(setup.device), load_tokenizer(setup, model))
+        tokenizer = read_tokenizer(setup, model, *TOKENIZER)
+        setup.shared[model] = ClipEncoder(network.to(setup.device), tokenizer)
     return setup.shared[model]
-
-
-def load_tokenizer(setup: Setup, model: str) -> Any:
-    """CLIP's tokenizer of the files in the folder ``model``; ModelError if it is not whole."""
-    folder = setup.find(model, "merges.txt").parent
-    setup.find(model, "vocab.json")
-    from transformers import CLIPTokenizer
-
-    return read_tokenizer(CLIPTokenizer, folder)

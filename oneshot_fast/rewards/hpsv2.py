@@ -9,9 +9,9 @@ from torch import Tensor
 
 from oneshot_fast.errors import ModelError
 from oneshot_fast.rewards.base import Setup
-from oneshot_fast.rewards.clip_encoder import ClipEncoder, CosineReward, load_tokenizer
+from oneshot_fast.rewards.clip_encoder import TOKENIZER, ClipEncoder, CosineReward
 from oneshot_fast.rewards.preprocess import preprocess_padded
-from oneshot_fast.rewards.weights import build, depth
+from oneshot_fast.rewards.weights import build, depth, read_tokenizer, renamed
 from oneshot_fast.runtime.tensor_files import read_pickle
 
 MODEL = "HPSv2"
@@ -23,31 +23,23 @@ FILES = {
 # width of one attention head in ViT-H/14; the shapes of weights do not tell it
 VISION_HEAD, TEXT_HEAD = 80, 64
 
-_BLOCK_NAMES = (
-    ("ln_1.", "layer_norm1."),
-    ("ln_2.", "layer_norm2."),
-    ("attn.out_proj.", "self_attn.out_proj."),
-    ("mlp.c_fc.", "mlp.fc1."),
-    ("mlp.c_proj.", "mlp.fc2."),
+_NAMES = (  # of open_clip, in transformers
+    (r"^(visual\.)?transformer\.resblocks", r"\1encoder.layers"),
+    (r"^(encoder|token_embedding|positional_embedding|ln_final)", r"text_model.\1"),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"^visual\.", "vision_model."),
+    (r"\.(class|token)_embedding", r".embeddings.\1_embedding"),
+    (r"\.positional_embedding$", ".embeddings.position_embedding.weight"),
+    (r"\.conv1\.", ".embeddings.patch_embedding."),
+    (r"\.ln_pre\.", ".pre_layrnorm."),  # spelled so in transformers
+    (r"\.ln_post\.", ".post_layernorm."),
+    (r"\.ln_final\.", ".final_layer_norm."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.c_fc\.", ".fc1."),
+    (r"\.c_proj\.", ".fc2."),
 )
-_NAMES = {
-    "logit_scale": "logit_scale",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # spelled so in transformers
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-}
-_TRANSPOSED = {
-    "text_projection": "text_projection.weight",
-    "visual.proj": "visual_projection.weight",
-}
 
 
 class HpsReward(CosineReward):
@@ -59,7 +51,7 @@ class HpsReward(CosineReward):
     @classmethod
     def load(cls, name: str, setup: Setup) -> "HpsReward":
         path = setup.find(MODEL, FILES[name])
-        tokenizer = load_tokenizer(setup, MODEL)
+        tokenizer = read_tokenizer(setup, MODEL, *TOKENIZER)
         model = load_open_clip(path, tokenizer.eos_token_id, setup.dtype).to(setup.device)
         return cls(name, ClipEncoder(model, tokenizer, preprocess_padded), 1.0)
 
@@ -80,7 +72,7 @@ def load_open_clip(path: Path, eos_token_id: int, dtype: torch.dtype) -> Any:
         config = config_of(tensors, eos_token_id)
     except KeyError as error:
         raise ModelError(f"{path} has another layout: no {error.args[0]}") from None
-    return build(CLIPModel, config, renamed(tensors), path, dtype)
+    return build(CLIPModel, config, converted(tensors), path, dtype)
 
 
 def config_of(tensors: Mapping[str, Tensor], eos_token_id: int) -> Any:
@@ -102,16 +94,17 @@ def config_of(tensors: Mapping[str, Tensor], eos_token_id: int) -> Any:
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
 
 
-def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's tensors under transformers' names; unknown ones keep theirs."""
+def converted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's tensors as transformers has them; unknown ones keep their names."""
     found: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        if key in _TRANSPOSED:
-            found[_TRANSPOSED[key]] = value.T.contiguous()
-        elif "resblocks." in key:
-            found |= _block(key, value)
+    for key, value in renamed(tensors, _NAMES).items():
+        if key in ("text_projection.weight", "visual_projection.weight"):
+            found[key] = value.T.contiguous()
+        elif ".in_proj_" in key:  # queries, keys and values, stacked
+            names = (key.replace(".in_proj_", f".{letter}_proj.") for letter in "qkv")
+            found.update(zip(names, value.chunk(3), strict=True))
         else:
-            found[_NAMES.get(key, key)] = value
+            found[key] = value
     return found
 
 
@@ -126,18 +119,3 @@ def _tower(tensors: Mapping[str, Tensor], prefix: str, head: int) -> dict[str, A
         "num_attention_heads": width // head,
         "hidden_act": "gelu",
     }
-
-
-def _block(key: str, value: Tensor) -> dict[str, Tensor]:
-    """One tensor of a transformer block; queries, keys and values are stacked in open_clip."""
-    before, _, rest = key.partition("transformer.resblocks.")
-    number, _, part = rest.partition(".")
-    place = f"{'vision' if before else 'text'}_model.encoder.layers.{number}."
-    if part.startswith("attn.in_proj_"):
-        kind = part.removeprefix("attn.in_proj_")
-        names = (f"{place}self_attn.{letter}_proj.{kind}" for letter in "qkv")
-        return dict(zip(names, value.chunk(3), strict=True))
-    for old, new in _BLOCK_NAMES:
-        if part.startswith(old):
-            return {place + new + part.removeprefix(old): value}
-    return {key: value}

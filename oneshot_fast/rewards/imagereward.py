@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from oneshot_fast.errors import ModelError
 from oneshot_fast.rewards.base import Reward, Setup
 from oneshot_fast.rewards.preprocess import preprocess
-from oneshot_fast.rewards.weights import build, depth, linear_head, read_tokenizer, tokenize
+from oneshot_fast.rewards.weights import (
+    build,
+    depth,
+    linear_head,
+    read_tokenizer,
+    renamed,
+    tokenize,
+)
 from oneshot_fast.runtime.tensor_files import read_pickle
 
 MODEL, FILE = "ImageReward", "ImageReward.pt"
@@ -22,16 +29,15 @@ HEAD = 64  # width of one attention head, in both of BLIP's encoders
 _VISION, _TEXT, _MLP = "blip.visual_encoder.", "blip.text_encoder.", "mlp."
 # BLIP's contrastive heads, which the score does not use, and a buffer that counts 0, 1, 2, ...
 _UNUSED = ("blip.vision_proj.", "blip.text_proj.", _TEXT + "embeddings.position_ids")
-_VISION_NAMES = (
-    ("cls_token", "embeddings.class_embedding"),
-    ("pos_embed", "embeddings.position_embedding"),
-    ("patch_embed.proj.", "embeddings.patch_embedding."),
-    ("blocks.", "encoder.layers."),
-    (".attn.qkv.", ".self_attn.qkv."),
-    (".attn.proj.", ".self_attn.projection."),
-    (".norm1.", ".layer_norm1."),
-    (".norm2.", ".layer_norm2."),
-    ("norm.", "post_layernorm."),
+_VISION_NAMES = (  # in transformers
+    (r"^cls_token", "embeddings.class_embedding"),
+    (r"^pos_embed", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj", "embeddings.patch_embedding"),
+    (r"^norm\.", "post_layernorm."),
+    (r"^blocks", "encoder.layers"),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
 )
 
 
@@ -53,9 +59,7 @@ class ImageRewardReward(Reward):
     def load(cls, name: str, setup: Setup) -> "ImageRewardReward":
         path = setup.find(MODEL, FILE)
         vision, text, head = load_blip(path, setup.dtype)
-        from transformers import BertTokenizer
-
-        tokenizer = read_tokenizer(BertTokenizer, setup.find(MODEL, "vocab.txt").parent)
+        tokenizer = read_tokenizer(setup, MODEL, "BertTokenizer", "vocab.txt")
         return cls(vision, text, head, tokenizer).to(setup.device)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -102,28 +106,15 @@ def parts(
     Raises:
         ModelError: If one of the file ``path`` belongs to none of them.
     """
-    vision: dict[str, Tensor] = {}
-    text: dict[str, Tensor] = {}
-    head: dict[str, Tensor] = {}
+    found: dict[str, dict[str, Tensor]] = {_VISION: {}, _TEXT: {}, _MLP: {}}
     for key, value in tensors.items():
         if key.startswith(_UNUSED):
             continue
-        if key.startswith(_VISION):
-            vision[_vision_name(key.removeprefix(_VISION))] = value
-        elif key.startswith(_TEXT):
-            text[key.removeprefix(_TEXT)] = value
-        elif key.startswith(_MLP):
-            head[key.removeprefix(_MLP)] = value
-        else:
+        part = next((part for part in found if key.startswith(part)), None)
+        if part is None:
             raise ModelError(f"{path} has another layout: unknown {key}")
-    return vision, text, head
-
-
-def _vision_name(key: str) -> str:
-    for old, new in _VISION_NAMES:
-        if key.startswith(old) or (old.startswith(".") and old in key):
-            key = key.replace(old, new)
-    return key
+        found[part][key.removeprefix(part)] = value
+    return renamed(found[_VISION], _VISION_NAMES), found[_TEXT], found[_MLP]
 
 
 def configs_of(tensors: Mapping[str, Tensor]) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """Published weights into transformers' models: tensors only, every one in its place."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,24 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oneshot_fast.errors import ModelError, one_line
+from oneshot_fast.errors import ModelError, refused
+from oneshot_fast.rewards.base import Setup
 from oneshot_fast.runtime.tensor_files import misfit
 
 
-def read_config(kind: Any, path: Path) -> Any:
-    """Configuration of transformers' class ``kind`` in a config.json; ModelError if damaged."""
-    try:
-        return kind.from_json_file(path)
-    except Exception as error:  # transformers raises many types for broken files
-        raise ModelError(f"cannot use {path}: {one_line(error)}") from None
+def read_tokenizer(setup: Setup, model: str, kind: str, *files: str) -> Any:
+    """Tokenizer of transformers' class ``kind`` from the ``files`` in the folder ``model``.
 
+    Raises:
+        ModelError: If one is missing or damaged.
+    """
+    for file in files:
+        folder = setup.find(model, file).parent
+    import transformers  # slow, so a missing file is told first
 
-def read_tokenizer(kind: Any, folder: Path) -> Any:
-    """Tokenizer of class ``kind`` with the vocabulary in ``folder``; ModelError if damaged."""
-    try:
-        return kind.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many types for broken files
-        raise ModelError(f"cannot use the tokenizer in {folder}: {one_line(error)}") from None
+    with refused(ModelError, f"cannot use the tokenizer in {folder}: "):
+        return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
@@ -36,6 +36,16 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
         max_length=length,
         return_tensors="pt",
     )
+
+
+def renamed(tensors: Mapping[str, Tensor], names: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+    """The tensors, in whose names each pattern (a regular expression) becomes its other text."""
+    found: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        for pattern, new in names:
+            key = re.sub(pattern, new, key)
+        found[key] = value
+    return found
 
 
 def depth(tensors: Iterable[str], prefix: str) -> int:
@@ -67,7 +77,7 @@ def build(
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with refused(ModelError, f"{path} has another layout: "):
         model, info = kind.from_pretrained(
             None,
             config=config,
@@ -77,8 +87,6 @@ def build(
             ignore_mismatched_sizes=True,
             **options,
         )
-    except Exception as error:  # transformers raises many types here
-        raise ModelError(f"{path} has another layout: {one_line(error)}") from None
     if wrong := misfit(info):
         raise ModelError(f"{path} has another layout: {wrong}")
     return model.eval()
@@ -102,9 +110,7 @@ def linear_head(tensors: Mapping[str, Tensor], path: Path) -> nn.Sequential:
     for n in numbers:
         weight, bias = (tensors[f"layers.{n}.{part}"].float() for part in ("weight", "bias"))
         layer = nn.Linear(weight.shape[1], weight.shape[0])
-        try:
+        with refused(ModelError, f"{path} has another layout: "):
             layer.load_state_dict({"weight": weight, "bias": bias})
-        except RuntimeError as error:
-            raise ModelError(f"{path} has another layout: {one_line(error)}") from None
         head.append(layer)
     return head

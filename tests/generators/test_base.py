@@ -26,7 +26,7 @@ PROMPTS = ["a handwritten digit three", "the number 7 in blue ink"]
 @pytest.mark.parametrize("pooled", [torch.arange(6.0).view(3, 2), None], ids=["pooled", "none"])
 def test_rows_of_prompts(pooled: torch.Tensor | None) -> None:
     whole = Conditioning(torch.arange(12.0).view(3, 2, 2), pooled)
-    again = Conditioning.cat([whole.row(0), whole.select([1, 2])])
+    again = Conditioning.cat([whole.select([0]), whole.select([1, 2])])
     turned = whole.select(torch.tensor([2, 0, 1])).select([1, 2, 0])
     for other in (again, turned):
         assert other.tensors().keys() == whole.tensors().keys()

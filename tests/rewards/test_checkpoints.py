@@ -77,13 +77,13 @@ def test_every_tensor_of_the_layout_is_needed(tmp_path: Path, name: str) -> None
 def test_all_tensors_of_vit_h_have_their_place() -> None:
     from transformers import CLIPModel
 
-    from oneshot_fast.rewards.hpsv2 import config_of, renamed
+    from oneshot_fast.rewards.hpsv2 import config_of, converted
 
     tensors = on_meta(open_clip_layout(VIT_H))
     assert sum(value.numel() for value in tensors.values()) == 986_109_441  # as open_clip says
     with torch.device("meta"):
         model = CLIPModel(config_of(tensors, 49407))
-    assert shapes(model.state_dict()) == shapes(renamed(tensors))
+    assert shapes(model.state_dict()) == shapes(converted(tensors))
     assert model.config.vision_config.num_attention_heads == 16
     assert model.config.text_config.num_attention_heads == 16
 
