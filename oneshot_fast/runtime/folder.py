@@ -173,7 +173,7 @@ class RunFolder:
             self.ledger.put({"path": NAME, "damaged": True})
         found = self.ledger.damaged(self._verify)
         self.damaged = [key for key in found if not self._restore(key)]
-        for key in self.damaged:
+        for key in dict.fromkeys(map(self.ledger.whole, self.damaged)):
             if (self.path / key).exists():
                 set_aside(self.path / key, "damaged")
             self.ledger.forget(key)

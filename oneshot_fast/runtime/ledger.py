@@ -64,6 +64,11 @@ class Ledger:
         names = (key, *map(str, PurePosixPath(key).parents))
         return any(not self.entries.get(name, {"gone": True}).get("gone") for name in names)
 
+    def whole(self, key: str) -> str:
+        """The folder that this file became visible with, as a checkpoint's do; else the file."""
+        folders = reversed([*map(str, PurePosixPath(key).parents)])
+        return next((f for f in folders if self.entries.get(f, {}).get("gone")), key)
+
     def is_sealed(self, name: str) -> bool:
         """Whether this file was written to its end."""
         return "size" in self.entries.get(name, {})

@@ -183,10 +183,10 @@ class ShardRun(ABC, Generic[Item, Found]):
                 if is_main():
                     write_jsonl(self.folder / "manifest.jsonl", map(self.line, self.done.values()))
                 self.solve_all()
-                self._tracker.finish()
                 failures = gather_objects(self.failures)
                 if is_main():
                     self._finish(failures)
+                self._tracker.finish()
                 barrier()
             return dict(read_json(self.folder / self.summary_name))
 
@@ -292,14 +292,18 @@ class ShardRun(ABC, Generic[Item, Found]):
         if not is_main():  # the lists are made of all shards in the end
             return
         append_jsonl(self.folder / "manifest.jsonl", map(self.line, rows))
-        now, count = time.perf_counter(), len(self.done)
-        event = {"samples": count, **self.means(rows), "seconds": round(now - self._since, 3)}
-        self._since = now
+        now = time.perf_counter()
+        event = {"samples": len(self.done), **self.means(rows)}
+        event["seconds"], self._since = round(now - self._since, 3), now
         append_jsonl(self.folder / "history.jsonl", [event])
-        self._tracker.log(event, step=count)
-        shown = (row["id"] for row in rows if row["index"] < _SHOWN)
-        for name in shown:
-            self._tracker.images(sorted((self.folder / "images").glob(f"{name}-*.png")), count)
+        self._track(rows, event)
+
+    def _track(self, rows: Iterable[Json], event: Json) -> None:
+        """Send what is said of ``rows``, and the pictures of the first samples among them."""
+        step = len(self.done)
+        self._tracker.log(event, step)
+        for name in (row["id"] for row in rows if row["index"] < _SHOWN):
+            self._tracker.images(sorted((self.folder / "images").glob(f"{name}-*.png")), step)
 
     def line(self, row: Json) -> Json:
         """What manifest.jsonl says of a row."""
@@ -309,8 +313,11 @@ class ShardRun(ABC, Generic[Item, Found]):
         """Write failures, manifest and summary, of the shards of all processes."""
         path = self.folder / "failures.jsonl"
         write_jsonl(path, failures)
-        self.done = self._rows()
+        known, self.done = {*self.done}, self._rows()
         require(bool(self.done), f"{self.nothing_kept}; see {path}")
+        others = [row for name, row in self.done.items() if name not in known]
+        if others:  # of the other processes
+            self._track(others, {"samples": len(self.done), **self.means(others)})
         self.write_lists(len(failures))
 
     def write_lists(self, failed: int, is_last: bool = True) -> None:

@@ -166,7 +166,9 @@ def test_assign_sft_and_direct_sft(trained: Path, call: Call) -> None:
     assert found["z"].shape == (12, 64, 1, 1) and found["q"].shape == (12, 64, 64)
     ended = call("toy", "sft", *flags, "--dry_run")
     assert "parameters of unet" in ended.out and "parameters of vae" not in ended.out
-    epochs = ["--epochs", 2, "--preserve_pool_size", 8]
+    epochs, mine = ["--epochs", 2, "--preserve_pool_size", 8], trained / "comparison" / "mine.txt"
+    mine.parent.mkdir()
+    mine.touch()
     for name in ("sft", "direct_sft"):
         ended = call("toy", name, *flags, *epochs)
         assert ended.code == 0, ended.err
@@ -177,7 +179,7 @@ def test_assign_sft_and_direct_sft(trained: Path, call: Call) -> None:
     assert kept["sft"]["noise"] == "matched" and kept["direct_sft"]["noise"] == "random"
     found = json.loads((trained / "comparison" / "comparison.json").read_text())
     assert found["base"]["drift"] == 0 < found["sft"]["drift"]
-    assert found["sft"] != found["direct_sft"]
+    assert found["sft"] != found["direct_sft"] and mine.exists()
 
 
 def test_em_on_the_test_split(trained: Path, call: Call) -> None:

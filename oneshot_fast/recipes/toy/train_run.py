@@ -47,7 +47,8 @@ def train(
         "seed": seed,
         "samples": samples,
     }
-    with RunFolder(folder, settings, OUTPUTS, overwrite):
+    with RunFolder(folder, settings, OUTPUTS, overwrite) as run:
+        run.reopen("summary.json")
         if not (folder / "summary.json").exists():
             started = time.perf_counter()
             generator = _generator(folder, recipe, train_set, seed)
