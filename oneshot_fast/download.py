@@ -1,4 +1,4 @@
-"""Download models: the generator and those of the rewards, checked by size and hash."""
+"""Download models: the generator, those of rewards and measures, checked by size and hash."""
 
 import errno
 import os
@@ -12,7 +12,10 @@ from typing import Literal
 from oneshot_fast.cli import OK, run_command
 from oneshot_fast.runtime.hub import RemoteFile, fetch, list_files
 
-Name = Literal["sdxl-turbo", "CLIP-ViT-L-14", "Aesthetic", "PickScore_v1", "ImageReward", "HPSv2"]
+Name = Literal[
+    "sdxl-turbo", "CLIP-ViT-L-14", "DINOv2-L-14", "Aesthetic", "PickScore_v1", "ImageReward",
+    "HPSv2",
+]  # fmt: skip
 # files by repository on the hub; * matches any name in one folder
 CLIP, CLIP_TOKENIZER = "openai/clip-vit-large-patch14", ("vocab.json", "merges.txt")
 MODELS: Mapping[Name, Mapping[str, tuple[str, ...]]] = {
@@ -33,6 +36,7 @@ MODELS: Mapping[Name, Mapping[str, tuple[str, ...]]] = {
         )
     },
     "CLIP-ViT-L-14": {CLIP: ("config.json", "model.safetensors", *CLIP_TOKENIZER)},
+    "DINOv2-L-14": {"facebook/dinov2-large": ("config.json", "model.safetensors")},
     "Aesthetic": {"camenduru/improved-aesthetic-predictor": ("sac+logos+ava1-l14-linearMSE.pth",)},
     # both were trained with CLIP's vocabulary
     "PickScore_v1": {

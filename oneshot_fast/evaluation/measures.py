@@ -6,16 +6,12 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.data.images import shrink
+from oneshot_fast.evaluation.distances import frechet
 from oneshot_fast.generators.base import Classifier
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Squared Frechet distance between Gaussians fitted to two sets of features.
-
-    |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), Dowson and Landau 1982, as used for
-    the FID (arXiv:1706.08500); in fp64. tr((C_a C_b)^(1/2)) is the sum of the singular values of
-    L_a^T L_b with C = L L^T, and the centred features are such an L: singular covariances (fewer
-    samples than features) need no regularisation.
+    """Squared Frechet distance between Gaussians fitted to two sets of features, as ``frechet``.
 
     Args:
         features_a: [N, F], N >= 2.
@@ -37,11 +33,8 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
             f"expected at least 2 samples per set, got {len(features_a)} and {len(features_b)}"
         )
     a, b = features_a.detach().double().cpu(), features_b.detach().double().cpu()
-    mean_a, mean_b = a.mean(0), b.mean(0)
-    root_a, root_b = (a - mean_a) / (len(a) - 1) ** 0.5, (b - mean_b) / (len(b) - 1) ** 0.5
-    overlap = torch.linalg.svdvals(root_a @ root_b.T).sum()
-    distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum()
-    return (distance - 2 * overlap).item()
+    ones = (torch.ones(1, len(x), dtype=torch.float64) for x in (a, b))
+    return frechet(a, b, *ones).item()
 
 
 def pairwise_diversity(images: Tensor, labels: Tensor) -> float:

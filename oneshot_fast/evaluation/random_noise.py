@@ -1,14 +1,19 @@
 """What a generator makes of fresh random noise, measured before, during and after training."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from oneshot_fast.data.images import save_png, shrink, tile
 from oneshot_fast.embedded.classifier import load_classifier
-from oneshot_fast.evaluation.measures import frechet_distance, pairwise_diversity, prompt_accuracy
+from oneshot_fast.evaluation.distances import Verdict, replicates, verdicts
+from oneshot_fast.evaluation.features import Features
+from oneshot_fast.evaluation.measures import pairwise_diversity, prompt_accuracy
 from oneshot_fast.generators.base import Classifier, Generator
 from oneshot_fast.runtime.files import (
     finite,
@@ -21,6 +26,8 @@ from oneshot_fast.runtime.progress import progress
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
 Scores = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
+_AT_ONCE = 16  # images
+_SHOWN = 8  # noises whose images are kept, to be seen side by side
 
 
 def classifier_for(generator: Generator, prompts: Sequence[str]) -> Classifier | None:
@@ -28,6 +35,27 @@ def classifier_for(generator: Generator, prompts: Sequence[str]) -> Classifier |
     classifier: Classifier = generator.classifier or load_classifier()
     known = all(classifier.label_of(prompt) is not None for prompt in prompts)
     return classifier if known else None
+
+
+def evaluated_prompts(prompts: Sequence[str], samples: int, seed: int) -> tuple[list[str], Tensor]:
+    """Prompts of ``samples`` images, as frequent as among ``prompts``, in turns.
+
+    Of many different ones so many are drawn that each has two images, but 16 at least.
+
+    Returns:
+        The prompts, and the number of each [samples] among the different ones.
+    """
+    often, most = Counter(prompts), max(16, samples // 2)
+    distinct = list(often)
+    draw = torch.Generator().manual_seed(derived_seed(seed, "evaluated prompts"))
+    chosen = sorted(torch.randperm(len(distinct), generator=draw)[:most].tolist())
+    total = sum(often[distinct[k]] for k in chosen)
+    share = [samples * often[distinct[k]] / total for k in chosen]
+    count = [int(part) for part in share]
+    for k in sorted(range(len(share)), key=lambda k: count[k] - share[k])[: samples - sum(count)]:
+        count[k] += 1  # of the largest remainders
+    turns = sorted((turn, k) for k, of in enumerate(count) for turn in range(of))
+    return [distinct[chosen[k]] for _, k in turns], torch.tensor([k for _, k in turns])
 
 
 class RandomNoiseMeasure:
@@ -45,34 +73,35 @@ class RandomNoiseMeasure:
         samples: int,
         seed: int,
         classifier: Classifier | None = None,
-        real: Tensor | None = None,
+        features: Features | None = None,
+        real: Iterable[Tensor] | None = None,
         scores: Scores | None = None,
     ) -> None:
         """Choose prompts and noises.
 
         Args:
-            prompts: Prompts to draw from; at most 16 different ones are used.
+            prompts: Prompts to draw from, see ``evaluated_prompts``.
             noise_shape: [C, h, w] of a noise.
             samples: Samples per measure.
             seed: Seed of the run.
-            classifier: For accuracy and Frechet distance; None leaves them out.
-            real: Held-out target images, [M, 3, H, W] in [0, 1], for the Frechet distance.
+            classifier: For accuracy; None leaves it out.
+            features: What images are compared by; None measures no distances.
+            real: Held-out target images, [3, H, W] in [0, 1] each; fewer than two are not used.
             scores: Of images [B, 3, H, W] in [0, 1] and their prompts, [B] by name; their means
                 are measured, too.
         """
-        distinct = list(dict.fromkeys(prompts))
-        draw = torch.Generator().manual_seed(derived_seed(seed, "evaluated prompts"))
-        chosen = sorted(torch.randperm(len(distinct), generator=draw)[:16].tolist())
-        self.prompts = [distinct[chosen[k % len(chosen)]] for k in range(samples)]
-        self.labels = torch.arange(samples) % len(chosen)
+        self.prompts, self.labels = evaluated_prompts(prompts, samples, seed)
         self.eps = gaussian(
             [derived_seed(seed, "evaluated noise", k) for k in range(samples)], noise_shape
         )
-        self.classifier, self.real, self.scores = classifier, real, scores
+        self.classifier, self.features, self.scores = classifier, features, scores
+        self.seed = derived_seed(seed, "bootstrap")
+        found = list(_features(features, real)) if features and real is not None else []
+        self.real = torch.cat(found) if sum(map(len, found)) > 1 else None
 
     @torch.no_grad()
-    def measure(self, generator: Generator, path: Path) -> dict[str, float]:
-        """Measure ``generator`` and keep the result in ``path``.json and ``path``.png.
+    def measure(self, generator: Generator, path: Path) -> dict[str, Any]:
+        """Measure ``generator`` and keep the result in ``path``.json, .png and .safetensors.
 
         Args:
             generator: The generator as it is now.
@@ -80,55 +109,95 @@ class RandomNoiseMeasure:
                 "base" comes first: the drift is measured against it.
 
         Returns:
-            samples, diversity, drift (RMS latent distance to the base generator), with a
-            classifier accuracy and frechet_distance, and the mean of each of the scores.
+            samples, diversity (in pixels), drift (RMS latent distance to the base generator), with
+            a classifier accuracy, the mean of each of the scores, with features those of
+            ``replicates``, and ``errors``, the standard errors of these.
         """
-        result_path, grid = (path.with_name(path.name + end) for end in (".json", ".png"))
-        base_path, is_base = path.with_name("base.safetensors"), path.name == "base"
-        if result_path.exists() and grid.exists() and (base_path.exists() or not is_base):
+        result_path, grid, kept = (
+            path.with_name(path.name + end) for end in (".json", ".png", ".safetensors")
+        )
+        if all(file.exists() for file in (result_path, grid, kept)):
             return read_json(result_path)
-        latents, images, means = self._generate(generator, grid)
-        if is_base:
-            write_safetensors(base_path, {"latents": latents}, {})
-        base = read_safetensors(base_path)["latents"]
+        made = self._generate(generator, grid)
+        is_base = path.name == "base"
+        base = made if is_base else read_safetensors(path.with_name("base.safetensors"))
+        images = made.pop("images")
         result = {
             "samples": len(self.prompts),
             "diversity": pairwise_diversity(images, self.labels),
-            "drift": (latents - base).square().mean().sqrt().item(),
+            "drift": (made["latents"] - base["latents"]).square().mean().sqrt().item(),
         }
         if self.classifier is not None:
             named = [self.classifier.label_of(prompt) for prompt in self.prompts]
             result["accuracy"] = prompt_accuracy(self.classifier(images), torch.tensor(named))
-            if self.real is not None:
-                features = (self.classifier.features(x) for x in (images, self.real))
-                result["frechet_distance"] = frechet_distance(*features)
-        result = finite(result | means)
+        tensors = {"shown": made["shown"]} | ({"latents": made["latents"]} if is_base else {})
+        if self.features is not None:
+            found = replicates(
+                made["features"], self.labels, self.real, seed=self.seed, fits=made.get("fits"),
+                sigma=self.features.sigma,
+            )  # fmt: skip
+            tensors |= {_REPLICATES + name: values for name, values in found.items()}
+            result |= {name: values[0].item() for name, values in found.items()}
+            errors = {name: values[1:].std().item() for name, values in found.items()}
+            result["errors"] = finite(errors)
+        scored = {k.removeprefix("score "): v for k, v in made.items() if k.startswith("score ")}
+        result = finite(result | {name: values.mean().item() for name, values in scored.items()})
+        write_safetensors(kept, tensors, {})
         write_json(result_path, result)
         return result
 
-    def _generate(
-        self, generator: Generator, grid: Path
-    ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Of all noises latents [N, C, h, w], images [N, 3, <=64, <=64] and mean scores.
+    def _generate(self, generator: Generator, grid: Path) -> dict[str, Tensor]:
+        """Of all noises latents [N, C, h, w], images [N, 3, <=64, <=64], features [N, F], scores.
 
-        Saves a grid of samples.
+        Saves a grid of samples; those of the first noises are ``shown``.
         """
-        latents, images, shown = [], [], []
-        scores: dict[str, list[Tensor]] = {}
-        rows, columns = 5, int(self.labels.max()) + 1
+        found: dict[str, list[Tensor]] = {}
+        rows, columns = 5, min(16, int(self.labels.max()) + 1)
         with progress(len(self.prompts), f"evaluate {grid.stem}", "image") as bar:
-            for start in range(0, len(self.prompts), 16):
-                part = slice(start, start + 16)
-                encoding = generator.encode_prompts(self.prompts[part])
-                latents.append(generator.latents(self.eps[part].to(generator.device), encoding))
-                full = generator.decode(latents[-1])
-                scored = self.scores(full, self.prompts[part]) if self.scores else {}
-                for name, values in scored.items():
-                    scores.setdefault(name, []).append(values)
-                full = full.cpu()
-                shown.append(shrink(full, 128)[: max(0, rows * columns - start)])
-                images.append(shrink(full, 64))
+            for start in range(0, len(self.prompts), _AT_ONCE):
+                part = slice(start, start + _AT_ONCE)
+                prompts = self.prompts[part]
+                encoding = generator.encode_prompts(prompts)
+                latents = generator.latents(self.eps[part].to(generator.device), encoding)
+                full = generator.decode(latents)
+                new = {"latents": latents, "images": shrink(full, 64)}
+                if start < rows * columns:
+                    new["grid"] = shrink(full, 128)
+                scored = self.scores(full, prompts) if self.scores else {}
+                new |= {f"score {name}": values for name, values in scored.items()}
+                if self.features is not None:
+                    new["features"] = self.features.of(full)
+                    if self.features.fit is not None:
+                        new["fits"] = self.features.fit(new["features"], prompts)
+                for name, values in new.items():
+                    found.setdefault(name, []).append(values.cpu())
                 bar.update(len(full))
-        save_png(grid, tile(torch.cat(shown), columns))
-        means = {name: torch.cat(parts).mean().item() for name, parts in scores.items()}
-        return torch.cat(latents).cpu(), torch.cat(images), means
+        made = {name: torch.cat(parts) for name, parts in found.items()}
+        samples = made.pop("grid")[: rows * columns]
+        save_png(grid, tile(samples, columns))
+        return made | {"shown": (samples[:_SHOWN] * 255).round().to(torch.uint8)}
+
+
+_REPLICATES = "replicates/"
+
+
+def _features(features: Features, images: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Features [B, F] of some images [3, H, W] after the other, B at once."""
+    rest = iter(images)
+    while batch := list(islice(rest, _AT_ONCE)):
+        with torch.no_grad():
+            yield features.of(torch.stack(batch)).cpu()
+
+
+def compare(before: Path, after: Path) -> dict[str, Verdict]:
+    """What ``after`` is against ``before``, two results of one ``RandomNoiseMeasure``, in pairs."""
+
+    def kept(path: Path) -> dict[str, Tensor]:
+        tensors = read_safetensors(path.with_name(path.name + ".safetensors"))
+        return {
+            name.removeprefix(_REPLICATES): values
+            for name, values in tensors.items()
+            if name.startswith(_REPLICATES)
+        }
+
+    return verdicts(kept(before), kept(after))

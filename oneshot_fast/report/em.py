@@ -289,7 +289,7 @@ def print_measures(columns: Mapping[str, Json]) -> None:
     print(f"{'':24}" + "".join(f"{name:>14}" for name in columns))
     first = next(iter(columns.values()))
     for key in dict.fromkeys((*_METRICS, *first)):
-        if key in first and key != "samples":
+        if key in first and key not in ("samples", "errors"):
             label = _METRICS[key][0].replace("é", "e") if key in _METRICS else key
             found = [column.get(key) for column in columns.values()]
             cells = [f"{'-':>14}" if value is None else f"{value:14.3f}" for value in found]

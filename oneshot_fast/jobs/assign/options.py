@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from oneshot_fast.errors import require
-from oneshot_fast.jobs.assign.features import feature_function
+from oneshot_fast.evaluation.features import feature_function
 from oneshot_fast.search.movers.registry import mover_of
 from oneshot_fast.search.options import SearchOptions
 

@@ -11,8 +11,8 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
+from oneshot_fast.evaluation.features import features_of
 from oneshot_fast.generators.base import Generator
-from oneshot_fast.jobs.assign.features import features_of
 from oneshot_fast.jobs.assign.objective import MatchingObjective
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.targets import Target, problem_of

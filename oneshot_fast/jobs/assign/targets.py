@@ -12,9 +12,10 @@ from oneshot_fast.data.images import crop_loss
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.errors import DataError
+from oneshot_fast.evaluation.features import features_of
 from oneshot_fast.generators.base import Conditioning, Generator
 from oneshot_fast.generators.target_images import TargetImages
-from oneshot_fast.jobs.assign.features import features_of, target_features
+from oneshot_fast.jobs.assign.features import target_features
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.runtime.files import mend_jsonl
 from oneshot_fast.runtime.seeds import derived_seed, gaussian

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.errors import one_line, require
+from oneshot_fast.evaluation.features import of_classifier
 from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, classifier_for
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
@@ -177,6 +178,7 @@ class Cycles(ABC):
             samples=self.eval_samples,
             seed=self.seed,
             classifier=self.classifier,
+            features=of_classifier(self.classifier) if self.classifier else None,
             **more,
         )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from oneshot_fast.evaluation.features import of_classifier
 from oneshot_fast.evaluation.measures import real_measures
 from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure
 from oneshot_fast.generators.toy import ToyGenerator
@@ -56,6 +57,7 @@ def measured(
         samples=samples,
         seed=seed,
         classifier=base.classifier,
+        features=of_classifier(base.classifier) if base.classifier else None,
         real=heldout.images,
     )
     found = {name: measure.measure(g, folder / name) for name, g in generators.items()}

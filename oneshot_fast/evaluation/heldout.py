@@ -1,0 +1,73 @@
+"""Held-out pairs: chosen by the run's seed, read as what generators are measured against."""
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from oneshot_fast.data.image_refs import ImageRef
+from oneshot_fast.data.images import shrink
+from oneshot_fast.errors import DataError, require
+from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.runtime.seeds import derived_seed
+
+FEWEST, MOST = 16, 500  # pairs that are held out unless a share is given
+ENOUGH = 64  # of fewer pairs none can be spared
+
+
+class _Named(Protocol):
+    @property
+    def id(self) -> str | None: ...
+    @property
+    def line(self) -> int | None: ...
+
+
+Item = TypeVar("Item", bound=_Named)
+
+
+def hold_out(
+    items: Sequence[Item], share: float | None, seed: int
+) -> tuple[list[Item], list[Item]]:
+    """Divide pairs into those to train on and those to measure by, by hashes of their ids.
+
+    Args:
+        items: All pairs, and what could not be read.
+        share: Of the pairs to measure by; None: a tenth, but 16 to 500, and of fewer than 64 none.
+        seed: Of the choice.
+
+    Raises:
+        UserError: If the share is not in [0, 1), or leaves nothing to train on.
+    """
+    require(share is None or 0 <= share < 1, f"heldout is {share}; give a share from 0 to below 1")
+    count = len(items)
+    wanted = round((0.1 if share is None else share) * count)
+    if share is None:
+        wanted = min(MOST, max(FEWEST, wanted)) if count >= ENOUGH else 0
+    require(wanted < count or not wanted, f"heldout {share} leaves no pair to train on; give less")
+    seeds = [derived_seed(seed, "held out", item.id or item.line) for item in items]
+    chosen = {*sorted(range(count), key=seeds.__getitem__)[:wanted]}
+    return (
+        [item for k, item in enumerate(items) if k not in chosen],
+        [item for k, item in enumerate(items) if k in chosen],
+    )
+
+
+def read_real(
+    places: Sequence[tuple[ImageRef, str]], targets: TargetImages
+) -> tuple[list[int], Tensor]:
+    """Which images, of path and resize mode, can be read, and these, [M, 3, <=64, <=64] in [0, 1].
+
+    Raises:
+        UserError: If none can.
+    """
+    usable, images, reason = [], [], "there is none"
+    for k, place in enumerate(places):
+        try:
+            images.append(shrink(targets.image(*place)[None], 64))
+        except DataError as error:  # where noises are assigned to them, it is listed
+            reason = str(error)
+            continue
+        usable.append(k)
+    require(bool(usable), f"no held-out image can be read: {reason}")
+    return usable, torch.cat(images)

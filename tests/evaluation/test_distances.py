@@ -1,0 +1,160 @@
+"""Distances of features: against plain formulas, published expectations, their own errors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from oneshot_fast.evaluation.distances import (
+    Verdict,
+    frechet,
+    kid,
+    median_distance,
+    mmd,
+    neighbours,
+    prompt_diversity,
+    replicates,
+    resamples,
+    verdicts,
+)
+
+
+def sets(n: int = 9, m: int = 7, width: int = 4) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, width).double(), 1.2 * torch.randn(m, width).double() + 0.5
+
+
+def ones(*features: Tensor) -> list[Tensor]:
+    return [torch.ones(1, len(x), dtype=torch.float64) for x in features]
+
+
+def mean_over_pairs(kernel, a: Tensor, b: Tensor | None = None) -> float:
+    pairs = itertools.permutations(a.numpy(), 2) if b is None else itertools.product(a, b)
+    return float(np.mean([kernel(np.asarray(x), np.asarray(y)) for x, y in pairs]))
+
+
+@pytest.mark.parametrize(
+    ("measure", "kernel", "factor"),
+    [
+        (kid, lambda x, y: (x @ y / len(x) + 1) ** 3, 1),
+        (mmd, lambda x, y: math.exp(-((x - y) ** 2).sum() / 200), 1000),
+    ],
+)
+def test_kernel_distances_are_the_unbiased_means_over_pairs(measure, kernel, factor) -> None:
+    a, b = sets()
+    within = mean_over_pairs(kernel, a) + mean_over_pairs(kernel, b)
+    expected = factor * (within - 2 * mean_over_pairs(kernel, a, b))
+    assert measure(a, b, *ones(a, b)).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_weights_count_images_as_often_as_they_are_drawn() -> None:
+    """Frechet distances as of the drawn set itself; kernels pair no image with its own copy."""
+    a, b = sets()
+    u, v = resamples(len(a), 0, 3), resamples(len(b), 1, 3)
+    assert u.sum(1).tolist() == [9] * 4 and u[0].tolist() == [1] * 9
+    for k, distance in enumerate(frechet(a, b, u, v)):
+        x, y = (f.repeat_interleave(w[k].long(), 0) for f, w in ((a, u), (b, v)))
+        covs = [torch.cov(z.T).numpy() for z in (x, y)]
+        root = scipy.linalg.sqrtm(covs[0] @ covs[1]).real
+        expected = (x.mean(0) - y.mean(0)).square().sum() + np.trace(sum(covs) - 2 * root)
+        assert distance.item() == pytest.approx(float(expected), rel=1e-6)
+    many = mmd(a, b, resamples(len(a), 0, 4000), resamples(len(b), 1, 4000), 2.0)
+    assert many[1:].mean().item() == pytest.approx(many[0].item(), abs=4 * many.std().item() / 60)
+
+
+@pytest.mark.parametrize("factors", [(2, 1), (1, 3)])
+def test_neighbours_by_the_published_formulas(factors) -> None:
+    """As the authors' code does, with sorted distances of plain numpy."""
+    a, b = (factor * x.numpy() for factor, x in zip(factors, sets(30, 20), strict=True))
+
+    def distances(x, y):
+        return np.linalg.norm(x[:, None] - y[None], axis=2)
+
+    balls_a, balls_b = (np.sort(distances(x, x), 1)[:, 5] for x in (a, b))
+    between = distances(b, a)  # [M, N]
+    expected = {
+        "precision": (between < balls_b[:, None]).any(0).mean(),
+        "recall": (between < balls_a[None]).any(1).mean(),
+        "density": (between < balls_b[:, None]).sum(0).mean() / 5,
+        "coverage": (between.min(1) < balls_b).mean(),
+    }
+    found = neighbours(torch.from_numpy(a), torch.from_numpy(b))
+    assert {name: values.mean().item() for name, values in found.items()} == pytest.approx(expected)
+    assert 0 < min(expected["precision"], expected["recall"]) < 1
+
+
+def test_density_and_coverage_of_equal_distributions_are_as_published() -> None:
+    """Naeem et al. 2020: 1, and 1 - prod over i = 1..k of (M - i) / (N + M - i)."""
+    n, m, k = 300, 200, 5
+    found = [neighbours(torch.randn(n, 3).double(), torch.randn(m, 3).double()) for _ in range(20)]
+    means = {key: torch.stack([x[key].mean() for x in found]) for key in ("density", "coverage")}
+    expected = 1 - math.prod((m - i) / (n + m - i) for i in range(1, k + 1))
+    for key, value in (("density", 1.0), ("coverage", expected)):
+        error = means[key].std().item() / 20**0.5
+        assert means[key].mean().item() == pytest.approx(value, abs=4 * error)
+
+
+def test_sets_smaller_than_the_neighbourhood() -> None:
+    found = neighbours(*sets(2, 3))
+    assert all(values.isfinite().all() for values in found.values())
+
+
+def test_prompt_diversity_is_over_pairs_of_one_prompt() -> None:
+    features = torch.tensor([[0.0], [1.0], [5.0], [8.0]]).double()
+    labels = torch.tensor([0, 0, 1, 1])
+    assert prompt_diversity(features, labels, *ones(features)).item() == pytest.approx(2.0)
+    assert prompt_diversity(features, torch.arange(4), *ones(features)).isnan().all()
+
+
+def judged(a: Tensor, b: Tensor, real: Tensor, seed: int = 0) -> dict[str, Verdict]:
+    labels = torch.arange(len(a)) % 4
+    return verdicts(*(replicates(x, labels, real, seed=seed) for x in (a, b)))
+
+
+def test_verdicts_in_pairs() -> None:
+    """Small samples: what is nearer is seen as better, what is the same is not."""
+    noise, real = torch.randn(64, 16), torch.randn(16, 16)
+    far, near = noise + 0.5, noise + 0.4
+    found = judged(far, near, real)["mmd"]
+    assert found.word == "better" and found.gain > 0 and found.interval[1] < 0
+    assert judged(near, far, real)["mmd"].word == "worse"
+    assert judged(far, far, real)["mmd"].word == "cannot be told apart"
+    # other noises: the same difference drowns in the draw
+    other = torch.randn(64, 16) + 0.4
+    assert judged(far, other, real)["mmd"].error > 3 * found.error
+
+
+def test_a_collapsed_generator_is_worse_by_what_decides() -> None:
+    """Of 16 images the Frechet distance calls half the spread better; the unbiased MMD does not."""
+    noise, real = torch.randn(64, 64), torch.randn(16, 64)
+    found = judged(noise + 0.1, noise / 2 + 0.1, real)
+    assert found["frechet_distance"].word == "better"
+    assert found["mmd"].word == found["recall"].word == "worse"
+    assert found["prompt_diversity"].word == "worse"
+
+
+def test_standard_errors_are_those_of_other_draws() -> None:
+    """The bootstrap's error of a paired difference is about what new images give."""
+    changes, errors = [], []
+    for k in range(40):
+        noise, real = torch.randn(48, 4).double(), torch.randn(48, 4).double()
+        u, v = resamples(48, k), resamples(48, k + 100)
+        change = mmd(noise + 0.4, real, u, v, 2.0) - mmd(noise + 0.6, real, u, v, 2.0)
+        changes.append(change[0].item())
+        errors.append(change[1:].std().item())
+    assert 0.7 < np.mean(errors) / np.std(changes) < 1.4
+
+
+def test_median_distance_of_equal_images_is_a_width_all_the_same() -> None:
+    assert median_distance(torch.ones(4, 2)) == 1
+    assert median_distance(torch.tensor([[0.0], [1.0], [2.0]])) == 1
+
+
+def test_what_is_not_finite_has_no_verdict() -> None:
+    found = judged(torch.randn(4, 2), torch.randn(4, 2), torch.randn(5, 2))
+    assert "prompt_diversity" not in found and "mmd" in found  # one image of each prompt
