@@ -174,11 +174,9 @@ def file_sha256(image: ImageRef) -> str:
 
 def open_file(file: str) -> BinaryIO:
     """Open a local path or an fsspec URL for reading; it can seek."""
-    if "://" not in file:
-        return open(file, "rb")  # the caller closes it
-    import fsspec
+    from fsspec.core import url_to_fs
 
-    fs, path = fsspec.core.url_to_fs(file)
+    fs, path = url_to_fs(file)
     return fs.open(path, "rb")
 
 
@@ -198,15 +196,10 @@ def extra_module(name: str) -> Any:
 
 
 def _read_span(file: str, offset: int, length: int) -> bytes:
-    if "://" in file:
-        import fsspec
+    from fsspec.core import url_to_fs
 
-        fs, path = fsspec.core.url_to_fs(file)
-        data: bytes = fs.cat_file(path, start=offset, end=offset + length)
-    else:
-        with open(file, "rb") as local:
-            local.seek(offset)
-            data = local.read(length)
+    fs, path = url_to_fs(file)
+    data: bytes = fs.cat_file(path, start=offset, end=offset + length)
     if len(data) != length:
         raise DataError("the file ends before it")
     return data

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from oneshot_fast.data.image_refs import ImageRef, Member
-from oneshot_fast.errors import DataError, one_line
+from oneshot_fast.errors import DataError, refused
 from oneshot_fast.runtime.files import replacing
 
 # A fixed list, since Pillow would hand some other formats (EPS) to external programs.
@@ -45,14 +45,12 @@ def load_image(path: ImageRef, height: int, width: int, resize_mode: str = "crop
     """
     if isinstance(path, Path) and not os.path.isfile(path):
         raise DataError(f"{path}: no such image file")
-    try:
-        image = _decode(path)
-    except DataError:
-        raise
-    except UnidentifiedImageError:
-        raise DataError(f"{path}: not an image in a known format ({', '.join(_FORMATS)})") from None
-    except Exception as error:  # on damaged bytes Pillow's decoders raise nearly any class
-        raise DataError(f"{path}: cannot be decoded: {one_line(error)}") from error
+    with refused(DataError, f"{path}: cannot be decoded: "):
+        try:
+            image = _decode(path)
+        except UnidentifiedImageError:
+            known = ", ".join(_FORMATS)
+            raise DataError(f"{path}: not an image in a known format ({known})") from None
     return resized(image, height, width, resize_mode)
 
 
@@ -84,12 +82,10 @@ def crop_loss(image: ImageRef | Image.Image | str) -> float:
     """
     if isinstance(image, Image.Image):
         return 1 - min(image.size) / max(image.size)
-    try:
+    with refused(DataError, f"{image}: cannot be decoded: "):
         source = io.BytesIO(image.read()) if isinstance(image, Member) else image
         with Image.open(source, formats=_FORMATS) as opened:
             return crop_loss(opened)
-    except Exception as error:  # as in load_image
-        raise DataError(f"{image}: cannot be decoded: {one_line(error)}") from error
 
 
 def cut_warning(count: int, first: object) -> str:

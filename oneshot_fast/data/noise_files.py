@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from oneshot_fast.errors import DamagedError, DataError, one_line
+from oneshot_fast.errors import DataError, refused
 from oneshot_fast.runtime.files import check_safetensors
 from oneshot_fast.runtime.tensor_files import load_tensors
 
@@ -34,21 +34,18 @@ def read_noise(path: Path, index: int | None = None) -> Tensor:
         DamagedError: a shard of ours is not as it was written.
         DataError: the file is damaged or no plain tensor; the noise has a wrong shape or values.
     """
-    try:
-        if path.suffix == ".safetensors":
-            _check(path, path.stat().st_mtime_ns)
-            noise = _only_noise(path, _read_row(path, index))
-        else:
-            noise = _only_noise(path, load_tensors(path))
-    except (DataError, DamagedError):
-        raise
-    except pickle.UnpicklingError:  # torch's own message advises to run the pickled code
-        raise DataError(
-            f"{path}: holds more than tensors, or is damaged; pickled code is never run: "
-            "save the noise again with torch.save(tensor, path)"
-        ) from None
-    except Exception as error:  # damaged bytes make torch.load and safetensors raise many classes
-        raise DataError(f"{path}: cannot be read as tensors: {one_line(error)}") from error
+    with refused(DataError, f"{path}: cannot be read as tensors: "):
+        try:
+            if path.suffix == ".safetensors":
+                _check(path, path.stat().st_mtime_ns)
+                noise = _only_noise(path, _read_row(path, index))
+            else:
+                noise = _only_noise(path, load_tensors(path))
+        except pickle.UnpicklingError:  # torch's own message advises to run the pickled code
+            raise DataError(
+                f"{path}: holds more than tensors, or is damaged; pickled code is never run: "
+                "save the noise again with torch.save(tensor, path)"
+            ) from None
     noise = noise.detach().to(torch.float32).contiguous()
     if not noise.isfinite().all():
         row = "" if index is None else f" in row {index}"

@@ -73,12 +73,10 @@ def load_digits(split: str) -> tuple[Tensor, Tensor]:
     It is "train" (the first 1397 digits) or "heldout" (the last 400), with no writer in both.
 
     Raises:
-        ValueError: for another split.
+        KeyError: for another split.
     """
-    if split not in ("train", "heldout"):
-        raise ValueError(f'split must be "train" or "heldout", got {split!r}')
-    part = slice(NUM_TRAIN_DIGITS) if split == "train" else slice(NUM_TRAIN_DIGITS, None)
-    images, labels = _all_digits()
+    splits = {"train": slice(NUM_TRAIN_DIGITS), "heldout": slice(NUM_TRAIN_DIGITS, None)}
+    part, (images, labels) = splits[split], _all_digits()
     return images[part], labels[part]
 
 

@@ -99,15 +99,12 @@ class Classifier(Protocol):
 
     def features(self, images: Tensor) -> Tensor:
         """Features [B, F], in which distances are measured, of images [B, 3, H, W]."""
-        ...
 
     def label_of(self, prompt: str) -> int | None:
         """The class that ``prompt`` names, None if none."""
-        ...
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits of the classes, [B, K]."""
-        ...
 
 
 class Generator(ABC):

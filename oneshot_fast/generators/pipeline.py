@@ -93,11 +93,7 @@ class PipelineGenerator(Generator):
 
     @classmethod
     def load(cls, model_id: str, options: LoadOptions) -> "PipelineGenerator":
-        """Load a folder in diffusers layout, a hub id, a .safetensors file, or "tiny".
-
-        Raises:
-            ModelError: If it cannot be loaded or is not of this family.
-        """
+        """Load a folder in diffusers layout, a hub id, a .safetensors file, or "tiny"."""
         usual = torch.bfloat16 if options.device.type != "cpu" else torch.float32
         dtype = options.dtype or usual
         weights = torch.float32 if options.master_weights else dtype
@@ -293,7 +289,7 @@ class PipelineGenerator(Generator):
             self.decoder.tile(tile)
 
     def encoders(self, keep_decoder: bool) -> dict[str, list[nn.Module]]:
-        """What only encodes, by the name of its network; the whole VAE without ``keep_decoder``."""
+        """With the whole VAE unless ``keep_decoder``."""
         parts = {name: [self.networks[name]] for name in self.parts[1:]}
         if keep_decoder:
             vae = self.pipe.vae
@@ -302,7 +298,7 @@ class PipelineGenerator(Generator):
         return parts
 
     def save(self, folder: Path) -> None:
-        """Write a complete diffusers pipeline (safetensors) to ``folder``, atomically."""
+        """As a complete diffusers pipeline (safetensors)."""
         # Tokenizers save how they were called last: a call makes equal files of equal models.
         self._encode_prompt("")
         whole = copy.copy(self.pipe)
@@ -312,7 +308,6 @@ class PipelineGenerator(Generator):
             whole.save_pretrained(temporary, safe_serialization=True)
 
     def load_weights(self, folder: Path) -> None:
-        """Take over the denoiser's weights from a pipeline folder of ``save``."""
         part, denoiser = self.parts[0], self.denoiser
         source = open_folder(type(self), str(folder.absolute()), LoadOptions())
         denoiser.load_state_dict(source.network(part, torch.float32).state_dict())

@@ -72,15 +72,7 @@ class PipelineFile:
             )
 
     def read(self, dtype: torch.dtype | None, **given: nn.Module) -> Any:
-        """The pipeline, on the CPU.
-
-        Args:
-            dtype: Of the weights; None reads them as they are stored.
-            **given: Networks that need not be read.
-
-        Raises:
-            ModelError: If it cannot be read, or a weight is missing, unknown or of another shape.
-        """
+        """As ``PipelineFolder.read``."""
         try:
             pipe = self._family.pipeline.from_single_file(
                 str(self._path),

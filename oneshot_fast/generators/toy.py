@@ -72,11 +72,7 @@ class ToyGenerator(Generator):
         return 1
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Shape of a latent: the image's.
-
-        Raises:
-            UserError: For another size than the generator's own.
-        """
+        """That of the image."""
         if height != self.image_size or width != self.image_size:
             raise UserError(f"this model makes {self.image_size} x {self.image_size} pixels only")
         return 3, height, width
@@ -133,11 +129,7 @@ class ToyGenerator(Generator):
 
     @classmethod
     def load(cls, model_id: str | Path, options: LoadOptions = _ON_CPU) -> "ToyGenerator":
-        """Read what ``save`` wrote.
-
-        Raises:
-            ModelError: If it is not there or of another kind.
-        """
+        """Read what ``save`` wrote."""
         folder = Path(model_id)
         if options.dtype not in (None, torch.float32) or options.model_config is not None:
             raise ModelError(f"model {folder} takes no --dtype and no --model_config")

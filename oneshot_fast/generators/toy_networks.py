@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from oneshot_fast.embedded.classifier import NUM_FEATURES, ConvolutionalJudge
+
 
 @dataclass(frozen=True)
 class ToyConfig:
@@ -104,30 +106,17 @@ class _Block(nn.Module):
         return x + skip
 
 
-class ToyClassifier(nn.Module):
+class ToyClassifier(ConvolutionalJudge):
     """Judge of samples: the class, and the features that distances are measured in."""
 
     def __init__(self, prompts: Sequence[str], image_size: int) -> None:
         """Make the network for the classes ``prompts`` and images of ``image_size`` pixels."""
-        super().__init__()
+        super().__init__(image_size, (16, 32, 64))
         self.prompts = tuple(prompts)
-        widths = (3, 16, 32, 64)
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(widths):
-            layers += [nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1), nn.BatchNorm2d(fan_out)]
-            layers += [nn.SiLU()]
-        side = image_size // 8
-        self.body = nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(side**2 * widths[-1], 64), nn.SiLU()
-        )
-        self.head = nn.Linear(64, len(prompts))
-
-    def features(self, images: Tensor) -> Tensor:
-        """Penultimate features [B, 64] of images [B, 3, s, s] in [0, 1] RGB."""
-        return self.body(2 * images - 1)
+        self.head = nn.Linear(NUM_FEATURES, len(prompts))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K]."""
+        """Logits [B, K] of images [B, 3, s, s] in [0, 1] RGB."""
         return self.head(self.features(images))
 
     def label_of(self, prompt: str) -> int | None:

@@ -68,7 +68,7 @@ def rotation_step(
     step = _op if g.is_cpu or g.is_cuda or g.is_meta else _composed
     if isinstance(lr, Tensor):
         check_like("rotation_step", "lr", lr, g.shape[:-2], g, q.dtype)
-        step, lr = _composed, _per_matrix(lr)
+        step = _composed
     if torch.compiler.is_compiling():
         step(q, g, m, v, steps, lr, beta1, beta2, eps, max_angle)
         return
@@ -78,40 +78,24 @@ def rotation_step(
     torch.autograd.graph.increment_version((q, m, v, steps))
 
 
+@torch.no_grad()
 def reference(
     q: Tensor,
     g: Tensor,
     m: Tensor,
     v: Tensor,
     steps: Tensor,
-    *,
     lr: float | Tensor,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
     max_angle: float = math.pi / 4,
+    *,
+    exp: Callable[[Tensor], Tensor] = torch.linalg.matrix_exp,
 ) -> None:
-    """Plain-torch definition of ``rotation_step``."""
+    """Plain-torch definition of ``rotation_step``, by any exponential of skew matrices."""
     if isinstance(lr, Tensor):
         lr = _per_matrix(lr)
-    with torch.no_grad():
-        _step(torch.linalg.matrix_exp, q, g, m, v, steps, lr, beta1, beta2, eps, max_angle)
-
-
-def _step(
-    exp: Callable[[Tensor], Tensor],
-    q: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    steps: Tensor,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    max_angle: float,
-) -> None:
-    """The step with an exponential of skew matrices to choose."""
     D = q.shape[-1]
     g = g.to(q.dtype)
     a = g - g.mT
@@ -164,7 +148,7 @@ def _cuda(q: Tensor, g: Tensor, m: Tensor, v: Tensor, steps: Tensor, *options: f
 
 def _composed(q: Tensor, g: Tensor, m: Tensor, v: Tensor, steps: Tensor, *options: Any) -> None:
     _fake(q, g, m, v, steps)  # for its checks
-    _step(lambda x: skew_exp(x / 2), q, g, m, v, steps, *options)
+    reference(q, g, m, v, steps, *options, exp=lambda x: skew_exp(x / 2))
 
 
 _op: Any = torch.ops.oneshot_fast.rotation_step.default

@@ -18,15 +18,14 @@ class DigitReward(Reward):
 
     name = "digit"
 
-    def __init__(self, device: torch.device) -> None:
-        """Load the embedded classifier; it is small and computes in float32."""
+    def __init__(self) -> None:
+        """Load the embedded classifier."""
         super().__init__()
-        self._device = device
-        self._classifier = load_classifier().to(device)
+        self._classifier = load_classifier()
 
     @classmethod
     def load(cls, name: str, setup: Setup) -> "DigitReward":
-        return cls(setup.device)
+        return cls().to(setup.device)  # it is small and computes in float32
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The digits, [B] int64; UserError if a prompt names none, or several."""
@@ -37,7 +36,7 @@ class DigitReward(Reward):
                     f"prompt {prompt!r} names no digit; reward digit needs one, such as "
                     '"a handwritten digit three"'
                 )
-        return torch.tensor(digits, device=self._device)
+        return torch.tensor(digits, device=self._classifier.digit_head.weight.device)
 
     def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
         assert features is not None

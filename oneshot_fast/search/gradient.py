@@ -191,9 +191,8 @@ class Search:
         s, eps = self._state, self._problem.eps
         if slots is not None:
             index = torch.tensor(slots, device=self.device)
-            told = [name for name in s if name.startswith((_SCORE, _IMAGE))]
-            names = ("best_point", "losses", "best_loss", "best_step", "step", *told)
-            s, eps = {name: s[name].index_select(0, index) for name in names}, eps[index]
+            told = s.keys() - self._moving
+            s, eps = {name: s[name].index_select(0, index) for name in told}, eps[index]
         return Assignment(
             self._mover.noise(eps, s["best_point"]),
             self._mover.rotation(s["best_point"]),

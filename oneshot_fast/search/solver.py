@@ -22,7 +22,6 @@ class Indexed(Protocol):
     @property
     def index(self) -> int:
         """Its place in the run."""
-        ...
 
 
 Item = TypeVar("Item", bound=Indexed)
@@ -237,8 +236,7 @@ def stacked(found: Sequence[Solved[Item]]) -> Assignment:
     """One result of all rows of ``found``, the opposite of ``solved``; on the CPU."""
 
     def curves(rows: Sequence[list[float]]) -> Tensor:
-        columns = [torch.tensor(row) for row in rows]
-        return torch.nn.utils.rnn.pad_sequence(columns)
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows])
 
     steps = torch.tensor([one.best_step for one in found])
     losses = curves([one.losses for one in found])

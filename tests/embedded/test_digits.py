@@ -67,7 +67,7 @@ def test_no_writer_is_both_in_training_and_held_out():
     train, _ = dataset.load_digits("train")
     heldout, _ = dataset.load_digits("heldout")
     assert (len(train), len(heldout)) == (1397, 400)
-    with pytest.raises(ValueError, match="split"):
+    with pytest.raises(KeyError, match="test"):
         dataset.load_digits("test")
 
 

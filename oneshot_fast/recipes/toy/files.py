@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneshot_fast.errors import DataError, one_line
+from oneshot_fast.errors import DataError, one_line, refused, require
 from oneshot_fast.recipes.toy.data import DIGIT_PROMPTS, LabelledImages
 
 _CIFAR_CLASSES = (
@@ -86,16 +86,12 @@ def cifar10(split: str, root: Path) -> LabelledImages:
 
 def _read_batch(path: Path) -> tuple[Tensor, Tensor]:
     """Images [N, 3, 32, 32] uint8 and labels [N] int64."""
-    try:
-        with path.open("rb") as file:
-            found = _ArraysOnly(file, encoding="bytes").load()
+    require(path.is_file(), f"no such file: {path} ({_WANTED})")
+    with refused(DataError, f"{path}: is no batch of CIFAR-10: "), path.open("rb") as file:
+        found = _ArraysOnly(file, encoding="bytes").load()
         pixels, labels = numpy.asarray(found[b"data"]), found[b"labels"]
         images = torch.from_numpy(pixels.astype(numpy.uint8).reshape(len(labels), 3, 32, 32))
         return images, torch.tensor(labels, dtype=torch.int64)
-    except FileNotFoundError:
-        raise DataError(f"no such file: {path} ({_WANTED})") from None
-    except Exception as error:  # a broken pickle raises almost anything
-        raise DataError(f"{path}: is no batch of CIFAR-10: {one_line(error)}") from None
 
 
 class _ArraysOnly(pickle.Unpickler):

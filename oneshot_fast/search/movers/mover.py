@@ -36,11 +36,9 @@ class Mover(Protocol):
         Returns:
             ``point``, [B, ...], where each search is, and its moments, each with B rows.
         """
-        ...
 
     def noise(self, eps: Tensor, point: Tensor) -> Tensor:
         """Noises [B, C, h, w] at ``point`` [B, ...]; differentiable with respect to it."""
-        ...
 
     def rotation(self, point: Tensor) -> Tensor | None:
         """The rotations that ``point`` stands for, [B, D, D] or [B, G, G, D, D]; None if none."""
@@ -57,4 +55,3 @@ class Mover(Protocol):
             step: Steps taken so far, [B] int64.
             rate: Step sizes, [B] float32.
         """
-        ...
