@@ -6,17 +6,18 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline, UN
 from torch import Tensor
 from tqdm import trange
 
-from oneshot_fast.embedded.digits import IMAGE_SIZE, prompt_of
+from oneshot_fast.embedded.digits import IMAGE_SIZE
 from oneshot_fast.embedded.pipeline import LATENT_SIZE
 from oneshot_fast.recipes.tiny.autoencoder import base_latents
 from oneshot_fast.recipes.tiny.config import TrainConfig
 from oneshot_fast.recipes.tiny.fitting import fit, start_near_linear
+from oneshot_fast.recipes.tiny.material import Material
 
 
-def encode_digits(pipeline: StableDiffusionXLPipeline) -> tuple[Tensor, Tensor]:
-    """Token [10, 77, 64] and pooled embeddings [10, 32] of the ten prompts, with gradients."""
+def encode(pipeline: StableDiffusionXLPipeline, material: Material) -> tuple[Tensor, Tensor]:
+    """Token [K, 77, 64] and pooled embeddings [K, 32] of all K prompts, with gradients."""
     context, _, pooled, _ = pipeline.encode_prompt(
-        [prompt_of(digit) for digit in range(10)],
+        list(material.prompts),
         device=torch.device("cpu"),
         do_classifier_free_guidance=False,
     )
@@ -37,10 +38,13 @@ def predict_noise(
     return unet(x, t, context, added_cond_kwargs=conditions).sample
 
 
-def train_teacher(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> None:
+def train_teacher(
+    config: TrainConfig, pipeline: StableDiffusionXLPipeline, material: Material
+) -> None:
     """Train UNet and text encoders to predict the noise (epsilon) at uniform timesteps, by MSE."""
     draw = torch.Generator().manual_seed(config.seed + 1)
-    latents, labels = base_latents(pipeline.vae, config.latent_copies, config.seed + 1)
+    parts = material.base(config.latent_copies, config.seed + 1)
+    latents, labels = base_latents(pipeline.vae, parts)
     alphas = pipeline.scheduler.alphas_cumprod
     batch = config.batch_size
 
@@ -52,7 +56,7 @@ def train_teacher(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> N
         eps = torch.randn(batch, *latents.shape[1:], generator=draw)
         alpha = alphas[t].view(-1, 1, 1, 1)
         x = alpha.sqrt() * latents[index] + (1 - alpha).sqrt() * eps
-        context, pooled = encode_digits(pipeline)
+        context, pooled = encode(pipeline, material)
         keep = (torch.rand(batch, generator=draw) >= config.prompt_dropout).float()
         context = context[labels[index]] * keep.view(-1, 1, 1)
         pooled = pooled[labels[index]] * keep.view(-1, 1)
@@ -66,18 +70,23 @@ def train_teacher(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> N
 
 @torch.no_grad()
 def sample_teacher(
-    pipeline: StableDiffusionXLPipeline, eps: Tensor, labels: Tensor, steps: int, guidance: float
+    pipeline: StableDiffusionXLPipeline,
+    material: Material,
+    eps: Tensor,
+    labels: Tensor,
+    steps: int,
+    guidance: float,
 ) -> Tensor:
     """End points of the teacher's probability-flow ODE by DPM-Solver++(2M), arXiv:2211.01095.
 
-    From base noise ``eps`` [B, 4, 8, 8] for the digits ``labels`` [B] to scaled latents [B, 4, 8,
+    From base noise ``eps`` [B, 4, 8, 8] for the classes ``labels`` [B] to scaled latents [B, 4, 8,
     8]. Classifier-free ``guidance`` of 1 takes the prompted prediction as it is.
     """
     solver = DPMSolverMultistepScheduler.from_config(
         pipeline.scheduler.config, use_karras_sigmas=True, algorithm_type="dpmsolver++"
     )
     solver.set_timesteps(steps)
-    context, pooled = (embedding[labels] for embedding in encode_digits(pipeline))
+    context, pooled = (embedding[labels] for embedding in encode(pipeline, material))
     x = eps * solver.init_noise_sigma
     for t in solver.timesteps:
         scaled, time = solver.scale_model_input(x, t), t.expand(len(x))
@@ -90,22 +99,27 @@ def sample_teacher(
     return x
 
 
-def make_pairs(config: TrainConfig, pipeline: StableDiffusionXLPipeline) -> dict[str, Tensor]:
+def make_pairs(
+    config: TrainConfig, pipeline: StableDiffusionXLPipeline, material: Material
+) -> dict[str, Tensor]:
     """Noises eps and end points x0 (scaled latents), [M, 4, 8, 8], with labels [M]."""
     draw = torch.Generator().manual_seed(config.seed + 2)
     count = config.distill_pairs
     eps = torch.randn(count, 4, LATENT_SIZE, LATENT_SIZE, generator=draw)
-    labels = torch.arange(count) % 10
+    labels = torch.arange(count) % len(material.prompts)
     parts = []
     for first in trange(0, count, 256, desc="pairs"):
         part = slice(first, first + 256)
         arguments = eps[part], labels[part], config.solver_steps, config.guidance
-        parts.append(sample_teacher(pipeline, *arguments))
+        parts.append(sample_teacher(pipeline, material, *arguments))
     return {"eps": eps, "x0": torch.cat(parts), "labels": labels}
 
 
 def train_student(
-    config: TrainConfig, pipeline: StableDiffusionXLPipeline, pairs: dict[str, Tensor]
+    config: TrainConfig,
+    pipeline: StableDiffusionXLPipeline,
+    material: Material,
+    pairs: dict[str, Tensor],
 ) -> None:
     """Train the UNet to reach the teacher's end point in the pipeline's single Euler step.
 
@@ -116,7 +130,7 @@ def train_student(
     pipeline.scheduler.set_timesteps(1)
     sigma, t = pipeline.scheduler.sigmas[0], pipeline.scheduler.timesteps[0]
     with torch.no_grad():
-        context, pooled = encode_digits(pipeline)
+        context, pooled = encode(pipeline, material)
     c = 0.1 * pairs["x0"][0].numel() ** 0.5
     batch = config.batch_size
 

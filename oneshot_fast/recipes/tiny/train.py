@@ -20,6 +20,7 @@ from oneshot_fast.recipes.tiny.autoencoder import set_scaling_factor, train_vae
 from oneshot_fast.recipes.tiny.config import TrainConfig
 from oneshot_fast.recipes.tiny.diffusion import make_pairs, train_student, train_teacher
 from oneshot_fast.recipes.tiny.fitting import fit
+from oneshot_fast.recipes.tiny.material import Digits, Material
 from oneshot_fast.runtime.files import write_safetensors
 
 
@@ -75,30 +76,32 @@ def save_pipeline(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
 def train(config: TrainConfig) -> None:
     """Run the stages up to `config.stage` and write `pipeline/` and `classifier.safetensors`."""
     torch.set_num_threads(config.threads)
-    folder, pipeline = config.output_dir, random_pipeline(config.seed)
     if config.stage in ("classifier", "all"):
-        path = folder / "classifier.safetensors"
+        path = config.output_dir / "classifier.safetensors"
         if not path.is_file():
             write_safetensors(path, train_classifier(config).state_dict(), {})
-    if config.stage == "classifier":
-        return
+    if config.stage != "classifier":
+        train_pipeline(config, Digits())
+
+
+def train_pipeline(config: TrainConfig, material: Material) -> None:
+    """Run the stages vae, teacher and distill up to `config.stage`; write `pipeline/` in the end."""
+    folder, pipeline = config.output_dir, random_pipeline(config.seed)
     vae = nn.ModuleDict({"vae": pipeline.vae})
-    run_stage(folder / "vae.safetensors", vae, lambda: train_vae(config, pipeline.vae))
-    set_scaling_factor(pipeline.vae)
+    run_stage(folder / "vae.safetensors", vae, lambda: train_vae(config, pipeline.vae, material))
+    set_scaling_factor(pipeline.vae, material)
     if config.stage == "vae":
         return
     names = ("unet", "text_encoder", "text_encoder_2")
     teacher = nn.ModuleDict({name: getattr(pipeline, name) for name in names})
-    run_stage(folder / "teacher.safetensors", teacher, lambda: train_teacher(config, pipeline))
+    stage = folder / "teacher.safetensors"
+    run_stage(stage, teacher, lambda: train_teacher(config, pipeline, material))
     if config.stage == "teacher":
         return
     pairs = folder / "pairs.safetensors"
     if not pairs.is_file():
-        write_safetensors(pairs, make_pairs(config, pipeline), {})
+        write_safetensors(pairs, make_pairs(config, pipeline, material), {})
     student = nn.ModuleDict({"unet": pipeline.unet})
-    run_stage(
-        folder / "student.safetensors",
-        student,
-        lambda: train_student(config, pipeline, load_file(pairs)),
-    )
+    stage = folder / "student.safetensors"
+    run_stage(stage, student, lambda: train_student(config, pipeline, material, load_file(pairs)))
     save_pipeline(pipeline, folder / "pipeline")

@@ -1,0 +1,87 @@
+"""Letters in matplotlib's fonts, in colours and sizes, and a one-step generator of them.
+
+The generator has the shape and the recipe of the embedded one (``recipes/tiny``), at 64 x 64 pixels,
+and is trained for a shorter time, so that there is something to improve.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from oneshot_fast.embedded.digits import IMAGE_SIZE
+from oneshot_fast.recipes.tiny.config import TrainConfig
+from oneshot_fast.recipes.tiny.train import train_pipeline
+from oneshot_fast.recipes.toy.data import COLOURS, LabelledImages
+
+LETTERS = "ABEGKMRS"
+PROMPTS = tuple(f"a {colour} letter {letter}" for letter in LETTERS for colour in COLOURS)
+FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif",
+         "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol",
+         "STIXGeneralItalic", "cmr10", "cmb10", "cmss10", "cmtt10", "cmti10")  # fmt: skip
+
+
+def letters(seed: int, count: int) -> LabelledImages:
+    """``count`` letters of all classes in turn, of any font, size, place, shade and ground.
+
+    Another ``seed`` draws other images of the same distribution.
+    """
+    draw = np.random.default_rng(seed)
+    labels = np.arange(count) % len(PROMPTS)
+    images = np.stack([_letter(int(label), draw) for label in labels])
+    values = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return LabelledImages(values.contiguous(), torch.from_numpy(labels), PROMPTS)
+
+
+def _letter(label: int, draw: np.random.Generator) -> np.ndarray:
+    letter, colour = LETTERS[label // len(COLOURS)], [*COLOURS.values()][label % len(COLOURS)]
+    ground = draw.uniform(0.85, 1.0)
+    shade = draw.uniform(0.75, 1.0)
+    image = Image.new("RGB", (IMAGE_SIZE,) * 2, (round(255 * ground),) * 3)
+    font = _font(FONTS[draw.integers(len(FONTS))], int(draw.integers(34, 55)))
+    left, top, right, bottom = font.getbbox(letter)
+    # the whole letter stays inside
+    x, y = (draw.uniform(0.15, 0.85) * (IMAGE_SIZE - size) for size in (right - left, bottom - top))
+    ink = tuple(round(255 * shade * value) for value in colour)
+    ImageDraw.Draw(image).text((x - left, y - top), letter, fill=ink, font=font)
+    return np.asarray(image)
+
+
+@cache
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
+    return ImageFont.truetype(str(path), size)
+
+
+class Letters:
+    """What the recipe learns from: the same images for VAE and teacher."""
+
+    prompts = PROMPTS
+
+    def __init__(self, count: int) -> None:
+        """Draw ``count`` training images."""
+        self._drawn = letters(0, count)
+
+    def of_any_style(self, count: int, draw: torch.Generator) -> Tensor:
+        """Some of the images."""
+        return self._drawn.images[torch.randint(len(self._drawn.images), (count,), generator=draw)]
+
+    def base(self, copies: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All of the images; no copies, no other draws."""
+        yield self._drawn.images, self._drawn.labels
+
+
+def train_letters(folder: Path, quick: bool = False) -> None:
+    """Train the generator and write ``folder``/pipeline; finished stages are kept."""
+    steps = (3, 3, 3, 64) if quick else (1500, 1500, 1200, 4800)
+    vae, teacher, distill, pairs = steps
+    config = TrainConfig(
+        folder, "distill", vae_steps=vae, teacher_steps=teacher, distill_steps=distill,
+        distill_pairs=pairs, solver_steps=2 if quick else 8,
+    )  # fmt: skip
+    train_pipeline(config, Letters(64 if quick else 8000))
