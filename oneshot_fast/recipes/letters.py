@@ -1,6 +1,6 @@
 """Letters in matplotlib's fonts, in colours and sizes, and a one-step generator of them.
 
-The generator has the shape and the recipe of the embedded one (``recipes/tiny``), at 64 x 64 pixels,
+The generator has the shape and the recipe of the embedded one (``recipes/tiny``), 64 x 64 pixels,
 and is trained for a shorter time, so that there is something to improve.
 """
 

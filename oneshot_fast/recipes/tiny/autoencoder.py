@@ -34,11 +34,18 @@ def train_vae(config: TrainConfig, vae: AutoencoderKL, material: Material) -> No
     vae.to(memory_format=torch.contiguous_format).eval()
 
 
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Scaled latents [B, 4, 8, 8] (posterior means) of images [B, 3, 64, 64] in [0, 1] RGB."""
+    means = [vae.encode(2 * part - 1).latent_dist.mean for part in images.split(64)]
+    return torch.cat(means) * vae.config.scaling_factor
+
+
 def base_latents(
     vae: AutoencoderKL, parts: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """Latents [M, 4, 8, 8] and labels [M] of the images that ``Material.base`` gives."""
-    latents, labels = zip(*((encode_images(vae, i), l) for i, l in parts), strict=True)
+    latents, labels = zip(*((encode_images(vae, x), y) for x, y in parts), strict=True)
     return torch.cat(latents), torch.cat(labels)
 
 

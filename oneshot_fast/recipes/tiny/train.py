@@ -85,7 +85,7 @@ def train(config: TrainConfig) -> None:
 
 
 def train_pipeline(config: TrainConfig, material: Material) -> None:
-    """Run the stages vae, teacher and distill up to `config.stage`; write `pipeline/` in the end."""
+    """Run the stages vae, teacher and distill up to `config.stage`, then write `pipeline/`."""
     folder, pipeline = config.output_dir, random_pipeline(config.seed)
     vae = nn.ModuleDict({"vae": pipeline.vae})
     run_stage(folder / "vae.safetensors", vae, lambda: train_vae(config, pipeline.vae, material))
