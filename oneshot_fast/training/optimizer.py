@@ -19,11 +19,11 @@ class WeightOptimizer:
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], options: TrainOptions, seed: int = 0
+        self, parameters: dict[str, nn.Parameter], options: TrainOptions, steps: int, seed: int = 0
     ) -> None:
-        """Make the optimiser of weights by name; UserError if it is not installed."""
+        """Make the optimiser of weights by name for ``steps``; UserError if it is not installed."""
         self.parameters, self._options, self._seed = parameters, options, seed
-        self._step = 0
+        self._step, self._steps = 0, steps
         everything = list(parameters.values())
         self._squares = torch.zeros((), device=everything[0].device)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -38,7 +38,7 @@ class WeightOptimizer:
     def begin(self, step: int) -> None:
         """Set the learning rate of a step, from 0, before its update or its backward pass."""
         self._step = step
-        lr = self._options.lr * min(1.0, (step + 1) / max(1, self._options.lr_warmup_steps))
+        lr = self._options.lr_at(step, self._steps)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):

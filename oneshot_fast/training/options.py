@@ -17,6 +17,8 @@ class TrainOptions:
     """Matched pairs per step."""
     lr: float = 1e-5
     """AdamW's learning rate."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after lr_warmup_steps: as it is, or to 0 at the last step."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -60,6 +62,16 @@ class TrainOptions:
     """End with an exponential moving average of the weights."""
     ema_decay: float = 0.9999
     """For --use_ema; it rises to this value over the first steps."""
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate of a step, from 0, of ``steps`` in all."""
+        warmup = self.lr_warmup_steps
+        if step < warmup or self.lr_scheduler == "constant":
+            return self.lr * min(1.0, (step + 1) / max(1, warmup))
+        left = (steps - step) / max(1, steps - warmup)
+        return self.lr * (
+            left if self.lr_scheduler == "linear" else math.sin(math.pi / 2 * left) ** 2
+        )
 
     def check(self) -> None:
         """Raise UserError for values that make no sense."""

@@ -123,9 +123,9 @@ class TrainingRun(ABC):
     def batch(self, rows: list[int], step: int) -> Batch:
         """The examples at ``rows``, and the preserve noises of this step."""
 
-    def trainer(self, name: str) -> Trainer:
-        """A new trainer of one of the trainees."""
-        return Trainer(self.trainees[name], self.losses[name], self.options, self.seed)
+    def trainer(self, name: str, steps: int) -> Trainer:
+        """A new trainer of one of the trainees for ``steps`` of the student."""
+        return Trainer(self.trainees[name], self.losses[name], self.options, steps, self.seed)
 
     def take_step(self, rows: list[int], step: int) -> None:
         """Let the trainers whose turn it is take a step; the student has one each time."""
@@ -211,14 +211,16 @@ class TrainingRun(ABC):
     def train(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Train on one example per prompt; all trainees end with their final weights."""
         self.generator.warn_of_cut(prompts)
-        self.trainers = {name: self.trainer(name) for name in self.trainees}
+        per_epoch = math.ceil(len(prompts) / self.options.batch_size)
+        steps = self.options.epochs * per_epoch
+        self.trainers = {name: self.trainer(name, steps) for name in self.trainees}
         student, state = self.trainers[STUDENT], self.folder / "state.safetensors"
         if state.exists():
             load_state(state, self.trainers)
         started, resumed_at = time.perf_counter(), student.step
         try:
             with self._only_needed(prompts):
-                self._steps(len(prompts))
+                self._steps(len(prompts), per_epoch, steps)
         finally:
             for trainer in self.trainers.values():
                 trainer.close()
@@ -276,10 +278,8 @@ class TrainingRun(ABC):
     def _checkpoints(self, name: str) -> Checkpoints:
         return Checkpoints(self._home(name), self._keep_checkpoints)
 
-    def _steps(self, count: int) -> None:
+    def _steps(self, count: int, per_epoch: int, total: int) -> None:
         student = self.trainers[STUDENT]
-        per_epoch = math.ceil(count / self.options.batch_size)
-        total = self.options.epochs * per_epoch
         saved = time.monotonic()
         with progress(total, "sft", "step") as bar, Interrupts() as interrupts:
             bar.update(student.step)

@@ -61,13 +61,16 @@ class Trainer:
     Where memory runs out, once, the parts that a batch is computed in are halved.
     """
 
-    def __init__(self, trainee: Trainee, loss: Loss, options: TrainOptions, seed: int = 0) -> None:
+    def __init__(
+        self, trainee: Trainee, loss: Loss, options: TrainOptions, steps: int, seed: int = 0
+    ) -> None:
         """Unfreeze the module, or add an adapter to it, and make the optimiser.
 
         Args:
             trainee: Its module's weights are cast to ``options.weights_dtype``.
             loss: What is lowered; it is given the trainee.
             options: How it is trained.
+            steps: Of the whole training, over which the learning rate falls.
             seed: Of the adapter and of the stochastic rounding.
 
         Raises:
@@ -82,7 +85,7 @@ class Trainer:
             add_adapter(module, options.lora_rank, options.lora_alpha, derived_seed(seed, "lora"))
         checkpoint_activations(module, options)
         self.parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
-        self.optimizer = WeightOptimizer(self.parameters, options, seed)
+        self.optimizer = WeightOptimizer(self.parameters, options, steps, seed)
         self.step = self.skipped = self.bad_in_a_row = self.good_in_epoch = 0
         device = next(module.parameters()).device
         self.sums = torch.zeros(len(loss.parts) + 1, device=device)  # and the gradient's norm

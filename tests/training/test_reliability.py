@@ -99,7 +99,7 @@ def test_three_bad_steps_in_a_row_stop_with_the_last_good_weights(
 
 def gradient(generator: Generator, batch: Batch, parts: int) -> Tensor:
     options = SftOptions(pixel_l1_weight=0.5)
-    trainer = Trainer(generator, options.loss(), options)
+    trainer = Trainer(generator, options.loss(), options, steps=9)
     with trainer.unfrozen():
         for part in batch.split(parts):
             trainer.add(shared_losses(trainer.loss, generator, part))

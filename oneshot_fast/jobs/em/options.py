@@ -96,6 +96,9 @@ class EmOptions:
     """M-step: matched pairs per step."""
     train_lr: float | None = None
     """M-step: AdamW's learning rate; by default 1e-5, for the embedded data 1e-4."""
+    train_lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """M-step: how the learning rate goes on after train_lr_warmup_steps: as it is, or to 0 at the
+    last step of the cycle."""
     train_weight_decay: float = 0.01
     """M-step: AdamW's decoupled weight decay."""
     train_max_grad_norm: float = 1.0

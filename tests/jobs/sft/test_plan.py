@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
 def counted(options: SftOptions) -> int:
     """Most bytes of weights, moments, average and what a real step makes, in use at once."""
     generator = load_generator("tiny", master_weights=True)
-    trainer = Trainer(generator, options.loss(), options)
+    trainer = Trainer(generator, options.loss(), options, steps=9)
     networks = generator.networks.values()
     known = [t for n in networks for t in (*n.parameters(), *n.buffers())]
     average = [] if trainer.ema is None else trainer.ema.average

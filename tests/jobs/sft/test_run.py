@@ -204,8 +204,9 @@ def test_a_resumed_training_equals_the_uninterrupted_one(
 ) -> None:
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
     options = SftOptions(
-        epochs=3, batch_size=4, lr=1e-4, lr_warmup_steps=5, preserve_pool_size=6, noise="matched"
-    )
+        epochs=3, batch_size=4, lr=1e-4, lr_warmup_steps=2, lr_scheduler="cosine",
+        preserve_pool_size=6, noise="matched",
+    )  # fmt: skip
 
     def train(folder: Path) -> Generator:
         generator = load_generator("tiny", master_weights=True)
