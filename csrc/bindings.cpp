@@ -108,6 +108,33 @@ Tensor d_skew_exp(Tensor grad, Tensor a, Tensor q) {
   return out;
 }
 
+std::tuple<Tensor, Tensor> cayley(Tensor a) {
+  const char* op = "cayley";
+  const int64_t B = check_square(op, a), D = a.size(-1);
+  const DType dtype = dtype_of(op, a);
+  a = dense(a);
+  Tensor out = torch::stable::empty_like(a);
+  Tensor resolvent = torch::stable::new_empty(a, shape(a), accumulation(a.scalar_type()));
+  if (out.numel() > 0)
+    cpu_kernels().cayley(threads(), dtype, B, D, a.const_data_ptr(), out.mutable_data_ptr(),
+                         resolvent.mutable_data_ptr());
+  return {out, resolvent};
+}
+
+Tensor d_cayley(Tensor grad, Tensor resolvent) {
+  const char* op = "d_cayley";
+  const int64_t B = check_square(op, grad), D = grad.size(-1);
+  const DType dtype = dtype_of(op, grad);
+  check_like(op, "resolvent", resolvent, shape(grad), grad, accumulation(grad.scalar_type()));
+  grad = dense(grad);
+  resolvent = dense(resolvent);
+  Tensor out = torch::stable::empty_like(grad);
+  if (out.numel() > 0)
+    cpu_kernels().d_cayley(threads(), dtype, B, D, grad.const_data_ptr(),
+                           resolvent.const_data_ptr(), out.mutable_data_ptr());
+  return out;
+}
+
 void rotation_step(Tensor q, Tensor g, Tensor m, Tensor v, Tensor steps, double lr, double beta1,
                    double beta2, double eps, double max_angle) {
   const char* op = "rotation_step";
@@ -248,6 +275,8 @@ void define(StableLibrary& m) {
   m.def("patch_outer(Tensor a, Tensor b, int p, int[] leading) -> Tensor");
   m.def("skew_exp(Tensor a) -> Tensor");
   m.def("d_skew_exp(Tensor grad, Tensor a, Tensor q) -> Tensor");
+  m.def("cayley(Tensor a) -> (Tensor, Tensor)");
+  m.def("d_cayley(Tensor grad, Tensor resolvent) -> Tensor");
   m.def(
       "rotation_step(Tensor(a!) q, Tensor g, Tensor(b!) m, Tensor(c!) v, Tensor(d!) steps, "
       "float lr, float beta1, float beta2, float eps, float max_angle) -> ()");
@@ -275,7 +304,11 @@ void implement(StableLibrary& m) {
 }  // namespace osf
 
 STABLE_TORCH_LIBRARY(oneshot_fast, m) { osf::define(m); }
-STABLE_TORCH_LIBRARY_IMPL(oneshot_fast, CPU, m) { osf::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(oneshot_fast, CPU, m) {
+  osf::implement(m);
+  m.impl("cayley", TORCH_BOX(&osf::cayley));  // elsewhere made of torch's ops
+  m.impl("d_cayley", TORCH_BOX(&osf::d_cayley));
+}
 
 // oneshot_fast's key CUDA belongs to Python, which chooses between these and Triton.
 #ifdef OSF_WITH_CUDA

@@ -46,6 +46,18 @@ using DSkewExp = void(const Threads&, DType, int64_t B, int64_t D,
                       const void* q,     // [B, D, D]
                       void* out);        // [B, D, D]
 
+// resolvent = (I - S)^-1 with S = (a - a^T) / 2, out = 2 resolvent - I = (I - S)^-1 (I + S)
+using Cayley = void(const Threads&, DType, int64_t B, int64_t D,
+                    const void* a,     // [B, D, D]
+                    void* out,         // [B, D, D]
+                    void* resolvent);  // [B, D, D], accumulation dtype
+
+// out = W - W^T = d <grad, out of cayley> / da with W = resolvent^T grad resolvent^T
+using DCayley = void(const Threads&, DType, int64_t B, int64_t D,
+                     const void* grad,       // [B, D, D]
+                     const void* resolvent,  // [B, D, D], accumulation dtype
+                     void* out);             // [B, D, D]
+
 struct RotationOptions {
   double lr, beta1, beta2, eps, max_angle;  // lr and max_angle in radians
   bool scalar;                              // one second moment per matrix, not per element
@@ -99,6 +111,8 @@ struct Kernels {
   PatchOuter* patch_outer;
   SkewExp* skew_exp;
   DSkewExp* d_skew_exp;
+  Cayley* cayley;
+  DCayley* d_cayley;
   RotationStep* rotation_step;
   LatentMse* latent_mse;
   DLatentMse* d_latent_mse;

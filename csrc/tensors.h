@@ -38,6 +38,11 @@ inline std::string text(ScalarType dtype) {
     case ScalarType::Double: return "float64";
     case ScalarType::Half: return "float16";
     case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
     default: return torch::headeronly::toString(dtype);
   }
 }

@@ -199,7 +199,7 @@ def leaf(a: Any, trained: bool) -> Any:
 
 def variants(spec: OpSpec, device: str, compiled: bool) -> dict[str, Variant]:
     """What is timed: functions and the contexts they need; ours first."""
-    names = getattr(ops, "backends", tuple)() if getattr(spec, "native", True) else ()
+    names = getattr(ops, "backends", tuple)() if getattr(spec, "gpu_kernels", True) else ()
     backends = [name for name in names if name != "reference"] if device == "cuda" else []
     ours = {name: (spec.fn, partial(ops.use_backend, name)) for name in backends}
     found = ours or {"ours": (spec.fn, nullcontext)}

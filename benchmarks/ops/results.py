@@ -21,7 +21,7 @@ def ours_by_default() -> dict[str, str]:
     """Backend that serves each op on a GPU."""
     from oneshot_fast.ops._backends import backend
 
-    return {spec.name: backend(spec.name) for spec in oneshot_fast.ops.OPS if spec.native}
+    return {spec.name: backend(spec.name) for spec in oneshot_fast.ops.OPS if spec.gpu_kernels}
 
 
 def medians(record: dict[str, Any], clock: str = "microseconds") -> dict[str, float]:

@@ -14,6 +14,8 @@ PatchRotate patch_rotate;
 PatchOuter patch_outer;
 SkewExp skew_exp;
 DSkewExp d_skew_exp;
+Cayley cayley;
+DCayley d_cayley;
 RotationStep rotation_step;
 LatentMse latent_mse;
 DLatentMse d_latent_mse;

@@ -5,7 +5,8 @@
 
 namespace osf::OSF_ISA {
 
-const Kernels kernels = {OSF_TEXT(OSF_ISA), patch_rotate, patch_outer,  skew_exp, d_skew_exp,
-                         rotation_step,     latent_mse,   d_latent_mse, pixel_l1, d_pixel_l1};
+const Kernels kernels = {OSF_TEXT(OSF_ISA), patch_rotate, patch_outer, skew_exp,
+                         d_skew_exp,        cayley,       d_cayley,    rotation_step,
+                         latent_mse,        d_latent_mse, pixel_l1,    d_pixel_l1};
 
 }  // namespace osf::OSF_ISA

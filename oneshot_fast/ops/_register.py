@@ -23,7 +23,7 @@ class OpSpec:
         small: Cases for tests, odd shapes among them.
         large: Cases for benchmarks.
         trained: How many of the first arguments need a gradient in benchmarks.
-        native: Whether it has kernels of its own, or is made of torch ops.
+        gpu_kernels: Whether a GPU has kernels of its own for it, or torch's ops serve there.
     """
 
     name: str
@@ -33,18 +33,19 @@ class OpSpec:
     small: Sequence[tuple[Any, ...]]
     large: Sequence[tuple[Any, ...]]
     trained: int
-    native: bool = True
+    gpu_kernels: bool = True
 
 
 def define(
     name: str,
-    fake: Callable[..., Tensor],
+    fake: Callable[..., Any],
     backward: Callable[..., Any],
-    reference: Callable[..., Tensor] | None = None,
+    reference: Callable[..., Any] | None = None,
     *,
     saved: int = 0,
     setup_context: Callable[..., None] | None = None,
-) -> Callable[..., Tensor]:
+    cuda: bool = True,
+) -> Callable[..., Any]:
     """Register fake, autograd and CUDA of ``oneshot_fast::name``; return the function to call.
 
     ``fake``, ``setup_context`` and ``backward`` are those of ``torch.library``; ``fake`` also
@@ -53,21 +54,22 @@ def define(
     ``autograd.Function`` of its own and skips the dispatcher's autograd key, which is written in
     Python and costs more than a small op.
 
-    Where no kernel can serve (another device, or CUDA without kernels), ``reference`` does; the
-    gradients' ops have none, since torch differentiates the reference.
+    Where no kernel can serve (another device, or CUDA without kernels or ``cuda``), ``reference``
+    does; the gradients' ops have none, since torch differentiates the reference.
     """
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:saved])
         ctx.options = inputs[saved:]
 
     setup_context = setup_context or keep
-    op: Callable[..., Tensor] = getattr(torch.ops.oneshot_fast, name).default
+    op: Callable[..., Any] = getattr(torch.ops.oneshot_fast, name).default
     torch.library.register_fake(f"oneshot_fast::{name}", fake)
     torch.library.register_autograd(f"oneshot_fast::{name}", backward, setup_context=setup_context)
-    torch.library.impl(f"oneshot_fast::{name}", "CUDA")(_cuda_kernel(name, fake))
+    if cuda:
+        torch.library.impl(f"oneshot_fast::{name}", "CUDA")(_cuda_kernel(name, fake))
 
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*args)
         setup_context(ctx, args, output)
@@ -79,8 +81,8 @@ def define(
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
 
-    def call(*args: Any) -> Tensor:
-        if reference is not None and not _has_kernel(name, args[0]):
+    def call(*args: Any) -> Any:
+        if reference is not None and not _has_kernel(name, args[0], cuda):
             return reference(*args)
         if torch.compiler.is_compiling():
             return op(*args)
@@ -92,10 +94,10 @@ def define(
     return call
 
 
-def _has_kernel(name: str, tensor: Tensor) -> bool:
+def _has_kernel(name: str, tensor: Tensor, cuda: bool) -> bool:
     """Whether a kernel, or for a tensor without data the fake, serves the op on this device."""
     if tensor.is_cuda:
-        return backend(name) != "reference"
+        return cuda and backend(name) != "reference"
     return tensor.is_cpu or tensor.is_meta
 
 

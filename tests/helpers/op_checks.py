@@ -11,10 +11,10 @@ FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.b
 DTYPES = [pytest.param(dtype, id=str(dtype)[6:]) for dtype in FLOOR]
 SPECS = [pytest.param(spec, id=spec.name) for spec in OPS]
 CASES = [pytest.param(spec, case, id=f"{spec.name}-{case}") for spec in OPS for case in spec.small]
-# ops with kernels of their own; whether threads or batch mates change a bit of the others is
-# torch's choice
-NATIVE_SPECS = [param for param in SPECS if param.values[0].native]
-NATIVE_CASES = [param for param in CASES if param.values[0].native]
+# ops with kernels of their own on a GPU too; whether batch mates change a bit of the others there
+# is torch's choice
+GPU_SPECS = [param for param in SPECS if param.values[0].gpu_kernels]
+GPU_CASES = [param for param in CASES if param.values[0].gpu_kernels]
 
 # beyond the small cases: every patch side, several tiles of D, of patches and of partial sums
 MORE = {
@@ -33,6 +33,7 @@ MORE = {
         ((1, 5, 10, 10), 5, (1,)),
     ],
     "skew_exp": [((1, 64, 64), 40.0), ((1, 66, 66), 9.0), ((3, 16, 16), 0.0)],
+    "cayley": [((1, 66, 66), 9.0), ((2, 130, 130), 40.0)],
     "latent_mse": [((2, 3, 96, 97), 0.7)],
     "pixel_l1": [((2, 3, 96, 97),)],
 }
@@ -44,7 +45,7 @@ MORE_CASES = [
 # cases of several images or matrices, each with an argument of its own
 BATCHES = [
     pytest.param(spec, case, id=f"{spec.name}-{case}")
-    for (spec,) in (param.values for param in NATIVE_SPECS)
+    for spec in OPS
     for case in [*spec.small, *MORE.get(spec.name, ())]
     if len(case[0]) > 2 and case[0][0] > 1 and case[-1] != ()
 ]

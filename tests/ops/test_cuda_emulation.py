@@ -34,8 +34,8 @@ import pytest
 import torch
 from op_checks import (
     DTYPES,
+    GPU_CASES,
     MORE_CASES,
-    NATIVE_CASES,
     assert_as_exact,
     assert_equal,
     assert_value_and_gradients,
@@ -272,7 +272,7 @@ def emulated(emulator, request):
 
 
 SPECS = {spec.name: spec for spec in ops.OPS}
-NATIVE_MORE_CASES = [param for param in MORE_CASES if param.values[0].native]
+GPU_MORE_CASES = [param for param in MORE_CASES if param.values[0].gpu_kernels]
 PATCHES_OF_256 = ((1, 4, 16, 24), 8, (1,))
 LARGE = [
     pytest.param("patch_rotate", PATCHES_OF_256, torch.float32, id="patch_rotate-float32"),
@@ -284,7 +284,7 @@ LARGE = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("spec", "case"), [*NATIVE_CASES, *NATIVE_MORE_CASES])
+@pytest.mark.parametrize(("spec", "case"), [*GPU_CASES, *GPU_MORE_CASES])
 def test_value_and_gradients(spec, case, dtype, emulated):
     assert_value_and_gradients(spec, make(spec, case, dtype), dtype)
 

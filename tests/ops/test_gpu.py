@@ -10,8 +10,8 @@ import pytest
 import torch
 from op_checks import (
     CASES,
+    GPU_SPECS,
     MORE_CASES,
-    NATIVE_SPECS,
     SPECS,
     assert_equal,
     assert_value_and_gradients,
@@ -28,15 +28,15 @@ from oneshot_fast import ops
 pytestmark = pytest.mark.gpu
 on_each_backend = pytest.mark.parametrize("device", ["cuda", "triton"], indirect=True)
 FLOATS = [torch.float32, torch.bfloat16]
-NATIVE_LARGE = [
+GPU_LARGE = [
     pytest.param(spec, case, id=f"{spec.name}-{case}")
-    for (spec,) in (param.values for param in NATIVE_SPECS)
+    for (spec,) in (param.values for param in GPU_SPECS)
     for case in spec.large
 ]
 WITH_KERNELS = [
     param
     for param in [*CASES, *MORE_CASES]
-    if param.values[0].native and 0 not in param.values[1][0]
+    if param.values[0].gpu_kernels and 0 not in param.values[1][0]
 ]
 
 
@@ -69,7 +69,7 @@ def test_references_serve(spec):
 @on_each_backend
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", [contiguous, misaligned])
-@pytest.mark.parametrize(("spec", "case"), NATIVE_LARGE)
+@pytest.mark.parametrize(("spec", "case"), GPU_LARGE)
 def test_value_and_gradients_of_large_tensors(spec, case, layout, dtype, device):
     args = make(spec, case, dtype, layout, device=device)
     assert_value_and_gradients(spec, args, dtype, beside="cuda")
@@ -92,7 +92,7 @@ def test_graphs_of_forward_and_backward(spec, case, dtype, device):
 
 
 @on_each_backend
-@pytest.mark.parametrize("spec", NATIVE_SPECS)
+@pytest.mark.parametrize("spec", GPU_SPECS)
 def test_ops_run_on_the_current_stream(spec, device):
     """Inputs that a busy stream has yet to write are NaN for whoever does not wait for it."""
     args = make(spec, spec.large[0], torch.float32, device=device)
@@ -125,7 +125,7 @@ def test_second_device(spec, device):
 
 
 @on_each_backend
-@pytest.mark.parametrize("spec", NATIVE_SPECS)
+@pytest.mark.parametrize("spec", GPU_SPECS)
 def test_nothing_waits_for_the_device(spec, device):
     args = make(spec, spec.large[0], torch.float32, device=device)
     cotangent = cotangent_of(spec, args)
@@ -138,7 +138,7 @@ def test_nothing_waits_for_the_device(spec, device):
 
 
 @on_each_backend
-@pytest.mark.parametrize(("spec", "case"), NATIVE_LARGE)
+@pytest.mark.parametrize(("spec", "case"), GPU_LARGE)
 def test_repeats_do_not_change_a_bit(spec, case, device):
     args = make(spec, case, torch.float32, device=device)
     cotangent = cotangent_of(spec, args)
@@ -159,7 +159,7 @@ def peak_bytes(run):
 
 @on_each_backend
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("spec", "case"), NATIVE_LARGE)
+@pytest.mark.parametrize(("spec", "case"), GPU_LARGE)
 def test_memory_is_outputs_and_a_few_matrices(spec, case, dtype, device):
     """Scratch: at most 18 matrices per q in the accumulation dtype, 1 % of the images."""
     args = make(spec, case, dtype, device=device)

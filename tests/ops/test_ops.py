@@ -17,8 +17,6 @@ from op_checks import (
     FLOOR,
     LAYOUTS,
     MORE_CASES,
-    NATIVE_CASES,
-    NATIVE_SPECS,
     SPECS,
     assert_equal,
     assert_value_and_gradients,
@@ -83,9 +81,11 @@ class Recorder(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("spec", NATIVE_SPECS)
+@pytest.mark.parametrize("spec", SPECS)
 def test_opcheck(spec, layout, device):
     """The op, and the ops that its backward calls."""
+    if device == "cuda" and not spec.gpu_kernels:
+        pytest.skip("made of torch's ops")
     args = make(spec, spec.small[1], torch.float32, layout, requires_grad=True)
     with Recorder() as recorder:
         spec.fn(*args).sum().backward()
@@ -114,7 +114,7 @@ def test_compile(spec, backend, device):
         torch.testing.assert_close(ours, eager)
 
 
-@pytest.mark.parametrize(("spec", "case"), NATIVE_CASES)
+@pytest.mark.parametrize(("spec", "case"), CASES)
 def test_threads_do_not_change_a_bit(spec, case):
     args = make(spec, case, torch.float32)
     cotangent = cotangent_of(spec, args)
@@ -131,7 +131,7 @@ def test_threads_do_not_change_a_bit(spec, case):
 def test_batch_mates_do_not_change_a_bit(spec, case, poison, device):
     if INTERPRETED and poison is not torch.nan:
         pytest.skip("the interpreter is slow")
-    if device == "cuda" and not spec.native:
+    if device == "cuda" and not spec.gpu_kernels:
         pytest.skip("torch chooses its algorithm by the size of the batch")
     args = make(spec, case, torch.float32, device=device)
     cotangent = cotangent_of(spec, args)
@@ -206,6 +206,21 @@ def test_pixel_l1_at_the_borders_and_at_nan(device):
     truth = value_and_gradients(reference, args, torch.ones(6))
     torch.testing.assert_close(ours[0].cpu(), truth[0], equal_nan=True)
     torch.testing.assert_close(ours[1][:5].cpu(), truth[1][:5])
+
+
+@pytest.mark.parametrize("D", [2, 16, 37, 64, 130])
+def test_cayley_near_the_identity_is_exact_to_rounding(D):
+    a = torch.randn(2, D, D) * 0.1 / D
+    (reference,) = (spec.reference for spec in ops.OPS if spec.name == "cayley")
+    truth = reference(a.double())
+    assert (ops.cayley(a) - truth).abs().max() <= torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("D", [16, 40])
+def test_cayley_of_large_matrices_exchanges_rows(D):
+    """Without pivots it is ten times less orthogonal."""
+    q = ops.cayley(1e3 * torch.randn(2, D, D)).double()
+    assert (q.mT @ q - torch.eye(D)).abs().max() < 5e-7
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
