@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -19,6 +19,7 @@ _SPAN = re.compile(r"(\d{1,18})\+(\d{1,18})")
 _CELL = re.compile(r"([^#:]+):(\d{1,18}):(\d{1,18})")
 _REFERENCE = re.compile(rf"(.+)#({_SPAN.pattern}|{_CELL.pattern})", re.DOTALL)
 _BATCH = 64  # rows of an image column that are decoded, and kept, at once
+_composed = partial(unicodedata.normalize, "NFC")
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,6 @@ def existing(path: Path) -> Path | None:
     if not os.path.lexists(path) and not str(path).isascii():
         path = _spelled(path, _composed) or path
     return path if os.path.isfile(path) else None
-
-
-def _composed(part: str) -> str:
-    return unicodedata.normalize("NFC", part)
 
 
 def _loose(part: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from oneshot_fast.embedded.digits import IMAGE_SIZE, digit_of
 
 NUM_FEATURES = 64
+WEIGHTS = Path(__file__).with_name("classifier.safetensors")
 
 
 class ConvolutionalJudge(nn.Module):
@@ -52,13 +53,8 @@ class DigitClassifier(ConvolutionalJudge):
         return self.digit_head(self.features(images))
 
 
-def classifier_path() -> Path:
-    """The packaged weights."""
-    return Path(__file__).with_name("classifier.safetensors")
-
-
 def load_classifier(path: Path | None = None) -> DigitClassifier:
     """The classifier in ``path``, or the packaged one, in evaluation mode, fp32, frozen."""
     classifier = DigitClassifier()
-    classifier.load_state_dict(load_file(path or classifier_path()))
+    classifier.load_state_dict(load_file(path or WEIGHTS))
     return classifier.eval().requires_grad_(False)

@@ -71,13 +71,6 @@ class ModelOptions:
             revision=self.revision,
             model_config=self.model_config,
         )
-        self._tune(generator)
-        return generator
-
-    def _tune(self, generator: "Generator") -> None:
-        """Set decoder, memory order and compilation."""
-        import torch
-
         dtype = None if self.decoder_dtype == "auto" else getattr(torch, self.decoder_dtype)
         tuned = self.decoder_id, dtype, self.decoder_checkpointing, self.decoder_tiling
         if any(tuned):
@@ -88,3 +81,4 @@ class ModelOptions:
             generator.use_channels_last()
         if self.compile:
             generator.compile(self.compile_mode)
+        return generator

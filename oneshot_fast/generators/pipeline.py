@@ -98,7 +98,12 @@ class PipelineGenerator(Generator):
         dtype = options.dtype or usual
         weights = torch.float32 if options.master_weights else dtype
         try:
-            source = cls.open(str(model_path()) if model_id == "tiny" else model_id, options)
+            source: PipelineFolder | PipelineFile
+            if model_id.endswith(".safetensors"):
+                source = PipelineFile(cls, Path(model_id), options)
+            else:
+                place = str(model_path()) if model_id == "tiny" else model_id
+                source = open_folder(cls, place, options)
             pipe = source.read(weights)
             cls.adapt(pipe, source)
             generator = cls(pipe, autocast=None if weights == dtype else dtype)
@@ -107,13 +112,6 @@ class PipelineGenerator(Generator):
         generator._sources = dict.fromkeys(cls.parts, (source, weights))
         pipe.to(options.device)
         return generator
-
-    @classmethod
-    def open(cls, source: str, options: LoadOptions) -> PipelineFolder | PipelineFile:
-        """The files at ``source``: a folder, hub id or .safetensors file."""
-        if source.endswith(".safetensors"):
-            return PipelineFile(cls, Path(source), options)
-        return open_folder(cls, source, options)
 
     @classmethod
     def adapt(cls, pipe: Any, source: PipelineFolder | PipelineFile) -> None:

@@ -1,7 +1,6 @@
 """Gradients that pass through float16 without vanishing."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,17 +27,7 @@ def gradient_scale(dtype: torch.dtype, elements: int) -> float:
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """``x``; its gradient is multiplied by ``factor``."""
-    if factor == 1:
-        return x
-    return _ScaleGradient.apply(x, factor)  # type: ignore[no-untyped-call]
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.factor, None
+    scaled = x if factor == 1 else x.view_as(x)
+    if factor != 1 and scaled.requires_grad:
+        scaled.register_hook(lambda gradient: gradient * factor)
+    return scaled

@@ -31,5 +31,5 @@ class AestheticReward(EmbeddingReward):
         head = linear_head(read_pickle(path), path).to(setup.device)
         return cls(name, load_clip(setup, VIT_L), head)
 
-    def rate(self, embeddings: Tensor, features: Tensor | None) -> Tensor:
+    def rate(self, embeddings: Tensor, features: Tensor) -> Tensor:
         return self.head(embeddings)[:, 0]

@@ -63,8 +63,8 @@ class Reward(nn.Module):
         reward.name = name
         return reward.to(setup.device, setup.dtype)
 
-    def encode(self, prompts: Sequence[str]) -> Tensor | None:
-        """What ``forward`` needs of the prompts, computed once for each; None if nothing.
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """What ``forward`` needs of the prompts, computed once for each; by default nothing.
 
         Args:
             prompts: B of them.
@@ -72,9 +72,9 @@ class Reward(nn.Module):
         Returns:
             [B, ...], row by row independent of the other prompts.
         """
-        return None
+        return torch.empty(len(prompts), 0)
 
-    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
+    def forward(self, images: Tensor, features: Tensor) -> Tensor:
         """Scores.
 
         Args:
@@ -92,11 +92,11 @@ class EmbeddingReward(Reward):
 
     encoder: "ImageEncoder"
 
-    def rate(self, embeddings: Tensor, features: Tensor | None) -> Tensor:
+    def rate(self, embeddings: Tensor, features: Tensor) -> Tensor:
         """Scores, [B] float32, of what the encoder makes of images, [B, D] float32."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
+    def forward(self, images: Tensor, features: Tensor) -> Tensor:
         return self.rate(self.encoder.encode_images(images), features)
 
 
@@ -135,7 +135,7 @@ class WeightedRewards(nn.Module):
         self.rewards = nn.ModuleList(reward for reward, _ in rewards)
         self.weights: Mapping[str, float] = {reward.name: weight for reward, weight in rewards}
         self._checkpointing = checkpointing
-        self._features: dict[tuple[str, str], Tensor | None] = {}
+        self._features: dict[tuple[str, str], Tensor] = {}
 
     @property
     def by_name(self) -> dict[str, Reward]:
@@ -202,14 +202,11 @@ class WeightedRewards(nn.Module):
         return network(images, *more)
 
     @torch.no_grad()
-    def features(self, reward: Reward, prompts: Sequence[str]) -> Tensor | None:
+    def features(self, reward: Reward, prompts: Sequence[str]) -> Tensor:
         """``reward.encode(prompts)``, with prompts that came before taken from memory."""
         new = [p for p in dict.fromkeys(prompts) if (reward.name, p) not in self._features]
         if new:
             with unset_fake_temporarily():  # a dry run keeps them for what it then times
                 rows = reward.encode(new)
-                for k, prompt in enumerate(new):
-                    self._features[reward.name, prompt] = None if rows is None else rows[k]
-        found = [self._features[reward.name, prompt] for prompt in prompts]
-        kept = [row for row in found if row is not None]
-        return torch.stack(kept) if kept else None
+                self._features |= {(reward.name, p): row for p, row in zip(new, rows, strict=True)}
+        return torch.stack([self._features[reward.name, prompt] for prompt in prompts])

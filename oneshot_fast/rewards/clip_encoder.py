@@ -61,8 +61,7 @@ class CosineReward(EmbeddingReward):
     def encode(self, prompts: Sequence[str]) -> Tensor:
         return self.encoder.encode_prompts(prompts)
 
-    def rate(self, embeddings: Tensor, features: Tensor | None) -> Tensor:
-        assert features is not None
+    def rate(self, embeddings: Tensor, features: Tensor) -> Tensor:
         return self.scale * (embeddings * features).sum(1)
 
 

@@ -38,7 +38,6 @@ class DigitReward(Reward):
                 )
         return torch.tensor(digits, device=self._classifier.digit_head.weight.device)
 
-    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
-        assert features is not None
+    def forward(self, images: Tensor, features: Tensor) -> Tensor:
         logits = self._classifier(resize(images.float(), IMAGE_SIZE))
         return F.log_softmax(logits, 1).gather(1, features[:, None])[:, 0]

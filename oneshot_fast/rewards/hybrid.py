@@ -15,6 +15,5 @@ class HybridReward(AestheticReward):
     def encode(self, prompts: Sequence[str]) -> Tensor:
         return self.encoder.encode_prompts(prompts)
 
-    def rate(self, embeddings: Tensor, features: Tensor | None) -> Tensor:
-        assert features is not None
+    def rate(self, embeddings: Tensor, features: Tensor) -> Tensor:
         return self.head(embeddings)[:, 0] + COSINE_WEIGHT * (embeddings * features).sum(1)

@@ -67,8 +67,7 @@ class ImageRewardReward(Reward):
         tokens = tokenize(self._tokenizer, prompts, NUM_TOKENS)
         return torch.stack((tokens.input_ids, tokens.attention_mask), 1).to(self.text.device)
 
-    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
-        assert features is not None
+    def forward(self, images: Tensor, features: Tensor) -> Tensor:
         pixels = preprocess(images, self.vision.config.image_size, self.vision.dtype)
         seen = self.vision(pixels).last_hidden_state
         ids, mask = features.unbind(1)

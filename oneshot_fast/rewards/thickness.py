@@ -19,7 +19,7 @@ class ThicknessReward(Reward):
 
     name = "thickness"
 
-    def forward(self, images: Tensor, features: Tensor | None) -> Tensor:
+    def forward(self, images: Tensor, features: Tensor) -> Tensor:
         pixels = images.float()
         rows, columns = pixels[:, :, [0, -1]], pixels[:, :, 1:-1, [0, -1]]
         border = torch.cat((rows.flatten(2), columns.flatten(2)), 2)

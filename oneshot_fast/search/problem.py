@@ -30,25 +30,22 @@ class Problem:
     start: Tensor | None = None
 
     def select(self, rows: Sequence[int]) -> "Problem":
-        """The searches ``rows``, in their order."""
+        """The searches ``rows``, under way, in their order."""
         index = torch.tensor(rows, device=self.eps.device)
         return Problem(
             self.eps[index],
             self.conditioning.select(index),
             [self.prompts[k] for k in rows] if self.prompts else (),
             {name: value[index] for name, value in self.target.items()},
-            None if self.start is None else self.start[index],
         )
 
     def cat(self, other: "Problem") -> "Problem":
-        """The searches of both, which begin alike."""
-        starts = [part.start for part in (self, other) if part.start is not None]
+        """The searches of both, under way."""
         return Problem(
             torch.cat([self.eps, other.eps]),
             self.conditioning.cat([self.conditioning, other.conditioning]),
             [*self.prompts, *other.prompts],
             {name: torch.cat([value, other.target[name]]) for name, value in self.target.items()},
-            torch.cat(starts) if starts else None,
         )
 
     @property

@@ -7,7 +7,7 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from oneshot_fast.embedded.classifier import classifier_path
+from oneshot_fast.embedded.classifier import WEIGHTS
 from oneshot_fast.embedded.digits import DIGIT_WORDS
 from oneshot_fast.embedded.pipeline import (
     OTHER_WORDS,
@@ -41,7 +41,7 @@ def test_packaged_pipeline_has_the_shape_of_sdxl_turbo(pipeline):
 
 
 def test_packaged_weights_are_small_and_load_as_fp32_by_default():
-    files = [path for path in model_path().rglob("*") if path.is_file()] + [classifier_path()]
+    files = [path for path in model_path().rglob("*") if path.is_file()] + [WEIGHTS]
     assert sum(path.stat().st_size for path in files) <= 8 * MEGABYTE
     assert not [path for path in files if path.suffix in {".bin", ".pt", ".pkl"}]
     plain = StableDiffusionXLPipeline.from_pretrained(model_path())

@@ -23,13 +23,10 @@ class HingeCritic(nn.Module):
     def __init__(self, classes: int, image_size: int, width: int) -> None:
         """Make the network for K classes and images of a side; ``width`` channels there."""
         super().__init__()
-        widths = _widths(image_size, width)
-        layers: list[nn.Module] = []
-        for k, (fan_in, fan_out) in enumerate(pairwise(widths)):
-            layers += [spectral_norm(_convolution(k, fan_in, fan_out)), nn.SiLU()]
+        layers, features = _convolutions(image_size, width, nn.SiLU(), spectral_norm)
         self.body = nn.Sequential(*layers)
-        self.head = spectral_norm(nn.Linear(16 * widths[-1], 1))
-        self.classes = spectral_norm(nn.Linear(classes, 16 * widths[-1], bias=False))
+        self.head = spectral_norm(nn.Linear(features, 1))
+        self.classes = spectral_norm(nn.Linear(classes, features, bias=False))
 
     def forward(self, images: Tensor, classes: Tensor) -> Tensor:
         """Scores [B] of images [B, 3, s, s] in [-1, 1] and one-hot classes [B, K]."""
@@ -62,11 +59,8 @@ class LogisticCritic(nn.Module):
         """
         super().__init__()
         self.penalty = penalty
-        widths = _widths(image_size, width)
-        layers: list[nn.Module] = []
-        for k, (fan_in, fan_out) in enumerate(pairwise(widths)):
-            layers += [_convolution(k, fan_in, fan_out), nn.LeakyReLU(0.2)]
-        layers += [nn.Flatten(), nn.Linear(16 * widths[-1], 128), nn.LeakyReLU(0.2)]
+        layers, features = _convolutions(image_size, width, nn.LeakyReLU(0.2))
+        layers += [nn.Flatten(), nn.Linear(features, 128), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(128, 1)
         self.classes = nn.Linear(classes, 128, bias=False)
@@ -94,12 +88,17 @@ Critic = HingeCritic | LogisticCritic
 MakeCritic = Callable[[int, int, int], Critic]
 
 
-def _widths(image_size: int, width: int) -> list[int]:
-    """Channels of the image and after every convolution, the last at 4 x 4 pixels."""
+def _convolutions(
+    image_size: int,
+    width: int,
+    activation: nn.Module,
+    norm: Callable[[nn.Module], nn.Module] = lambda module: module,
+) -> tuple[list[nn.Module], int]:
+    """Layers from images to 4 x 4 pixels, all but the first halving the side; their outputs."""
     stages = (image_size // 4).bit_length() - 1
-    return [3, *(width * min(4, 2**k) for k in range(stages + 1))]
-
-
-def _convolution(k: int, fan_in: int, fan_out: int) -> nn.Conv2d:
-    """The ``k``-th convolution: all but the first halve the side."""
-    return nn.Conv2d(fan_in, fan_out, 4, 2, 1) if k else nn.Conv2d(fan_in, fan_out, 3, 1, 1)
+    widths = [3, *(width * min(4, 2**k) for k in range(stages + 1))]
+    layers = []
+    for k, (fan_in, fan_out) in enumerate(pairwise(widths)):
+        size, stride = (4, 2) if k else (3, 1)
+        layers += [norm(nn.Conv2d(fan_in, fan_out, size, stride, 1)), activation]
+    return layers, 16 * widths[-1]

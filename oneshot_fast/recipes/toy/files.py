@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneshot_fast.errors import DataError, one_line, refused, require
+from oneshot_fast.errors import DataError, one_line, refused
 from oneshot_fast.recipes.toy.data import DIGIT_PROMPTS, LabelledImages
 
 _CIFAR_CLASSES = (
@@ -86,7 +86,8 @@ def cifar10(split: str, root: Path) -> LabelledImages:
 
 def _read_batch(path: Path) -> tuple[Tensor, Tensor]:
     """Images [N, 3, 32, 32] uint8 and labels [N] int64."""
-    require(path.is_file(), f"no such file: {path} ({_WANTED})")
+    if not path.is_file():
+        raise DataError(f"no such file: {path} ({_WANTED})")
     with refused(DataError, f"{path}: is no batch of CIFAR-10: "), path.open("rb") as file:
         found = _ArraysOnly(file, encoding="bytes").load()
         pixels, labels = numpy.asarray(found[b"data"]), found[b"labels"]
