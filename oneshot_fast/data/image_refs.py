@@ -157,14 +157,9 @@ def file_sha256(image: ImageRef) -> str:
     Raises:
         DataError: it cannot be read.
     """
-    if isinstance(image, Member):
-        return hashlib.sha256(image.read()).hexdigest()
     try:
-        digest = hashlib.sha256()
-        with image.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        data = image.read() if isinstance(image, Member) else image.read_bytes()
+        return hashlib.sha256(data).hexdigest()
     except OSError as error:
         raise DataError(f"{image}: cannot be read: {one_line(error.strerror)}") from error
 

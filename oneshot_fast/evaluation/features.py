@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oneshot_fast.data.images import shrink
-from oneshot_fast.errors import ModelError, UserError, refused, require
+from oneshot_fast.errors import UserError, require
 from oneshot_fast.evaluation.distances import CMMD_SIGMA
 from oneshot_fast.generators.base import Classifier, Generator
 from oneshot_fast.rewards.base import Setup
 from oneshot_fast.rewards.clip_encoder import VIT_L, load_clip
 from oneshot_fast.rewards.preprocess import resize
-from oneshot_fast.rewards.weights import build
-from oneshot_fast.runtime.tensor_files import read_safetensors
+from oneshot_fast.rewards.weights import read_model
 from oneshot_fast.runtime.user_functions import import_function
 
 DINO = "DINOv2-L-14"
@@ -122,12 +121,7 @@ def _of_clip(setup: Setup, model: str) -> Features:
 
 def _of_dino(setup: Setup, model: str) -> Features:
     """The class token after the last norm, of images whose shorter side is 224 pixels."""
-    path, config_path = (setup.find(model, f) for f in ("model.safetensors", "config.json"))
-    from transformers import Dinov2Config, Dinov2Model  # slow, so a missing file is told first
-
-    with refused(ModelError, f"cannot use {config_path}: "):
-        config = Dinov2Config.from_json_file(config_path)
-    network = build(Dinov2Model, config, read_safetensors(path), path, setup.dtype).to(setup.device)
+    network = read_model(setup, model, "Dinov2Model")
 
     def of(images: Tensor) -> Tensor:
         mean, std = (images.new_tensor(x).view(3, 1, 1) for x in (_MEAN, _STD))

@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneshot_fast.errors import ModelError, refused
 from oneshot_fast.rewards.base import EmbeddingReward, ImageEncoder, Setup
 from oneshot_fast.rewards.preprocess import preprocess
-from oneshot_fast.rewards.weights import build, read_tokenizer, tokenize
-from oneshot_fast.runtime.tensor_files import read_safetensors
+from oneshot_fast.rewards.weights import read_model, read_tokenizer, tokenize
 
 VIT_L = "CLIP-ViT-L-14"
 TOKENIZER = ("CLIPTokenizer", "merges.txt", "vocab.json")
@@ -68,12 +66,6 @@ class CosineReward(EmbeddingReward):
 def load_clip(setup: Setup, model: str) -> ClipEncoder:
     """The CLIPModel in the folder ``model``, if it is whole; rewards of one ``setup`` share it."""
     if model not in setup.shared:
-        path, config_path = (setup.find(model, f) for f in ("model.safetensors", "config.json"))
-        from transformers import CLIPConfig, CLIPModel  # slow, so a missing file is told first
-
-        with refused(ModelError, f"cannot use {config_path}: "):
-            config = CLIPConfig.from_json_file(config_path)
-        network = build(CLIPModel, config, read_safetensors(path), path, setup.dtype)
-        tokenizer = read_tokenizer(setup, model, *TOKENIZER)
-        setup.shared[model] = ClipEncoder(network.to(setup.device), tokenizer)
+        network = read_model(setup, model, "CLIPModel")
+        setup.shared[model] = ClipEncoder(network, read_tokenizer(setup, model, *TOKENIZER))
     return setup.shared[model]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from oneshot_fast.errors import ModelError, refused
 from oneshot_fast.rewards.base import Setup
-from oneshot_fast.runtime.tensor_files import misfit
+from oneshot_fast.runtime.tensor_files import misfit, read_safetensors
 
 
 def read_tokenizer(setup: Setup, model: str, kind: str, *files: str) -> Any:
@@ -25,6 +25,21 @@ def read_tokenizer(setup: Setup, model: str, kind: str, *files: str) -> Any:
 
     with refused(ModelError, f"cannot use the tokenizer in {folder}: "):
         return getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
+
+
+def read_model(setup: Setup, model: str, kind: str) -> Any:
+    """Model of transformers' class ``kind`` in the folder ``model``, in evaluation mode.
+
+    Raises:
+        ModelError: If a file is missing or damaged, or a tensor missing or left over.
+    """
+    path, config_path = (setup.find(model, f) for f in ("model.safetensors", "config.json"))
+    import transformers  # slow, so a missing file is told first
+
+    network = getattr(transformers, kind)
+    with refused(ModelError, f"cannot use {config_path}: "):
+        config = network.config_class.from_json_file(config_path)
+    return build(network, config, read_safetensors(path), path, setup.dtype).to(setup.device)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
