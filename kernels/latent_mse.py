@@ -1,15 +1,10 @@
 """Triton kernels of latent_mse; checks and autograd are in oneshot_fast.ops."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from oneshot_fast.kernels.partial_sums import add_partial_sums, block_of
-
-# One program sums CHUNK elements, a whole latent of 4 x 64 x 64. Constants, so that the rounding
-# is the same on every device.
-CHUNK = 16384
+from oneshot_fast.kernels.partial_sums import gradient_per_image, mean_per_image
 
 
 @triton.jit
@@ -86,28 +81,7 @@ def latent_mse(eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float) -> Tens
     Returns:
         Loss per image, [B], in the accumulation dtype.
     """
-    eps_hat, x, target = eps_hat.contiguous(), x.contiguous(), target.contiguous()
-    loss = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
-    if x.numel() == 0:
-        return loss.fill_(torch.nan)  # the mean of nothing
-    n = x[0].numel()
-    chunks = triton.cdiv(n, CHUNK)
-    sums = loss if chunks == 1 else loss.new_empty(*loss.shape, chunks)
-    with torch.cuda.device_of(x):
-        latent_mse_kernel[(sums.numel(),)](
-            eps_hat,
-            x,
-            target,
-            sums,
-            sigma,
-            n,
-            chunks,
-            1 / n if chunks == 1 else 1.0,
-            CHUNK=min(CHUNK, triton.next_power_of_2(n)),
-            BLOCK=block_of(x, n),
-            num_warps=8,
-        )
-    return loss if chunks == 1 else add_partial_sums(sums, loss, 1 / n)
+    return mean_per_image(latent_mse_kernel, (eps_hat, x, target), sigma)
 
 
 def d_latent_mse(
@@ -126,25 +100,5 @@ def d_latent_mse(
     Returns:
         Gradient, [B, C, H, W].
     """
-    eps_hat, x, target = eps_hat.contiguous(), x.contiguous(), target.contiguous()
-    out = torch.empty_like(x)
-    if out.numel() == 0:
-        return out
-    n = x[0].numel()
-    block = block_of(x, n)
-    blocks = triton.cdiv(n, block)
-    with torch.cuda.device_of(x):
-        d_latent_mse_kernel[(len(x) * blocks,)](
-            grad.contiguous(),
-            eps_hat,
-            x,
-            target,
-            out,
-            sigma,
-            2 * scale / n,
-            n,
-            blocks,
-            BLOCK=block,
-            num_warps=8,
-        )
-    return out
+    factor = 2 * scale / max(1, x[:1].numel())
+    return gradient_per_image(d_latent_mse_kernel, grad, (eps_hat, x, target), sigma, factor)

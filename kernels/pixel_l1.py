@@ -1,14 +1,10 @@
 """Triton kernels of pixel_l1; checks and autograd are in oneshot_fast.ops."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from oneshot_fast.kernels.partial_sums import add_partial_sums, block_of
-
-# Constants, so that the rounding is the same on every device.
-CHUNK = 16384
+from oneshot_fast.kernels.partial_sums import gradient_per_image, mean_per_image
 
 
 @triton.jit
@@ -89,26 +85,7 @@ def pixel_l1(y: Tensor, target: Tensor) -> Tensor:
     Returns:
         Loss per image, [B], in the accumulation dtype.
     """
-    y, target = y.contiguous(), target.contiguous()
-    loss = y.new_empty(y.shape[0], dtype=torch.promote_types(y.dtype, torch.float32))
-    if y.numel() == 0:
-        return loss.fill_(torch.nan)  # the mean of nothing
-    n = y[0].numel()
-    chunks = triton.cdiv(n, CHUNK)
-    sums = loss if chunks == 1 else loss.new_empty(*loss.shape, chunks)
-    with torch.cuda.device_of(y):
-        pixel_l1_kernel[(sums.numel(),)](
-            y,
-            target,
-            sums,
-            n,
-            chunks,
-            1 / n if chunks == 1 else 1.0,
-            CHUNK=min(CHUNK, triton.next_power_of_2(n)),
-            BLOCK=block_of(y, n),
-            num_warps=8,
-        )
-    return loss if chunks == 1 else add_partial_sums(sums, loss, 1 / n)
+    return mean_per_image(pixel_l1_kernel, (y, target))
 
 
 def d_pixel_l1(grad: Tensor, y: Tensor, target: Tensor, wrt_target: bool) -> Tensor:
@@ -123,23 +100,4 @@ def d_pixel_l1(grad: Tensor, y: Tensor, target: Tensor, wrt_target: bool) -> Ten
     Returns:
         Gradient, [B, C, H, W].
     """
-    y, target = y.contiguous(), target.contiguous()
-    out = torch.empty_like(y)
-    if out.numel() == 0:
-        return out
-    n = y[0].numel()
-    block = block_of(y, n)
-    blocks = triton.cdiv(n, block)
-    with torch.cuda.device_of(y):
-        d_pixel_l1_kernel[(len(y) * blocks,)](
-            grad.contiguous(),
-            y,
-            target,
-            out,
-            n,
-            blocks,
-            WRT_TARGET=wrt_target,
-            BLOCK=block,
-            num_warps=8,
-        )
-    return out
+    return gradient_per_image(d_pixel_l1_kernel, grad, (y, target), WRT_TARGET=wrt_target)
