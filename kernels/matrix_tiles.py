@@ -53,25 +53,24 @@ def product_kernel(
     a_ptr,  # [B, D, D], memory of A^T where TRANSPOSED_A
     b_ptr,  # [B, D, D], memory of B^T where TRANSPOSED_B
     out_ptr,  # [B, D, D]
-    c_ptr,  # [B, D, D], S for "series"
-    s2_ptr,  # [B, D, D] for "series"
-    squarings_ptr,  # [B] where PREDICATED: no product for the matrices with squarings <= level
-    level,
     D,
-    EPILOGUE: tl.constexpr,  # "", "series", "mean", "polish"
-    FIRST: tl.constexpr,
-    PREDICATED: tl.constexpr,
-    TRANSPOSED_A: tl.constexpr,
-    TRANSPOSED_B: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    c_ptr=None,  # [B, D, D], S for "series"
+    s2_ptr=None,  # [B, D, D] for "series"
+    squarings_ptr=None,  # [B]: no product for the matrices with squarings <= level
+    level=0,
+    EPILOGUE: tl.constexpr = "",  # or "series", "mean", "polish"
+    FIRST: tl.constexpr = 0,
+    TRANSPOSED_A: tl.constexpr = False,
+    TRANSPOSED_B: tl.constexpr = False,
 ):
     ACC: tl.constexpr = tl.float64 if b_ptr.dtype.element_ty == tl.float64 else tl.float32
     matrix, i, j = tile_of_program(D, BLOCK)
     base = matrix * D * D
     end = D
-    if PREDICATED:
+    if squarings_ptr is not None:
         end = tl.where(level < tl.load(squarings_ptr + matrix), D, 0)
     acc = tl.zeros((BLOCK, BLOCK), dtype=ACC)
     for k in range(0, end, BLOCK_K):

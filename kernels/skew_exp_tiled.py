@@ -149,21 +149,7 @@ class _Launcher:
 
     def product(self, a: Tensor, b: Tensor, out: Tensor, **options: Any) -> Tensor:
         """Out = a b; the options are those of ``product_kernel``."""
-        constants = {
-            "c_ptr": None,
-            "s2_ptr": None,
-            "squarings_ptr": None,
-            "level": 0,
-            "EPILOGUE": "",
-            "FIRST": 0,
-            "TRANSPOSED_A": False,
-            "TRANSPOSED_B": False,
-            **options,
-        }
-        predicated = constants["squarings_ptr"] is not None
-        product_kernel[self.grid](
-            a, b, out, D=self.D, PREDICATED=predicated, **constants, **self.dot
-        )
+        product_kernel[self.grid](a, b, out, self.D, **options, **self.dot)
         return out
 
     def scaled_exp(self, a: Tensor, theta: float) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -115,7 +115,7 @@ def specialise(kernel: JITFunction, values: dict[str, Any]) -> tuple[Any, ...]:
     """Signature, constants, attributes and options of a launch, as Triton's launcher makes them."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
+        value = values.get(parameter.name, parameter.default)
         annotated = parameter.annotation_type
         # plain integers: 1 is a constant, multiples of 16 are known as such
         special = isinstance(value, int) and not parameter.do_not_specialize and not annotated
