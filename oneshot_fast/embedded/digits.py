@@ -92,14 +92,13 @@ def random_affine(count: int, amount: float, draw: torch.Generator) -> Tensor:
         * torch.tensor([0.21, 0.15, 0.12, 0.12, 0.12, 0.12])[:, None]
     )
     cos, sin = angle.cos(), angle.sin()
-    rows = torch.stack(
+    return torch.stack(
         [
             torch.stack([log_x.exp() * cos, shear * cos - sin, shift[0]], -1),
             torch.stack([log_y.exp() * sin, shear * sin + cos, shift[1]], -1),
         ],
         1,
     )
-    return rows
 
 
 def random_style(count: int, draw: torch.Generator) -> Style:

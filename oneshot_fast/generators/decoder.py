@@ -84,13 +84,9 @@ class Decoder:
         self._vae.tile_latent_min_size, self._vae.tile_sample_min_size = side, side * factor
 
     def raw(self, latents: Tensor) -> Tensor:
-        """Images before clamping, differentiable.
+        """Images [B, 3, H, W] float32 in about [-1, 1] RGB, before clamping, differentiable.
 
-        Args:
-            latents: [B, C, h, w] float32, scaled latents.
-
-        Returns:
-            [B, 3, H, W] float32, RGB in about [-1, 1].
+        They are of scaled latents [B, C, h, w] float32.
         """
         shift, scale = latent_affine(self._vae, latents)
         s = gradient_scale(self.computes_in, 3 * 8 * 8 * latents[0, 0].numel())

@@ -68,15 +68,7 @@ class ToyNetwork(nn.Module):
         self._run = _plain
 
     def forward(self, noise: Tensor, classes: Tensor) -> Tensor:
-        """Images.
-
-        Args:
-            noise: [B, C, h, w].
-            classes: One-hot classes, [B, K].
-
-        Returns:
-            [B, 3, s, s], [-1, 1] RGB.
-        """
+        """Images [B, 3, s, s], [-1, 1] RGB, of noises [B, C, h, w] and one-hot classes [B, K]."""
         x = self.first(noise)
         for k, block in enumerate(self.blocks):
             x = x if k == 0 else F.interpolate(x, scale_factor=2.0)

@@ -54,18 +54,16 @@ class PatchRotation(nn.Module):
 
 def check_patching(size: Sequence[int], patch_size: int, groups: int) -> None:
     """Raise UserError unless patches and tiles divide a latent of ``size`` [H, W]."""
+    _check_divides("patch_size", patch_size, size, "latent")
+    grid = [side // patch_size for side in size]
+    _check_divides("rotation_groups", groups, grid, "patches")
+
+
+def _check_divides(name: str, value: int, size: Sequence[int], what: str) -> None:
     H, W = size
-    sides = [p for p in range(1, min(H, W) + 1) if H % p == 0 and W % p == 0]
-    require(
-        patch_size in sides,
-        f"patch_size {patch_size} does not divide the {H} x {W} latent; use one of {sides}",
-    )
-    h, w = H // patch_size, W // patch_size
-    tiles = [g for g in range(1, min(h, w) + 1) if h % g == 0 and w % g == 0]
-    require(
-        groups in tiles,
-        f"rotation_groups {groups} does not divide the {h} x {w} patches; use one of {tiles}",
-    )
+    sides = [k for k in range(1, min(H, W) + 1) if H % k == 0 and W % k == 0]
+    fits = f"{name} {value} does not divide the {H} x {W} {what}; use one of {sides}"
+    require(value in sides, fits)
 
 
 def towards(pattern: Tensor, eps: Tensor, p: int) -> Tensor:

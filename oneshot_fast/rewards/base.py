@@ -64,13 +64,9 @@ class Reward(nn.Module):
         return reward.to(setup.device, setup.dtype)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """What ``forward`` needs of the prompts, computed once for each; by default nothing.
+        """What ``forward`` needs of B prompts, [B, ...], computed once for each; by default nothing.
 
-        Args:
-            prompts: B of them.
-
-        Returns:
-            [B, ...], row by row independent of the other prompts.
+        A row never depends on the other prompts.
         """
         return torch.empty(len(prompts), 0)
 
@@ -158,9 +154,7 @@ class WeightedRewards(nn.Module):
     def scores(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Every reward's own score, [B] float32 by its name, without its weight.
 
-        Args:
-            images: [B, 3, H, W] float, [0, 1] RGB.
-            prompts: B of them.
+        The images are [B, 3, H, W] float, [0, 1] RGB, with B prompts.
 
         Raises:
             ValueError: If there are not as many prompts as images.

@@ -182,17 +182,16 @@ class AssignToyCommand(PairOptions):
     def execute(self) -> int:
         """Run ``toy assign``."""
         patch_size = self.patch(self.search.patch_size)
-        return execute_assign(
-            pick(
-                AssignCommand,
-                self,
-                model_id=self.model_id,
-                output_dir=self.folder / "assign",
-                search=dataclasses.replace(self.search, patch_size=patch_size),
-                data=DataOptions(data_root=str(self.pairs())),
-                model=self.model,
-            )
+        command = pick(
+            AssignCommand,
+            self,
+            model_id=self.model_id,
+            output_dir=self.folder / "assign",
+            search=dataclasses.replace(self.search, patch_size=patch_size),
+            data=DataOptions(data_root=str(self.pairs())),
+            model=self.model,
         )
+        return execute_assign(command)
 
 
 @dataclass(frozen=True)
@@ -214,17 +213,16 @@ class SftToyCommand(PairOptions):
         require(manifest.is_file(), f"no such file: {manifest}; assign first: {again}")
         noise: Literal["matched", "random"] = "matched" if self.matched else "random"
         real = self.real()
-        code = execute_sft(
-            pick(
-                SftCommand,
-                self,
-                manifest_path=manifest,
-                model_id=self.model_id,
-                output_dir=self.folder / ("sft" if self.matched else "direct_sft"),
-                training=dataclasses.replace(self.training, noise=noise),
-                model=self.model,
-            )
+        command = pick(
+            SftCommand,
+            self,
+            manifest_path=manifest,
+            model_id=self.model_id,
+            output_dir=self.folder / ("sft" if self.matched else "direct_sft"),
+            training=dataclasses.replace(self.training, noise=noise),
+            model=self.model,
         )
+        code = execute_sft(command)
         return code if self.dry_run else self.compare(real, code)
 
 
@@ -256,16 +254,15 @@ class EmToyCommand(PairOptions):
     def execute(self) -> int:
         """Run ``toy em`` and compare all that is there."""
         patch_size, real = self.patch(self.em.patch_size), self.real()
-        code = execute_em(
-            pick(
-                EmCommand,
-                self,
-                work_dir=self.folder / "em",
-                initial_model_id=self.model_id,
-                heldout_root=self.write("heldout", self.others, self.others + self.num_heldout),
-                em=dataclasses.replace(self.em, patch_size=patch_size),
-                data=DataOptions(data_root=str(self.pairs())),
-                model=self.model,
-            )
+        command = pick(
+            EmCommand,
+            self,
+            work_dir=self.folder / "em",
+            initial_model_id=self.model_id,
+            heldout_root=self.write("heldout", self.others, self.others + self.num_heldout),
+            em=dataclasses.replace(self.em, patch_size=patch_size),
+            data=DataOptions(data_root=str(self.pairs())),
+            model=self.model,
         )
+        code = execute_em(command)
         return code if self.dry_run else self.compare(real, code)
