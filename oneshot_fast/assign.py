@@ -1,27 +1,23 @@
 """Command line of the E-step: one target or a whole data set."""
 
-from __future__ import annotations
-
+import functools
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from oneshot_fast.cli import OK, SOME_FAILED, public, run_command
+from oneshot_fast.cli import OK, finish, run_command
 from oneshot_fast.data.image_refs import hint
 from oneshot_fast.data.options import DataOptions
 from oneshot_fast.data.records import Record, pair_id
+from oneshot_fast.data.sources import FolderSource, Source, open_pairs
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.assign.options import AssignOptions
-from oneshot_fast.runtime.files import if_writable
+from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.runtime.options import RunOptions
-
-if TYPE_CHECKING:
-    from oneshot_fast.data.sources import Source
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,6 @@ class AssignCommand:
 
 def open_data(command: AssignCommand) -> Source:
     """The data set, or the single target, that the command line names."""
-    from oneshot_fast.data.sources import FolderSource, open_pairs
-
     single = command.prompt is not None or command.target_image_path is not None
     if command.data.data_root is not None:
         require(not single, "give either --data_root or a single target, not both")
@@ -83,65 +77,33 @@ def execute(command: AssignCommand) -> int:
         raise UserError("give --output_dir DIR")
     command.search.check()
     source = open_data(command)
-    if command.engine == "ray" and folder is not None and not command.dry_run:
-        return _finish(command, folder, _run_on_ray(command, folder, source))
-
-    from oneshot_fast.jobs.assign.plan import assign_plan
-    from oneshot_fast.jobs.assign.run import AssignRun
-
-    generator = command.model.load(command.model_id)
-    run = AssignRun(generator, source, folder or Path(), command.search, **_common(command))
-    if folder is None or command.dry_run:
-        plan = assign_plan(
-            run.generator,
-            run.options,
-            resolution=run.targets.resolution,
-            batch_size=run.batch_size,
-            samples=run.total,
-            num_images=run.num_images,
-        )
-        print(plan)
-        return OK
-    summary = run.run(**command.run.arguments)
-    return _finish(command, folder, summary)
-
-
-def _common(command: AssignCommand) -> dict[str, Any]:
-    """Arguments of either engine's run."""
-    return {
+    more: dict[str, Any] = {
         "seed": command.run.seed,
         "batch_size": command.batch_size,
         "resize_mode": command.data.resize_mode,
         "resolution": command.data.resolution,
         "num_images": command.num_images,
     }
+    if folder is None or command.dry_run or command.engine == "local":
+        generator = command.model.load(command.model_id)
+        run = AssignRun(generator, source, folder or Path(), command.search, **more)
+        if folder is None or command.dry_run:
+            print(run.plan())
+            return OK
+        summary = run.run(**command.run.arguments)
+    else:
+        from oneshot_fast.jobs.assign.ray_driver import run_on_ray
+        from oneshot_fast.jobs.assign.ray_worker import Job
 
+        job = Job(command.model, command.model_id, command.search, folder.absolute(), **more)
+        summary = run_on_ray(job, source, actors=command.ray_actors, **command.run.arguments)
 
-def _run_on_ray(command: AssignCommand, folder: Path, source: Source) -> dict[str, Any]:
-    from oneshot_fast.jobs.assign.ray_driver import run_on_ray
-    from oneshot_fast.jobs.assign.ray_worker import Job
-
-    path, more = folder.absolute(), _common(command)
-    job = Job(command.model, command.model_id, command.search, path, **more)
-    return run_on_ray(job, source, actors=command.ray_actors, **command.run.arguments)
-
-
-def _finish(command: AssignCommand, folder: Path, summary: dict[str, Any]) -> int:
-    """Write the report and say what was reached."""
     from oneshot_fast.report.assign import print_summary, write_assign_report
-    from oneshot_fast.runtime.processes import is_main
 
-    if is_main():
-        with if_writable():
-            write_assign_report(folder, public(command))
-        print_summary(summary, folder)
-    return SOME_FAILED if summary["failed"] else OK
+    return finish(command, folder, summary, write_assign_report, print_summary)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``python -m oneshot_fast.assign``."""
-    return run_command("assign", AssignCommand, execute, argv)
-
+main = functools.partial(run_command, "assign", AssignCommand, execute)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,5 @@
 """What the commands share: argument parsing and exit codes."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno
@@ -23,7 +21,9 @@ from safetensors import SafetensorError
 
 from oneshot_fast.errors import UserError, one_line, printable, require
 from oneshot_fast.runtime.concurrency import handling, stop
+from oneshot_fast.runtime.files import Json, if_writable
 from oneshot_fast.runtime.options import RunOptions
+from oneshot_fast.runtime.processes import is_main, leave, set_timeout
 from oneshot_fast.runtime.progress import silence_imports
 
 OK, SOME_FAILED, BAD_INPUT, NO_SPACE, CRASHED = 0, 1, 2, 3, 70
@@ -36,7 +36,10 @@ Options = TypeVar("Options")
 
 
 def run_command(
-    name: str, options: type[Options], command: Callable[[Options], int], argv: Sequence[str] | None
+    name: str,
+    options: type[Options],
+    command: Callable[[Options], int],
+    argv: Sequence[str] | None = None,
 ) -> int:
     """Parse ``argv`` into ``options``, run ``command`` and turn its end into an exit code.
 
@@ -60,14 +63,11 @@ def run_command(
             given = _parse(name, options, sys.argv[1:] if argv is None else argv)
             minutes = public(given).get("timeout_minutes")
             if minutes is not None:
-                from oneshot_fast.runtime.processes import set_timeout
-
                 set_timeout(minutes)
             if isinstance(run := getattr(given, "run", None), RunOptions):
                 run.check()  # before any long work
             code = command(given)
-            if "oneshot_fast.runtime.processes" in sys.modules:
-                sys.modules["oneshot_fast.runtime.processes"].leave()
+            leave()
             return code
         except KeyboardInterrupt as interrupt:
             number = getattr(interrupt, "number", signal.SIGINT)
@@ -167,6 +167,30 @@ def check_defaults(*groups: Any, needs: str) -> None:
                 getattr(group, field.name) == field.default,
                 f"--{field.name} has no effect without {needs}; give {needs}, too",
             )
+
+
+def finish(
+    command: Any,
+    folder: Path,
+    summary: Json,
+    write_report: Callable[[Path, Json], None],
+    print_summary: Callable[[Json, Path], None],
+) -> int:
+    """Write the report of a job, say what was reached, and return the exit code.
+
+    Args:
+        command: Its flags.
+        folder: What it has written to.
+        summary: What its run returned.
+        write_report: Takes the folder and the flags; leaves out what cannot be written.
+        print_summary: Takes the summary and the folder.
+    """
+    if is_main():
+        with if_writable():
+            write_report(folder, public(command))
+        print_summary(summary, folder)
+        print(f"report: {folder / 'report.html'}")
+    return SOME_FAILED if summary["failed"] else OK
 
 
 def public(options: Any) -> dict[str, Any]:

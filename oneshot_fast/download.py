@@ -1,10 +1,11 @@
 """Download models: the generator, those of rewards and measures, checked by size and hash."""
 
 import errno
+import functools
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -108,10 +109,7 @@ def execute(command: DownloadCommand) -> int:
     return OK
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``python -m oneshot_fast.download``."""
-    return run_command("download", DownloadCommand, execute, argv)
-
+main = functools.partial(run_command, "download", DownloadCommand, execute)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,30 +1,26 @@
 """The main job: alternate assignment (E-step) and training (M-step), and measure what it brings."""
 
-from __future__ import annotations
-
 import dataclasses
+import functools
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from oneshot_fast.cli import OK, SOME_FAILED, check_defaults, public, run_command
+from oneshot_fast.cli import OK, check_defaults, finish, run_command
 from oneshot_fast.data.options import DataOptions
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.data.sources import open_pairs
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.em.options import EmOptions
+from oneshot_fast.jobs.em.plan import em_plan
+from oneshot_fast.jobs.em.rewards import RewardEmRun
+from oneshot_fast.jobs.em.targets import EmRun
 from oneshot_fast.rewards.options import RewardOptions, RewardTrainingOptions
-from oneshot_fast.runtime.files import if_writable
 from oneshot_fast.runtime.options import RunOptions
-from oneshot_fast.runtime.processes import is_main, main_first
-
-if TYPE_CHECKING:
-    from oneshot_fast.jobs.em.rewards import RewardEmRun
-    from oneshot_fast.jobs.em.targets import EmRun
+from oneshot_fast.runtime.processes import main_first
 
 
 @dataclass(frozen=True)
@@ -74,33 +70,25 @@ def execute(command: EmCommand) -> int:
     options = command.em.resolve(embedded=not own_data)
     options.check()
     command = dataclasses.replace(command, initial_model_id=model_id, em=options)
-
-    from oneshot_fast.jobs.em.plan import em_plan
-    from oneshot_fast.report.em import print_summary, write_em_report
-
     run = _on_rewards(command) if by_reward else _on_targets(command)
     if command.dry_run:
         print(em_plan(run))
         return OK
     summary = run.run(**command.run.arguments)
-    if is_main():
-        with if_writable():
-            write_em_report(command.work_dir, public(command))
-        print_summary(command.work_dir)
-    return SOME_FAILED if summary["failed"] else OK
+
+    from oneshot_fast.report.em import print_summary, write_em_report
+
+    return finish(command, command.work_dir, summary, write_em_report, print_summary)
 
 
 def _on_targets(command: EmCommand) -> EmRun:
     check_defaults(command.rewards, command.reward_training, needs="--reward")
 
     from oneshot_fast.embedded.digits import write_default_dataset
-    from oneshot_fast.jobs.em.targets import EmRun
 
     root: str | Path | None = command.data.data_root
-    heldout, whole = (
-        command.heldout_root,
-        dataclasses.replace(command.data, start_index=0, max_samples=None),
-    )
+    heldout = command.heldout_root
+    whole = dataclasses.replace(command.data, start_index=0, max_samples=None)
     with tempfile.TemporaryDirectory() as unused:
         if root is None:
             place = Path(unused) if command.dry_run else command.work_dir / "data"
@@ -138,9 +126,6 @@ def _on_rewards(command: EmCommand) -> RewardEmRun:
     command.em.optimize().check()
     prompts = read_prompts(options.prompt_file, command.data.prompt_field)
     more = _more(command)
-
-    from oneshot_fast.jobs.em.rewards import RewardEmRun
-
     device = more["generator"].device
     return RewardEmRun(
         prompts=prompts,
@@ -167,10 +152,7 @@ def _more(command: EmCommand) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``python -m oneshot_fast.em``."""
-    return run_command("em", EmCommand, execute, argv)
-
+main = functools.partial(run_command, "em", EmCommand, execute)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,28 +1,23 @@
 """Command line: better images now, by optimising the noise of each prompt for rewards."""
 
-from __future__ import annotations
-
+import functools
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from tyro.conf import UseAppendAction
 
-from oneshot_fast.cli import OK, SOME_FAILED, public, run_command
+from oneshot_fast.cli import OK, finish, run_command
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.pairs import MANIFEST
+from oneshot_fast.jobs.optimize.run import OptimizeRun
 from oneshot_fast.rewards.options import RewardOptions
-from oneshot_fast.runtime.files import if_writable
 from oneshot_fast.runtime.options import RunOptions
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -96,11 +91,6 @@ def execute(command: OptimizeCommand) -> int:
         require(0 <= step <= last, f"save_steps names step {step}; there are 0 to {last}")
     prompts = prompts_of(command)
 
-    from oneshot_fast.jobs.optimize.plan import optimize_plan
-    from oneshot_fast.jobs.optimize.run import OptimizeRun
-    from oneshot_fast.report.optimize import write_optimize_report
-    from oneshot_fast.runtime.processes import is_main
-
     generator = command.model.load(command.model_id)
     generator.recompute(command.rewards.recomputed(generator.device))
     run = OptimizeRun(
@@ -119,14 +109,14 @@ def execute(command: OptimizeCommand) -> int:
         num_images=command.num_images,
     )
     if command.output_dir is None or command.dry_run:
-        print(optimize_plan(run.search, run.samples, run.batch_size))
+        print(run.plan())
         return OK
     summary = run.run(**command.run.arguments)
-    if is_main():
-        with if_writable():
-            write_optimize_report(command.output_dir, public(command))
-        print_summary(summary, command.output_dir, command.model_id)
-    return SOME_FAILED if summary["failed"] else OK
+
+    from oneshot_fast.report.optimize import write_optimize_report
+
+    say = functools.partial(print_summary, model_id=command.model_id)
+    return finish(command, command.output_dir, summary, write_optimize_report, say)
 
 
 def print_summary(summary: dict[str, Any], folder: Path, model_id: str) -> None:
@@ -145,13 +135,9 @@ def print_summary(summary: dict[str, Any], folder: Path, model_id: str) -> None:
             f"to train on its {summary['training_pairs']} images: python -m oneshot_fast.sft "
             f"{shlex.join(flags)} --output_dir DIR"
         )
-    print(f"report: {folder / 'report.html'}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``python -m oneshot_fast.optimize``."""
-    return run_command("optimize", OptimizeCommand, execute, argv)
-
+main = functools.partial(run_command, "optimize", OptimizeCommand, execute)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,27 +1,21 @@
 """Command line of the M-step: train the generator on matched pairs, or on rewards."""
 
-from __future__ import annotations
-
+import functools
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from oneshot_fast.cli import OK, SOME_FAILED, check_defaults, public, run_command
+from oneshot_fast.cli import OK, check_defaults, finish, run_command
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.sft.options import MeasuredTrainingOptions, SftOptions
+from oneshot_fast.jobs.sft.rewards import RewardRun
+from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.rewards.options import RewardOptions
-from oneshot_fast.runtime.files import if_writable
 from oneshot_fast.runtime.options import RunOptions
-from oneshot_fast.runtime.processes import is_main
-
-if TYPE_CHECKING:
-    from oneshot_fast.jobs.sft.rewards import RewardRun
-    from oneshot_fast.jobs.sft.run import SftRun
 
 
 @dataclass(frozen=True)
@@ -65,14 +59,11 @@ def execute(command: SftCommand) -> int:
         print(run.plan())
         return OK
     summary = run.run(**command.run.arguments)
-    if is_main():
-        from oneshot_fast.report.sft import print_summary, write_reward_report, write_sft_report
 
-        write_report = write_reward_report if command.rewards.reward else write_sft_report
-        with if_writable():
-            write_report(run.folder, public(command))
-        print_summary(summary, run.folder)
-    return SOME_FAILED if summary["failed"] else OK
+    from oneshot_fast.report.sft import print_summary, write_reward_report, write_sft_report
+
+    write_report = write_reward_report if command.rewards.reward else write_sft_report
+    return finish(command, run.folder, summary, write_report, print_summary)
 
 
 def _on_pairs(command: SftCommand) -> SftRun:
@@ -81,9 +72,6 @@ def _on_pairs(command: SftCommand) -> SftRun:
         raise UserError("give --manifest_path FILE and --output_dir DIR")
     command.training.check()
     pairs, failures = read_manifest(command.manifest_path)
-
-    from oneshot_fast.jobs.sft.run import SftRun
-
     return SftRun(pairs=pairs, failures=failures, **_common(command))
 
 
@@ -102,9 +90,6 @@ def _on_rewards(command: SftCommand) -> RewardRun:
         "checkpointing full recomputes all that selective_checkpointing does; give one",
     )
     prompts = read_prompts(options.prompt_file, options.prompt_field)
-
-    from oneshot_fast.jobs.sft.rewards import RewardRun
-
     common = _common(command)
     generator = common["generator"]
     generator.recompute(rewards.recomputed(generator.device))
@@ -134,10 +119,7 @@ def _common(command: SftCommand) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``python -m oneshot_fast.sft``."""
-    return run_command("sft", SftCommand, execute, argv)
-
+main = functools.partial(run_command, "sft", SftCommand, execute)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,8 +1,8 @@
 """`python -m oneshot_fast.study`: compare ways to assign noise by the trainings they give."""
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,10 +70,7 @@ def execute(command: StudyCommand) -> int:
     return OK
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``python -m oneshot_fast.study``."""
-    return run_command("study", StudyCommand, execute, argv)
-
+main = functools.partial(run_command, "study", StudyCommand, execute)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,9 +1,9 @@
 """Command line: a fixed rotation keeps Gaussian noise Gaussian, a chosen one need not."""
 
 import dataclasses
+import functools
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,7 @@ def measure(command: TheoryCommand) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``python -m oneshot_fast.theory``."""
-    return run_command("theory", TheoryCommand, execute, argv)
-
+main = functools.partial(run_command, "theory", TheoryCommand, execute)
 
 if __name__ == "__main__":
     sys.exit(main())

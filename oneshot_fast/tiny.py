@@ -1,8 +1,8 @@
 """`python -m oneshot_fast.tiny train | evaluate | dataset`: make and judge the embedded default."""
 
+import functools
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -90,10 +90,7 @@ def evaluate(config: EvaluateConfig) -> None:
         save_png(config.grid, tile(samples[:100], columns=10))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``python -m oneshot_fast.tiny``."""
-    return run_command("tiny", TinyCommand, execute, argv)
-
+main = functools.partial(run_command, "tiny", TinyCommand, execute)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,7 @@
 """``python -m oneshot_fast.toy train|assign|sft|direct_sft|em``: every idea in minutes."""
 
+import functools
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -32,10 +32,7 @@ def execute(command: ToyCommand) -> int:
     return command.command.execute()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``python -m oneshot_fast.toy``."""
-    return run_command("toy", ToyCommand, execute, argv)
-
+main = functools.partial(run_command, "toy", ToyCommand, execute)
 
 if __name__ == "__main__":
     sys.exit(main())

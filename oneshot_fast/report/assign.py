@@ -82,4 +82,3 @@ def print_summary(summary: Json, folder: Path) -> None:
         print(f"warning: {summary['cut_images']}", file=sys.stderr)
     if summary["failed"]:
         print(f"{summary['failed']} records failed: {folder / 'failures.jsonl'}", file=sys.stderr)
-    print(f"report: {folder / 'report.html'}")

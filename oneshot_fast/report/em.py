@@ -250,9 +250,8 @@ def cycles_section(summary: Json) -> Section | None:
     return Section("Matching loss, cycle by cycle", text, Table(head, rows), plots=figures)
 
 
-def print_summary(folder: Path) -> None:
+def print_summary(summary: Json, folder: Path) -> None:
     """Say what the run in ``folder`` has reached and where it is, as the command does."""
-    summary = read_json(folder / "summary.json")
     noise = {**summary["random_noise"], "real images": summary.get("real")}
     names = ("base", "final", "direct", "real images")
     print(f"\nOn {noise['base']['samples']} random noises:")
@@ -281,7 +280,6 @@ def print_summary(folder: Path) -> None:
     if summary["failed"]:
         print(f"{summary['failed']} records failed: {folder / 'failures.jsonl'}", file=sys.stderr)
     print(f"\ntook {summary['seconds']:.0f} s; checkpoint: {folder / 'checkpoint-final'}")
-    print(f"report: {folder / 'report.html'}")
 
 
 def print_measures(columns: Mapping[str, Json]) -> None:

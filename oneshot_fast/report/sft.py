@@ -93,4 +93,3 @@ def print_summary(summary: Json, folder: Path) -> None:
     print(f"checkpoint: {folder / 'checkpoint-final'}")
     if (folder / "lora-final").exists():
         print(f"LoRA: {folder / 'lora-final'}")
-    print(f"report: {folder / 'report.html'}")

@@ -1,13 +1,11 @@
 """Beside a job's main line: work in threads, and signals that wait for a step to end."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 Item = TypeVar("Item")
@@ -28,40 +26,24 @@ def ahead(
         yield pending.result()
 
 
-class Background:
-    """Calls of one function, in order, one at a time, in a thread.
+@contextlib.contextmanager
+def in_background(function: Callable[..., object]) -> Iterator[Callable[..., None]]:
+    """Yield what calls ``function`` in a thread: in order, one call at a time.
 
-    An error of a call is raised by the next ``submit`` or at the end of the ``with`` block, which
-    waits for the last call, after Ctrl-C, too.
+    An error of a call is raised by the next one or at the end of the block, which waits for the
+    last call, after Ctrl-C, too.
     """
+    running: list[Future[object]] = []
 
-    def __init__(self, function: Callable[..., object]) -> None:
-        """Bind the function."""
-        self._function = function
-        self._executor = ThreadPoolExecutor(1)
-        self._last: Future[object] | None = None
+    def call(*arguments: Any) -> None:
+        if running:
+            running.pop().result()
+        running.append(executor.submit(function, *arguments))
 
-    def submit(self, *arguments: Any) -> None:
-        """Wait for the last call, then start the next one."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
-        self._last = self._executor.submit(self._function, *arguments)
-
-    def __enter__(self) -> Background:
-        """Use the thread."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Wait for the last call; its error is raised unless the block ended with one."""
-        self._executor.shutdown(wait=True)
-        if error is None and self._last is not None:
-            self._last.result()
+    with ThreadPoolExecutor(1) as executor:
+        yield call
+    if running:
+        running.pop().result()
 
 
 class Stopped(KeyboardInterrupt):
@@ -115,7 +97,7 @@ class Interrupts(contextlib.ExitStack):
 
     pending = 0
 
-    def __enter__(self) -> Interrupts:
+    def __enter__(self) -> "Interrupts":
         """Take over the signals."""
         self.enter_context(handling(self._hold, "SIGINT", "SIGTERM", "SIGHUP"))
         return self

@@ -1,7 +1,5 @@
 """Files that survive a kill: each is replaced as a whole, or appended to and mended."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,13 +1,10 @@
 """Run folders: one writer, resumed only with equal settings."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import filelock
@@ -53,7 +50,7 @@ class RunFolder:
         self.is_writable = True
         self._lock = filelock.FileLock(self.path / ".lock")
 
-    def __enter__(self) -> RunFolder:
+    def __enter__(self) -> "RunFolder":
         """Lock the folder, compare settings, and set aside what is damaged.
 
         Raises:
@@ -82,12 +79,7 @@ class RunFolder:
             self._held = held.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         """Complete the list after a run to its end, and release the lock."""
         if kind is None and self.is_writable:
             self.ledger.seal()

@@ -1,7 +1,5 @@
 """Files of the Hugging Face hub: listed, transferred in parts, checked by size and hash."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

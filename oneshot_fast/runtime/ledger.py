@@ -4,8 +4,6 @@
 last line of a path counts. Small texts are kept in it whole when the run ends.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -22,7 +20,7 @@ _SMALL = 1 << 16  # bytes of a file that is read whole by every check
 _TEXTS = (".json", ".jsonl")
 _STAMP = b'{"__metadata__":{"sha256":"'  # begins the header of our safetensors files
 _HEX = 64
-_open: list[Ledger] = []
+_open: list["Ledger"] = []
 
 
 class Ledger:

@@ -1,7 +1,5 @@
 """The flags of every resumable command, and options that are made of other options."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -56,7 +54,9 @@ class RunOptions:
         }
 
 
-def pick(kind: type[Options], source: DataclassInstance, prefix: str = "", **given: Any) -> Options:
+def pick(
+    kind: type[Options], source: "DataclassInstance", prefix: str = "", **given: Any
+) -> Options:
     """Options of another kind, filled with the fields that ``source`` has, too.
 
     Args:

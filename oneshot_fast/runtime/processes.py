@@ -4,8 +4,6 @@ The main process keeps a run's folder: it locks it, compares settings and writes
 The others do their part of the work, write only their own shards, and wait for it where they must.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os
@@ -20,11 +18,10 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.errors import RunError, require
+from oneshot_fast.runtime.folder import RunFolder
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-
-    from oneshot_fast.runtime.folder import RunFolder
 
 T = TypeVar("T")
 _NOTICE = 60.0  # seconds after which a process says whom it waits for
@@ -40,7 +37,7 @@ _BUCKET = 25 << 20  # bytes of gradients that are exchanged together, as torch's
 _AT_ONCE = 64  # results per process that are exchanged together, in memory of the device
 
 
-def processes() -> PartialState:
+def processes() -> "PartialState":
     """This process among the others: ``is_main_process``, ``num_processes``, ``device``, ..."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env

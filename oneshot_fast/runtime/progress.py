@@ -1,24 +1,19 @@
 """What a running job shows: progress bars and trackers."""
 
-from __future__ import annotations
-
 import os
 import sys
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tqdm import tqdm
 
 from oneshot_fast.errors import UserError, need_package, one_line
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
-
-def progress(total: int | None, description: str, unit: str) -> tqdm[Any]:
+def progress(total: int | None, description: str, unit: str) -> "tqdm[Any]":
     """Progress bar with ETA on stderr; in a log file it prints a line now and then."""
-    from tqdm import tqdm
-
     interval = 0.1 if sys.stderr.isatty() else 20.0
     return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, mininterval=interval)
 
@@ -31,7 +26,7 @@ class Tracker:
         self._writer, self._prefix = writer, prefix
         self._known: set[str] = set()
 
-    def part(self, name: str) -> Tracker:
+    def part(self, name: str) -> "Tracker":
         """The same, for a stage whose steps begin anew."""
         return Tracker(self._writer, f"{self._prefix}{name}/")
 

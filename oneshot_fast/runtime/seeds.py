@@ -1,7 +1,5 @@
 """Seeds and base noise that depend on the run's seed and a sample's name, and on nothing else."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

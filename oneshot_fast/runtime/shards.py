@@ -4,8 +4,6 @@ A batch is one safetensors shard whose header carries its rows, so that tensors 
 together or not at all; every other file is made of the shards' rows.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.errors import DamagedError, require
-from oneshot_fast.runtime.concurrency import Background
+from oneshot_fast.runtime.concurrency import in_background
 from oneshot_fast.runtime.files import (
     Json,
     append_jsonl,
@@ -230,11 +228,11 @@ class ShardRun(ABC, Generic[Item, Found]):
             bar_total = mine * self._evaluations
         with (
             progress(bar_total, self.command, "eval") as bar,
-            Background(lambda *shard: self.note(self.write(*shard))) as writing,
+            in_background(lambda *shard: self.note(self.write(*shard))) as keep,
         ):
             self.on_evaluations = bar.update
             self._since = time.perf_counter()
-            self.solve_into(writing.submit, self._claimed(self.batches(frozenset(self.done))))
+            self.solve_into(keep, self._claimed(self.batches(frozenset(self.done))))
 
     def _claimed(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The batches that this process is to solve."""

@@ -1,7 +1,5 @@
 """Tensors of files that others wrote; code in a pickle is never run."""
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path

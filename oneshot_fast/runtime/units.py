@@ -1,7 +1,5 @@
 """Times, counts and bytes as people say them."""
 
-from __future__ import annotations
-
 
 def duration(seconds: float) -> str:
     """A time in two or three digits, as people say it."""

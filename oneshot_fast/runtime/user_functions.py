@@ -1,7 +1,5 @@
 """``python:module.function``: functions that users write and name on the command line."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

@@ -3,8 +3,6 @@
 All randomness is a function of the seed and the step, so that a state needs no random state.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,7 +35,7 @@ class Rows:
         """B."""
         return len(self.noise)
 
-    def select(self, rows: slice) -> Rows:
+    def select(self, rows: slice) -> "Rows":
         """These rows alone."""
         noise, conditioning = self.noise[rows], self.conditioning.select(rows)
         extra = {name: value[rows] for name, value in self.extra.items()}
@@ -61,7 +59,7 @@ class Batch(dict[str, Rows]):
         """
         return self[part].share if part in self else self._share
 
-    def split(self, parts: int) -> list[Batch]:
+    def split(self, parts: int) -> list["Batch"]:
         """At most ``parts`` batches, each with a part of every group that has enough rows."""
         if parts == 1:
             return [self]

@@ -1,7 +1,5 @@
 """What a training leaves: a state to resume from, whole pipelines, adapters, some on the way."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

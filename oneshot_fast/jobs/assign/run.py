@@ -19,9 +19,10 @@ from oneshot_fast.errors import DataError, RunError
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.options import AssignOptions
-from oneshot_fast.jobs.assign.plan import fitting_batch_size
+from oneshot_fast.jobs.assign.plan import assign_plan, fitting_batch_size
 from oneshot_fast.jobs.assign.search import TargetSearch
 from oneshot_fast.jobs.assign.targets import Preparer, Target, failure
+from oneshot_fast.planning.timing import Plan
 from oneshot_fast.runtime.concurrency import ahead
 from oneshot_fast.runtime.files import Json, read_json
 from oneshot_fast.runtime.shards import ShardRun, mean, mean_curve
@@ -105,6 +106,17 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
             "data": self.source.identity,
             "previous": None if self.previous is None else file_sha256(self.previous),
         }
+
+    def plan(self) -> Plan:
+        """What the run will need; does nothing of it."""
+        return assign_plan(
+            self.generator,
+            self.options,
+            resolution=self.targets.resolution,
+            batch_size=self.batch_size,
+            samples=self.total,
+            num_images=self.num_images,
+        )
 
     def check(self) -> None:
         """Raise RunError if an image changed after its noise was assigned."""

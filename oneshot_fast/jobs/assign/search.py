@@ -7,7 +7,6 @@ generator's forward pass is needed for that, and it is an ordinary Gaussian samp
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -93,6 +92,8 @@ class Chooser:
         estimation (Li and Malik 2018, arXiv 1809.09087); dropping noises that are near already is
         RS-IMLE (Vashist et al. 2024, arXiv 2409.17439).
         """
+        from scipy.optimize import linear_sum_assignment
+
         count = len(targets) * self._options.draws
         key = targets[0].record.id
         own = [t.seed for t in targets if t.start is not None]  # of an earlier assignment
@@ -108,7 +109,7 @@ class Chooser:
         else:
             kept = (~near).nonzero()[:, 0] if allowed.isinf().any() else torch.arange(count)
             finite = allowed[:, kept].nan_to_num(torch.finfo(losses.dtype).max)
-            chosen = kept[scipy.optimize.linear_sum_assignment(finite.numpy())[1]].tolist()
+            chosen = kept[linear_sum_assignment(finite.numpy())[1]].tolist()
         noises = self._noises([seeds[k] for k in chosen], targets[0].eps[None])
         return [
             self._chosen(target, seeds[k], eps, first)

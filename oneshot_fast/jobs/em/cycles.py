@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.errors import one_line, require
@@ -18,8 +18,10 @@ from oneshot_fast.evaluation.features import of_classifier
 from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, classifier_for
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.schedule import cycle_seeds, is_stuck
+from oneshot_fast.jobs.optimize.run import OptimizeRun
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime import files
@@ -33,15 +35,6 @@ _OUTPUTS = (
     "checkpoint-best", "checkpoint-final", "failures.jsonl", "history.jsonl", "summary.json",
     "report.html", "curves.png",
 )  # fmt: skip
-
-
-class StageRun(Protocol):
-    """A resumable run in a folder of its own."""
-
-    folder: Path
-
-    def settings(self) -> dict[str, Any]:
-        """Everything its result depends on."""
 
 
 class Cycles(ABC):
@@ -98,6 +91,10 @@ class Cycles(ABC):
     @abstractmethod
     def measure(self) -> RandomNoiseMeasure:
         """What the generator is measured by, see ``measure_of``."""
+
+    @abstractmethod
+    def first(self) -> AssignRun | OptimizeRun:
+        """The first E-step, to check and to plan."""
 
     @abstractmethod
     def e_step(self, cycle: int, seed: int) -> tuple[Path, dict[str, Any]]:
@@ -208,7 +205,7 @@ class Cycles(ABC):
             verify=self.verify,
         )
 
-    def is_outdated(self, run: StageRun, is_mended: bool = False) -> bool:
+    def is_outdated(self, run: AssignRun | SftRun, is_mended: bool = False) -> bool:
         """Whether a stage was made of what has been mended since, and is to be made anew.
 
         The run's own settings are the same, or it would not have begun. What was measured after

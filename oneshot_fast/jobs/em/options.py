@@ -1,7 +1,5 @@
 """Options of the main job: how the two steps alternate, and how each works."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -149,7 +147,7 @@ class EmOptions:
     preserve_pool_size: int = 512
     """M-step: random noises whose initial outputs are computed once."""
 
-    def resolve(self, embedded: bool) -> EmOptions:
+    def resolve(self, embedded: bool) -> "EmOptions":
         """Fill in the defaults that differ between the embedded data and a user's own."""
         defaults = {
             "train_lr": 1e-4 if embedded else 1e-5,

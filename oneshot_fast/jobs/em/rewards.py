@@ -60,7 +60,7 @@ class RewardEmRun(Cycles):
         self.rewards, self.judge, self.names = rewards, judge, list(names)
         self.images_per_prompt, self.recompute = images_per_prompt, recompute
         for cycle in range(1, len(self.options.schedule()) + 1):
-            self.searcher(cycle, self.folder, 0)  # checks its options before any long work
+            self.searcher(cycle, self.folder)  # checks its options before any long work
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -73,7 +73,10 @@ class RewardEmRun(Cycles):
     def measure(self) -> RandomNoiseMeasure:
         return self.measure_of(scores=all_scores(self.rewards, self.judge))
 
-    def searcher(self, cycle: int, folder: Path, seed: int) -> OptimizeRun:
+    def first(self) -> OptimizeRun:
+        return self.searcher(1, self.folder)
+
+    def searcher(self, cycle: int, folder: Path, seed: int = 0) -> OptimizeRun:
         """The E-step of a cycle, from 1."""
         return OptimizeRun(
             self.generator,

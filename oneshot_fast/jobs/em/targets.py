@@ -70,7 +70,7 @@ class EmRun(Cycles):
         )
         self.resize_mode, self.num_images = resize_mode, num_images
         self.compare_direct = compare_direct
-        self._assigner([], self.folder, 0)  # checks its options before any long work
+        self.first()  # checks its options before any long work
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -151,8 +151,11 @@ class EmRun(Cycles):
             "cut_images": assigned["cut_images"],
         }
 
+    def first(self) -> AssignRun:
+        return self._assigner(self.records, self.folder)
+
     def _assigner(
-        self, data: Sequence[Record], folder: Path, seed: int, cycle: int = 1, **more: Any
+        self, data: Sequence[Record], folder: Path, seed: int = 0, cycle: int = 1, **more: Any
     ) -> AssignRun:
         return AssignRun(
             self.generator,

@@ -15,8 +15,9 @@ from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.pairs import write_training_pairs
-from oneshot_fast.jobs.optimize.plan import fitting_batch_size
+from oneshot_fast.jobs.optimize.plan import fitting_batch_size, optimize_plan
 from oneshot_fast.jobs.optimize.search import Optimized, RewardSearch, Sample
+from oneshot_fast.planning.timing import Plan
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.files import Json, read_json, write_json, write_jsonl
 from oneshot_fast.runtime.processes import is_main
@@ -126,6 +127,10 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
             "samples": self.total,
             "prompts": content_id(*((s.prompt, s.seed) for s in self.samples)),
         }
+
+    def plan(self) -> Plan:
+        """What the run will need; does nothing of it."""
+        return optimize_plan(self.search, self.samples, self.batch_size)
 
     def is_finished(self) -> bool:
         """Whether the summary is the last one, not one written on the way."""

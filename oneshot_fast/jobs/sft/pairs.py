@@ -1,7 +1,5 @@
 """The matched pairs of a training, read and encoded once."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from collections.abc import Sequence
@@ -42,7 +40,7 @@ class Examples:
         targets: TargetImages,
         pairs: Sequence[MatchedPair],
         failures: list[Failure],
-    ) -> Examples:
+    ) -> "Examples":
         """Read the noises of ``pairs`` and encode their targets; each process does its part of it.
 
         Args:

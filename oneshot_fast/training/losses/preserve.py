@@ -6,8 +6,6 @@ Distillation from the model's own past, as in Learning without Forgetting (Li an
 1606.09282).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +54,7 @@ class PreservePool:
     def build(
         cls, generator: Generator, prompts: Sequence[str], shape: Sequence[int],
         size: int, seed: int, path: Path,
-    ) -> PreservePool:  # fmt: skip
+    ) -> "PreservePool":  # fmt: skip
         """Read the pool from ``path``, or compute ``size`` noises with the generator as it is now.
 
         Each process computes its part; the main one writes the file, so that a resumed run has the
