@@ -78,6 +78,8 @@ def execute(command: AssignCommand) -> int:
     command.search.check()
     source = open_data(command)
     more: dict[str, Any] = {
+        "folder": folder or Path(),
+        "options": command.search,
         "seed": command.run.seed,
         "batch_size": command.batch_size,
         "resize_mode": command.data.resize_mode,
@@ -86,7 +88,7 @@ def execute(command: AssignCommand) -> int:
     }
     if folder is None or command.dry_run or command.engine == "local":
         generator = command.model.load(command.model_id)
-        run = AssignRun(generator, source, folder or Path(), command.search, **more)
+        run = AssignRun(generator, source, **more)
         if folder is None or command.dry_run:
             print(run.plan())
             return OK
@@ -95,7 +97,7 @@ def execute(command: AssignCommand) -> int:
         from oneshot_fast.jobs.assign.ray_driver import run_on_ray
         from oneshot_fast.jobs.assign.ray_worker import Job
 
-        job = Job(command.model, command.model_id, command.search, folder.absolute(), **more)
+        job = Job(command.model, command.model_id, more | {"folder": folder.absolute()})
         summary = run_on_ray(job, source, actors=command.ray_actors, **command.run.arguments)
 
     from oneshot_fast.report.assign import print_summary, write_assign_report

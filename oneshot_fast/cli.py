@@ -70,7 +70,7 @@ def run_command(
             leave()
             return code
         except KeyboardInterrupt as interrupt:
-            number = getattr(interrupt, "number", signal.SIGINT)
+            number = interrupt.args[0] if interrupt.args else signal.SIGINT
             by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
             return _say(128 + number, f"\ninterrupted{by}: {_AGAIN}")
         except Exception as error:

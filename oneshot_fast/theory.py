@@ -1,6 +1,5 @@
 """Command line: a fixed rotation keeps Gaussian noise Gaussian, a chosen one need not."""
 
-import dataclasses
 import functools
 import sys
 import time
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oneshot_fast.cli import OK, run_command
+from oneshot_fast.cli import OK, public, run_command
 from oneshot_fast.errors import require
 
 
@@ -79,9 +78,8 @@ def measure(command: TheoryCommand) -> dict[str, Any]:
     drawn = time.perf_counter() - started
     if manifest is not None:
         sets["assigned noises"] = theory.manifest_set(manifest, C, p)
-    settings = dataclasses.asdict(command)
     return {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
+        "settings": public(command),
         "rotations": len(rotations),
         "seconds": round(drawn, 3),
         "sets": {name: statistics.result() for name, statistics in sets.items()},

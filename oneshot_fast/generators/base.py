@@ -344,3 +344,8 @@ class Generator(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """16 hex digits that change when what the model makes changes."""
+
+    def settings(self, resolution: int) -> dict[str, Any]:
+        """What the result of a run with images of this side depends on, seed and options aside."""
+        model, device = self.fingerprint(), self.device.type
+        return {"resolution": resolution, "model": model, "device": device}

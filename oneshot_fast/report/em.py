@@ -153,12 +153,11 @@ def _metric_row(key: str, columns: Mapping[str, str], measured: Mapping[str, Jso
     is_share = key == "accuracy"
     texts = ["" if v is None else f"{100 * v:.1f} %" if is_share else number(v) for v in values]
     base, final = measured["base"][key], measured["final"][key]
-    if base is None or final is None:  # not finite
-        return Row(name[0].upper() + name[1:], [*map(Cell, texts), Cell("")], direction, words)
-    change = f"{100 * (final - base):+.1f} points" if is_share else percent(final, base)
-    mood = _mood(key, base, final, measured["real"].get("diversity") or 0.0)
-    title = name[0].upper() + name[1:]
-    return Row(title, [*map(Cell, texts), Cell(change, mood)], direction, words)
+    change = Cell("")
+    if base is not None and final is not None:  # finite
+        points = f"{100 * (final - base):+.1f} points" if is_share else percent(final, base)
+        change = Cell(points, _mood(key, base, final, measured["real"].get("diversity") or 0.0))
+    return Row(name.capitalize(), [*map(Cell, texts), change], direction, words)
 
 
 def _mood(key: str, base: float, final: float, real_diversity: float) -> Mood:

@@ -46,26 +46,13 @@ def in_background(function: Callable[..., object]) -> Iterator[Callable[..., Non
         running.pop().result()
 
 
-class Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, which end a run as Ctrl-C does: schedulers and closed terminals send them.
-
-    Attributes:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        """Keep the signal's number."""
-        super().__init__(number)
-        self.number = number
-
-
 def stop(number: int, frame: FrameType | None = None) -> NoReturn:
-    """Raise what ends a run for the signal ``number``.
+    """End a run as Ctrl-C does: schedulers and closed terminals send SIGTERM and SIGHUP.
 
     Raises:
-        KeyboardInterrupt: Always; ``Stopped`` unless it was Ctrl-C.
+        KeyboardInterrupt: Always, with the signal's number.
     """
-    raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+    raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager

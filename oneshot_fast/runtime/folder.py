@@ -85,10 +85,6 @@ class RunFolder:
             self.ledger.seal()
         self._held.close()
 
-    def joined(self) -> contextlib.AbstractContextManager[object]:
-        """For the other processes: what they write is noted, too."""
-        return listing(Ledger(self.path))
-
     def reopen(self, name: str, vital: Callable[[str], bool] = bool) -> None:
         """Remove the summary ``name`` unless the run wrote it, and all ``vital`` files are whole.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from oneshot_fast.errors import RunError, require
 from oneshot_fast.runtime.folder import RunFolder
+from oneshot_fast.runtime.ledger import Ledger, listing
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -133,7 +134,7 @@ def kept_by_main(folder: RunFolder) -> Iterator[None]:
     """Enter ``folder`` in the main process, and let all begin and end together."""
     with folder if is_main() else contextlib.nullcontext():
         barrier()
-        with contextlib.nullcontext() if is_main() else folder.joined():
+        with contextlib.nullcontext() if is_main() else listing(Ledger(folder.path)):
             yield
         barrier()
 

@@ -40,7 +40,8 @@ class Checkpoints:
     def intermediate(self) -> list[str]:
         """Names of the checkpoints on the way, oldest first; half-written ones count."""
         found = (_STEP.search(path.name) for path in self._folder.glob("*checkpoint-*"))
-        return sorted({match[0] for match in found if match}, key=_step)
+        steps = {int(match[1]) for match in found if match}
+        return [f"checkpoint-{step}" for step in sorted(steps)]
 
     def keep(self, trainer: Trainer) -> None:
         """Write checkpoint-<step> of the weights as they would end now, and remove the oldest."""
@@ -119,9 +120,3 @@ def ended(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.load_weights(now)
-
-
-def _step(name: str) -> int:
-    match = _STEP.fullmatch(name)
-    assert match is not None
-    return int(match[1])

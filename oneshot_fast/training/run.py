@@ -263,15 +263,6 @@ class TrainingRun(ABC):
         seed = derived_seed(self.seed, "preserve step", step)
         return {"preserve": self.pool.rows(self.generator, count, seed)}
 
-    def common_settings(self) -> dict[str, Any]:
-        """What the result of every training depends on, options aside."""
-        return {
-            "seed": self.seed,
-            "resolution": self.resolution,
-            "model": self.generator.fingerprint(),
-            "device": self.generator.device.type,
-        }
-
     def _home(self, name: str) -> Path:
         return self.folder if name == STUDENT else self.folder / name
 

@@ -15,7 +15,6 @@ from oneshot_fast.generators.adapters import add_adapter
 from oneshot_fast.runtime.processes import all_reduce, processes
 from oneshot_fast.runtime.seeds import derived_seed
 from oneshot_fast.training.batch import Batch
-from oneshot_fast.training.ema import Ema
 from oneshot_fast.training.losses.base import Loss, shared_losses, total
 from oneshot_fast.training.memory import checkpoint_activations
 from oneshot_fast.training.optimizer import WeightOptimizer
@@ -93,9 +92,14 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.best_loss = math.inf
         self.best: dict[str, Tensor] = {}
-        self.ema = Ema(self.parameters.values(), options.ema_decay) if options.use_ema else None
+        self.ema: Any = None
+        if options.use_ema:
+            from diffusers.training_utils import EMAModel
+
+            weights = [parameter.float() for parameter in self.parameters.values()]
+            self.ema = EMAModel(weights, options.ema_decay)
         self._parts, self._halved = options.gradient_accumulation_steps, False
-        self._freeze(True)
+        module.requires_grad_(False)
 
     def __call__(self, batch: Batch) -> None:
         """Update the weights with the gradient of the whole batch.
@@ -144,15 +148,12 @@ class Trainer:
     @contextmanager
     def unfrozen(self) -> Iterator[None]:
         """Let the weights have gradients; the steps of other trainees leave them alone."""
-        self._freeze(False)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_()
         try:
             yield
         finally:
-            self._freeze(True)
-
-    def _freeze(self, frozen: bool) -> None:
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(not frozen)
+            self.trainee.module.requires_grad_(False)
 
     def add(self, losses: dict[str, Tensor]) -> None:
         """Add the gradients of a batch, or of a part of it, to those of this step."""
@@ -200,7 +201,8 @@ class Trainer:
             self.good_in_epoch += 1
             self.bad_in_a_row = 0
             if self.ema is not None:
-                self.ema.update()
+                with self.unfrozen():  # others are copied
+                    self.ema.step(self.parameters.values())
         else:
             self.skipped += 1
             self.bad_in_a_row += 1
@@ -217,7 +219,7 @@ class Trainer:
 
     def final(self) -> dict[str, Tensor]:
         """The weights that the training ends with, as it stands: the average or the last ones."""
-        weights = self.parameters.values() if self.ema is None else self.ema.average
+        weights = self.parameters.values() if self.ema is None else self.ema.shadow_params
         return {k: v.detach() for k, v in zip(self.parameters, weights, strict=True)}
 
     def end_epoch(self, epoch: int) -> dict[str, Any] | None:
@@ -267,8 +269,10 @@ class Trainer:
         self.best = below(tensors, "best/")
         self.optimizer.load(tensors)
         if self.ema is not None:
+            self.ema.optimization_step = self.step - self.skipped
             averages = below(tensors, "ema/")
-            self.ema.load([averages[name] for name in self.parameters], self.step - self.skipped)
+            for name, average in zip(self.parameters, self.ema.shadow_params, strict=True):
+                average.copy_(averages[name])
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,7 +18,6 @@ from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.training.batch import Batch, Rows
-from oneshot_fast.training.ema import Ema
 from oneshot_fast.training.losses.base import OneStepLoss, shared_losses, total
 from oneshot_fast.training.trainer import Trainer
 
@@ -178,15 +176,17 @@ def test_two_trainees_resume_together(
     assert names == {"checkpoint-best", "checkpoint-final"}
 
 
-def test_the_average_is_that_of_diffusers() -> None:
-    weights = [torch.randn(7, 3), torch.randn(5)]
-    ours, theirs = Ema(weights, 0.9), EMAModel(weights, decay=0.9)  # type: ignore[arg-type]
-    for parameter in weights:
-        parameter.requires_grad_(True)
-    for _ in range(100):
-        with torch.no_grad():
-            for parameter in weights:
-                parameter += torch.randn_like(parameter)
-        ours.update()
-        theirs.step(weights)  # type: ignore[arg-type]
-    assert all(map(torch.equal, ours.average, theirs.shadow_params))
+def test_the_average_follows_the_weights_of_every_step(tiny: Generator) -> None:
+    generator = load_generator("tiny", master_weights=True)
+    options = SftOptions(use_ema=True, ema_decay=0.3, lr=1e-3, **FREE)
+    trainer = Trainer(generator, Brightness(), options, 6)
+    name, weight = next(iter(trainer.parameters.items()))
+    expected = weight.detach().clone()
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    batch = Batch(matching=Rows(noise, generator.encode_prompts(["a", "b"])))
+    for t in range(1, 7):
+        trainer(batch)
+        kept = min(0.3, t / (t + 9)) if t > 1 else 0.0
+        expected = kept * expected + (1 - kept) * weight.detach()
+    assert not torch.equal(expected, weight)
+    torch.testing.assert_close(trainer.final()[name], expected)

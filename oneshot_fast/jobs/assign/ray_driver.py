@@ -127,8 +127,9 @@ def run_on_ray(
     require(processes().num_processes == 1, "--engine ray starts its own processes: start it alone")
     with _cluster(job.model.device, actors) as (device, count):
         job = dataclasses.replace(job, model=dataclasses.replace(job.model, device=device))
-        if job.batch_size == "auto":
-            job = dataclasses.replace(job, batch_size=_fitting(job))
+        if job.arguments["batch_size"] == "auto":
+            fitting = {**job.arguments, "batch_size": _fitting(job)}
+            job = dataclasses.replace(job, arguments=fitting)
         run = RayRun(job, source, count)
         return run.run(overwrite=overwrite, report_to=report_to, verify=verify)
 
@@ -172,8 +173,9 @@ def _fitting(job: Job) -> int:
 def _measure(job: Job) -> int:
     os.chdir(job.start)
     silence_imports()
-    generator = job.model.load(job.model_id)
-    return fitting_batch_size(generator, job.options, job.resolution or generator.image_size)
+    generator, given = job.model.load(job.model_id), job.arguments
+    side = given["resolution"] or generator.image_size
+    return fitting_batch_size(generator, given["options"], side)
 
 
 def _work(

@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -14,7 +14,6 @@ from oneshot_fast.data.records import Failure
 from oneshot_fast.data.sources import Batch, FolderSource
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.options import ModelOptions
-from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.runtime.files import Json, read_metadata
 from oneshot_fast.runtime.ledger import Ledger, listing
@@ -33,32 +32,14 @@ class Job:
     Attributes:
         model: How the generator is loaded; its device is that of the actors.
         model_id: The generator.
-        options: How a noise is searched.
-        folder: The run's, absolute.
-        resolution: Image side in pixels; None: the generator's own.
-        seed: Seed of the run.
-        resize_mode: "crop", "squash" or "pad".
-        batch_size: Targets solved at once.
-        num_images: Targets whose pictures are saved; -1 for all.
+        arguments: Of ``AssignRun`` beside generator and data; the folder is absolute.
         start: Folder at which relative paths begin.
     """
 
     model: ModelOptions
     model_id: str
-    options: AssignOptions
-    folder: Path
-    resolution: int | None = None
-    seed: int = 0
-    resize_mode: str = "crop"
-    batch_size: int | Literal["auto"] = "auto"
-    num_images: int = 16
+    arguments: Mapping[str, Any]
     start: Path = field(default_factory=Path.cwd)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Those of ``AssignRun`` beside generator and data."""
-        names = ("folder", "options", "resolution", "seed", "resize_mode", "num_images")
-        return {name: getattr(self, name) for name in names} | {"batch_size": int(self.batch_size)}
 
     @property
     def on_gpu(self) -> bool:
@@ -91,7 +72,7 @@ class Actor:
 
     @functools.cached_property
     def _ledger(self) -> Ledger:
-        return Ledger(self._job.folder)
+        return Ledger(self._run.folder)
 
     def match(self, batches: Sequence[Batch]) -> Result:
         """Solve ``batches`` and write them, less what was written when they were tried before."""

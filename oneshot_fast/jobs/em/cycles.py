@@ -111,9 +111,7 @@ class Cycles(ABC):
             **dataclasses.asdict(self.options),
             "eval_samples": self.eval_samples,
             "seed": self.seed,
-            "resolution": self.targets.resolution,
-            "model": self.generator.fingerprint(),
-            "device": self.generator.device.type,
+            **self.generator.settings(self.targets.resolution),
             **self.describe(),
         }
 
@@ -190,36 +188,34 @@ class Cycles(ABC):
         self.summary["random_noise"][name] = result
         return result
 
-    def train(self, folder: Path, manifest: Path, options: SftOptions, seed: int) -> dict[str, Any]:
-        """Train on the pairs of ``manifest``; returns the training's summary."""
+    def train(self, name: str, manifest: Path, options: SftOptions, seed: int) -> dict[str, Any]:
+        """Train on the pairs of ``manifest`` in the stage ``name``; returns the summary."""
         pairs, failures = read_manifest(manifest)
         run = SftRun(
-            self.generator, pairs, folder, options, targets=self.targets, failures=failures,
-            seed=seed, **self._saving,
+            self.generator, pairs, self.folder / name, options, targets=self.targets,
+            failures=failures, seed=seed, **self._saving,
         )  # fmt: skip
-        is_mended = (folder / "summary.json").exists() and run.is_mended()
-        return run.run(
-            pool=self._pool,
-            overwrite=self.is_outdated(run, is_mended),
-            report_to=self.tracker.part(folder.relative_to(self.folder).as_posix()),
-            verify=self.verify,
-        )
+        return self.complete(run, pool=self._pool)
 
-    def is_outdated(self, run: AssignRun | SftRun, is_mended: bool = False) -> bool:
-        """Whether a stage was made of what has been mended since, and is to be made anew.
+    def complete(self, run: AssignRun | OptimizeRun | SftRun, **more: Any) -> dict[str, Any]:
+        """Do a stage, anew if what it was made of has been mended since; returns its summary.
 
-        The run's own settings are the same, or it would not have begun. What was measured after
-        that stage is forgotten.
+        The settings of em are the same, or it would not have begun. What was measured after a stage
+        that is made anew is forgotten. ``more`` is for the stage's ``run``.
         """
-        is_other = RunFolder(run.folder, run.settings(), ()).is_other()
-        outdated = any(gather_objects([is_other or is_mended]))
-        if outdated and is_main():
-            name = run.folder.relative_to(self.folder)
-            print(f"[{name}] made anew: what it was made of was mended", file=sys.stderr)
-            for path in (self.folder / "eval").glob("[cd]*.json"):  # of cycles, and direct
-                if path.stem >= name.parts[0]:
-                    files.remove(path)
-        return outdated
+        name = run.folder.relative_to(self.folder).as_posix()
+        with self.stage(name) as folder:
+            mended = RunFolder(folder, run.settings(), ()).is_other()
+            if isinstance(run, SftRun) and (folder / "summary.json").exists():
+                mended |= run.is_mended()  # asked in every process
+            outdated = any(gather_objects([mended]))
+            if outdated and is_main():
+                print(f"[{name}] made anew: what it was made of was mended", file=sys.stderr)
+                for path in (self.folder / "eval").glob("[cd]*.json"):  # of cycles, and direct
+                    if path.stem >= name.split("/")[0]:
+                        files.remove(path)
+            tracker = self.tracker.part(name)
+            return run.run(overwrite=outdated, report_to=tracker, verify=self.verify, **more)
 
     def _make_pool(self) -> None:
         options = self.options.sft()
@@ -237,8 +233,8 @@ class Cycles(ABC):
         """One E-step and one M-step on what it found."""
         seed, noise_seed = cycle_seeds(self.seed, cycle, self.options.pool_refresh)
         manifest, found = self.e_step(cycle, noise_seed)
-        with self.stage(f"{name_of(cycle)}/sft") as folder:
-            trained = self.train(folder, manifest, self.options.sft(cycles=[cycle]), seed)
+        options = self.options.sft(cycles=[cycle])
+        trained = self.train(f"{name_of(cycle)}/sft", manifest, options, seed)
         losses = {name: trained[name] for name in ("matched_loss_before", "matched_loss_after")}
         self.summary["cycles"].append({"cycle": cycle, **found, "sft": losses})
 

@@ -93,9 +93,8 @@ class RewardEmRun(Cycles):
 
     def e_step(self, cycle: int, seed: int) -> tuple[Path, dict[str, Any]]:
         self.generator.recompute(self.recompute)  # an M-step ends it
-        with self.stage(f"{name_of(cycle)}/assign") as folder:
-            tracker = self.tracker.part(f"{name_of(cycle)}/assign")
-            found = self.searcher(cycle, folder, seed).run(report_to=tracker, verify=self.verify)
+        folder = self.folder / name_of(cycle) / "assign"
+        found = self.complete(self.searcher(cycle, folder, seed))
         return folder / MANIFEST, {
             "search": {name: found[name] for name in ("initial_reward", "best_reward")},
             "failed": found["failed"],

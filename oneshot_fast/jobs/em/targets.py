@@ -120,27 +120,21 @@ class EmRun(Cycles):
         denoiser.load_state_dict(initial)
         options = self.options.sft("random", [row["cycle"] for row in self.summary["cycles"]])
         manifest = self.folder / name_of(1) / "assign" / "manifest.jsonl"
-        with self.stage("direct") as folder:
-            self.train(folder, manifest, options, self.seed)
+        self.train("direct", manifest, options, self.seed)
         self.evaluate(measure, "direct")
 
     def e_step(self, cycle: int, seed: int) -> tuple[Path, dict[str, Any]]:
-        options = self.options
+        options, folder = self.options, self.folder / name_of(cycle) / "assign"
         previous = self._manifest(cycle - 1) if cycle > 1 else None
-        with self.stage(f"{name_of(cycle)}/assign") as folder:
-            run = self._assigner(
-                _split(turn(self.items, cycle, options.assign_fraction))[0],
-                folder,
-                seed,
-                cycle,
-                failures=self.failures,
-                previous=previous if options.warm_start else None,
-            )
-            assigned = run.run(
-                overwrite=self.is_outdated(run),
-                report_to=self.tracker.part(f"{name_of(cycle)}/assign"),
-                verify=self.verify,
-            )
+        run = self._assigner(
+            _split(turn(self.items, cycle, options.assign_fraction))[0],
+            folder,
+            seed,
+            cycle,
+            failures=self.failures,
+            previous=previous if options.warm_start else None,
+        )
+        assigned = self.complete(run)
         if previous is not None and options.assign_fraction < 1 and is_main():
             merge_manifests(previous, folder / "manifest.jsonl", self._manifest(cycle))
         barrier()
@@ -173,13 +167,9 @@ class EmRun(Cycles):
     def _assign_heldout(self, name: str) -> None:
         if not self.heldout:
             return
-        with self.stage(f"heldout-{name}") as folder:
-            run = self._assigner(self.heldout, folder, self.seed, failures=self.heldout_failures)
-            result = run.run(
-                overwrite=self.is_outdated(run),
-                report_to=self.tracker.part(f"heldout-{name}"),
-                verify=self.verify,
-            )
+        folder = self.folder / f"heldout-{name}"
+        run = self._assigner(self.heldout, folder, self.seed, failures=self.heldout_failures)
+        result = self.complete(run)
         heldout = self.summary.setdefault("heldout", {"samples": result["samples"]})
         heldout[name] = {key: result[key] for key in ("initial_loss", "best_loss", "losses")}
 

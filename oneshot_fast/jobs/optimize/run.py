@@ -121,9 +121,7 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
             "rewards": self.reward_names,
             "save_steps": list(search.save_steps),
             "seed": self.seed,
-            "resolution": search.side,
-            "model": search.generator.fingerprint(),
-            "device": search.generator.device.type,
+            **search.generator.settings(search.side),
             "samples": self.total,
             "prompts": content_id(*((s.prompt, s.seed) for s in self.samples)),
         }
@@ -177,10 +175,7 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
         }
 
     def means(self, rows: Sequence[Json]) -> dict[str, float | None]:
-        return {
-            f"{name}_reward": mean(row[name]["total"] for row in rows)
-            for name in ("initial", "best")
-        }
+        return mean_rewards(rows)
 
     def note(self, rows: Sequence[Json]) -> None:
         """Also write the metrics of all prompts now and then."""
@@ -220,14 +215,19 @@ def metrics_per_prompt(rows: Sequence[Json]) -> list[dict[str, Any]]:
     ]
 
 
+def mean_rewards(rows: Sequence[Json]) -> dict[str, float | None]:
+    """Of all images, before and after."""
+    names = ("initial", "best")
+    return {f"{name}_reward": mean(row[name]["total"] for row in rows) for name in names}
+
+
 def summarise(rows: Sequence[Json]) -> dict[str, Any]:
     """Means over all images: of every reward before, after and at every step."""
     names = list(rows[0]["best"])
     return {
         "samples": len(rows),
         "prompts": len({row["id"].rpartition("-")[0] for row in rows}),
-        "initial_reward": mean(row["initial"]["total"] for row in rows),
-        "best_reward": mean(row["best"]["total"] for row in rows),
+        **mean_rewards(rows),
         "improved": sum(row["best"]["total"] > row["initial"]["total"] for row in rows),
         "angle": mean(row["angle"] for row in rows),
         "energy": mean(row["energy"] for row in rows),

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import trange
-
-from oneshot_fast.training.ema import Ema
 
 
 @torch.no_grad()
@@ -51,7 +50,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / steps))
     )
-    ema = Ema(parameters, ema_decay)
+    ema = EMAModel(parameters, ema_decay)
     mean_loss = 0.0
     for step in (bar := trange(steps, desc=name, mininterval=1.0)):
         loss = loss_of_step(step)
@@ -60,8 +59,8 @@ def fit(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        ema.update()
+        ema.step(parameters)
         mean_loss += (loss.item() - mean_loss) / min(step + 1, 100)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{mean_loss:.5f}", refresh=False)
-    ema.copy_to_parameters()
+    ema.copy_to(parameters)

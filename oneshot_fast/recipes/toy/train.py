@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import trange
 
@@ -12,7 +13,6 @@ from oneshot_fast.generators.toy_networks import ToyClassifier, ToyConfig, ToyNe
 from oneshot_fast.recipes.tiny.fitting import fit
 from oneshot_fast.recipes.toy.critics import HingeCritic, MakeCritic
 from oneshot_fast.recipes.toy.data import LabelledImages
-from oneshot_fast.training.ema import Ema
 
 
 def train_generator(
@@ -41,7 +41,7 @@ def train_generator(
         torch.optim.lr_scheduler.LambdaLR(o, lambda k: min(1.0, 4 * (1 - k / steps)) + 1e-3)
         for o in (slow, fast)
     ]
-    average = Ema(network.parameters(), 0.998)
+    average = EMAModel(network.parameters(), 0.998)
     for step in trange(steps, desc="generator", mininterval=1.0):
         index = torch.randint(len(data.images), (batch_size,), generator=draw)
         real = data.images[index] * 2 - 1
@@ -53,10 +53,10 @@ def train_generator(
         slow.zero_grad()
         critic.generator_loss(made, classes).backward()
         slow.step()
-        average.update()
+        average.step(network.parameters())
         for schedule in schedules:
             schedule.step()
-    average.copy_to_parameters()
+    average.copy_to(network.parameters())
     return ToyGenerator(config, network)
 
 

@@ -42,9 +42,9 @@ def local(generator: Any, folder: Path, records: list[Record], **more: Any) -> P
     return folder
 
 
-def job_of(folder: Path, **more: Any) -> Job:
-    job = Job(ModelOptions(device="cpu"), "tiny", FULL, folder, batch_size=2, num_images=1)
-    return dataclasses.replace(job, **more)
+def job_of(folder: Path, model_id: str = "tiny", **more: Any) -> Job:
+    arguments = {"folder": folder, "options": FULL, "batch_size": 2, "num_images": 1, **more}
+    return Job(ModelOptions(device="cpu"), model_id, arguments)
 
 
 def same_files(folder: Path, other: Path, *names: str) -> None:

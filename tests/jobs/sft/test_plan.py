@@ -39,7 +39,7 @@ def counted(options: SftOptions) -> int:
     trainer = Trainer(generator, options.loss(), options, steps=9)
     networks = generator.networks.values()
     known = [t for n in networks for t in (*n.parameters(), *n.buffers())]
-    average = [] if trainer.ema is None else trainer.ema.average
+    average = [] if trainer.ema is None else trainer.ema.shadow_params
     batch = training_batch(generator, options, 64)
     with LiveMemory([*known, *average]) as memory:
         for _ in range(2):
