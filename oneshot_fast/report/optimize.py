@@ -19,7 +19,7 @@ from oneshot_fast.report.page import (
     strip,
     write_run,
 )
-from oneshot_fast.report.plots import BLUE, GREY, inline_svg
+from oneshot_fast.report.plots import BLUE, GREY, inline_svg, of_one_length
 from oneshot_fast.runtime.files import read_json, read_jsonl, replacing
 
 _SIDE = 256
@@ -36,7 +36,7 @@ def write_optimize_report(folder: Path, flags: Mapping[str, Any]) -> None:
         for image in group["images"]
     ]
     curves = {
-        name: _of_one_length([image["scores"][name] for image in images])
+        name: of_one_length([image["scores"][name] for image in images])
         for name in summary["rewards"]
     }
     with replacing(folder / "curves.png") as path:
@@ -89,12 +89,6 @@ def found_section(folder: Path, of: str = "") -> Section | None:
         _SIDE,
     )
     return None if shown is None else Section(f"Images{of}", strip=shown)
-
-
-def _of_one_length(curves: list[list[float]]) -> list[list[float]]:
-    """Searches that ended early stay at their last value."""
-    length = max(map(len, curves))
-    return [[*curve, *curve[-1:] * (length - len(curve))] for curve in curves]
 
 
 def _draw(curves: Curves) -> Figure:

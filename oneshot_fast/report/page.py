@@ -176,22 +176,18 @@ def picture(path: Path, limit: int, caption: str = "") -> Picture:
     One that cannot be read is said to be so, in a page that has all else.
     """
     try:
-        return _picture(path, limit, caption)
+        with Image.open(path) as image:
+            pixelated = max(image.size) <= _PIXEL_ART
+            if max(image.size) <= limit and path.stat().st_size <= _KEPT_BYTES:
+                data, kind = path.read_bytes(), "png"
+            else:
+                small = image.convert("RGB")
+                small.thumbnail((limit, limit), Image.Resampling.LANCZOS)
+                buffer = io.BytesIO()
+                small.save(buffer, "JPEG", quality=85, optimize=True)
+                data, kind = buffer.getvalue(), "jpeg"
     except (OSError, SyntaxError, ValueError):  # what PIL raises for damaged files
-        return Picture("data:,", f"{caption} (cannot be read)".strip(), False)
-
-
-def _picture(path: Path, limit: int, caption: str) -> Picture:
-    with Image.open(path) as image:
-        pixelated = max(image.size) <= _PIXEL_ART
-        if max(image.size) <= limit and path.stat().st_size <= _KEPT_BYTES:
-            data, kind = path.read_bytes(), "png"
-        else:
-            small = image.convert("RGB")
-            small.thumbnail((limit, limit), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            small.save(buffer, "JPEG", quality=85, optimize=True)
-            data, kind = buffer.getvalue(), "jpeg"
+        return Picture("data:,", f"{caption} (cannot be read)".strip())
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return Picture(uri, caption, pixelated)
 

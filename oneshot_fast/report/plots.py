@@ -98,13 +98,17 @@ def curves(
     return figure
 
 
+def of_one_length(curves: Sequence[Sequence[float | None]]) -> list[list[float]]:
+    """Searches that ended early stay at their last value; None becomes NaN."""
+    known = [[math.nan if value is None else value for value in curve] for curve in curves]
+    length = max(map(len, known))
+    return [[*curve, *curve[-1:] * (length - len(curve))] for curve in known]
+
+
 @inline_svg
 def loss_band(losses: Sequence[Sequence[float | None]]) -> Figure:
     """Median and 10 to 90 % band of the loss curves of all targets; ended ones stay as they are."""
-    steps = range(max(map(len, losses)))
-    known = [[math.nan if value is None else value for value in curve] for curve in losses]
-    padded = [[curve[min(k, len(curve) - 1)] for k in steps] for curve in known]
-    table = torch.tensor(padded, dtype=torch.float64)
+    table = torch.tensor(of_one_length(losses), dtype=torch.float64)
     levels = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     low, middle, high = table.nanquantile(levels, 0).tolist()
     figure, axes = new_axes("step", "loss")

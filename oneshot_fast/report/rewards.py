@@ -25,7 +25,9 @@ from oneshot_fast.runtime.files import read_json, read_jsonl, replacing
 
 History = Sequence[Mapping[str, Any]]
 _GRID_SIDE = 1280
-_OF_THE_STEPS = ("epoch", "samples", "step", "loss", "matching", "preserve", "gradient_norm")
+_OF_THE_STEPS = (
+    "epoch", "samples", "errors", "step", "loss", "matching", "preserve", "gradient_norm",
+)  # fmt: skip
 _LAST = ("accuracy", "diversity", "drift")
 
 

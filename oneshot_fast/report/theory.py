@@ -37,7 +37,7 @@ def write_theory_report(folder: Path, found: Mapping[str, Any]) -> None:
     sets = found["sets"]
     with replacing(folder / "theory.png") as path:
         _picture(sets).savefig(path, format="png")
-    plots = [Plot(_svg(name, sets), caption) for name, (_, _, caption) in _PANELS.items()]
+    plots = [Plot(_svg(key, sets), caption) for key, (_, _, caption) in _PANELS.items()]
     settings = found["settings"]
     D = settings["channels"] * settings["patch_size"] ** 2
     facts = [f"{D} elements a patch"]
@@ -59,27 +59,24 @@ def _section(name: str, part: Mapping[str, Any]) -> Section:
     return Section(title, [_WORDS[name], far], checks_table(part["checks"]))
 
 
-def _histogram(key: str) -> Callable[[Axes, Sets], None]:
-    def draw(axes: Axes, sets: Sets) -> None:
-        for k, (name, part) in enumerate(sets.items()):
-            bins = part[key]
-            # the outermost bins hold the tails
-            middles = [(a + b) / 2 for a, b in zip(bins["edges"], bins["edges"][1:], strict=False)]
-            inner = slice(1, -1)
-            axes.plot(middles[inner], bins["density"][inner], color=PALETTE[k], label=name)
-            if k == 0:
-                pairs = list(zip(bins["expected"], bins["allowed"], strict=True))[inner]
-                low, high = [e - a for e, a in pairs], [e + a for e, a in pairs]
-                axes.fill_between(
-                    middles[inner], low, high, color=GREY, alpha=0.35, linewidth=0, label="allowed"
-                )
-
-    return draw
-
-
-def _eigenvalues(axes: Axes, sets: Sets) -> None:
+def _histogram(axes: Axes, sets: Sets, key: str) -> None:
     for k, (name, part) in enumerate(sets.items()):
-        curve = part["eigenvalues"]
+        bins = part[key]
+        # the outermost bins hold the tails
+        middles = [(a + b) / 2 for a, b in zip(bins["edges"], bins["edges"][1:], strict=False)]
+        inner = slice(1, -1)
+        axes.plot(middles[inner], bins["density"][inner], color=PALETTE[k], label=name)
+        if k == 0:
+            pairs = list(zip(bins["expected"], bins["allowed"], strict=True))[inner]
+            low, high = [e - a for e, a in pairs], [e + a for e, a in pairs]
+            axes.fill_between(
+                middles[inner], low, high, color=GREY, alpha=0.35, linewidth=0, label="allowed"
+            )
+
+
+def _eigenvalues(axes: Axes, sets: Sets, key: str) -> None:
+    for k, (name, part) in enumerate(sets.items()):
+        curve = part[key]
         index = range(1, len(curve["measured"]) + 1)
         axes.plot(index, curve["measured"], color=PALETTE[k], marker="o", markersize=3, label=name)
         # fewer samples allow more
@@ -88,40 +85,35 @@ def _eigenvalues(axes: Axes, sets: Sets) -> None:
         )
 
 
-def _elements(key: str) -> Callable[[Axes, Sets], None]:
-    def draw(axes: Axes, sets: Sets) -> None:
-        for k, (name, part) in enumerate(sets.items()):
-            found = part[key]
-            axes.plot(
-                range(1, len(found["measured"]) + 1), found["measured"], "o", color=PALETTE[k],
-                markersize=3, label=name,
-            )  # fmt: skip
-            axes.axhspan(found["low"], found["high"], color=PALETTE[k], alpha=0.12, linewidth=0)
-
-    return draw
+def _elements(axes: Axes, sets: Sets, key: str) -> None:
+    for k, (name, part) in enumerate(sets.items()):
+        found, color = part[key], PALETTE[k]
+        index = range(1, len(found["measured"]) + 1)
+        axes.plot(index, found["measured"], "o", color=color, markersize=3, label=name)
+        axes.axhspan(found["low"], found["high"], color=color, alpha=0.12, linewidth=0)
 
 
-# name: axis labels, how it is drawn, caption
-_PANELS: dict[str, tuple[tuple[str, str], Callable[[Axes, Sets], None], str]] = {
+# key of what is drawn: axis labels, how it is drawn, caption
+_PANELS: dict[str, tuple[tuple[str, str], Callable[[Axes, Sets, str], None], str]] = {
     "values": (
         ("element", "density"),
-        _histogram("values"),
+        _histogram,
         "All elements beside the normal density. Bad: a line outside the band.",
     ),
     "norms": (
         ("energy of a patch, ||x||² / D", "density"),
-        _histogram("norms"),
+        _histogram,
         "Energies of the patches beside the chi-square law. No rotation changes them; noise that "
         "was moved freely can leave the band.",
     ),
     "means": (
         ("element of a patch", "mean"),
-        _elements("means"),
+        _elements,
         "Mean of each element over all patches. Bad: dots outside the band of their colour.",
     ),
     "variances": (
         ("element of a patch", "variance"),
-        _elements("variances"),
+        _elements,
         "Variance of each element over all patches. Bad: dots outside the band of their colour.",
     ),
     "eigenvalues": (
@@ -134,10 +126,10 @@ _PANELS: dict[str, tuple[tuple[str, str], Callable[[Axes, Sets], None], str]] = 
 
 
 @inline_svg
-def _svg(name: str, sets: Sets) -> Figure:
-    labels, draw, _ = _PANELS[name]
+def _svg(key: str, sets: Sets) -> Figure:
+    labels, draw, _ = _PANELS[key]
     figure, axes = new_axes(*labels)
-    draw(axes, sets)
+    draw(axes, sets, key)
     axes.legend(fontsize=8)
     return figure
 
@@ -145,9 +137,9 @@ def _svg(name: str, sets: Sets) -> Figure:
 def _picture(sets: Sets) -> Figure:
     figure = Figure(figsize=(11, 9), layout="constrained", dpi=110)
     places = figure.subplots(3, 2).flatten()
-    for axes, (labels, draw, _) in zip(places, _PANELS.values(), strict=False):
+    for axes, (key, (labels, draw, _)) in zip(places, _PANELS.items(), strict=False):
         axes.set(xlabel=labels[0], ylabel=labels[1])
-        draw(axes, sets)
+        draw(axes, sets, key)
     places[0].legend(fontsize=8)
     places[-1].axis("off")
     lines = [

@@ -26,14 +26,13 @@ from oneshot_fast.runtime.seeds import derived_seed
 from oneshot_fast.training.batch import Batch, Rows, batches
 from oneshot_fast.training.checkpoints import STUDENT, Checkpoints, load_state, save_state
 from oneshot_fast.training.losses.base import Loss
-from oneshot_fast.training.losses.preserve import PreservePool
+from oneshot_fast.training.losses.preserve import POOL, PreservePool
 from oneshot_fast.training.memory import offloaded, offloads_by_default
 from oneshot_fast.training.options import TrainOptions
 from oneshot_fast.training.trainer import BadStepsError, Trainee, Trainer
 
 BEGUN = "begun.json"  # which examples an interrupted training has
 _STATE = ("state.safetensors", BEGUN)
-_POOL = "preserve.safetensors"
 
 
 def _is_vital(key: str) -> bool:
@@ -56,7 +55,7 @@ class TrainingRun(ABC):
 
     outputs: tuple[str, ...] = (
         "checkpoint-best", "checkpoint-final", "lora-best", "lora-final", "logs", "failures.jsonl",
-        "history.jsonl", _POOL, "summary.json", "report.html",
+        "history.jsonl", POOL, "summary.json", "report.html",
         *_STATE,
     )  # fmt: skip
 
@@ -191,7 +190,7 @@ class TrainingRun(ABC):
                 if is_main():
                     print("records that failed can be read now: trained anew", file=sys.stderr)
                     remove(path)
-                    remove(self.folder / _POOL)
+                    remove(self.folder / POOL)
                     self._drop_state()
                 barrier()
             elif finished:
@@ -245,15 +244,9 @@ class TrainingRun(ABC):
 
     def make_pool(self, prompts: Sequence[str]) -> None:
         """Preserve targets of the generator as it is now, if none are there."""
-        if self.options.preserves and self.pool is None:
-            self.pool = PreservePool.build(
-                self.generator,
-                prompts,
-                self.noise_shape,
-                self.options.preserve_pool_size,
-                self.seed,
-                self.folder / _POOL,
-            )
+        self.pool = self.pool or PreservePool.build(
+            self.generator, self.options, prompts, self.resolution, self.seed, self.folder
+        )
 
     def preserved(self, step: int) -> dict[str, Rows]:
         """The preserve noises of ``step``, as a group of a batch."""

@@ -28,10 +28,10 @@ from oneshot_fast.runtime import files
 from oneshot_fast.runtime.folder import RunFolder
 from oneshot_fast.runtime.processes import gather_objects, is_main, kept_by_main, main_first
 from oneshot_fast.runtime.progress import Tracker, start_tracking
-from oneshot_fast.training.losses.preserve import PreservePool
+from oneshot_fast.training.losses.preserve import POOL, PreservePool
 
 _OUTPUTS = (
-    "eval", "direct", "heldout-base", "heldout-final", "logs", "preserve.safetensors",
+    "eval", "direct", "heldout-base", "heldout-final", "logs", POOL,
     "checkpoint-best", "checkpoint-final", "failures.jsonl", "history.jsonl", "summary.json",
     "report.html", "curves.png",
 )  # fmt: skip
@@ -128,7 +128,10 @@ class Cycles(ABC):
             self.tracker = start_tracking(report_to, self.folder, settings)
             measure = self.measure()
             self.evaluate(measure, "base")
-            self._make_pool()
+            options, side = self.options.sft(), self.targets.resolution
+            self._pool = PreservePool.build(
+                self.generator, options, self.prompts, side, self.seed, self.folder
+            )
             self.alternate(measure)
             self.tracker.finish()
             if is_main() and folder.is_writable:
@@ -216,18 +219,6 @@ class Cycles(ABC):
                         files.remove(path)
             tracker = self.tracker.part(name)
             return run.run(overwrite=outdated, report_to=tracker, verify=self.verify, **more)
-
-    def _make_pool(self) -> None:
-        options = self.options.sft()
-        if options.preserves:
-            self._pool = PreservePool.build(
-                self.generator,
-                self.prompts,
-                self.noise_shape,
-                options.preserve_pool_size,
-                self.seed,
-                self.folder / "preserve.safetensors",
-            )
 
     def _cycle(self, cycle: int) -> None:
         """One E-step and one M-step on what it found."""

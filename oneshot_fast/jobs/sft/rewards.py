@@ -172,4 +172,4 @@ class RewardRun(TrainingRun):
         trainer = self.trainers.get(STUDENT)
         step = trainer.step if trainer else 0
         self.tracker.images([path.with_name(f"{name}.png")], step)
-        return {key: value for key, value in found.items() if key != "samples"}
+        return {key: value for key, value in found.items() if key not in ("samples", "errors")}

@@ -20,7 +20,9 @@ from oneshot_fast.runtime.processes import is_main, map_over_processes
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.training.batch import Rows
 from oneshot_fast.training.losses.matching import Matching
+from oneshot_fast.training.options import TrainOptions
 
+POOL = "preserve.safetensors"  # its file
 _ROWS = 16  # of the pool, computed at once
 
 
@@ -52,34 +54,36 @@ class PreservePool:
     @classmethod
     @torch.no_grad()
     def build(
-        cls, generator: Generator, prompts: Sequence[str], shape: Sequence[int],
-        size: int, seed: int, path: Path,
-    ) -> "PreservePool":  # fmt: skip
-        """Read the pool from ``path``, or compute ``size`` noises with the generator as it is now.
+        cls, generator: Generator, options: TrainOptions, prompts: Sequence[str], resolution: int,
+        seed: int, folder: Path,
+    ) -> "PreservePool | None":  # fmt: skip
+        """Read the pool from ``folder``, or compute it with the generator as it is now.
 
         Each process computes its part; the main one writes the file, so that a resumed run has the
-        same.
+        same. None if nothing is to be preserved.
         """
+        if not options.preserves:
+            return None
+        path, size = folder / POOL, options.preserve_pool_size
+        shape = generator.noise_shape(resolution, resolution)
         if path.exists():
-            kept = read_metadata(path, "pool")
-            return cls(
-                kept["prompts"], kept["seeds"], read_safetensors(path)["latents"], tuple(shape)
-            )
+            kept, latents = read_metadata(path, "pool"), read_safetensors(path)["latents"]
+            return cls(kept["prompts"], kept["seeds"], latents, shape)
         draw = torch.Generator().manual_seed(derived_seed(seed, "preserve prompts"))
         chosen = torch.randint(len(prompts), (size,), generator=draw).tolist()
         pool_prompts = [prompts[k] for k in chosen]
         seeds = [derived_seed(seed, "preserve", k) for k in range(size)]
 
-        def latents(k: int) -> Tensor:
+        def compute(k: int) -> Tensor:
             part = slice(_ROWS * k, _ROWS * (k + 1))
             eps = gaussian(seeds[part], shape).to(generator.device)
             return generator.latents(eps, generator.encode_prompts(pool_prompts[part])).cpu()
 
-        made = torch.cat(map_over_processes(latents, math.ceil(size / _ROWS)))
+        made = torch.cat(map_over_processes(compute, math.ceil(size / _ROWS)))
         if is_main():
             kept = {"prompts": pool_prompts, "seeds": seeds}
             write_safetensors(path, {"latents": made}, {"pool": kept})
-        return cls(pool_prompts, seeds, made, tuple(shape))
+        return cls(pool_prompts, seeds, made, shape)
 
     def rows(self, generator: Generator, count: int, seed: int) -> Rows:
         """``count`` different noises for ``Preserve``, or all if there are fewer, on its device."""

@@ -166,22 +166,24 @@ def test_a_moved_run_still_trains(small_data: Path, tmp_path: Path, call: Call) 
     assert call("sft", *flags(manifest, tmp_path / "there" / "s", "--epochs", 1)).code == 0
 
 
-def preserved(generator: Generator, path: Path, count: int) -> Batch:
+def preserved(generator: Generator, folder: Path, count: int) -> Batch:
     prompts = ["a handwritten digit one", "a handwritten digit two"]
-    pool = PreservePool.build(generator, prompts, (4, 8, 8), 20, 0, path)
+    options = SftOptions(preserve_pool_size=20)
+    pool = PreservePool.build(generator, options, prompts, 64, 0, folder)
+    assert pool is not None
     return Batch(preserve=pool.rows(generator, count, 5))
 
 
 def test_the_preserve_loss_starts_at_zero_and_sees_any_change(tmp_path: Path) -> None:
     generator = load_generator("tiny", master_weights=True)
     loss = OneStepLoss(preserve=Preserve(0.5, 0.5))
-    batch = preserved(generator, tmp_path / "pool.safetensors", 7)
+    batch = preserved(generator, tmp_path, 7)
     with torch.no_grad():
         assert 0 <= loss(generator, batch)["preserve"].item() < 1e-5
         next(iter(generator.denoiser.parameters())).add_(0.01)
         assert loss(generator, batch)["preserve"].item() > 1e-4
     # The pool on disk is of the base generator, so a resumed run is held to the same targets.
-    again = preserved(generator, tmp_path / "pool.safetensors", 7)
+    again = preserved(generator, tmp_path, 7)
     kept = [rows["preserve"].extra["latents"] for rows in (batch, again)]
     assert torch.equal(*kept)
 
