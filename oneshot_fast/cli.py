@@ -175,20 +175,15 @@ def finish(
     summary: Json,
     write_report: Callable[[Path, Json], None],
     print_summary: Callable[[Json, Path], None],
+    of: str = "records ",
 ) -> int:
-    """Write the report of a job, say what was reached, and return the exit code.
-
-    Args:
-        command: Its flags.
-        folder: What it has written to.
-        summary: What its run returned.
-        write_report: Takes the folder and the flags; leaves out what cannot be written.
-        print_summary: Takes the summary and the folder.
-    """
+    """Write a job's report, if it can be written, and say what was reached; the exit code."""
     if is_main():
         with if_writable():
             write_report(folder, public(command))
         print_summary(summary, folder)
+        if summary["failed"]:
+            print(f"{summary['failed']} {of}failed: {folder / 'failures.jsonl'}", file=sys.stderr)
         print(f"report: {folder / 'report.html'}")
     return SOME_FAILED if summary["failed"] else OK
 

@@ -15,7 +15,6 @@ from oneshot_fast.data.sources import open_pairs
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.em.options import EmOptions
-from oneshot_fast.jobs.em.plan import em_plan
 from oneshot_fast.jobs.em.rewards import RewardEmRun
 from oneshot_fast.jobs.em.targets import EmRun
 from oneshot_fast.rewards.options import RewardOptions, RewardTrainingOptions
@@ -72,7 +71,7 @@ def execute(command: EmCommand) -> int:
     command = dataclasses.replace(command, initial_model_id=model_id, em=options)
     run = _on_rewards(command) if by_reward else _on_targets(command)
     if command.dry_run:
-        print(em_plan(run))
+        print(run.plan())
         return OK
     summary = run.run(**command.run.arguments)
 

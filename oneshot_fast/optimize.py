@@ -116,7 +116,7 @@ def execute(command: OptimizeCommand) -> int:
     from oneshot_fast.report.optimize import write_optimize_report
 
     say = functools.partial(print_summary, model_id=command.model_id)
-    return finish(command, command.output_dir, summary, write_optimize_report, say)
+    return finish(command, command.output_dir, summary, write_optimize_report, say, "")
 
 
 def print_summary(summary: dict[str, Any], folder: Path, model_id: str) -> None:
@@ -127,8 +127,6 @@ def print_summary(summary: dict[str, Any], folder: Path, model_id: str) -> None:
         f"{summary['angle']:.0f} degrees, in {summary['seconds']:.0f} s "
         f"({summary['images_per_second']:.2f} images/s)"
     )
-    if summary["failed"]:
-        print(f"{summary['failed']} failed: {folder / 'failures.jsonl'}", file=sys.stderr)
     if summary["training_pairs"]:
         flags = ["--model_id", model_id, "--manifest_path", str(folder / MANIFEST)]
         print(

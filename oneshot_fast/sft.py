@@ -63,7 +63,7 @@ def execute(command: SftCommand) -> int:
     from oneshot_fast.report.sft import print_summary, write_reward_report, write_sft_report
 
     write_report = write_reward_report if command.rewards.reward else write_sft_report
-    return finish(command, run.folder, summary, write_report, print_summary)
+    return finish(command, run.folder, summary, write_report, print_summary, "pairs ")
 
 
 def _on_pairs(command: SftCommand) -> SftRun:

@@ -80,5 +80,3 @@ def print_summary(summary: Json, folder: Path) -> None:
     )
     if summary.get("cut_images"):
         print(f"warning: {summary['cut_images']}", file=sys.stderr)
-    if summary["failed"]:
-        print(f"{summary['failed']} records failed: {folder / 'failures.jsonl'}", file=sys.stderr)

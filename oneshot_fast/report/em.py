@@ -86,15 +86,13 @@ def _searches_section(cycles: Sequence[Mapping[str, Any]]) -> Section:
     return Section("Search", [text], Table(("", "random noise", "found", "gain"), rows))
 
 
-def random_noise_section(folder: Path, summary: Json) -> Section | None:
+def random_noise_section(folder: Path, summary: Json) -> Section:
     """What a user of the generator gets: quality on random noise, before and after."""
     noise = summary["random_noise"]
-    if "base" not in noise or "final" not in noise:
-        return None
     names = [name for name in noise if name.startswith("cycle-")]
-    last = names[-1] if names else "final"
+    last = names[-1]
     columns = {"base": "base", **{name: f"cycle {int(name[-2:])}" for name in names}}
-    columns[last] = "final" if last == "final" else f"{columns[last]} (final)"
+    columns[last] += " (final)"
     columns |= {"direct": "direct SFT"} if "direct" in noise else {}
     measured = {**noise, "real": summary.get("real", {})}
     columns |= {"real": "real images"} if measured["real"] else {}
@@ -215,11 +213,9 @@ def _heldout_strip(base: Path, final: Path) -> Strip | None:
     )
 
 
-def cycles_section(summary: Json) -> Section | None:
+def cycles_section(summary: Json) -> Section:
     """Assigned loss before and after each E-step, and after each M-step."""
     cycles = summary["cycles"]
-    if not cycles:
-        return None
     rows, stages = [], []
     for cycle in cycles:
         assign, after = cycle["assign"], cycle["sft"]["matched_loss_after"]
@@ -276,8 +272,6 @@ def print_summary(summary: Json, folder: Path) -> None:
         print(f"checkpoint-best: cycle {summary['best_cycle']}, of the lowest Frechet distance")
     if cut := summary["cycles"][0].get("cut_images"):
         print(f"warning: {cut}", file=sys.stderr)
-    if summary["failed"]:
-        print(f"{summary['failed']} records failed: {folder / 'failures.jsonl'}", file=sys.stderr)
     print(f"\ntook {summary['seconds']:.0f} s; checkpoint: {folder / 'checkpoint-final'}")
 
 

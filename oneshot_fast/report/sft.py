@@ -1,6 +1,5 @@
 """The pages of ``python -m oneshot_fast.sft``: of a training on pairs, and of one on rewards."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,8 +87,6 @@ def print_summary(summary: Json, folder: Path) -> None:
             f"trained {steps} steps on {summary['samples']} pairs in {seconds:.0f} s: latent loss "
             f"on the matched noises {decimals(before)} -> {decimals(after)}"
         )
-    if summary["failed"]:
-        print(f"{summary['failed']} pairs failed: {folder / 'failures.jsonl'}", file=sys.stderr)
     print(f"checkpoint: {folder / 'checkpoint-final'}")
     if (folder / "lora-final").exists():
         print(f"LoRA: {folder / 'lora-final'}")

@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from types import FrameType
@@ -16,14 +17,13 @@ def ahead(
     executor: Executor, function: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[Result]:
     """Results of ``function`` in order, the next one computed while the caller uses the last."""
-    pending: Future[Result] | None = None
+    pending = deque[Future[Result]]()
     for item in items:
-        started = executor.submit(function, item)
-        if pending is not None:
-            yield pending.result()
-        pending = started
-    if pending is not None:
-        yield pending.result()
+        pending.append(executor.submit(function, item))
+        if len(pending) == 2:
+            yield pending.popleft().result()
+    if pending:
+        yield pending.pop().result()
 
 
 @contextlib.contextmanager

@@ -40,18 +40,11 @@ class RunOptions:
             need_package(self.report_to, f"--report_to {self.report_to}")
 
     @property
-    def tracker(self) -> str:
-        """What a run takes as ``report_to``."""
-        return f"wandb:{self.tracker_project}" if self.report_to == "wandb" else self.report_to
-
-    @property
     def arguments(self) -> dict[str, Any]:
         """Those of every job's ``run``."""
-        return {
-            "overwrite": self.overwrite,
-            "report_to": self.tracker,
-            "verify": self.verify,
-        }
+        project = f":{self.tracker_project}" if self.report_to == "wandb" else ""
+        report_to = self.report_to + project
+        return {"overwrite": self.overwrite, "report_to": report_to, "verify": self.verify}
 
 
 def pick(

@@ -35,5 +35,4 @@ def import_function(name: str, what: str) -> Callable[..., Any]:
         ) from None
     if not callable(found):
         raise UserError(f"{what} {name} is no function but {type(found).__name__}")
-    function_found: Callable[..., Any] = found
-    return function_found
+    return found

@@ -45,11 +45,6 @@ def _run_selectively(module: nn.Module, *args: Any) -> Any:
     )
 
 
-def offloads_by_default(generator: Generator) -> bool:
-    """Whether there is memory to free: on a GPU."""
-    return generator.device.type != "cpu"
-
-
 @contextmanager
 def offloaded(
     generator: Generator, keep_decoder: bool, device: str | torch.device = "cpu"

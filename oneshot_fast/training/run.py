@@ -27,7 +27,7 @@ from oneshot_fast.training.batch import Batch, Rows, batches
 from oneshot_fast.training.checkpoints import STUDENT, Checkpoints, load_state, save_state
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.losses.preserve import POOL, PreservePool
-from oneshot_fast.training.memory import offloaded, offloads_by_default
+from oneshot_fast.training.memory import offloaded
 from oneshot_fast.training.options import TrainOptions
 from oneshot_fast.training.trainer import BadStepsError, Trainee, Trainer
 
@@ -105,9 +105,8 @@ class TrainingRun(ABC):
         self.trainers: dict[str, Trainer] = {}
         self.pool: PreservePool | None = None
         self.tracker = Tracker()
-        self.offloads = offload_encoders
-        if offload_encoders is None:
-            self.offloads = offloads_by_default(generator)
+        on_gpu = generator.device.type != "cpu"  # there is memory to free
+        self.offloads = on_gpu if offload_encoders is None else offload_encoders
         self._keep_checkpoints = keep_checkpoints
 
     @abstractmethod

@@ -23,11 +23,13 @@ from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.schedule import cycle_seeds, is_stuck
 from oneshot_fast.jobs.optimize.run import OptimizeRun
 from oneshot_fast.jobs.sft.options import SftOptions
+from oneshot_fast.jobs.sft.plan import sft_plan
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime import files
 from oneshot_fast.runtime.folder import RunFolder
 from oneshot_fast.runtime.processes import gather_objects, is_main, kept_by_main, main_first
 from oneshot_fast.runtime.progress import Tracker, start_tracking
+from oneshot_fast.runtime.units import duration
 from oneshot_fast.training.losses.preserve import POOL, PreservePool
 
 _OUTPUTS = (
@@ -115,6 +117,17 @@ class Cycles(ABC):
             **self.describe(),
         }
 
+    def plan(self) -> str:
+        """What the first cycle's steps will need, and the time of all cycles; does nothing."""
+        first, side, cycles = self.first(), self.targets.resolution, len(self.options.schedule())
+        e_step, samples = first.plan(), first.total or 0
+        m_step = sft_plan(self.generator, self.options.sft(), resolution=side, samples=samples)
+        needed = duration(cycles * (e_step.seconds + m_step.seconds))
+        return (
+            f"E-step\n{e_step}\n\nM-step\n{m_step}\n\n"
+            f"in all, {cycles} cycles: {needed}, without the evaluations"
+        )
+
     def run(
         self, *, overwrite: bool = False, report_to: str | Tracker = "none", verify: bool = False
     ) -> dict[str, Any]:
@@ -162,17 +175,12 @@ class Cycles(ABC):
             seconds = round(time.perf_counter() - started, 3)
             files.append_jsonl(path, [{"stage": name, "seconds": seconds}])
 
-    @property
-    def noise_shape(self) -> tuple[int, int, int]:
-        """Of a noise, [C, h, w]."""
-        side = self.targets.resolution
-        return self.generator.noise_shape(side, side)
-
     def measure_of(self, **more: Any) -> RandomNoiseMeasure:
         """Measures on random noises of the run's prompts; ``more`` as for the class."""
+        side = self.targets.resolution
         return RandomNoiseMeasure(
             self.prompts,
-            self.noise_shape,
+            self.generator.noise_shape(side, side),
             samples=self.eval_samples,
             seed=self.seed,
             classifier=self.classifier,

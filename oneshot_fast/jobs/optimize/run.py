@@ -98,10 +98,8 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
         self.search = RewardSearch(
             generator, rewards, options, resolution=side, save_steps=save_steps
         )
-        if batch_size == "auto":
-            size = fitting_batch_size(self.search, self.samples[0])
-        else:
-            size = batch_size
+        first = self.samples[0]
+        size = fitting_batch_size(self.search, first) if batch_size == "auto" else batch_size
         each = options.steps + 1 if options.mover else 0
         each += options.draws if options.choice else 0
         super().__init__(folder, size, len(self.samples), each)

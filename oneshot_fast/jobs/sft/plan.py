@@ -18,7 +18,7 @@ from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.units import count_text, duration, size_text
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.losses.base import Loss, shared_losses, total
-from oneshot_fast.training.memory import checkpoint_activations, offloads_by_default
+from oneshot_fast.training.memory import checkpoint_activations
 
 ByReward = tuple[WeightedRewards, str]  # and an example of a prompt
 # torchao keeps the moments of smaller tensors, and of those not of whole blocks, as they are
@@ -40,9 +40,8 @@ def sft_plan(
     Memory is found on tensors without data, time from forward and backward passes on random data
     that keep no gradient: the weights stay as they are.
     """
-    offloads = offload_encoders
-    if offloads is None:
-        offloads = offloads_by_default(generator)
+    on_gpu = generator.device.type != "cpu"
+    offloads = on_gpu if offload_encoders is None else offload_encoders
     needed = training_memory(generator, options, resolution, offloads, by_reward)
     kind = "images" if by_reward else "pairs"
     lines = [

@@ -7,6 +7,7 @@ training/losses/reward.py.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,6 @@ class RewardRun(TrainingRun):
         self.prompts, self.rewards, self.judge, self.names = prompts, rewards, judge, list(names)
         self.images_per_prompt, self.eval_samples = images_per_prompt, eval_samples
         self._examples = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-        self._measure: RandomNoiseMeasure | None = None
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -132,7 +132,13 @@ class RewardRun(TrainingRun):
 
     def learn(self) -> dict[str, Any]:
         self.make_pool(self.prompts)
-        self._measure = RandomNoiseMeasure(
+        base = self._measured("base")
+        self.tracker.log(base, step=0)
+        return {"base": base, **self.train(self._examples), "failed": 0}
+
+    @functools.cached_property
+    def _measure(self) -> RandomNoiseMeasure:
+        return RandomNoiseMeasure(
             self.prompts,
             self.noise_shape,
             samples=self.eval_samples,
@@ -140,9 +146,6 @@ class RewardRun(TrainingRun):
             classifier=classifier_for(self.generator, self.prompts),
             scores=all_scores(self.rewards, self.judge),
         )
-        base = self._measured("base")
-        self.tracker.log(base, step=0)
-        return {"base": base, **self.train(self._examples), "failed": 0}
 
     def batch(self, rows: list[int], step: int) -> Batch:
         texts = [self._examples[k] for k in rows]
@@ -165,10 +168,8 @@ class RewardRun(TrainingRun):
 
     def _measured(self, name: str) -> dict[str, float]:
         """Of the generator as it is now, unless it was measured before."""
-        measure = self._measure
-        assert measure is not None
         path = self.folder / "eval" / name
-        found = main_first(lambda: measure.measure(self.generator, path))
+        found = main_first(lambda: self._measure.measure(self.generator, path))
         trainer = self.trainers.get(STUDENT)
         step = trainer.step if trainer else 0
         self.tracker.images([path.with_name(f"{name}.png")], step)
