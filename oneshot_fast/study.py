@@ -49,21 +49,13 @@ def execute(command: StudyCommand) -> int:
     from oneshot_fast.recipes.study.tables import write_study
     from oneshot_fast.runtime.folder import RunFolder
 
-    settings = {"command": "study", **dataclasses.asdict(command)}
-    for key in ("output_dir", "overwrite", "datasets"):
-        del settings[key]
+    names = ("quick", "seeds", "budget", "samples")
+    given: dict[str, Any] = {name: getattr(command, name) for name in names}
+    settings = {"command": "study", **given}
     outputs = ("digits", "shapes", "study.md", "study.json", "plots")
     with RunFolder(command.output_dir, settings, outputs, command.overwrite):
         results: dict[str, Any] = {
-            name: study(
-                name,
-                command.output_dir / name,
-                quick=command.quick,
-                seeds=command.seeds,
-                budget=command.budget,
-                samples=command.samples,
-            )
-            for name in command.datasets
+            name: study(name, command.output_dir / name, **given) for name in command.datasets
         }
         write_study(command.output_dir, results, settings)
     print(f"table and plots: {command.output_dir / 'study.md'}")

@@ -100,13 +100,7 @@ class RayRun(AssignRun):
 
 
 def run_on_ray(
-    job: Job,
-    source: Source,
-    *,
-    actors: int | None = None,
-    overwrite: bool = False,
-    report_to: str = "none",
-    verify: bool = False,
+    job: Job, source: Source, *, actors: int | None = None, **more: Any
 ) -> dict[str, Any]:
     """Assign a data set with Ray: on the cluster of this machine, else on this machine alone.
 
@@ -114,9 +108,7 @@ def run_on_ray(
         job: What to do; its device None takes GPUs where the cluster has them.
         source: The data set; every machine must see it, and the folder, at the same paths.
         actors: How many; by default one per GPU, else one per CPU core.
-        overwrite: Start anew.
-        report_to: Tracker.
-        verify: Compare the hashes of all files that are there.
+        **more: As for ``AssignRun.run``.
 
     Returns:
         The summary, as in summary.json.
@@ -131,7 +123,7 @@ def run_on_ray(
             fitting = {**job.arguments, "batch_size": _fitting(job)}
             job = dataclasses.replace(job, arguments=fitting)
         run = RayRun(job, source, count)
-        return run.run(overwrite=overwrite, report_to=report_to, verify=verify)
+        return run.run(**more)
 
 
 @contextlib.contextmanager
