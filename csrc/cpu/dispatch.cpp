@@ -16,6 +16,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
@@ -32,9 +35,11 @@ const Kernels* choose() {
   const bool with_avx512 = with_avx2 && __builtin_cpu_supports("avx512f") &&
                            __builtin_cpu_supports("avx512vl") &&
                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  const bool with_bf16 = with_avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   const Candidate fastest_first[] = {
 #if defined(__x86_64__)
+      {&avx512_bf16::kernels, with_bf16},
       {&avx512::kernels, with_avx512},
       {&avx2::kernels, with_avx2},
 #endif

@@ -87,6 +87,9 @@ struct BFloat16 {
 OSF_INLINE float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 OSF_INLINE uint32_t as_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 
+// Bits, one or two elements of 16 bits each, are moved as they are.
+OSF_INLINE uint16_t widen(uint16_t x) { return x; }
+OSF_INLINE uint32_t widen(uint32_t x) { return x; }
 OSF_INLINE float widen(float x) { return x; }
 OSF_INLINE double widen(double x) { return x; }
 OSF_INLINE float widen(BFloat16 x) { return as_float(uint32_t(x.bits) << 16); }
@@ -98,6 +101,7 @@ OSF_INLINE float widen(Half x) {
 }
 
 // Rounds to nearest, ties to even.
+OSF_INLINE void narrow(uint32_t x, uint32_t& out) { out = x; }
 OSF_INLINE void narrow(float x, float& out) { out = x; }
 OSF_INLINE void narrow(double x, double& out) { out = x; }
 OSF_INLINE void narrow(float x, BFloat16& out) {

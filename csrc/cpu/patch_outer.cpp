@@ -1,4 +1,4 @@
-#include "gemm.h"
+#include "gemm_bf16.h"
 #include "patches.h"
 
 namespace osf::OSF_ISA {
@@ -8,10 +8,12 @@ constexpr int64_t kBlockPatches = 64;
 // A sum over all images is made of at most this many partial sums, whatever the threads.
 constexpr int64_t kPartialSums = 16;
 
-// sum[r, d] = or += a_n[r] b_n[d] over the patches of one tile, for the rows [r0, r1).
+// sum[r, d] = or += a_n[r] b_n[d] over the patches of one tile, for the rows [r0, r1); unless it is
+// null, the sums are written to out[r1 - r0, D].
 template <int P, class S, class T>
 void add_tile(const PatchGrid& grid, int64_t image, int64_t tile, const S* a, const S* b,
-              int64_t r0, int64_t r1, T* rows_a, T* rows_b, T* sum, int64_t ld, bool accumulate) {
+              int64_t r0, int64_t r1, T* rows_a, T* rows_b, T* sum, int64_t ld, bool accumulate,
+              S* out) {
   const int64_t N = grid.tile_patches();
   int64_t n0 = 0;
   do {  // also without patches, to write the zeros
@@ -22,7 +24,36 @@ void add_tile(const PatchGrid& grid, int64_t image, int64_t tile, const S* a, co
                            accumulate || n0 > 0);
     n0 = n1;
   } while (n0 < N);
+  const int64_t D = grid.dim();
+  for (int64_t r = 0; out && r < r1 - r0; ++r)
+    for (int64_t d = 0; d < D; ++d) narrow(sum[r * ld + d], out[r * D + d]);
 }
+
+#ifdef __AVX512BF16__
+// The same in bfloat16, two patches at once
+template <int P>
+void add_tile(const PatchGrid& grid, int64_t image, int64_t tile, const BFloat16* a,
+              const BFloat16* b, int64_t r0, int64_t r1, float* rows_a, float* rows_b, float* sum,
+              int64_t ld, bool accumulate, BFloat16* out) {
+  const int64_t N = grid.tile_patches();
+  const auto gather = [&](const BFloat16* x, int64_t n0, int64_t n1, float* memory) {
+    const auto pairs = reinterpret_cast<uint32_t*>(memory);
+    const auto rows = reinterpret_cast<uint16_t*>(pairs + kBlockPatches / 2 * ld);
+    gather_rows<P>(grid, image, tile, n0, n1, reinterpret_cast<const uint16_t*>(x), rows, ld);
+    if ((n1 - n0) % 2) __builtin_memset(rows + (n1 - n0) * ld, 0, ld * sizeof(uint16_t));
+    pair_rows(ceil_div(n1 - n0, 2), grid.dim(), rows, ld, pairs, ld);
+    return pairs;
+  };
+  int64_t n0 = 0;
+  do {
+    const int64_t n1 = min(N, n0 + kBlockPatches);
+    const uint32_t *const A = gather(a, n0, n1, rows_a), *const B = gather(b, n0, n1, rows_b);
+    product_of_pairs(r1 - r0, ld, ceil_div(n1 - n0, 2), A + r0, ld, B, ld, sum, ld,
+                     accumulate || n0 > 0, n1 == N ? out : nullptr, grid.dim());
+    n0 = n1;
+  } while (n0 < N);
+}
+#endif
 
 template <int P, class S>
 void run(const Threads& threads, const PatchGrid& grid, const S* a, const S* b, bool shared,
@@ -45,16 +76,17 @@ void run(const Threads& threads, const PatchGrid& grid, const S* a, const S* b, 
     for (int64_t i = i0; i < i1; ++i) {
       const int64_t s = i / parts, r0 = min(D, i % parts * rows), r1 = min(D, r0 + rows);
       T* sum = shared ? partial + (s * D + r0) * ld : block;
+      S* narrowed = shared ? nullptr : out + (s * D + r0) * D;
       if constexpr (!narrower)
-        if (!shared && ld == D) sum = out + (s * D + r0) * D;
+        if (!shared && ld == D) {
+          sum = narrowed;
+          narrowed = nullptr;
+        }
       const int64_t first = shared ? s * images * tiles : s;
       const int64_t last = shared ? min(grid.B, (s + 1) * images) * tiles : s + 1;
       for (int64_t t = first; t < last; ++t)
-        add_tile<P, S, T>(grid, t / grid.tiles(), t % grid.tiles(), a, b, r0, r1, rows_a, rows_b,
-                          sum, ld, t > first);
-      if (sum == block)
-        for (int64_t r = r0; r < r1; ++r)
-          for (int64_t d = 0; d < D; ++d) narrow(sum[(r - r0) * ld + d], out[(s * D + r) * D + d]);
+        add_tile<P>(grid, t / grid.tiles(), t % grid.tiles(), a, b, r0, r1, rows_a, rows_b, sum, ld,
+                    t > first, narrowed);
     }
   });
   if (!shared) return;

@@ -1,4 +1,4 @@
-#include "gemm.h"
+#include "gemm_bf16.h"
 #include "patches.h"
 
 namespace osf::OSF_ISA {
@@ -48,12 +48,52 @@ void run(const Threads& threads, const PatchGrid& grid, const S* x, const Matric
   });
 }
 
+#ifdef __AVX512BF16__
+// The same for patches of even side in bfloat16, whose elements are neighbours in pairs
+template <int P>
+void run_pairs(const Threads& threads, const PatchGrid& grid, const void* x, const Matrices& q,
+               void* out) {
+  constexpr int64_t ld = kTileColumns<float>;
+  const int64_t D = grid.dim(), N = grid.tile_patches(), blocks = ceil_div(N, ld);
+  const int64_t grain = ceil_div(1 << 18, D * D * ld);
+  parallel_for(threads, grid.B * grid.tiles() * blocks, grain, [&](int64_t i0, int64_t i1) {
+    Buffer<uint32_t> memory(D * ld + (q.transposed ? D / 2 * D : 0));
+    uint32_t *columns = memory, *rotated = columns + D / 2 * ld, *paired = rotated + D / 2 * ld;
+    __builtin_memset(columns, 0, D / 2 * ld * sizeof(uint32_t));
+    int64_t in_pairs = -1;
+    for (int64_t i = i0; i < i1; ++i) {
+      const int64_t b = i / blocks / grid.tiles(), g = i / blocks % grid.tiles();
+      const int64_t n0 = i % blocks * ld, n1 = min(N, n0 + ld);
+      const int64_t at = i / blocks * q.stride;
+      const uint16_t* const matrix = static_cast<const uint16_t*>(q.data) + at;
+      gather_columns<P>(grid, b, g, n0, n1, static_cast<const uint32_t*>(x), columns, ld);
+      const auto product = [&]<bool TA>(const uint32_t* A, int64_t lda) {
+        const auto run = n1 - n0 > ld / 2 ? product_to_pairs<2, TA> : product_to_pairs<1, TA>;
+        run(D, D / 2, A, lda, columns, ld, rotated, ld);
+      };
+      if (!q.transposed) {
+        product.template operator()<false>(reinterpret_cast<const uint32_t*>(matrix), D / 2);
+      } else {
+        if (at != in_pairs) pair_rows(D / 2, D, matrix, D, paired, D);
+        in_pairs = at;
+        product.template operator()<true>(paired, D);
+      }
+      scatter_columns<P>(grid, b, g, n0, n1, rotated, ld, static_cast<uint32_t*>(out));
+    }
+  });
+}
+#endif
+
 }  // namespace
 
 void patch_rotate(const Threads& threads, DType dtype, const PatchGrid& grid, const void* x,
                   const Matrices& q, void* out) {
   with_dtype(dtype, [&]<class S>(S) {
     with_patch_side(grid.p, [&]<int P>() {
+#ifdef __AVX512BF16__
+      if constexpr (__is_same(S, BFloat16) && P % 2 == 0)
+        if (grid.p % 2 == 0) return run_pairs<P>(threads, grid, x, q, out);
+#endif
       run<P>(threads, grid, static_cast<const S*>(x), q, static_cast<S*>(out));
     });
   });

@@ -16,28 +16,36 @@ OSF_INLINE void for_each_run(const PatchGrid& grid, int64_t b, int64_t g, int64_
   }
 }
 
-// f(j) for j in [0, count), in groups of whole vectors that the compiler unrolls.
+// f(j) for j in [0, count), in groups of whole and half vectors that the compiler unrolls.
 template <class T, class F>
 OSF_INLINE void for_each_lane(int64_t count, F f) {
   int64_t j = 0;
   for (; j + kLanes<T> <= count; j += kLanes<T>)
     for (int i = 0; i < kLanes<T>; ++i) f(j + i);
+  for (; j + kLanes<T> / 2 <= count; j += kLanes<T> / 2)
+    for (int i = 0; i < kLanes<T> / 2; ++i) f(j + i);
   for (; j < count; ++j) f(j);
 }
+
+// Elements of a patch's row in one S: a uint32_t is two of 16 bits.
+template <class S>
+constexpr int64_t kElements = 1;
+template <>
+constexpr int64_t kElements<uint32_t> = 2;
 
 // Patches as columns: columns[d][n] for n in [n0, n1); P is the patch side, or 0 if only known
 // at run time.
 template <int P, class S, class T>
 void gather_columns(const PatchGrid& grid, int64_t b, int64_t g, int64_t n0, int64_t n1,
                     const S* __restrict x, T* __restrict columns, int64_t ld) {
-  const int64_t p = P ? P : grid.p;
+  const int64_t p = P ? P : grid.p, width = p / kElements<S>;
   for_each_run(grid, b, g, n0, n1, [&](int64_t n, int64_t count, int64_t offset) {
     for (int64_t c = 0; c < grid.C; ++c)
       for (int64_t i = 0; i < p; ++i) {
-        const S* src = x + offset + grid.row(c, i);
-        T* dst = columns + (c * p + i) * p * ld + n;
+        const S* src = x + (offset + grid.row(c, i)) / kElements<S>;
+        T* dst = columns + (c * p + i) * width * ld + n;
         for_each_lane<T>(count, [&](int64_t j) {
-          for (int64_t k = 0; k < p; ++k) dst[k * ld + j] = widen(src[j * p + k]);
+          for (int64_t k = 0; k < width; ++k) dst[k * ld + j] = widen(src[j * width + k]);
         });
       }
   });
@@ -47,14 +55,14 @@ void gather_columns(const PatchGrid& grid, int64_t b, int64_t g, int64_t n0, int
 template <int P, class S, class T>
 void scatter_columns(const PatchGrid& grid, int64_t b, int64_t g, int64_t n0, int64_t n1,
                      const T* __restrict columns, int64_t ld, S* __restrict y) {
-  const int64_t p = P ? P : grid.p;
+  const int64_t p = P ? P : grid.p, width = p / kElements<S>;
   for_each_run(grid, b, g, n0, n1, [&](int64_t n, int64_t count, int64_t offset) {
     for (int64_t c = 0; c < grid.C; ++c)
       for (int64_t i = 0; i < p; ++i) {
-        S* dst = y + offset + grid.row(c, i);
-        const T* src = columns + (c * p + i) * p * ld + n;
+        S* dst = y + (offset + grid.row(c, i)) / kElements<S>;
+        const T* src = columns + (c * p + i) * width * ld + n;
         for_each_lane<T>(count, [&](int64_t j) {
-          for (int64_t k = 0; k < p; ++k) narrow(src[k * ld + j], dst[j * p + k]);
+          for (int64_t k = 0; k < width; ++k) narrow(src[k * ld + j], dst[j * width + k]);
         });
       }
   });

@@ -142,7 +142,7 @@ def test_batch_mates_do_not_change_a_bit(spec, case, poison, device):
     assert_equal(alone, [result[1:2] for result in together])
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(isa):
     if isa == _C.isa():
         pytest.skip("in use, so all other tests run it")

@@ -11,7 +11,7 @@ def test_names_what_a_bug_report_needs():
     info = oneshot_fast.build_info()
     assert info["oneshot_fast"] == oneshot_fast.__version__
     assert info["torch_running"] == torch.__version__
-    assert info["cpu_isa"] in ("generic", "avx2", "avx512")
+    assert info["cpu_isa"] in ("generic", "avx2", "avx512", "avx512_bf16")
     assert info["cuda_version"] == torch.version.cuda
     assert all(info[name] for name in ("compiler", "torch_built_against"))
 
