@@ -1,6 +1,5 @@
 """What a generator is: prompts and Gaussian noise in, latents and images out."""
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from oneshot_fast.data.images import to_pil
 from oneshot_fast.errors import UserError, one_line, require
+from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
@@ -204,10 +204,9 @@ class Generator(ABC):
         cut = [p for p in dict.fromkeys(prompts) if p not in self._told and self.is_truncated(p)]
         self._told = self._told.union(cut)
         if cut and is_main():
-            print(
+            say(
                 f"warning: {len(cut)} prompts are longer than {self.prompt_tokens} tokens; cut "
-                f'off, the first of them "{one_line(cut[0]):.60}..."',
-                file=sys.stderr,
+                f'off, the first of them "{one_line(cut[0]):.60}..."'
             )
 
     @abstractmethod
@@ -300,9 +299,8 @@ class Generator(ABC):
 
     def use_channels_last(self) -> None:
         """Keep weights, and with them activations, in channels_last order."""
-        networks: list[Any] = [*self.networks.values()]  # torch's annotations lack memory_format
-        for network in networks:
-            network.to(memory_format=torch.channels_last)
+        for network in self.networks.values():
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def tune_decoder(
         self, tiny: str | None, dtype: torch.dtype | None, checkpointing: bool, tile: int

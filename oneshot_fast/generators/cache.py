@@ -40,8 +40,7 @@ class EncodingCache:
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as folder:
             temporary = Path(folder) / path.name
             save_file(made, temporary)
-            descriptor = os.open(temporary, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
             temporary.replace(path)
         return made

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import sys
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +34,7 @@ from oneshot_fast.generators.pretrained import PipelineFolder, open_folder
 from oneshot_fast.generators.single_file import PipelineFile
 from oneshot_fast.generators.step import Step
 from oneshot_fast.runtime.files import write_folder
+from oneshot_fast.runtime.ledger import say
 
 
 class PipelineGenerator(Generator):
@@ -330,7 +330,7 @@ class PipelineGenerator(Generator):
             try:
                 original = getattr(source.read(None, **others), name)
             except ModelError as error:  # a training is not lost for it
-                print(f"warning: {name} stays as it was cast: {error}", file=sys.stderr)
+                say(f"warning: {name} stays as it was cast: {error}")
                 continue
             if _is_rounded(original, loaded, memory[name]):
                 found[name] = original

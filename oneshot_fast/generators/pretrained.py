@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from oneshot_fast.errors import ModelError, one_line, refused
 from oneshot_fast.generators.base import LoadOptions
+from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.tensor_files import common_dtype, misfit, read_header
 
@@ -44,7 +44,7 @@ class PipelineFolder:
         only = {part: v for part, v in self._variants.items() if v not in (variant, None)}
         if only and is_main():
             listed = ", ".join(f"{part} ({v})" for part, v in only.items())
-            print(f"{folder}: has no other files of {listed}; these are taken", file=sys.stderr)
+            say(f"{folder}: has no other files of {listed}; these are taken")
 
     def read(self, dtype: torch.dtype | None, **given: nn.Module) -> Any:
         """The pipeline, on the CPU.

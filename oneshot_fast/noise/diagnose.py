@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from oneshot_fast import ops
@@ -56,10 +56,11 @@ def _shards(folder: Path) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     for noise_path, group in itertools.groupby(rows, key=lambda row: row["noise_path"]):
         members = list(group)
         index = [row["noise_index"] for row in members]
-        with safe_open(folder / noise_path, framework="pt") as file:
-            z = file.get_tensor("z")[index].double()
-            q = file.get_tensor("q")[index].double() if "q" in file.keys() else None  # noqa: SIM118
-        yield z, q, gaussian([row["seed"] for row in members], z.shape[1:]).double()
+        found = {
+            name: rows[index].double() for name, rows in load_file(folder / noise_path).items()
+        }
+        eps = gaussian([row["seed"] for row in members], found["z"].shape[1:]).double()
+        yield found["z"], found.get("q"), eps
 
 
 class NoiseStatistics:

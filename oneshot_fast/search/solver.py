@@ -1,7 +1,6 @@
 """Batches of whatever is searched in, what was found out; smaller batches where memory runs out."""
 
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.errors import UserError
+from oneshot_fast.runtime.ledger import say
 from oneshot_fast.search.gradient import Search
 from oneshot_fast.search.options import SearchOptions
 from oneshot_fast.search.problem import Assignment
@@ -126,10 +126,9 @@ class Solver(Generic[Item]):
         if size == 1:
             raise UserError(f"out of memory with a single {self.of}; {self.advice}")
         self.batch_size = (size + 1) // 2
-        print(
+        say(
             f"warning: out of memory with {size} {self.of}s at once; going on with "
-            f"{self.batch_size} (--batch_size {self.batch_size} avoids the attempt)",
-            file=sys.stderr,
+            f"{self.batch_size} (--batch_size {self.batch_size} avoids the attempt)"
         )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

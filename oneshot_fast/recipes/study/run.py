@@ -1,7 +1,6 @@
 """The study's runs: every training, its measures, and how fast each method lowers the loss."""
 
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from oneshot_fast.noise.diagnose import diagnose
 from oneshot_fast.recipes.study.cells import Cell, cells
 from oneshot_fast.recipes.study.subjects import Subject
 from oneshot_fast.runtime.files import read_json, write_json
+from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.seeds import derived_seed
 from oneshot_fast.search.gradient import Search
 
@@ -45,7 +45,7 @@ def study(
     base = subject.base()
 
     def trained(cell: Cell, seed: int) -> dict[str, Any]:
-        print(f"[{name}] {cell.name}, seed {seed}", file=sys.stderr)
+        say(f"[{name}] {cell.name}, seed {seed}")
         label = f"{cell.name.replace(',', '').replace(' ', '-')}-{seed}"
         work = folder / "work" / label
         return kept(
