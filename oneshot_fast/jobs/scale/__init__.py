@@ -1,0 +1,1 @@
+"""Test-time scaling: simulated on pools of rewards."""

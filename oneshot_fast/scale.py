@@ -1,0 +1,230 @@
+"""`python -m oneshot_fast.scale simulate | search | convert`: does pruning candidates early pay?"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import OmitSubcommandPrefixes, subcommand
+
+from oneshot_fast.cli import OK, public, run_command
+from oneshot_fast.errors import require
+
+if TYPE_CHECKING:
+    from oneshot_fast.jobs.scale.pools import Pool
+    from oneshot_fast.search.pruning import Cost, Schedule
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """The rewards, and what a candidate costs."""
+
+    pool: Path
+    """Rewards of many candidates per prompt at many steps: .safetensors, .npz, .npy, .parquet, or a
+    folder of TTSnap's YAML files."""
+    reward: tuple[str, ...] = ()
+    """Names of the rewards, where the pool's file has none."""
+    scale: Literal["none", "published"] = "none"
+    """published: rewards named imr, pic and hps as papers print them."""
+    deduplicate: bool = True
+    """Leave out candidates that are copies of others."""
+    evaluation_cost: float = 21.5
+    """x: one evaluation of the denoiser, both halves of guidance; the default is FLUX.1 at 512
+    pixels in TFLOP (SDXL at 1024 with guidance: 13.5)."""
+    verification_cost: float = 2.65
+    """y: decoding and scoring one image, in the same unit (SDXL at 1024: 10.8)."""
+    cost: Literal["counts", "ratio", "original"] = "counts"
+    """counts: whole candidates; ratio: shares; original: TTSnap's, one evaluation too few."""
+
+    def load(self) -> "Pool":
+        """Read the pool; UserError if it cannot be used."""
+        from oneshot_fast.jobs.scale.pools import read_pool
+
+        require(self.evaluation_cost >= 0, "evaluation_cost must not be negative")
+        require(self.verification_cost >= 0, "verification_cost must not be negative")
+        require(self.evaluation_cost + self.verification_cost > 0, "both costs are 0")
+        pool = read_pool(self.pool)
+        if self.reward:
+            count = len(pool.rewards)
+            require(len(self.reward) == count, f"give {count} names with --reward: so many it has")
+            pool = dataclasses.replace(pool, rewards=self.reward)
+        pool = pool.published_scale() if self.scale == "published" else pool
+        return pool.without_copies() if self.deduplicate else pool
+
+    def of(self, pool: "Pool") -> "Cost":
+        """What one of its candidates costs."""
+        from oneshot_fast.search.pruning import Cost
+
+        return Cost(self.evaluation_cost, self.verification_cost, pool.num_steps, self.cost)
+
+
+@dataclass(frozen=True)
+class SimulateConfig:
+    """Simulate a schedule of prunes beside Best-of-N at equal cost."""
+
+    pool: PoolOptions
+    after: tuple[int, ...] = (2, 6, 11)
+    """Steps, from 0, after which the worst candidates are dropped."""
+    keep: tuple[float, ...] = (0.4, 0.4, 0.5)
+    """Share that each prune keeps."""
+    budget: tuple[float, ...] = ()
+    """Costs per prompt; by default those of Best-of-2, 5, 10 and 20."""
+    draws: int = 64
+    """Random subsets of the pool, doubled up to 4096 until their error no longer matters."""
+    shared_mask: bool = False
+    """The same subset for all prompts, as TTSnap draws."""
+    output_dir: Path = Path("runs/scale")
+    """Folder of scale.json, scale.png and report.html."""
+    seed: int = 0
+    """Seed of the draws."""
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Find the schedule that pays most for a budget, judged on prompts kept aside."""
+
+    pool: PoolOptions
+    budget: float | None = None
+    """Cost per prompt; by default that of Best-of-10."""
+    prune_reward: Literal["base", "noise_aware"] = "base"
+    """Which reward prunes; the base reward selects in the end."""
+    max_prunes: int = 3
+    """Most prunes of a schedule."""
+    tries: int = 1500
+    """Random schedules that are tried."""
+    holdout: float = 0.5
+    """Share of the prompts that are kept aside."""
+    output_dir: Path = Path("runs/scale_search")
+    """Folder of schedule.json."""
+    seed: int = 0
+    """Seed of the split, the schedules and the draws."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Write a pool of any form as .safetensors."""
+
+    pool: Path
+    """What to read."""
+    output: Path
+    """What to write."""
+
+
+@dataclass(frozen=True)
+class ScaleCommand:
+    """Test-time scaling: many noises per prompt, of which few are followed to the end."""
+
+    command: OmitSubcommandPrefixes[
+        Annotated[SimulateConfig, subcommand("simulate")]
+        | Annotated[SearchConfig, subcommand("search")]
+        | Annotated[ConvertConfig, subcommand("convert")]
+    ]
+
+
+def execute(command: ScaleCommand) -> int:
+    """Run the chosen command; see ``run_command`` for exit codes."""
+    config = command.command
+    if isinstance(config, SimulateConfig):
+        _simulate(config)
+    elif isinstance(config, SearchConfig):
+        _search(config)
+    else:
+        from oneshot_fast.jobs.scale.pools import read_pool, write_pool
+
+        require(config.output.suffix == ".safetensors", f"{config.output} must be a .safetensors")
+        write_pool(config.output, read_pool(config.pool))
+        print(f"pool: {config.output}")
+    return OK
+
+
+def _simulate(config: SimulateConfig) -> None:
+    from oneshot_fast.jobs.scale.simulate import Arm, curve
+    from oneshot_fast.report.scale import write_scale_report
+    from oneshot_fast.runtime.files import write_json
+    from oneshot_fast.search.pruning import Schedule
+
+    require(config.draws >= 2, "draws must be at least 2")
+    pool = config.pool.load()
+    cost, schedule = config.pool.of(pool), Schedule(config.after, config.keep)
+    schedule.check(cost.steps)
+    arms = {"pruned": Arm(schedule)}
+    if pool.noise_aware is not None:
+        arms["pruned, noise-aware"] = Arm(schedule, noise_aware=True)
+    sizes = (n for n in (2, 5, 10, 20) if n <= pool.final.shape[1])
+    budgets = config.budget or tuple(Schedule().cost(n, cost) for n in sizes)
+    found = {
+        "settings": public(config),
+        "prompts": len(pool.final),
+        "candidates": pool.final.shape[1],
+        "rows": curve(
+            pool,
+            arms,
+            budgets,
+            cost,
+            draws=config.draws,
+            seed=config.seed,
+            shared_mask=config.shared_mask,
+        ),
+    }
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(config.output_dir / "scale.json", found)
+    write_scale_report(config.output_dir, found)
+    for row in found["rows"]:
+        gain = row.get("gain")
+        against = "" if gain is None else (
+            f"; against Best-of-N {gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]"
+        )  # fmt: skip
+        few = ": all that the pool has" if row["pool_too_small"] else ""
+        print(f"budget {row['budget']:g}: {row['arm']}, n = {row['n']}{few}, "
+              f"{row['mean']:.4f} [{row['low']:.4f}, {row['high']:.4f}]{against}")  # fmt: skip
+    print(f"report: {config.output_dir / 'report.html'}")
+
+
+def _search(config: SearchConfig) -> None:
+    from oneshot_fast.jobs.scale.simulate import PUBLISHED, search_schedule
+    from oneshot_fast.runtime.files import write_json
+    from oneshot_fast.search.pruning import Schedule
+
+    require(config.max_prunes >= 1, "max_prunes must be at least 1")
+    require(config.tries >= 1, "tries must be at least 1")
+    require(0 < config.holdout < 1, "holdout must be between 0 and 1")
+    pool = config.pool.load()
+    cost = config.pool.of(pool)
+    budget = Schedule().cost(10, cost) if config.budget is None else config.budget
+    aware = config.prune_reward == "noise_aware"
+    require(not aware or pool.noise_aware is not None, "the pool has no noise-aware reward")
+    found = search_schedule(
+        pool, budget, cost, noise_aware=aware, max_prunes=config.max_prunes, tries=config.tries,
+        holdout=config.holdout, seed=config.seed,
+    )  # fmt: skip
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    path = config.output_dir / "schedule.json"
+    settings = public(config) | {"budget": budget}
+    write_json(path, {"settings": settings, **dataclasses.asdict(found)})
+    print(f"{found.search_prompts} prompts to search, {found.held_out_prompts} kept aside to judge")
+    if found.pool_too_small:
+        print(f"the budget pays more candidates than the {pool.final.shape[1]} of the pool")
+    for name, gain in found.held_out.items():
+        shown = words(found.searched if name == "searched" else PUBLISHED)
+        between = f"[{gain['low']:+.4f}, {gain['high']:+.4f}]"
+        print(f"{name} ({shown}), n = {found.n[name]} beside {found.n['best_of_n']}: "
+              f"against Best-of-N {gain['mean']:+.4f} {between}")  # fmt: skip
+    better = words(found.schedule) if found.schedule.after else "Best-of-N is better here"
+    print(f"recommended: {better}\nschedule: {path}")
+
+
+def words(schedule: "Schedule") -> str:
+    """A schedule as the flags that give it."""
+    after, keep = (" ".join(map(str, part)) for part in (schedule.after, schedule.keep))
+    return f"--keep {keep} --after {after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of ``python -m oneshot_fast.scale``."""
+    return run_command("scale", ScaleCommand, execute, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
