@@ -5,7 +5,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = {"assign", "download", "em", "optimize", "sft", "study", "theory", "tiny", "toy"}
+COMMANDS = {
+    "assign",
+    "download",
+    "em",
+    "optimize",
+    "scale",
+    "sft",
+    "study",
+    "theory",
+    "tiny",
+    "toy",
+}
 
 
 def test_the_top_of_the_package_holds_commands_alone():
