@@ -153,7 +153,7 @@ def report(kernels: list[Kernel], every: bool) -> list[str]:
         name = kernel.name if every else family(kernel.name)
         groups.setdefault((kernel.source, name, kernel.arch), []).append(kernel)
     lines = [
-        "| source | kernel | sm | instances | registers | shared bytes | allowed | stack | spills |",
+        "| source | kernel | sm | number | registers | shared bytes | allowed | stack | spills |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (source, name, arch), group in sorted(groups.items()):

@@ -64,7 +64,7 @@ class Reward(nn.Module):
         return reward.to(setup.device, setup.dtype)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """What ``forward`` needs of B prompts, [B, ...], computed once for each; by default nothing.
+        """What ``forward`` needs of B prompts, [B, ...], computed once for each; else nothing.
 
         A row never depends on the other prompts.
         """
