@@ -130,7 +130,13 @@ class RunFolder:
             self.path.mkdir(exist_ok=True)
             return
         self._restore(run_json.name)
-        changes = _differences(read_json(run_json), self._settings)
+        try:
+            changes = _differences(read_json(run_json), self._settings)
+        except DamagedError:
+            raise RunError(
+                f"{run_json} is damaged, and so is {NAME}, which has it, too: restore one from a "
+                "copy, or choose another folder"
+            ) from None
         if changes:
             raise RunError(
                 f"{self.path} holds a run with other settings ({'; '.join(changes)}); "

@@ -1,93 +1,257 @@
-"""Files of finished runs, cut off, zeroed or deleted: the repeated command makes them again."""
+"""Files of finished and interrupted runs, cut off, zeroed or deleted: made again, or said.
 
+Every kind of file that a command writes is damaged in each of the three ways, some at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
+from samples import PROMPTS
 
 from oneshot_fast.runtime.ledger import digest
 
 WAYS: dict[str, Callable[[Path], object]] = {
-    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "cut": lambda path: path.write_bytes(
+        path.read_bytes()[: random.randrange(path.stat().st_size or 1)]
+    ),
     "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "deleted": Path.unlink,
 }
-# With times in them, for people, of no use after a training; and what was set aside.
-CHANGES = (
-    r"(files|history)\.jsonl$|summary\.json$|report\.html$|\.lock$|\.png$|preserve|\.damaged|\.old/"
+TRAINING = "--batch_size 3 --preserve_pool_size 4 --epochs 2 --model_id tiny"
+EM = (
+    "--initial_model_id tiny --assign_steps 2 --assign_batch_size 2 --num_cycles 2 "
+    "--train_epochs 1 --train_batch_size 3 --eval_samples 10 --preserve_pool_size 4"
 )
+# By name: the command, its flags, and the files before which it is looked at as if killed there.
+RUNS = {
+    "assign": (
+        "assign --data_root DATA --num_images 2 --assign_method rotation --lr 0.15 --steps 3 "
+        "--batch_size 4 --model_id tiny --output_dir",
+        ["noises/00000004.safetensors"],
+    ),
+    "optimize": (
+        "optimize --prompt_file PROMPTS --reward thickness --method sphere --steps 2 "
+        "--batch_size 1 --model_id tiny --output_dir",
+        ["noises/00000001.safetensors"],
+    ),
+    "sft": (
+        f"sft --manifest_path ASSIGNED --keep_checkpoints 1 {TRAINING} --output_dir",
+        ["history.jsonl"],
+    ),
+    "reward": (
+        "sft --prompt_file PROMPTS --reward thickness --images_per_prompt 3 --eval_samples 10 "
+        f"--lora_rank 2 {TRAINING} --output_dir",
+        ["eval/epoch-002.json"],
+    ),
+    "em": (
+        f"em --data_root DATA --heldout_root HELDOUT --assign_fraction 0.5 --num_images 1 {EM} "
+        "--work_dir",
+        ["cycle-02/sft/history.jsonl"],
+    ),
+    "em by reward": (
+        "em --prompt_file PROMPTS --reward thickness --images_per_prompt 2 --assign_method search "
+        f"--assign_candidates 2 {EM} --work_dir",
+        ["cycle-02/assign/training/manifest.jsonl"],
+    ),
+    "toy": ("toy train --steps 3 --width 8 --eval_samples 20 --work_dir", ["train/eval/base.json"]),
+}
+# With times in them, made at every start, set aside, or added by the test.
+CHANGES = (
+    r"(files\.jsonl|report\.html|curves\.png|diagnostics\.json|\.lock|mine\.txt)$|\.damaged|\.old"
+)
+# What a finished run reads no more is only said to be damaged; in SHARDS is all that was done.
+OF_NO_USE = {
+    "sft": r"preserve|checkpoint-\d", "reward": r"preserve|eval/", "toy": r"train/classifier",
+}  # fmt: skip
+SHARDS = r"(assign/|heldout-\w+/|^)history\.jsonl$"
+UNREAD = r"\.tmp-|\.lock|tokenizer|scheduler|vae|encoder|report|curves|diagnostics"
 
 
-def flags(command: str, folder: Path, small_data: Path, assigned: Path) -> list[object]:
-    common: list[object] = ["--model_id", "tiny", "--batch_size", 4, "--output_dir", folder]
-    if command == "assign":
-        options = [
-            "--num_images",
-            "2",
-            "--assign_method",
-            "rotation",
-            "--lr",
-            "0.15",
-            "--steps",
-            "3",
-        ]
-        return [*common, *options, "--data_root", small_data]
-    return [*common, "--epochs", 1, "--manifest_path", assigned / "manifest.jsonl"]
+@dataclasses.dataclass
+class Run:
+    """A run of a command: its flags, its folder when it had ended, and as it was on the way."""
+
+    argv: list[str]
+    finished: Path
+    on_the_way: list[Path]
 
 
 @pytest.fixture(scope="session")
-def trained_once(
+def runs(
     tmp_path_factory: pytest.TempPathFactory, small_data: Path, assigned: Path
-) -> Path:
-    from oneshot_fast.sft import main
+) -> Callable[[str], Run]:
+    """Runs by their names in RUNS; each is run once."""
+    home, found = tmp_path_factory.mktemp("damage"), dict[str, Run]()
+    places = {"DATA": small_data, "HELDOUT": shutil.copytree(small_data, home / "heldout")}
+    lines = (small_data / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (home / "heldout" / "pairs.jsonl").write_text("".join(lines[:2]))
+    places |= {"PROMPTS": home / "prompts.txt", "ASSIGNED": assigned / "manifest.jsonl"}
+    places["PROMPTS"].write_text("\n".join(PROMPTS))
 
-    folder = tmp_path_factory.mktemp("damage") / "sft"
-    assert main([str(flag) for flag in flags("sft", folder, small_data, assigned)]) == 0
-    return folder
+    def run(name: str) -> Run:
+        if name not in found:
+            flags, files = RUNS[name]
+            argv = [str(places.get(flag, flag)) for flag in flags.split()]
+            place = tmp_path_factory.mktemp("run")  # as deep as tmp_path: rows name images from it
+            folder, moments = place / "run", {file: place / file for file in files}
+            with pytest.MonkeyPatch.context() as patch:
+                copy_before(patch, folder, moments)
+                often = ["--save_minutes", "0"] if argv[0] in ("sft", "em") else []
+                assert main([*argv, str(folder), *often]) == 0
+            found[name] = Run(argv, folder, [*moments.values()])
+        return found[name]
+
+    return run
 
 
-def kinds(folder: Path) -> dict[str, Path]:
-    """One file of each kind that the run wrote and reads again, by its name without numbers."""
-    left_out = "lock|report|tokenizer|scheduler|vae|encoder|curves|diagnostics"
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {re.sub("[0-9a-f]{8,}", "", str(f)): f for f in found if not re.search(left_out, str(f))}
+def main(argv: list[str]) -> int:
+    code: int = importlib.import_module(f"oneshot_fast.{argv[0]}").main(argv[1:])
+    return code
 
 
-def contents(folder: Path) -> dict[str, str]:
-    names = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: digest(path) for name, path in names.items() if not re.search(CHANGES, name)}
+def copy_before(patch: pytest.MonkeyPatch, folder: Path, moments: dict[str, Path]) -> None:
+    """Copy the folder before a file of it first appears: so a kill at that moment leaves it."""
+    for name in ("replace", "rename"):
+        real = getattr(Path, name)
+
+        def moved(self: Path, target: Path, real: Any = real) -> Path:
+            for file, place in moments.items():
+                if target == folder / file and not place.exists():
+                    shutil.copytree(folder, place)
+            result: Path = real(self, target)
+            return result
+
+        patch.setattr(Path, name, moved)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("command", ["assign", "sft"])
-def test_every_kind_of_file_is_made_again(
-    tmp_path: Path, small_data: Path, assigned: Path, trained_once: Path, call: Any,
-    command: str, way: str,
-) -> None:  # fmt: skip
-    original = assigned if command == "assign" else trained_once
-    folder = shutil.copytree(original, tmp_path / "run")
-    argv = flags(command, folder, small_data, assigned)
-    for file in kinds(original).values():
-        mine = folder / file.with_name("mine.txt")
-        mine.write_text("mine")
-        size = (folder / file).stat().st_size
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without plots, which take longer than all the rest."""
+
+    def save(figure: Figure, target: Any, **_: Any) -> None:
+        target.write("<svg></svg>") if hasattr(target, "write") else Path(target).touch()
+
+    monkeypatch.setattr(Figure, "savefig", save)
+
+
+def kinds(folder: Path) -> list[list[Path]]:
+    """The files that are read again, those of one kind together; stages of em are of a kind."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        file = str(path.relative_to(folder))
+        if path.is_file() and not re.search(UNREAD, file):
+            kind = re.sub(r"cycle-\d+/(?=sft|assign)|heldout-\w+/", "", file)
+            found.setdefault(re.sub(r"[0-9a-f]{12}|\d+", "", kind), []).append(Path(file))
+    return [*found.values()]
+
+
+def groups(folder: Path, turn: int) -> Iterator[dict[Path, str]]:
+    """Files that are damaged together, and how: in three turns each kind is in all ways.
+
+    Without the list nothing can be restored, so lists have a group of their own. Files of em's
+    stages, whose commands have their turns, are damaged once.
+    """
+    files = [kind[turn % len(kind)] for kind in kinds(folder)]
+    lists = [file for file in files if file.name == "files.jsonl"]
+    stages = [file for file in files if re.match("cycle|heldout", str(file)) and file not in lists]
+    own = [file for file in files if file not in (*lists, *stages)]
+    parts = [own] if turn else [own[::2], own[1::2], stages]
+    for group in (lists, *parts):
+        if group:
+            yield {file: [*WAYS][(k + turn) % 3] for k, file in enumerate(group)}
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """All that counts of a run's files, times left out."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: content(path) for name, path in files.items() if not re.search(CHANGES, name)}
+
+
+def content(path: Path) -> object:
+    if not path.name.endswith((".json", "history.jsonl")):
+        return digest(path)
+    text = path.read_text()
+    texts = text.splitlines() if path.suffix == ".jsonl" else [text]
+    return without_times([json.loads(one) for one in texts])
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if "second" not in k}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def number_said(err: str) -> int:
+    """How many damaged files the output names or counts."""
+    lists = re.findall(r"is made again: (.*?)(?: and (\d+) more)?$", err, re.M)
+    restored = re.findall(r"was damaged or gone; restored|is damaged|anew", err)
+    return sum(names.count(", ") + 1 + int(more or 0) for names, more in lists) + len(restored)
+
+
+def damage_and_repeat(
+    run: Run, original: Path, folder: Path, group: dict[Path, str], call: Any
+) -> Any:
+    """Damage a copy of ``original`` beside the user's files; returns how the command ended."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(original, folder)
+    for file, way in group.items():
+        folder.joinpath(file.with_name("mine.txt")).write_text("mine")
         WAYS[way](folder / file)
-        ended = call(command, *argv)
-        assert ended.code == 0 and "Traceback" not in ended.err, (file, ended.err)
-        assert not size or re.search("damaged|not as this run", ended.err), file  # it is said
+    ended = call(run.argv[0], *run.argv[1:], folder)
+    assert "Traceback" not in ended.err, (group, ended.err)
+    mine = [path.read_text() for path in folder.rglob("mine.txt")]
+    assert mine == ["mine"] * len({file.parent for file in group}), group
+    return ended
+
+
+@pytest.mark.parametrize("turn", range(3))
+@pytest.mark.parametrize("name", RUNS)
+def test_files_of_a_finished_run(
+    tmp_path: Path, runs: Callable[[str], Run], call: Any, name: str, turn: int
+) -> None:
+    run, folder = runs(name), tmp_path / "run"
+    random.seed(turn)
+    unused = f"{OF_NO_USE.get(name, '^$')}|{SHARDS}"
+    expected = {k: v for k, v in contents(run.finished).items() if not re.search(unused, k)}
+    for group in groups(run.finished, turn):
+        ended = damage_and_repeat(run, run.finished, folder, group, call)
+        assert ended.code == 0, (group, ended.err)
+        whole = [file for file in group if (run.finished / file).stat().st_size]
+        assert number_said(ended.err) >= len(whole), (group, ended.err)
         found = contents(folder)
-        assert {name: found.get(name) for name in contents(original)} == contents(original), file
-        kept = [*folder.rglob("mine.txt")]
-        assert kept and kept[0].read_text() == "mine", file
-        for path in kept:
-            path.unlink()
+        assert {file: found.get(file) for file in expected} == expected, group
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_files_of_an_interrupted_run(
+    tmp_path: Path, runs: Callable[[str], Run], call: Any, name: str
+) -> None:
+    run, folder = runs(name), tmp_path / "run"
+    random.seed(name)
+    unused = f"{OF_NO_USE.get(name, '^$')}|{SHARDS}"
+    expected = {k: v for k, v in contents(run.finished).items() if not re.search(unused, k)}
+    for turn, moment in enumerate(run.on_the_way):
+        _, *parts = groups(moment, turn)  # without lists and run.json it is refused
+        for group in ({}, {file: way for part in parts for file, way in part.items()}):
+            ended = damage_and_repeat(run, moment, folder, group, call)
+            assert ended.code == 0, (group, ended.err)
+            found = contents(folder)
+            assert {file: found.get(file) for file in expected} == expected, (moment, group)
 
 
 def test_a_flipped_bit_of_a_noise_is_found_and_the_shard_named(
-    tmp_path: Path, small_data: Path, assigned: Path, call: Any
+    tmp_path: Path, assigned: Path, runs: Callable[[str], Run], call: Any
 ) -> None:
     folder = shutil.copytree(assigned, tmp_path / "assigned")
     shard = folder / "noises" / "00000000.safetensors"
@@ -95,19 +259,22 @@ def test_a_flipped_bit_of_a_noise_is_found_and_the_shard_named(
         data = bytearray((assigned / "noises" / shard.name).read_bytes())
         data[place] ^= 4
         shard.write_bytes(data)
-        ended = call("sft", *flags("sft", tmp_path / "sft", small_data, folder))
+        train = f"--manifest_path {folder}/manifest.jsonl --model_id tiny --output_dir"
+        ended = call("sft", *train.split(), tmp_path / "sft")
         assert ended.code == 2 and str(shard) in ended.error and "--verify" in ended.error
-    assert call("assign", *flags("assign", folder, small_data, folder), "--verify").code == 0
+    run = runs("assign")
+    assert call("assign", *run.argv[1:], folder, "--verify").code == 0
     assert shard.read_bytes() == (assigned / "noises" / shard.name).read_bytes()
 
 
 @pytest.mark.parametrize("text", ["[]", "7", "", "\0\1", "[" * 9999], ids=str.__len__)
 def test_a_run_json_that_is_none_is_one_line(
-    tmp_path: Path, small_data: Path, assigned: Path, call: Any, text: str
+    tmp_path: Path, runs: Callable[[str], Run], call: Any, text: str
 ) -> None:
-    folder = shutil.copytree(assigned, tmp_path / "run")
+    run = runs("assign")
+    folder = shutil.copytree(run.finished, tmp_path / "run")
     (folder / "run.json").write_text(text)
     (folder / "files.jsonl").unlink()  # which would restore it
-    ended = call("assign", *flags("assign", folder, small_data, assigned))
+    ended = call("assign", *run.argv[1:], folder)
     assert ended.code == 2 and "run.json is damaged" in ended.err
     assert "Traceback" not in ended.err

@@ -19,7 +19,7 @@ from oneshot_fast.jobs.sft.pairs import Examples, first_noise_shape, read_pairs
 from oneshot_fast.jobs.sft.plan import sft_plan
 from oneshot_fast.planning.timing import Plan
 from oneshot_fast.runtime.files import read_json, read_jsonl, write_json, write_jsonl
-from oneshot_fast.runtime.processes import is_main, map_over_processes
+from oneshot_fast.runtime.processes import barrier, is_main, map_over_processes
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.losses.base import Loss
@@ -98,8 +98,10 @@ class SftRun(TrainingRun):
             RunError: If the training was interrupted and its pairs are not those of then.
         """
         bad, path = list(self.failures), self.folder / BEGUN
-        is_begun = path.exists() and (self.folder / "state.safetensors").exists()
-        begun = read_json(path) if is_begun else None
+        if is_main() and not path.exists():
+            self._drop_state()  # of which examples it is, is lost
+        barrier()
+        begun = read_json(path) if (self.folder / "state.safetensors").exists() else None
         pairs = self.pairs
         if begun is not None:  # what was mended meanwhile waits for the end: see `is_mended`
             ids = set(begun["ids"])
