@@ -117,8 +117,11 @@ class Ledger:
                 self.note(path, with_text=True)
 
     def damaged(self, thorough: bool) -> list[str]:
-        """Files that are not as they were written, by size; small ones, or all, by their hash."""
-        rows = (row for row in self.entries.values() if "size" in row)
+        """Files that are not as they were written, by size; small ones, or all, by their hash.
+
+        A kill while a file is replaced leaves the old one or the new, of which it tells itself.
+        """
+        rows = (row for row in self.entries.values() if "size" in row or set(row) == {"path"})
         return [row["path"] for row in rows if not _is_as_noted(self.folder, row, thorough)]
 
     def delete(self) -> None:
@@ -210,9 +213,22 @@ def say(message: str) -> None:
 
 def _is_as_noted(folder: Path, row: dict[str, Any], thorough: bool) -> bool:
     path = folder / row["path"]
+    if "size" not in row:
+        return not path.is_file() or _is_readable(path)
     if not path.is_file() or path.stat().st_size != row["size"]:
         return False
     if thorough or row["size"] <= _SMALL:
         return digest(path) == row["sha256"]
     with path.open("rb") as file:  # what a power cut leaves is often zeros
         return any(file.read(4096))
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether a file of ours is whole, as far as that can be known without its size and hash."""
+    if path.suffix == ".safetensors":
+        return carried_digest(path) == digest(path)
+    with contextlib.suppress(ValueError, RecursionError):
+        if path.suffix == ".json":
+            json.loads(path.read_bytes())
+        return True
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from oneshot_fast.errors import RunError
-from oneshot_fast.runtime.files import read_json, write_folder, write_json
+from oneshot_fast.runtime.files import read_json, write_folder, write_json, write_safetensors
 from oneshot_fast.runtime.folder import RunFolder
 
 OUTPUTS = ("results", "summary.json")
@@ -69,6 +71,23 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     with RunFolder(tmp_path, {}, OUTPUTS):
         assert sorted(os.listdir(tmp_path)) == [".lock", "files.jsonl", "results", "run.json"]
         assert not os.listdir(tmp_path / "results")
+
+
+@pytest.mark.parametrize("way", ["whole", "cut", "zeroed"])
+def test_what_a_kill_left_without_its_hash_tells_of_itself(tmp_path: Path, way: str) -> None:
+    files = [tmp_path / name for name in ("summary.json", "results/a.safetensors")]
+    with contextlib.suppress(KeyboardInterrupt), RunFolder(tmp_path, {}, OUTPUTS) as run:
+        write_json(files[0], {"a": [1, 2, 3]})
+        write_safetensors(files[1], {"a": torch.ones(9)}, {})
+        for path in files:
+            run.ledger.claim(path)  # to replace it
+        raise KeyboardInterrupt
+    for path in files if way != "whole" else ():
+        data = path.read_bytes()
+        path.write_bytes(data[:20] if way == "cut" else bytes(len(data)))
+    with RunFolder(tmp_path, {}, OUTPUTS) as run:
+        assert [path.exists() for path in files] == [way == "whole"] * 2
+        assert len(run.damaged) == (0 if way == "whole" else 2)
 
 
 def test_a_second_writer_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
