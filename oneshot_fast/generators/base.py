@@ -221,14 +221,9 @@ class Generator(ABC):
 
     @abstractmethod
     def predict(self, eps: Tensor, conditioning: Conditioning) -> Prediction:
-        """One evaluation of the denoiser.
+        """One evaluation of the denoiser, differentiable with respect to noise and denoiser.
 
-        Args:
-            eps: Noise, [B, C, h, w] float32, N(0, 1).
-            conditioning: Of B prompts.
-
-        Returns:
-            Output and latents, differentiable with respect to ``eps`` and the denoiser.
+        ``eps`` is [B, C, h, w] float32, N(0, 1), the conditioning that of B prompts.
         """
 
     def latents(self, eps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -237,13 +232,9 @@ class Generator(ABC):
 
     @abstractmethod
     def decode_raw(self, latents: Tensor) -> Tensor:
-        """Images before clamping, differentiable; ``ops.pixel_l1`` clamps and compares in one.
+        """Images [B, 3, H, W] float32, about [-1, 1] RGB, of latents [B, C, h, w] float32.
 
-        Args:
-            latents: [B, C, h, w] float32.
-
-        Returns:
-            [B, 3, H, W] float32, RGB in about [-1, 1].
+        They are not clamped, and differentiable; ``ops.pixel_l1`` clamps and compares in one.
         """
 
     def images(self, latents: Tensor) -> Tensor:

@@ -22,11 +22,9 @@ class EncodingCache:
     def get(
         self, key: Sequence[object], make: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """Tensors by name, on the CPU.
+        """Tensors by name, on the CPU; ``make`` gives what is not there.
 
-        Args:
-            key: All that they depend on, as JSON holds it; its hash names the file.
-            make: Gives what is not there.
+        ``key`` is all that they depend on, as JSON holds it; its hash names the file.
         """
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         path = self._folder / name[:2] / f"{name[2:]}.safetensors"

@@ -19,11 +19,9 @@ class Decoder:
     def __init__(
         self, vae: AutoencoderKL | AutoencoderTiny, autocast: torch.dtype | None = None
     ) -> None:
-        """Wrap ``vae``, whose weights must be frozen.
+        """Wrap a VAE, or a tiny one for the same latents, whose weights must be frozen.
 
-        Args:
-            vae: SDXL's, or a tiny autoencoder for the same latents.
-            autocast: Compute in this type over float32 weights.
+        With ``autocast`` it computes in this type over float32 weights.
         """
         self._vae, self._autocast, self._tile = vae, autocast, 0
         self.is_tiny = isinstance(vae, AutoencoderTiny)

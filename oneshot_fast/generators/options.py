@@ -46,11 +46,9 @@ class ModelOptions:
     runs and commands too; by default each run encodes them anew."""
 
     def load(self, model_id: str, master_weights: bool = False) -> "Generator":
-        """Load a generator.
+        """Load a generator: a folder in diffusers layout, hub id, .safetensors file, or "tiny".
 
-        Args:
-            model_id: Folder in diffusers layout, hub id, .safetensors file, or "tiny".
-            master_weights: Keep float32 weights and compute in ``dtype`` through autocast.
+        With ``master_weights`` it keeps float32 weights and computes in ``dtype`` by autocast.
         """
         import diffusers
         import torch

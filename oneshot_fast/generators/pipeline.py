@@ -196,12 +196,9 @@ class PipelineGenerator(Generator):
     def _arguments(
         self, eps: Tensor, conditioning: Conditioning, dtype: torch.dtype
     ) -> dict[str, Any]:
-        """What the denoiser takes besides input and timestep.
+        """What the denoiser, of a ``dtype``, takes besides input and timestep.
 
-        Args:
-            eps: The noises, [B, C, h, w]: size and device.
-            conditioning: Of B prompts.
-            dtype: Of the denoiser's weights.
+        The noises [B, C, h, w] tell size and device, the conditioning is of B prompts.
         """
 
     def is_truncated(self, prompt: str) -> bool:

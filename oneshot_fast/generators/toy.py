@@ -31,20 +31,12 @@ class ToyGenerator(Generator):
     runs_in_half = False
     classifier: ToyClassifier | None = None
 
-    def __init__(
-        self,
-        config: ToyConfig,
-        denoiser: ToyNetwork | None = None,
-        classifier: ToyClassifier | None = None,
-    ) -> None:
-        """Wrap networks; they are frozen.
+    def __init__(self, config: ToyConfig, denoiser: ToyNetwork | None = None) -> None:
+        """Wrap the network that makes the images, by default one with initial weights; freeze it.
 
-        Args:
-            config: Sizes.
-            denoiser: What makes the images; by default one with initial weights.
-            classifier: Judge of the samples, saved beside them.
+        ``classifier``, where it is set, is saved beside it.
         """
-        self.config, self.classifier = config, classifier
+        self.config = config
         self._network = (denoiser or ToyNetwork(config)).requires_grad_(False).eval()
 
     @classmethod

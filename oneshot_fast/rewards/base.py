@@ -71,14 +71,9 @@ class Reward(nn.Module):
         return torch.empty(len(prompts), 0)
 
     def forward(self, images: Tensor, features: Tensor) -> Tensor:
-        """Scores.
+        """Scores [B] float32 of images [B, 3, H, W] float, [0, 1] RGB.
 
-        Args:
-            images: [B, 3, H, W] float, [0, 1] RGB.
-            features: [B, ...] of ``encode``.
-
-        Returns:
-            [B] float32; with a gradient where ``differentiable``.
+        ``features`` [B, ...] are of ``encode``. With a gradient where ``differentiable``.
         """
         raise NotImplementedError
 
