@@ -274,8 +274,7 @@ class Generator(ABC):
     def recompute(self, level: Recomputed) -> None:
         """Recompute activations in the backward pass instead of keeping them.
 
-        Args:
-            level: "rewards": of what follows the latents; "full": of the denoiser, too; or "none".
+        The level is "rewards": of what follows the latents; "full": of all; or "none".
         """
         if level == "full":
             self.denoiser.enable_gradient_checkpointing()
@@ -321,12 +320,9 @@ class Generator(ABC):
     def save_adapter(
         self, weights: Mapping[str, Tensor], folder: Path, kohya: bool = False
     ) -> None:
-        """Write an adapter of the denoiser atomically, or raise UserError.
+        """Write an adapter, weights by their names in the denoiser, or raise UserError.
 
-        Args:
-            weights: Its weights, by their names in the denoiser.
-            folder: Where.
-            kohya: In the format of kohya's scripts, which ComfyUI and A1111 read.
+        It is written atomically; ``kohya`` is the format that ComfyUI and A1111 read.
         """
         raise UserError("this model takes no adapter; leave --lora_rank out")
 

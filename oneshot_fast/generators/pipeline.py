@@ -47,9 +47,7 @@ class PipelineGenerator(Generator):
     def __init__(self, pipe: Any, autocast: torch.dtype | None = None) -> None:
         """Wrap ``pipe``; its modules keep their device and dtype.
 
-        Args:
-            pipe: The pipeline.
-            autocast: Compute in this type over float32 master weights.
+        With ``autocast`` it computes in this type over float32 master weights.
 
         Raises:
             ModelError: If the pipeline is not a one-step generator of this family.

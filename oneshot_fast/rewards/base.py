@@ -108,12 +108,10 @@ class WeightedRewards(nn.Module):
     def __init__(
         self, rewards: Sequence[tuple[Reward, float]], *, checkpointing: bool = False
     ) -> None:
-        """Combine rewards.
+        """Combine pairs of reward and weight.
 
-        Args:
-            rewards: Pairs of reward and weight; no name twice.
-            checkpointing: Recompute each reward in the backward pass, so that the activations of
-                one at a time are held.
+        With ``checkpointing`` each reward is recomputed in the backward pass, so that the
+        activations of one at a time are held.
 
         Raises:
             UserError: If there is none, or a name comes twice.

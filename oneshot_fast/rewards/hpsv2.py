@@ -15,11 +15,6 @@ from oneshot_fast.rewards.weights import build, depth, read_tokenizer, renamed
 from oneshot_fast.runtime.tensor_files import read_pickle
 
 MODEL = "HPSv2"
-FILES = {
-    "hpsv2": "HPS_v2.1_compressed.pt",
-    "hpsv2.0": "HPS_v2_compressed.pt",
-    "hpsv2.1": "HPS_v2.1_compressed.pt",
-}
 # width of one attention head in ViT-H/14; the shapes of weights do not tell it
 VISION_HEAD, TEXT_HEAD = 80, 64
 
@@ -50,7 +45,8 @@ class HpsReward(CosineReward):
 
     @classmethod
     def load(cls, name: str, setup: Setup) -> "HpsReward":
-        path = setup.find(MODEL, FILES[name])
+        version = "2" if name == "hpsv2.0" else "2.1"
+        path = setup.find(MODEL, f"HPS_v{version}_compressed.pt")
         tokenizer = read_tokenizer(setup, MODEL, *TOKENIZER)
         model = load_open_clip(path, tokenizer.eos_token_id, setup.dtype).to(setup.device)
         return cls(name, ClipEncoder(model, tokenizer, preprocess_padded), 1.0)
