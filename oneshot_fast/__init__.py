@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from oneshot_fast.jobs.em.options import EmOptions
     from oneshot_fast.jobs.em.rewards import RewardEmRun
     from oneshot_fast.jobs.em.targets import EmRun
+    from oneshot_fast.jobs.evaluate.run import EvaluateRun
     from oneshot_fast.jobs.optimize.in_memory import optimize_noise
     from oneshot_fast.jobs.optimize.options import OptimizeOptions
     from oneshot_fast.jobs.optimize.run import OptimizeRun
@@ -43,6 +44,7 @@ _LAZY = {
     "AssignRun": "jobs.assign.run",
     "EmOptions": "jobs.em.options",
     "EmRun": "jobs.em.targets",
+    "EvaluateRun": "jobs.evaluate.run",
     "Generator": "generators.base",
     "OneStepGenerator": "generators.loading",
     "OptimizeOptions": "jobs.optimize.options",

@@ -38,8 +38,11 @@ class EmCommand:
     """Generator to align: folder in diffusers layout, hub id, .safetensors file, or "tiny". By
     default stabilityai/sdxl-turbo for your own data or prompts, "tiny" without."""
     heldout_root: Path | None = None
-    """Pairs never trained on, in the format of data_root: assigned with the first and the last
-    generator, with equal effort."""
+    """Pairs never trained on, in the format of data_root: what the generator is measured against,
+    and assigned with the first and the last one, with equal effort."""
+    heldout: float | None = None
+    """Without heldout_root: share of the data that is held out, chosen by the seed; 0 holds out
+    nothing. By default a tenth, but 16 to 500 pairs, and of fewer than 64 none."""
     eval_samples: int = 500
     """Random noises on which the generator is measured before, between and after the cycles."""
     compare_direct: bool = False
@@ -81,9 +84,16 @@ def execute(command: EmCommand) -> int:
 
 
 def _on_targets(command: EmCommand) -> EmRun:
-    check_defaults(command.rewards, command.reward_training, needs="--reward")
+    judges = command.reward_training.judge
+    others = dataclasses.replace(command.reward_training, judge=())
+    check_defaults(command.rewards.searched, others, needs="--reward")
+    require(
+        command.heldout is None or command.heldout_root is None,
+        "--heldout and --heldout_root exclude each other: a share of the data, or other data",
+    )
 
     from oneshot_fast.embedded.digits import write_default_dataset
+    from oneshot_fast.evaluation.heldout import hold_out, say_held_out
 
     root: str | Path | None = command.data.data_root
     heldout = command.heldout_root
@@ -93,13 +103,24 @@ def _on_targets(command: EmCommand) -> EmRun:
             place = Path(unused) if command.dry_run else command.work_dir / "data"
             main_first(lambda: write_default_dataset(place))
             root, heldout = place / "train", heldout or place / "heldout"
+        data, held = [*open_pairs(root, command.data)], []
+        if heldout:
+            held = [*open_pairs(heldout, whole)]
+        else:
+            data, held = hold_out(data, command.heldout, command.run.seed)
+            if command.heldout != 0:
+                say_held_out(len(data), len(held))
+        more = _more(command)
+        device = more["generator"].device
         return EmRun(
-            data=[*open_pairs(root, command.data)],
-            heldout=[*open_pairs(heldout, whole)] if heldout else (),
+            data=data,
+            heldout=held,
+            judge=command.rewards.judges(device, judges),
+            setup=command.rewards.setup(device),
             resize_mode=command.data.resize_mode,
             num_images=command.num_images,
             compare_direct=command.compare_direct,
-            **_more(command),
+            **more,
         )
 
 
@@ -114,6 +135,7 @@ def _on_rewards(command: EmCommand) -> RewardEmRun:
             resolution=command.data.resolution, prompt_field=command.data.prompt_field
         ),
         heldout_root=None,
+        heldout=None,
         compare_direct=False,
         num_images=EmCommand.num_images,
     )
@@ -128,8 +150,8 @@ def _on_rewards(command: EmCommand) -> RewardEmRun:
     device = more["generator"].device
     return RewardEmRun(
         prompts=prompts,
-        rewards=rewards.load(device),
-        judge=rewards.load(device, options.judge) if options.judge else None,
+        rewards=rewards.rewards(device),
+        judge=rewards.judges(device, options.judge),
         images_per_prompt=options.images_per_prompt,
         names=[*rewards.names, *(f"judge {name}" for name in options.judge)],
         recompute=rewards.recomputed(device),

@@ -98,7 +98,7 @@ def execute(command: OptimizeCommand) -> int:
         prompts,
         command.output_dir or Path(),
         command.search,
-        rewards=command.rewards.load(generator.device),
+        rewards=command.rewards.rewards(generator.device),
         reward_names=command.rewards.names,
         images_per_prompt=command.num_images_per_prompt,
         seeds=command.seeds,

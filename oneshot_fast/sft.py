@@ -95,8 +95,8 @@ def _on_rewards(command: SftCommand) -> RewardRun:
     generator.recompute(rewards.recomputed(generator.device))
     return RewardRun(
         prompts=prompts,
-        rewards=rewards.load(generator.device),
-        judge=rewards.load(generator.device, options.judge) if options.judge else None,
+        rewards=rewards.rewards(generator.device),
+        judge=rewards.judges(generator.device, options.judge),
         resolution=options.resolution,
         images_per_prompt=options.images_per_prompt,
         eval_samples=options.eval_samples,

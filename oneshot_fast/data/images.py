@@ -80,12 +80,22 @@ def crop_loss(image: ImageRef | Image.Image | str) -> float:
     Raises:
         DataError: the file cannot be read.
     """
+    sides = sides_of(image)
+    return 1 - min(sides) / max(sides)
+
+
+def sides_of(image: ImageRef | Image.Image | str) -> tuple[int, int]:
+    """Width and height of a picture, pixels; of files the header is read.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     if isinstance(image, Image.Image):
-        return 1 - min(image.size) / max(image.size)
+        return image.size
     with refused(DataError, f"{image}: cannot be decoded: "):
         source = io.BytesIO(image.read()) if isinstance(image, Member) else image
         with Image.open(source, formats=_FORMATS) as opened:
-            return crop_loss(opened)
+            return opened.size
 
 
 def cut_warning(count: int, first: object) -> str:

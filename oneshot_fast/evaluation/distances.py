@@ -8,13 +8,15 @@ pairs: what the draw of noises and real images does to both drops out of the dif
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 HEADLINE = "mmd"  # the measure that decides: unbiased, and sees spread (tests/evaluation)
 LOWER_IS_BETTER = ("frechet_distance", "kid", "mmd")
+NEITHER = ("prompt_diversity",)  # that of real images is the best
 RESAMPLES = 200
 CMMD_SIGMA = 10.0
 _SURE = 1.96  # standard errors: 95 % of a normal distribution
@@ -164,7 +166,7 @@ def replicates(
     real: Tensor | None,
     *,
     seed: int,
-    fits: Tensor | None = None,
+    per_image: Mapping[str, Tensor] | None = None,
     sigma: float | None = None,
 ) -> dict[str, Tensor]:
     """All measures, each [1 + RESAMPLES] fp64: the value, then those of a bootstrap over images.
@@ -174,14 +176,13 @@ def replicates(
         labels: Number of the prompt of each, [N].
         real: Features of held-out real images, [M, F], M >= 2; None leaves the distances out.
         seed: Of the bootstrap: equal seeds and sizes draw the same images.
-        fits: How well each image fits its prompt, [N], such as CLIP's cosine.
+        per_image: More that is known of each image, [N] by name, such as rewards; their means.
         sigma: Width of the kernel of ``mmd``; by default the ``median_distance`` of ``real``.
     """
     a = made.double()
     u = resamples(len(a), seed)
     found = {"prompt_diversity": prompt_diversity(a, labels, u)}
-    if fits is not None:
-        found["alignment"] = _mean(fits.double(), u)
+    found |= {name: _mean(values.double(), u) for name, values in (per_image or {}).items()}
     if real is None:
         return found
     b = real.double()
@@ -220,9 +221,11 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """Better or worse beyond the 95 % interval, or that they cannot be told apart."""
+        """Better or worse (higher or lower) beyond the 95 % interval, or "cannot be told apart"."""
         if not abs(self.gain) > _SURE * self.error:
             return "cannot be told apart"
+        if self.measure in NEITHER:
+            return "higher" if self.gain > 0 else "lower"
         return "better" if self.gain > 0 else "worse"
 
     @property
@@ -234,8 +237,23 @@ class Verdict:
 
 def verdicts(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Verdict]:
     """By every measure of both, of two ``replicates`` with the same seed and sizes."""
-    return {
-        name: Verdict(name, x[0].item(), after[name][0].item(), (after[name] - x)[1:].std().item())
+    found = {
+        name: Verdict(name, x[0].item(), after[name][0].item(), error_of(after[name] - x))
         for name, x in before.items()
-        if name in after and math.isfinite(x[0]) and math.isfinite(after[name][0])
+        if name in after
     }
+    return {k: v for k, v in found.items() if math.isfinite(v.gain) and math.isfinite(v.error)}
+
+
+def error_of(values: Tensor) -> float:
+    """Standard error of one of ``replicates``, NaN if it has none.
+
+    A bootstrap of very few images may have drawn one alone, and no pair: it does not count.
+    """
+    drawn = values[1:][values[1:].isfinite()]
+    return drawn.std().item() if len(drawn) > 1 else math.nan
+
+
+def said(found: Mapping[str, Verdict]) -> dict[str, dict[str, Any]]:
+    """Verdicts as JSON values, for a summary."""
+    return {name: {**asdict(verdict), "word": verdict.word} for name, verdict in found.items()}

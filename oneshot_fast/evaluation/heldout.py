@@ -10,6 +10,8 @@ from oneshot_fast.data.image_refs import ImageRef
 from oneshot_fast.data.images import shrink
 from oneshot_fast.errors import DataError, require
 from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.seeds import derived_seed
 
 FEWEST, MOST = 16, 500  # pairs that are held out unless a share is given
@@ -53,21 +55,38 @@ def hold_out(
     )
 
 
+def say_held_out(kept: int, held: int) -> None:
+    """Say on stderr what ``hold_out`` did; nothing where nothing was asked or could be held out."""
+    if not is_main():
+        return
+    if held:
+        say(f"{held} of {kept + held} pairs are held out, to measure by (--heldout)")
+    elif kept < ENOUGH:
+        say(
+            f"{kept} pairs are too few to hold some out: whether the generator gets better is not "
+            "measured; --heldout_root DIR names others, --heldout 0.2 takes a fifth of these"
+        )
+
+
 def read_real(
     places: Sequence[tuple[ImageRef, str]], targets: TargetImages
-) -> tuple[list[int], Tensor]:
-    """Which images, of path and resize mode, can be read, and these, [M, 3, <=64, <=64] in [0, 1].
+) -> tuple[list[int], Tensor, dict[int, str]]:
+    """Held-out images, of path and resize mode.
+
+    Returns:
+        Which can be read; these, [M, 3, <=64, <=64] in [0, 1]; and why the others cannot.
 
     Raises:
         UserError: If none can.
     """
-    usable, images, reason = [], [], "there is none"
+    usable, images, reasons = list[int](), list[Tensor](), dict[int, str]()
     for k, place in enumerate(places):
         try:
             images.append(shrink(targets.image(*place)[None], 64))
-        except DataError as error:  # where noises are assigned to them, it is listed
-            reason = str(error)
+        except DataError as error:
+            reasons[k] = str(error)
             continue
         usable.append(k)
-    require(bool(usable), f"no held-out image can be read: {reason}")
-    return usable, torch.cat(images)
+    first = next(iter(reasons.values()), "there is none")
+    require(bool(usable), f"no held-out image can be read: {first}")
+    return usable, torch.cat(images), reasons

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from oneshot_fast.data.images import save_png, shrink, tile
 from oneshot_fast.embedded.classifier import load_classifier
-from oneshot_fast.evaluation.distances import Verdict, replicates, verdicts
+from oneshot_fast.evaluation.distances import Verdict, error_of, replicates, verdicts
 from oneshot_fast.evaluation.features import Features
 from oneshot_fast.evaluation.measures import pairwise_diversity, prompt_accuracy
 from oneshot_fast.generators.base import Classifier, Generator
+from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.files import (
     finite,
     read_json,
     read_safetensors,
+    remove,
     write_json,
     write_safetensors,
 )
@@ -27,6 +29,7 @@ from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
 Scores = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
 _AT_ONCE = 16  # images
+_REPLICATES, _SCORE = "replicates/", "score/"
 _SHOWN = 8  # noises whose images are kept, to be seen side by side
 
 
@@ -37,10 +40,23 @@ def classifier_for(generator: Generator, prompts: Sequence[str]) -> Classifier |
     return classifier if known else None
 
 
+def all_scores(rewards: WeightedRewards | None, judge: WeightedRewards | None = None) -> Scores:
+    """What is measured of images: "reward", the weighted sum, every reward's own, every judge's."""
+
+    def scores(images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        found = rewards.scores(images, prompts) if rewards is not None else {}
+        total = {"reward": rewards.total(found)} if rewards is not None else {}
+        judged = judge.scores(images, prompts) if judge is not None else {}
+        return total | found | {f"judge {name}": values for name, values in judged.items()}
+
+    return scores
+
+
 def evaluated_prompts(prompts: Sequence[str], samples: int, seed: int) -> tuple[list[str], Tensor]:
     """Prompts of ``samples`` images, as frequent as among ``prompts``, in turns.
 
-    Of many different ones so many are drawn that each has two images, but 16 at least.
+    Frequencies that differ by one at most are equal. Of many different prompts so many are drawn
+    that each has two images, but 16 at least.
 
     Returns:
         The prompts, and the number of each [samples] among the different ones.
@@ -49,8 +65,10 @@ def evaluated_prompts(prompts: Sequence[str], samples: int, seed: int) -> tuple[
     distinct = list(often)
     draw = torch.Generator().manual_seed(derived_seed(seed, "evaluated prompts"))
     chosen = sorted(torch.randperm(len(distinct), generator=draw)[:most].tolist())
-    total = sum(often[distinct[k]] for k in chosen)
-    share = [samples * often[distinct[k]] / total for k in chosen]
+    weights = [often[distinct[k]] for k in chosen]
+    if max(weights) - min(weights) <= 1:
+        weights = [1] * len(weights)
+    share = [samples * weight / sum(weights) for weight in weights]
     count = [int(part) for part in share]
     for k in sorted(range(len(share)), key=lambda k: count[k] - share[k])[: samples - sum(count)]:
         count[k] += 1  # of the largest remainders
@@ -99,6 +117,32 @@ class RandomNoiseMeasure:
         found = list(_features(features, real)) if features and real is not None else []
         self.real = torch.cat(found) if sum(map(len, found)) > 1 else None
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """How images are compared, for a summary."""
+        named = self.features
+        return {
+            "features": named.name if named else None,
+            "is_weak": named is not None and named.is_weak,
+            "real": 0 if self.real is None else len(self.real),
+            "prompts": self.prompts[:_SHOWN],
+        }
+
+    def of_real(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Diversity in features of the real images, which had these prompts, and its error."""
+        if self.real is None:
+            return {}
+        names = list(dict.fromkeys(prompts))
+        labels = torch.tensor([names.index(prompt) for prompt in prompts])
+        found = replicates(self.real, labels, None, seed=self.seed)
+        return _with_errors(found)
+
+    @staticmethod
+    def kept(path: Path) -> dict[str, Any] | None:
+        """The result that ``measure`` has kept; None if it has not."""
+        files = [_beside(path, suffix) for suffix in (".json", ".png", ".safetensors")]
+        return read_json(files[0]) if all(file.exists() for file in files) else None
+
     @torch.no_grad()
     def measure(self, generator: Generator, path: Path) -> dict[str, Any]:
         """Measure ``generator`` and keep the result in ``path``.json, .png and .safetensors.
@@ -113,16 +157,15 @@ class RandomNoiseMeasure:
             a classifier accuracy, the mean of each of the scores, with features those of
             ``replicates``, and ``errors``, the standard errors of these.
         """
-        result_path, grid, kept = (
-            path.with_name(path.name + end) for end in (".json", ".png", ".safetensors")
-        )
-        if all(file.exists() for file in (result_path, grid, kept)):
-            return read_json(result_path)
-        made = self._generate(generator, grid)
+        if (found := self.kept(path)) is not None:
+            return found
+        made = self._generate(generator, _beside(path, ".png"))
         is_base = path.name == "base"
-        base = made if is_base else read_safetensors(path.with_name("base.safetensors"))
+        base = (
+            made if is_base else read_safetensors(_beside(path.with_name("base"), ".safetensors"))
+        )
         images = made.pop("images")
-        result = {
+        result: dict[str, Any] = {
             "samples": len(self.prompts),
             "diversity": pairwise_diversity(images, self.labels),
             "drift": (made["latents"] - base["latents"]).square().mean().sqrt().item(),
@@ -131,19 +174,22 @@ class RandomNoiseMeasure:
             named = [self.classifier.label_of(prompt) for prompt in self.prompts]
             result["accuracy"] = prompt_accuracy(self.classifier(images), torch.tensor(named))
         tensors = {"shown": made["shown"]} | ({"latents": made["latents"]} if is_base else {})
+        scores = {k.removeprefix(_SCORE): v for k, v in made.items() if k.startswith(_SCORE)}
+        result |= {name: values.mean().item() for name, values in scores.items()}
         if self.features is not None:
             found = replicates(
-                made["features"], self.labels, self.real, seed=self.seed, fits=made.get("fits"),
+                made["features"],
+                self.labels,
+                self.real,
+                seed=self.seed,
+                per_image=scores,
                 sigma=self.features.sigma,
-            )  # fmt: skip
+            )
             tensors |= {_REPLICATES + name: values for name, values in found.items()}
-            result |= {name: values[0].item() for name, values in found.items()}
-            errors = {name: values[1:].std().item() for name, values in found.items()}
-            result["errors"] = finite(errors)
-        scored = {k.removeprefix("score "): v for k, v in made.items() if k.startswith("score ")}
-        result = finite(result | {name: values.mean().item() for name, values in scored.items()})
-        write_safetensors(kept, tensors, {})
-        write_json(result_path, result)
+            result |= _with_errors(found)
+        result = finite(result)
+        write_safetensors(_beside(path, ".safetensors"), tensors, {})
+        write_json(_beside(path, ".json"), result)
         return result
 
     def _generate(self, generator: Generator, grid: Path) -> dict[str, Tensor]:
@@ -163,12 +209,12 @@ class RandomNoiseMeasure:
                 new = {"latents": latents, "images": shrink(full, 64)}
                 if start < rows * columns:
                     new["grid"] = shrink(full, 128)
-                scored = self.scores(full, prompts) if self.scores else {}
-                new |= {f"score {name}": values for name, values in scored.items()}
+                scores = dict(self.scores(full, prompts)) if self.scores else {}
                 if self.features is not None:
                     new["features"] = self.features.of(full)
                     if self.features.fit is not None:
-                        new["fits"] = self.features.fit(new["features"], prompts)
+                        scores["alignment"] = self.features.fit(new["features"], prompts)
+                new |= {_SCORE + name: values for name, values in scores.items()}
                 for name, values in new.items():
                     found.setdefault(name, []).append(values.cpu())
                 bar.update(len(full))
@@ -178,7 +224,10 @@ class RandomNoiseMeasure:
         return made | {"shown": (samples[:_SHOWN] * 255).round().to(torch.uint8)}
 
 
-_REPLICATES = "replicates/"
+def _with_errors(found: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Values and standard errors of ``replicates``."""
+    values = {name: row[0].item() for name, row in found.items()}
+    return {**values, "errors": {name: error_of(row) for name, row in found.items()}}
 
 
 def _features(features: Features, images: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -189,11 +238,26 @@ def _features(features: Features, images: Iterable[Tensor]) -> Iterator[Tensor]:
             yield features.of(torch.stack(batch)).cpu()
 
 
+def forget_other(folder: Path, ids: list[str]) -> None:
+    """Measures in ``folder`` are made anew if other held-out images could be read then."""
+    path = folder / "heldout-ids.json"
+    if path.exists() and read_json(path, list) == ids:
+        return
+    for measured in folder.glob("*.json") if path.exists() else ():
+        remove(measured)
+    write_json(path, ids)
+
+
+def shown(path: Path) -> Tensor:
+    """Images of the first noises, [<=8, 3, H, W] uint8, of a result of ``RandomNoiseMeasure``."""
+    return read_safetensors(_beside(path, ".safetensors"))["shown"]
+
+
 def compare(before: Path, after: Path) -> dict[str, Verdict]:
     """What ``after`` is against ``before``, two results of one ``RandomNoiseMeasure``, in pairs."""
 
     def kept(path: Path) -> dict[str, Tensor]:
-        tensors = read_safetensors(path.with_name(path.name + ".safetensors"))
+        tensors = read_safetensors(_beside(path, ".safetensors"))
         return {
             name.removeprefix(_REPLICATES): values
             for name, values in tensors.items()
@@ -201,3 +265,7 @@ def compare(before: Path, after: Path) -> dict[str, Verdict]:
         }
 
     return verdicts(kept(before), kept(after))
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)

@@ -1,16 +1,20 @@
 """Target images and their latents, each decoded and encoded once."""
 
+import contextlib
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from oneshot_fast.data.image_refs import ImageRef, file_sha256
-from oneshot_fast.data.images import load_image
-from oneshot_fast.errors import require
+from oneshot_fast.data.images import load_image, sides_of
+from oneshot_fast.errors import DataError, require
 from oneshot_fast.generators.base import Generator
+from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.processes import is_main
 
 _LATENT_BYTES = 4 << 30  # 65,536 latents of 512 x 512 pixels: a data set may be a long stream
+_FAR = 8  # times: a native size that is so much larger than the images is warned of
 _IMAGE_BYTES = 128 << 20  # 42 images: latent, features and losses of a batch read them in turn
 
 
@@ -40,6 +44,20 @@ class TargetImages:
         side, kept = self.resolution, max(1, _IMAGE_BYTES // (12 * self.resolution**2))
         self._load = lru_cache(kept)(lambda path, mode: load_image(path, side, side, mode))
         self._latents: dict[tuple[ImageRef, str], Tensor] = {}
+
+    def warn_of_size(self, path: ImageRef) -> None:
+        """Say on stderr if the model is made for images of 8 times the size of this one, or more.
+
+        At sizes that it has never seen a model makes little sense, and enlarged images teach blur.
+        """
+        native = self._generator.image_size
+        with contextlib.suppress(DataError):  # it fails alone, later
+            side = min(self.resolution, *sides_of(path))
+            if native >= _FAR * side and is_main():
+                say(
+                    f"warning: the model is made for {native} x {native} pixels, {path} is taken "
+                    f"at {side}: take larger images, or a model of that size"
+                )
 
     def latent(self, path: ImageRef, resize_mode: str) -> Tensor:
         """Scaled latent [C, h, w] float32 of the image at ``path``, on the CPU.

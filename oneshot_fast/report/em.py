@@ -7,18 +7,15 @@ from typing import Any
 
 from oneshot_fast.report import page, plots
 from oneshot_fast.report.assign import examples_section
+from oneshot_fast.report.measures import answer, measures_table, noises_strip, print_measures
 from oneshot_fast.report.noise import noise_section
 from oneshot_fast.report.optimize import found_section
 from oneshot_fast.report.page import (
-    Cell,
-    Mood,
     Plot,
-    Row,
     Section,
     Strip,
     Table,
     number,
-    percent,
     picture,
     strip,
     write_run,
@@ -47,6 +44,7 @@ def _target_sections(folder: Path, summary: Json) -> list[Section | None]:
     count, trained = len(summary["cycles"]), _trained(folder, summary)
     last, of = folder / f"cycle-{count:02d}" / "assign", f" of cycle {count}"
     return [
+        answer_section(folder, summary),
         random_noise_section(folder, summary),
         heldout_section(folder, summary),
         cycles_section(summary),
@@ -86,6 +84,33 @@ def _searches_section(cycles: Sequence[Mapping[str, Any]]) -> Section:
     return Section("Search", [text], Table(("", "random noise", "found", "gain"), rows))
 
 
+def answer_section(folder: Path, summary: Json) -> Section:
+    """Is it better, by how much, how sure; and the same noises before and after."""
+    last, best = len(summary["cycles"]), summary.get("best_cycle")
+    shown = {"base": "base"}
+    shown |= {f"cycle {best} (best)": f"cycle-{best:02d}"} if best and best != last else {}
+    shown |= {f"cycle {last} (final)": f"cycle-{last:02d}"}
+    files = {label: folder / "eval" / name for label, name in shown.items()}
+    prompts = summary.get("measured_by", {}).get("prompts", [])
+    return Section("Is it better?", answers(summary), strip=noises_strip(files, prompts))
+
+
+def answers(summary: Json) -> list[str]:
+    """Which checkpoint is the best, and what the final one and it are against the base."""
+    said, by = summary.get("verdicts", {}), summary.get("measured_by", {})
+    last, best = len(summary["cycles"]), summary.get("best_cycle")
+    lines = answer("the final generator", said.get(f"cycle-{last:02d}"), by)
+    if best == 0:
+        return [
+            "Nothing beat the base beyond one standard error: checkpoint-best is the base.",
+            *lines,
+        ]
+    if best is not None and best != last:
+        first, *_ = answer(f"cycle {best}, checkpoint-best,", said.get(f"cycle-{best:02d}"), by)
+        return [first, *lines]
+    return lines
+
+
 def random_noise_section(folder: Path, summary: Json) -> Section:
     """What a user of the generator gets: quality on random noise, before and after."""
     noise = summary["random_noise"]
@@ -96,7 +121,6 @@ def random_noise_section(folder: Path, summary: Json) -> Section:
     columns |= {"direct": "direct SFT"} if "direct" in noise else {}
     measured = {**noise, "real": summary.get("real", {})}
     columns |= {"real": "real images"} if measured["real"] else {}
-    rows = [found for key in _METRICS if (found := _metric_row(key, columns, measured))]
     text = [
         f"Each column: the same {noise['base']['samples']} fresh random noises and prompts, so "
         "only the generator differs. This is what its users get.",
@@ -106,65 +130,14 @@ def random_noise_section(folder: Path, summary: Json) -> Section:
             "Direct SFT is the baseline: as many training steps on the same targets, with random "
             "noises instead of assigned ones."
         )
-    if "best_cycle" in summary and f"cycle-{summary['best_cycle']:02d}" != last:
-        text.append(f"checkpoint-best is cycle {summary['best_cycle']}, not the final one.")
     grids = {
         name: picture(path, _GRID_SIDE, label)
         for name, label in columns.items()
         if (path := folder / "eval" / f"{name}.png").is_file()
     }
     main = [grids.pop(name) for name in ("base", last, "direct") if name in grids]
-    table = Table(("", *columns.values(), "final against base"), rows)
+    table = measures_table(columns, measured, last, summary.get("verdicts", {}).get(last))
     return Section("Quality on random noise", text, table, main, list(grids.values()))
-
-
-# Key: name, which direction is good, plain words.
-_METRICS = {
-    "accuracy": (
-        "prompt accuracy",
-        "↑ higher is better",
-        "images that a classifier recognises as what was prompted",
-    ),
-    "frechet_distance": (
-        "Fréchet distance",
-        "↓ lower is better",
-        "distance to the held-out targets in a classifier's features",
-    ),
-    "diversity": (
-        "diversity",
-        "↑ higher is better",
-        "pixel distance between images of one prompt; 0: all alike",
-    ),
-    "drift": (
-        "drift from base",
-        "neither good nor bad",
-        "RMS latent distance to the base generator, same noises",
-    ),
-}
-
-
-def _metric_row(key: str, columns: Mapping[str, str], measured: Mapping[str, Json]) -> Row | None:
-    name, direction, words = _METRICS[key]
-    if key not in measured["base"]:
-        return None
-    values = [measured[column].get(key) for column in columns]
-    is_share = key == "accuracy"
-    texts = ["" if v is None else f"{100 * v:.1f} %" if is_share else number(v) for v in values]
-    base, final = measured["base"][key], measured["final"][key]
-    change = Cell("")
-    if base is not None and final is not None:  # finite
-        points = f"{100 * (final - base):+.1f} points" if is_share else percent(final, base)
-        change = Cell(points, _mood(key, base, final, measured["real"].get("diversity") or 0.0))
-    return Row(name.capitalize(), [*map(Cell, texts), change], direction, words)
-
-
-def _mood(key: str, base: float, final: float, real_diversity: float) -> Mood:
-    """Whether a change is good or bad; what is neither, or within tolerance, stays uncoloured."""
-    if key == "accuracy":
-        return "bad" if final < base - 0.05 else "good" if final > base else ""
-    if key == "frechet_distance":
-        return "good" if final < base else "bad"
-    return "bad" if key == "diversity" and final < real_diversity / 2 else ""
 
 
 def heldout_section(folder: Path, summary: Json) -> Section | None:
@@ -249,6 +222,8 @@ def print_summary(summary: Json, folder: Path) -> None:
     """Say what the run in ``folder`` has reached and where it is, as the command does."""
     noise = {**summary["random_noise"], "real images": summary.get("real")}
     names = ("base", "final", "direct", "real images")
+    if "assign" in summary["cycles"][0]:
+        print("\n" + "\n".join(answers(summary)).replace("→", "->").replace("é", "e"))
     print(f"\nOn {noise['base']['samples']} random noises:")
     print_measures({name: noise[name] for name in names if noise.get(name)})
     if "assign" in summary["cycles"][0]:
@@ -268,20 +243,6 @@ def print_summary(summary: Json, folder: Path) -> None:
             f"{summary['heldout']['samples']} held-out pairs, assigned: {base:.4f} with the base "
             f"model, {final:.4f} with the final one ({100 * (final / base - 1):+.0f} %)"
         )
-    if len(summary["cycles"]) > 1 and "frechet_distance" in summary["random_noise"]["final"]:
-        print(f"checkpoint-best: cycle {summary['best_cycle']}, of the lowest Frechet distance")
     if cut := summary["cycles"][0].get("cut_images"):
         print(f"warning: {cut}", file=sys.stderr)
     print(f"\ntook {summary['seconds']:.0f} s; checkpoint: {folder / 'checkpoint-final'}")
-
-
-def print_measures(columns: Mapping[str, Json]) -> None:
-    """Print measures on random noise, those of the first column, side by side."""
-    print(f"{'':24}" + "".join(f"{name:>14}" for name in columns))
-    first = next(iter(columns.values()))
-    for key in dict.fromkeys((*_METRICS, *first)):
-        if key in first and key not in ("samples", "errors"):
-            label = _METRICS[key][0].replace("é", "e") if key in _METRICS else key
-            found = [column.get(key) for column in columns.values()]
-            cells = [f"{'-':>14}" if value is None else f"{value:14.3f}" for value in found]
-            print(f"{label:24}" + "".join(cells))

@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
+from torch import Tensor
 
+from oneshot_fast.data.images import to_pil
 from oneshot_fast.runtime.files import Json, read_jsonl, write_text
 from oneshot_fast.runtime.units import duration
 
@@ -190,6 +192,14 @@ def picture(path: Path, limit: int, caption: str = "") -> Picture:
         return Picture("data:,", f"{caption} (cannot be read)".strip())
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return Picture(uri, caption, pixelated)
+
+
+def picture_of(image: Tensor, caption: str = "") -> Picture:
+    """Embed an RGB image [3, H, W], uint8 or floats in [0, 1]."""
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, "PNG")
+    uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return Picture(uri, caption, max(image.shape) <= _PIXEL_ART)
 
 
 def number(value: float | None) -> str:

@@ -135,7 +135,7 @@ def test_a_collapsed_generator_is_worse_by_what_decides() -> None:
     found = judged(noise + 0.1, noise / 2 + 0.1, real)
     assert found["frechet_distance"].word == "better"
     assert found["mmd"].word == found["recall"].word == "worse"
-    assert found["prompt_diversity"].word == "worse"
+    assert found["prompt_diversity"].word == "lower"
 
 
 def test_standard_errors_are_those_of_other_draws() -> None:
@@ -153,6 +153,11 @@ def test_standard_errors_are_those_of_other_draws() -> None:
 def test_median_distance_of_equal_images_is_a_width_all_the_same() -> None:
     assert median_distance(torch.ones(4, 2)) == 1
     assert median_distance(torch.tensor([[0.0], [1.0], [2.0]])) == 1
+
+
+def test_of_two_real_images_bootstraps_without_a_pair_do_not_count() -> None:
+    found = judged(torch.randn(8, 2), torch.randn(8, 2), torch.randn(2, 2))["mmd"]
+    assert math.isfinite(found.error) and found.error > 0
 
 
 def test_what_is_not_finite_has_no_verdict() -> None:

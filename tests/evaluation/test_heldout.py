@@ -47,7 +47,8 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     targets = TargetImages(load_generator("tiny", device="cpu"))
     Image.new("RGB", (64, 64), (255, 0, 0)).save(tmp_path / "red.png")
     red, absent = (tmp_path / "red.png", "crop"), (tmp_path / "absent.png", "crop")
-    usable, images = read_real([absent, red], targets)
+    usable, images, reasons = read_real([absent, red], targets)
+    assert [*reasons] == [0] and "absent.png" in reasons[0]
     assert usable == [1] and torch.equal(images.mean((0, 2, 3)), torch.tensor([1.0, 0, 0]))
     with pytest.raises(UserError, match=r"no held-out image can be read: .*absent\.png"):
         read_real([absent], targets)

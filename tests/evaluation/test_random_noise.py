@@ -31,7 +31,7 @@ def test_prompts_are_as_frequent_as_in_the_data_and_take_turns():
     assert prompts == list("abcabababaaa"[:5]) + prompts[5:]
     assert {k: prompts.count(k) for k in "abc"} == {"a": 6, "b": 3, "c": 1}
     assert [["a", "b", "c"][k] for k in labels] == prompts
-    even, _ = evaluated_prompts(["a", "b", "c", "c", "a", "b"], 8, 0)
+    even, _ = evaluated_prompts(["a", "b", "c", "a", "b"], 8, 0)
     assert even == list("abcabcab")
 
 

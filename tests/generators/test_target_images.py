@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators import target_images
@@ -44,3 +45,16 @@ def test_the_oldest_are_forgotten(
 def test_a_resolution_must_fit(tiny: Any) -> None:
     with pytest.raises(UserError, match="resolution 60 is not a positive multiple of 8"):
         TargetImages(tiny, 60)
+
+
+def test_a_model_of_another_size_is_warned_of(tiny, tmp_path, capsys):
+    for side in (8, 9):
+        Image.new("RGB", (64, side)).save(tmp_path / f"{side}.png")
+    targets = TargetImages(tiny)
+    targets.warn_of_size(tmp_path / "9.png")
+    targets.warn_of_size(tmp_path / "absent.png")
+    assert capsys.readouterr().err == ""
+    targets.warn_of_size(tmp_path / "8.png")
+    assert "the model is made for 64 x 64 pixels, " in capsys.readouterr().err
+    TargetImages(tiny, 8).warn_of_size(tmp_path / "9.png")
+    assert "is taken at 8: take larger images, or a model of that size" in capsys.readouterr().err

@@ -6,17 +6,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
-    "assign",
-    "download",
-    "em",
-    "optimize",
-    "scale",
-    "sft",
-    "study",
-    "theory",
-    "tiny",
+    "assign", "download", "em", "evaluate", "optimize", "scale", "sft", "study", "theory", "tiny",
     "toy",
-}
+}  # fmt: skip
 
 
 def test_the_top_of_the_package_holds_commands_alone():

@@ -14,6 +14,7 @@ from oneshot_fast.runtime.files import read_json, write_json
 def test_em_report_has_its_sections_in_order(em_run: Path) -> None:
     html = page(em_run)
     assert html.headings == [
+        "Is it better?",
         "Quality on random noise",
         "Held-out pairs",
         "Matching loss, cycle by cycle",
@@ -73,7 +74,7 @@ def test_measures_of_a_classifier_are_judged(em_copy: Path) -> None:
         measures |= {"accuracy": 0.95, "frechet_distance": 80.0, "diversity": 0.3}
         if name in ("cycle-02", "final"):
             measures |= {"accuracy": 0.88, "frechet_distance": 20.0, "diversity": 0.1}
-    summary |= {"real": {"accuracy": 0.991, "diversity": 0.25}, "best_cycle": 1}
+    summary |= {"real": {"accuracy": 0.991, "diversity": 0.25}, "best_cycle": 1, "verdicts": {}}
     write_json(em_copy / "summary.json", summary)
     write_em_report(em_copy, {})
     text, html = (em_copy / "report.html").read_text(encoding="utf-8"), page(em_copy)
@@ -81,7 +82,36 @@ def test_measures_of_a_classifier_are_judged(em_copy: Path) -> None:
     assert '<td class="bad">-7.0 points</td>' in text
     assert '<td class="good">-75.0 %</td>' in text
     assert '<td class="bad">-66.7 %</td>' in text  # less than half of the real diversity
-    assert "checkpoint-best is cycle 1" in html.text
+
+
+def test_whether_it_is_better_by_how_much_and_how_sure_comes_first(em_copy: Path) -> None:
+    summary = read_json(em_copy / "summary.json")
+    worse = {"measure": "mmd", "before": 10.0, "after": 12.0, "error": 0.5, "word": "worse"}
+    recall = {"measure": "recall", "before": 0.5, "after": 0.4, "error": 0.02, "word": "worse"}
+    better = worse | {"after": 9.0, "word": "better"}
+    summary["verdicts"] = {
+        "cycle-01": {"mmd": better},
+        "cycle-02": {"mmd": worse, "recall": recall},
+    }
+    write_json(em_copy / "summary.json", summary | {"best_cycle": 1})
+    write_em_report(em_copy, {})
+    html = page(em_copy)
+    start = html.text.index("Is it better?")
+    first = html.text[start : html.text.index("Quality on random noise")]
+    assert (
+        "Cycle 1, checkpoint-best, is better than the base: MMD to 2 held-out images 10.00 → "
+        "9.000, -10 % (95 % interval -20 to -0 %)." in first
+    )
+    assert "The final generator is worse than the base: " in first
+    assert "+20 % (95 % interval +10 to +30 %)" in first and "worse: recall." in first
+    assert "a weak judge" in first and "--features clip" in first
+    evil = summary["measured_by"]["prompts"][0]
+    for row in ("base", "cycle 1 (best)", "cycle 2 (final)"):  # the same noises, one above another
+        assert f"{row}: {evil}" in html.images
+    write_json(em_copy / "summary.json", summary | {"best_cycle": 0})
+    write_em_report(em_copy, {})
+    said = page(em_copy).text
+    assert "Is it better? Nothing beat the base beyond one standard error: checkpoint-" in said
 
 
 def test_missing_parts_are_left_out(em_copy: Path) -> None:
@@ -100,6 +130,7 @@ def test_missing_parts_are_left_out(em_copy: Path) -> None:
     write_em_report(em_copy, {})
     html = page(em_copy)
     assert html.headings == [
+        "Is it better?",
         "Quality on random noise",
         "Matching loss, cycle by cycle",
         "How it was made",

@@ -12,15 +12,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.errors import one_line, require
-from oneshot_fast.evaluation.features import of_classifier
-from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, classifier_for
+from oneshot_fast.evaluation.distances import HEADLINE, Verdict, said
+from oneshot_fast.evaluation.features import Features
+from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, classifier_for, compare
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.em.options import EmOptions
-from oneshot_fast.jobs.em.schedule import cycle_seeds, is_stuck
+from oneshot_fast.jobs.em.schedule import best_of, cycle_seeds, is_stuck
 from oneshot_fast.jobs.optimize.run import OptimizeRun
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.plan import sft_plan
@@ -83,6 +86,9 @@ class Cycles(ABC):
             "keep_checkpoints": keep_checkpoints,
         }
         self._pool: PreservePool | None = None
+        self.features: Features | None = None  # what images are compared by, and the verdicts
+        self.verdicts: dict[str, dict[str, Verdict]] = {}
+        self.initial: dict[str, Tensor] = {}  # weights, of a run that may end with them
         self.tracker, self.verify = Tracker(), False
         self.summary: dict[str, Any] = {"random_noise": {}, "cycles": []}
 
@@ -115,6 +121,7 @@ class Cycles(ABC):
             "seed": self.seed,
             **self.generator.settings(self.targets.resolution),
             **self.describe(),
+            **({"features": self.features.name} if self.features else {}),
         }
 
     def plan(self) -> str:
@@ -140,6 +147,7 @@ class Cycles(ABC):
         with kept_by_main(folder):
             self.tracker = start_tracking(report_to, self.folder, settings)
             measure = self.measure()
+            self.summary |= {"measured_by": measure.described, "verdicts": {}}
             self.evaluate(measure, "base")
             options, side = self.options.sft(), self.targets.resolution
             self._pool = PreservePool.build(
@@ -148,16 +156,16 @@ class Cycles(ABC):
             self.alternate(measure)
             self.tracker.finish()
             if is_main() and folder.is_writable:
-                self._finish(settings)
+                self._finish(settings, is_measured=measure.real is not None)
         return dict(files.read_json(self.folder / "summary.json"))
 
     def alternate(self, measure: RandomNoiseMeasure) -> None:
         """All cycles, each measured; the generator ends with the weights of the last one."""
-        distances = [self.summary["random_noise"]["base"].get("frechet_distance")]
+        distances = [self.summary["random_noise"]["base"].get(HEADLINE)]
         for cycle in range(1, len(self.options.schedule()) + 1):
             self._cycle(cycle)
             measured = self.evaluate(measure, name_of(cycle))
-            distances.append(measured.get("frechet_distance"))
+            distances.append(measured.get(HEADLINE))
             if is_stuck(distances, self.options.patience):
                 break
 
@@ -175,20 +183,20 @@ class Cycles(ABC):
             seconds = round(time.perf_counter() - started, 3)
             files.append_jsonl(path, [{"stage": name, "seconds": seconds}])
 
-    def measure_of(self, **more: Any) -> RandomNoiseMeasure:
-        """Measures on random noises of the run's prompts; ``more`` as for the class."""
+    def measure_of(self, prompts: Sequence[str], **more: Any) -> RandomNoiseMeasure:
+        """Measures on random noises of these prompts; ``more`` as for the class."""
         side = self.targets.resolution
         return RandomNoiseMeasure(
-            self.prompts,
+            prompts,
             self.generator.noise_shape(side, side),
             samples=self.eval_samples,
             seed=self.seed,
             classifier=self.classifier,
-            features=of_classifier(self.classifier) if self.classifier else None,
+            features=self.features,
             **more,
         )
 
-    def evaluate(self, measure: RandomNoiseMeasure, name: str) -> dict[str, float]:
+    def evaluate(self, measure: RandomNoiseMeasure, name: str) -> dict[str, Any]:
         """Measure the generator as it is now, for the summary's column ``name``."""
         with self.stage(f"eval/{name}") as path:
             result = main_first(lambda: measure.measure(self.generator, path))
@@ -197,6 +205,9 @@ class Cycles(ABC):
         tracker.log(result, step)
         tracker.images([path.with_name(f"{name}.png")], step)
         self.summary["random_noise"][name] = result
+        if name != "base" and self.features is not None:
+            self.verdicts[name] = compare(path.with_name("base"), path)
+            self.summary["verdicts"][name] = said(self.verdicts[name])
         return result
 
     def train(self, name: str, manifest: Path, options: SftOptions, seed: int) -> dict[str, Any]:
@@ -237,14 +248,14 @@ class Cycles(ABC):
         losses = {name: trained[name] for name in ("matched_loss_before", "matched_loss_after")}
         self.summary["cycles"].append({"cycle": cycle, **found, "sft": losses})
 
-    def _finish(self, settings: dict[str, Any]) -> None:
+    def _finish(self, settings: dict[str, Any], is_measured: bool) -> None:
         """Choose the best cycle, write summary and failures, then the two checkpoints."""
         noise, last = self.summary["random_noise"], len(self.summary["cycles"])
-        noise["final"] = noise[name_of(last)]
-        # Without a classifier nothing here tells better from worse, so the last one is taken.
-        distances = {k: noise[name_of(k)].get("frechet_distance", 0.0) for k in range(1, last + 1)}
-        known = [k for k, distance in distances.items() if distance is not None] or [last]
-        best = min(known, key=lambda k: (distances[k], -k))
+        noise["final"], path = noise[name_of(last)], self.folder / "summary.json"
+        # without held-out images nothing here tells better from worse, so the last one is taken
+        verdicts = [self.verdicts.get(name_of(k), {}).get(HEADLINE) for k in range(1, last + 1)]
+        best = best_of(verdicts) if is_measured else last
+        was_base = path.exists() and files.read_json(path)["best_cycle"] == 0
         folders = [f"{name_of(last)}/assign", "heldout-base"]
         failures = [
             r for f in folders for r in files.mend_jsonl(self.folder / f / "failures.jsonl")
@@ -257,15 +268,26 @@ class Cycles(ABC):
             "seconds": round(sum(row["seconds"] for row in history), 1),
             "settings": settings,
         }
-        files.write_json(self.folder / "summary.json", self.summary)
+        files.write_json(path, self.summary)
         for name, cycle in (("best", best), ("final", last)):
             source = self.folder / name_of(cycle) / "sft" / "checkpoint-final"
             target = self.folder / f"checkpoint-{name}"
             try:
-                files.copy_folder(source, target)
+                if cycle:
+                    files.copy_folder(source, target)
+                elif not (was_base and target.exists()):
+                    self._save_base(target)
             except OSError as error:  # all the rest is there
-                said = f"no {target}, as it could not be copied ({one_line(error)}): use {source}"
-                print(f"warning: {said}", file=sys.stderr)
+                use = f": use {source}" if cycle else ""
+                said_why = f"no {target}, as it could not be written ({one_line(error)}){use}"
+                print(f"warning: {said_why}", file=sys.stderr)
+
+    def _save_base(self, target: Path) -> None:
+        """Save the generator as it was; it keeps the weights of the last cycle."""
+        last = name_of(len(self.summary["cycles"]))
+        self.generator.denoiser.load_state_dict(self.initial)
+        self.generator.save(target)
+        self.generator.load_weights(self.folder / last / "sft" / "checkpoint-final")
 
 
 def name_of(cycle: int) -> str:

@@ -32,8 +32,8 @@ class EmOptions:
     """Instead of num_cycles, assign_steps and train_epochs: E:M of every cycle, as in
     "40:10,20:5,20:5", with E the gradient steps (best_of_n, pool: candidates) and M the epochs."""
     patience: int = 0
-    """Stop when the Frechet distance on random noise has not fallen for so many cycles; 0: never.
-    It is measured where a classifier knows the prompts."""
+    """Stop when random noises' images have come no nearer to the held-out ones (by the MMD, see
+    docs/evaluate.md) for so many cycles; 0: never."""
     assign_fraction: float = 1.0
     """E-step: share of the targets that get a new noise in a cycle, in turns; the others keep
     theirs. In the first cycle all do."""
@@ -77,7 +77,9 @@ class EmOptions:
     feature_weight: float = 0.0
     """E-step: weight of the mean squared error between the images' --features; decodes."""
     features: str | None = None
-    """E-step: python:module.function; see assign --help."""
+    """What images are compared by when the generator is measured: clip, dinov2, vae or
+    python:module.function, see evaluate --help; such a function also gives the E-step's
+    --feature_weight its features."""
     noise_l2_weight: Annotated[float, arg(aliases=["--drift_reg_weight"])] = 0.0
     """E-step: weight of the mean squared distance between the noise and its base noise."""
     prior_weight: float | None = None
@@ -191,7 +193,8 @@ class EmOptions:
 
     def assign(self, cycle: int = 1) -> AssignOptions:
         """Options of the E-step of a cycle, from 1."""
-        return self._search(AssignOptions, cycle)
+        found = self._search(AssignOptions, cycle)
+        return found if self.feature_weight else dataclasses.replace(found, features=None)
 
     def optimize(self, cycle: int = 1) -> OptimizeOptions:
         """Options of the E-step of a cycle, from 1, by rewards.

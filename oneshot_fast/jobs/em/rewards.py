@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from oneshot_fast.errors import require
-from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure
+from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, all_scores
 from oneshot_fast.generators.base import Generator, Recomputed
 from oneshot_fast.jobs.em.cycles import Cycles, name_of
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.optimize.pairs import MANIFEST
 from oneshot_fast.jobs.optimize.run import OptimizeRun
-from oneshot_fast.jobs.sft.rewards import all_scores
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.seeds import content_id
 
@@ -71,7 +70,7 @@ class RewardEmRun(Cycles):
         }
 
     def measure(self) -> RandomNoiseMeasure:
-        return self.measure_of(scores=all_scores(self.rewards, self.judge))
+        return self.measure_of(self.prompts, scores=all_scores(self.rewards, self.judge))
 
     def first(self) -> OptimizeRun:
         return self.searcher(1, self.folder)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
+from oneshot_fast.evaluation.distances import Verdict
 from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.seeds import derived_seed
 
@@ -25,7 +26,7 @@ def cycle_seeds(seed: int, cycle: int, pool_refresh: int) -> tuple[int, int]:
 
 
 def is_stuck(distances: Sequence[float | None], patience: int) -> bool:
-    """Whether the last ``patience`` cycles brought no lower Frechet distance; 0: never.
+    """Whether the last ``patience`` cycles were no better on held-out images; 0: never.
 
     ``distances`` are of the base model and after each cycle; None where it cannot be measured.
     """
@@ -35,5 +36,15 @@ def is_stuck(distances: Sequence[float | None], patience: int) -> bool:
     if len(known) < len(distances) or min(known[-patience:]) < min(known[:-patience]):
         return False
     if is_main():
-        print(f"no lower Frechet distance in {patience} cycles: stopping", file=sys.stderr)
+        print(f"not better on held-out images in {patience} cycles: stopping", file=sys.stderr)
     return True
+
+
+def best_of(verdicts: Sequence[Verdict | None]) -> int:
+    """Which cycle, from 1, is the best; 0: the base, which none beat by more than an error.
+
+    One standard error is the rule of Breiman et al. 1984 against choosing by chance. ``verdicts``
+    are of each cycle against the base; None where it cannot be measured.
+    """
+    beaten = {k: v.gain for k, v in enumerate(verdicts, 1) if v is not None and v.gain > v.error}
+    return max(beaten, key=lambda k: beaten[k], default=0)

@@ -1,24 +1,22 @@
 """The main job by targets: assign a noise to every target, train on the pairs, repeat."""
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from oneshot_fast.data.manifests import merge_manifests
 from oneshot_fast.data.records import Failure, Record
-from oneshot_fast.errors import DataError, require
+from oneshot_fast.evaluation.features import load_features
+from oneshot_fast.evaluation.heldout import read_real
 from oneshot_fast.evaluation.measures import real_measures
-from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure
+from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, all_scores, forget_other
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.em.cycles import Cycles, name_of
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.schedule import turn
-from oneshot_fast.runtime.files import read_json, remove, write_json
+from oneshot_fast.rewards import Setup, WeightedRewards
+from oneshot_fast.runtime.files import finite
 from oneshot_fast.runtime.processes import barrier, is_main, main_first
 from oneshot_fast.runtime.seeds import content_id
 
@@ -39,6 +37,8 @@ class EmRun(Cycles):
         resize_mode: str = "crop",
         num_images: int = 16,
         compare_direct: bool = False,
+        judge: WeightedRewards | None = None,
+        setup: Setup | None = None,
         **more: Any,
     ) -> None:
         """Describe the run.
@@ -48,14 +48,17 @@ class EmRun(Cycles):
             data: Targets, and what could not be read.
             folder: Where everything is written.
             options: How the steps alternate, and how each works.
-            heldout: Pairs never trained on, assigned with the first and the last generator.
+            heldout: Pairs never trained on: what the generator is measured against, and assigned
+                with the first and the last one. ``hold_out`` takes them from the data.
             resize_mode: "crop", "squash" or "pad".
             num_images: Targets per E-step whose images are saved; -1 for all.
             compare_direct: Also train on random noise, with as many steps.
+            judge: Rewards that are measured.
+            setup: Where the models of ``options.features`` are, see ``load_features``.
             **more: As for ``Cycles``.
 
         Raises:
-            UserError: If an option makes no sense.
+            UserError: If an option makes no sense, or the features cannot be loaded.
         """
         self.items, self.heldout_items = list(data), list(heldout)
         self.records, self.failures = _split(self.items)
@@ -69,12 +72,17 @@ class EmRun(Cycles):
             **more,
         )
         self.resize_mode, self.num_images = resize_mode, num_images
-        self.compare_direct = compare_direct
+        self.compare_direct, self.judge = compare_direct, judge
+        if self.heldout or self.options.features:
+            self.features = load_features(self.options.features, generator, self.classifier, setup)
+        if self.records:
+            self.targets.warn_of_size(self.records[0].image_path)
         self.first()  # checks its options before any long work
 
     def describe(self) -> dict[str, Any]:
         return {
             "compare_direct": self.compare_direct,
+            "judge": sorted(self.judge.weights) if self.judge is not None else [],
             "resize_mode": self.resize_mode,
             "samples": len(self.items),
             "data": content_id(*(item.id for item in self.items)),
@@ -82,42 +90,34 @@ class EmRun(Cycles):
         }
 
     def measure(self) -> RandomNoiseMeasure:
-        real = None
-        if self.heldout:
-            found: dict[str, Tensor] = {}
-            for record in self.heldout:
-                with contextlib.suppress(DataError):  # its assignment lists it as a failure
-                    found[record.id] = self.targets.image(record.image_path, self.resize_mode)
-            require(bool(found), f"no image of heldout_root can be read: {self.heldout[0].image}")
-            main_first(lambda: self._forget_measures(list(found)))
-            real = torch.stack([*found.values()])
-            labels = [record.prompt for record in self.heldout if record.id in found]
-            self.summary["real"] = real_measures(real, labels, self.classifier)
-        return self.measure_of(real=real)
-
-    def _forget_measures(self, ids: list[str]) -> None:
-        """All are made anew if other held-out images could be read when they were made."""
-        path = self.folder / "eval" / "heldout-ids.json"
-        if path.exists() and read_json(path, list) == ids:
-            return
-        for measured in path.parent.glob("*.json") if path.exists() else ():
-            remove(measured)
-        write_json(path, ids)
+        scores = all_scores(None, self.judge)
+        if not self.heldout:
+            return self.measure_of(self.prompts, scores=scores)
+        places = [(record.image_path, self.resize_mode) for record in self.heldout]
+        usable, small, _ = read_real(places, self.targets)  # assigning lists the others as failures
+        records = [self.heldout[k] for k in usable]
+        main_first(lambda: forget_other(self.folder / "eval", [record.id for record in records]))
+        prompts = [record.prompt for record in records]
+        real = (self.targets.image(*places[k]) for k in usable)
+        measure = self.measure_of(prompts, scores=scores, real=real)
+        measured = real_measures(small, prompts, self.classifier) | measure.of_real(prompts)
+        self.summary["real"] = finite(measured)
+        return measure
 
     def alternate(self, measure: RandomNoiseMeasure) -> None:
         """All cycles; held-out pairs are assigned before and after, then the baseline is trained.
 
         That is the same number of steps on the same targets, with random noise.
         """
-        denoiser, initial = self.generator.denoiser, {}
+        denoiser = self.generator.denoiser
         self._assign_heldout("base")
-        if self.compare_direct:
-            initial = {k: v.to("cpu", copy=True) for k, v in denoiser.state_dict().items()}
+        if self.compare_direct or self.heldout:
+            self.initial = {k: v.to("cpu", copy=True) for k, v in denoiser.state_dict().items()}
         super().alternate(measure)
         self._assign_heldout("final")
         if not self.compare_direct:
             return
-        denoiser.load_state_dict(initial)
+        denoiser.load_state_dict(self.initial)
         options = self.options.sft("random", [row["cycle"] for row in self.summary["cycles"]])
         manifest = self.folder / name_of(1) / "assign" / "manifest.jsonl"
         self.train("direct", manifest, options, self.seed)

@@ -8,14 +8,12 @@ training/losses/reward.py.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from oneshot_fast.errors import require
-from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, Scores, classifier_for
+from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, all_scores, classifier_for
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.options import SftOptions
@@ -27,18 +25,6 @@ from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.checkpoints import STUDENT, ended
 from oneshot_fast.training.run import TrainingRun
-
-
-def all_scores(rewards: WeightedRewards, judge: WeightedRewards | None = None) -> Scores:
-    """What is measured of images: "reward", the weighted sum, every reward's own, every judge's."""
-
-    def scores(images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        found = rewards.scores(images, prompts)
-        judged = judge.scores(images, prompts) if judge is not None else {}
-        named = {f"judge {name}": values for name, values in judged.items()}
-        return {"reward": rewards.total(found), **found, **named}
-
-    return scores
 
 
 class RewardRun(TrainingRun):

@@ -79,7 +79,7 @@ class TrainCommand(ToyOptions):
     def execute(self) -> int:
         """Run ``toy train``."""
         from oneshot_fast.recipes.toy.train_run import train
-        from oneshot_fast.report.em import print_measures
+        from oneshot_fast.report.measures import print_measures
 
         given = {"steps": self.steps, "width": self.width}
         changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
@@ -158,7 +158,7 @@ class PairOptions(ToyOptions):
     def compare(self, real: LabelledImages, code: int) -> int:
         """Print what there is side by side, on the same noises, and return ``code``."""
         from oneshot_fast.recipes.toy.compare import compare
-        from oneshot_fast.report.em import print_measures
+        from oneshot_fast.report.measures import print_measures
 
         if is_main():
             print("\nOn 1000 random noises, beside real images that are no targets:")

@@ -14,8 +14,11 @@ from samples import rows_of
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.errors import UserError
+from oneshot_fast.evaluation.distances import Verdict
+from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.em.options import EmOptions
+from oneshot_fast.jobs.em.schedule import best_of
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.sft.options import SftOptions
 
@@ -71,14 +74,31 @@ def test_a_warm_search_keeps_or_betters_the_noise(tmp_path: Path, call: Call) ->
 
 
 def test_it_stops_when_the_measure_does(tmp_path: Path, call: Call) -> None:
-    # a training that changes nothing does not lower the Frechet distance either
+    # a training that changes nothing does not come nearer to the held-out images either
     flags = "--num_cycles 4 --assign_steps 1 --train_epochs 1 --train_lr 1e-30 --patience 2"
     ended = call("em", "--work_dir", tmp_path, *SMALL.split(), *flags.split())
-    assert ended.code == 0 and "no lower Frechet distance in 2 cycles" in ended.err
+    assert ended.code == 0 and "not better on held-out images in 2 cycles" in ended.err
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [row["cycle"] for row in summary["cycles"]] == [1, 2]
     weights = "checkpoint-final/unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / weights).samefile(tmp_path / "cycle-02" / "sft" / weights)
+    # and nothing beat the base, which is said first and kept as the best
+    assert summary["best_cycle"] == 0 and ended.out.startswith("\nNothing beat the base")
+    assert "The final generator cannot be told apart from the base: MMD to 48 held-out" in ended.out
+    best = load_generator(tmp_path / "checkpoint-best").fingerprint()
+    assert best == load_generator("tiny").fingerprint()
+    kept = (tmp_path / "checkpoint-best" / "model_index.json").stat().st_mtime_ns
+    assert call("em", "--work_dir", tmp_path, *SMALL.split(), *flags.split()).code == 0
+    assert kept == (tmp_path / "checkpoint-best" / "model_index.json").stat().st_mtime_ns
+
+
+def test_the_best_cycle_beats_the_base_by_more_than_one_error() -> None:
+    def verdict(after: float) -> Verdict:
+        return Verdict("mmd", 10.0, after, 2.0)
+
+    assert best_of([verdict(9), verdict(8.5)]) == 0
+    assert best_of([verdict(7), verdict(6), verdict(6.5)]) == 2
+    assert best_of([None, verdict(11)]) == best_of([]) == 0
 
 
 def test_efforts_of_a_schedule() -> None:

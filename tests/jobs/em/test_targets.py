@@ -88,8 +88,12 @@ def test_the_summary_has_the_documented_numbers(aligned: Path, summary: Any) -> 
         )
     heldout = summary["heldout"]
     assert heldout["samples"] == 48 and heldout["final"]["best_loss"] < heldout["base"]["best_loss"]
-    distances = [noise[f"cycle-0{k}"]["frechet_distance"] for k in (1, 2)]
-    assert summary["best_cycle"] == 1 + (distances[1] < distances[0])
+    said = [summary["verdicts"][f"cycle-0{k}"]["mmd"] for k in (1, 2)]
+    assert [row["after"] for row in said] == [noise[f"cycle-0{k}"]["mmd"] for k in (1, 2)]
+    assert {row["before"] for row in said} == {noise["base"]["mmd"]}
+    assert summary["best_cycle"] == 1 + (said[1]["after"] < said[0]["after"])
+    by = summary["measured_by"]
+    assert (by["features"], by["real"]) == ("the classifier of these prompts", 48)
     assert summary["failed"] == 0 and summary["settings"]["assign_steps"] == 2
 
 
@@ -182,10 +186,42 @@ def test_own_data_without_digits_and_heldout_pairs(data: Path, tmp_path: Path, c
     assert ended.code == 1 and "1 records failed" in ended.err
     summary = json.loads((tmp_path / "em" / "summary.json").read_text())
     assert summary["random_noise"]["final"].keys() == {"samples", "diversity", "drift"}
+    assert "6 pairs are too few to hold some out" in ended.err and summary["verdicts"] == {}
+    assert "Whether the final generator is better than the base was not measured" in ended.out
     assert "heldout" not in summary and "real" not in summary and summary["best_cycle"] == 1
     assert not list((tmp_path / "em").glob("heldout*"))
     (failure,) = [json.loads(line) for line in (tmp_path / "em" / "failures.jsonl").open()]
     assert (failure["line"], failure["image"]) == (2, "none.png")
+
+
+def test_own_data_is_split_and_measured_by_judges_and_features_without_a_classifier(
+    data: Path, tmp_path: Path, call: Call
+) -> None:
+    lines = [json.loads(line) for line in (data / "pairs.jsonl").read_text().splitlines()]
+    lines = [{**lines[k % 6], "prompt": f"{'abc'[k % 3]} photo"} for k in range(64)]
+    (data / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    fixed = (
+        "--initial_model_id tiny --num_cycles 1 --assign_steps 1 --train_epochs 1 --num_images 0 "
+        "--eval_samples 10 --preserve_latent_weight 0 --preserve_pixel_weight 0 --train_lr 1e-12"
+    )
+    more = ["--judge", "thickness", "--features", "python:feature_samples.rows"]
+    flags = ["--data_root", data, *fixed.split(), *more]
+    ended = call("em", "--work_dir", tmp_path / "em", *flags)
+    assert ended.code == 0 and "16 of 64 pairs are held out, to measure by" in ended.err, ended.err
+    summary = json.loads((tmp_path / "em" / "summary.json").read_text())
+    by, settings = summary["measured_by"], summary["settings"]
+    assert (by["features"], by["real"]) == ("python:feature_samples.rows", 16)
+    assert settings["samples"] == 48 and settings["features"] == by["features"]
+    assert {"mmd", "judge thickness"} <= summary["verdicts"]["cycle-01"].keys()
+    assert "judge thickness" in summary["random_noise"]["base"]
+    rows = (tmp_path / "em/cycle-01/assign/manifest.jsonl").read_text().splitlines()
+    held = (tmp_path / "em/heldout-base/manifest.jsonl").read_text().splitlines()
+    ids = [{json.loads(row)["id"] for row in part} for part in (rows, held)]
+    assert (len(ids[0]), len(ids[1]), len(ids[0] | ids[1])) == (48, 16, 64)
+    refused = call("em", "--work_dir", tmp_path / "em", *flags, "--heldout", 0)
+    assert refused.code == 2 and "other settings" in refused.err  # all 64 are trained on
+    both = call("em", "--work_dir", tmp_path, *flags, "--heldout", 0.2, "--heldout_root", data)
+    assert both.code == 2 and "--heldout and --heldout_root exclude each other" in both.err
 
 
 def test_direct_training_starts_from_the_base_and_sees_other_noises(aligned: Path) -> None:

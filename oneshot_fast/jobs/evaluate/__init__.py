@@ -1,0 +1,1 @@
+"""Evaluate: how good generators are on fresh noise, against held-out images."""
