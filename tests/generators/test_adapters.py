@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -216,6 +217,10 @@ def test_other_programs_read_the_same_change(
     pipe.load_lora_weights(path.parent)
     theirs = make(SdxlGenerator(pipe)) - make(tiny)
     torch.testing.assert_close(theirs, change, rtol=1e-3, atol=1e-4)
+    adapted = [name for name, _ in tiny.denoiser.named_modules() if name.endswith(TARGETS)]
+    assert len(lora) == (3 if names == "kohya" else 2) * len(adapted)
+    read = [module for module in pipe.unet.modules() if isinstance(module, LoraLayer)]
+    assert len(read) == len(adapted) and pipe.get_list_adapters() == {"unet": ["default_0"]}
     if names == "kohya":  # what ComfyUI and A1111 look for, and how they scale
         assert {key.rpartition("lora_unet_")[1] for key in lora} == {"lora_unet_"}
         kinds = {key.partition(".")[2] for key in lora}
