@@ -32,6 +32,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from op_checks import (
     DTYPES,
     GPU_CASES,
@@ -241,7 +242,9 @@ def emulator(tmp_path_factory):
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not on PATH")
-    folder = tmp_path_factory.mktemp("cuda_emulation")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of them builds for all
+        folder = folder.parent
     flags = [*FLAGS.split(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
     def compiled(source: Path) -> Path:
@@ -253,10 +256,12 @@ def emulator(tmp_path_factory):
     def run(*arguments: str | Path) -> None:
         subprocess.run([compiler, *arguments], check=True, env={**os.environ, "LD_PRELOAD": ""})
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, [EMULATION / "emulator.cpp", *KERNELS.glob("*.cu")]))
-    run(*flags, "-shared", *objects, "-o", folder / "kernels.so")
-    return Emulator(folder / "kernels.so")
+    library = folder / "emulated_kernels.so"
+    with FileLock(f"{library}.lock"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        if not library.exists():
+            sources = [EMULATION / "emulator.cpp", *KERNELS.glob("*.cu")]
+            run(*flags, "-shared", *pool.map(compiled, sources), "-o", library)
+    return Emulator(library)
 
 
 @pytest.fixture(params=[0, 1], ids=["aligned", "misaligned"])

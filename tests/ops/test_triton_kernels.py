@@ -80,13 +80,13 @@ def test_matrices_of_many_norms_in_one_batch(device):
 
 
 def test_more_squarings_than_are_launched_give_nan(device, monkeypatch):
-    """And its batch mates are not touched."""
+    """And none in their batch mates (test_batch_mates_do_not_change_a_bit has these to the bit)."""
     monkeypatch.setattr(skew_exp_tiled, "_SQUARINGS", 2)
     a = torch.randn(2, 65, 65, device=device) / 65
     a[0, 1, 0] = 1e4
     q = skew_exp.skew_exp(a)
     assert q[0].isnan().any()
-    assert torch.equal(q[1], skew_exp.skew_exp(a[1]))
+    assert not q[1].isnan().any()
     da = skew_exp.d_skew_exp(torch.ones_like(a), a, q)
     assert da[0].isnan().any()
     assert not da[1].isnan().any()

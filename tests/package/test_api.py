@@ -50,7 +50,10 @@ def test_importing_the_package_is_cheap() -> None:
         " {'diffusers', 'transformers', 'accelerate', 'matplotlib', 'PIL', 'tyro', 'triton'}"
         " & set(sys.modules))"
     )
-    command = [sys.executable, "-c", code]
-    ended = [subprocess.run(command, capture_output=True, text=True).stdout for _ in range(3)]
-    assert all(line.split(maxsplit=1)[1].strip() == "set()" for line in ended)
-    assert min(float(line.split()[0]) for line in ended) < 0.3
+    for _ in range(3):  # other processes may slow one down
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds, loaded = ended.stdout.strip().split(maxsplit=1)
+        assert loaded == "set()"
+        if float(seconds) < 0.3:
+            break
+    assert float(seconds) < 0.3
