@@ -11,7 +11,7 @@ from tyro.conf import arg
 from oneshot_fast.cli import OK, finish, run_command
 from oneshot_fast.data.image_refs import hint
 from oneshot_fast.data.options import DataOptions
-from oneshot_fast.data.records import Record, pair_id
+from oneshot_fast.data.records import Record, pair_id, text_field
 from oneshot_fast.data.sources import FolderSource, Source, open_pairs
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
@@ -64,7 +64,7 @@ def open_data(command: AssignCommand) -> Source:
     path, prompt = command.target_image_path, command.prompt
     if path is None or prompt is None:
         raise UserError("give --data_root DIR, or both --prompt TEXT and --target_image_path FILE")
-    require(bool(prompt.strip()), "the prompt is empty")
+    prompt = text_field({"--prompt": prompt}, "--prompt")
     require(path.is_file(), f"no such image: {path}{hint(str(path), Path())}")
     record = Record(pair_id(path.name, prompt), 1, prompt, path.name, path.resolve())
     return FolderSource([record], [])

@@ -11,6 +11,7 @@ from tyro.conf import UseAppendAction
 
 from oneshot_fast.cli import OK, finish, run_command
 from oneshot_fast.data.prompts import read_prompts
+from oneshot_fast.data.records import text_field
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
@@ -64,8 +65,7 @@ class OptimizeCommand:
 
 def prompts_of(command: OptimizeCommand) -> list[str]:
     """The prompts that the command line names."""
-    prompts = [*command.prompt]
-    require(all(prompt.strip() for prompt in prompts), "a prompt is empty")
+    prompts = [text_field({"--prompt": prompt}, "--prompt") for prompt in command.prompt]
     require(
         command.prompt_file is not None or command.prompt_field is None,
         "--prompt_field has no effect without --prompt_file; give both",

@@ -5,14 +5,14 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 from urllib.parse import quote, unquote
 
+from oneshot_fast.data.tables import IMAGES, check_pages, extra_module, open_parquet
 from oneshot_fast.errors import DataError, one_line
 
 _SPAN = re.compile(r"(\d{1,18})\+(\d{1,18})")
@@ -172,19 +172,20 @@ def open_file(file: str) -> BinaryIO:
     return fs.open(path, "rb")
 
 
-def extra_module(name: str) -> Any:
-    """Import a module of the optional extra "data".
+def need_readers(images: Iterable[ImageRef]) -> None:
+    """Ask for the libraries that reading these images takes.
 
     Raises:
-        DataError: it is not installed.
+        DataError: one is not installed.
     """
-    try:
-        return import_module(name)
-    except ImportError:
-        raise DataError(
-            f"Parquet needs the library {name.partition('.')[0]}: "
-            "pip install oneshot-fast[data] (quote it in zsh)"
-        ) from None
+    members = [image for image in images if isinstance(image, Member)]
+    if any(_CELL.fullmatch(member.place) for member in members):
+        extra_module("pyarrow.parquet")
+    for protocol in sorted({x.file.partition("://")[0] for x in members if "://" in x.file}):
+        try:
+            extra_module("fsspec").get_filesystem_class(protocol)
+        except (ImportError, ValueError) as error:
+            raise DataError(f"{protocol}:// cannot be read: {one_line(error)}") from None
 
 
 def _read_span(file: str, offset: int, length: int) -> bytes:
@@ -204,7 +205,7 @@ def _read_cell(file: str, column: str, group: int, row: int) -> bytes:
     cells = _read_cells(file, column, group, row // _BATCH, stamp)
     if row % _BATCH >= len(cells):
         raise DataError("no such row")
-    cell = cells[row % _BATCH]
+    cell = cells[row % _BATCH].as_py()
     for value in (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell,):
         if isinstance(value, bytes):
             return value
@@ -216,18 +217,18 @@ def _read_cell(file: str, column: str, group: int, row: int) -> bytes:
 @lru_cache(maxsize=4)
 def _read_cells(
     file: str, column: str, group: int, index: int, stamp: tuple[int, int] | None
-) -> list[object]:
+) -> Any:
     """Cells of rows `index * _BATCH` and following of a row group; neighbours are read together."""
-    parquet = extra_module("pyarrow.parquet")
     with open_file(file) as opened:
-        table = parquet.ParquetFile(opened)
+        table = open_parquet(opened, column)
         if column not in table.schema_arrow.names:
             raise DataError(f"no column '{column}'")
         if group >= table.num_row_groups:
             raise DataError("no such row group")
+        check_pages(opened, table, group, column, IMAGES)
         batches = table.iter_batches(_BATCH, row_groups=[group], columns=[column])
         batch = next(itertools.islice(batches, index, None), None)
-        return [] if batch is None else batch.column(0).to_pylist()
+        return [] if batch is None else batch.column(0)
 
 
 def _read_beside(file: str, path: str) -> bytes:

@@ -98,12 +98,9 @@ def sides_of(image: ImageRef | Image.Image | str) -> tuple[int, int]:
             return opened.size
 
 
-def cut_warning(count: int, first: object) -> str:
+def cut_warning(count: int, first: object, remedy: str = "--resize_mode pad") -> str:
     """What the user is told of ``count`` images of which a crop leaves too little."""
-    return (
-        f"{count} images lose more than a third, the first: {first}; --resize_mode pad keeps "
-        "all of them"
-    )
+    return f"{count} images lose more than a third, the first: {first}; {remedy} keeps all of them"
 
 
 def _decode(path: ImageRef) -> Image.Image:

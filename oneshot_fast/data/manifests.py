@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from oneshot_fast.data.image_refs import ImageRef, find_file, image_ref, image_text
+from oneshot_fast.data.image_refs import ImageRef, find_file, image_ref, image_text, need_readers
 from oneshot_fast.data.records import (
     Failure,
     claim_id,
@@ -13,6 +13,7 @@ from oneshot_fast.data.records import (
     pair_id,
     read_objects,
     text_field,
+    texts_field,
 )
 from oneshot_fast.errors import DataError
 from oneshot_fast.runtime.files import mend_jsonl, write_jsonl
@@ -32,6 +33,7 @@ class MatchedPair:
     image_sha256: str | None = None  # of the target when the noise was assigned
     line: int = 0  # 1-based
     digest: str = ""  # of the line, whatever of it is read
+    prompts: tuple[str, ...] = ()  # where there are several captions: all of them
 
 
 def read_manifest(path: Path) -> tuple[list[MatchedPair], list[Failure]]:
@@ -41,13 +43,14 @@ def read_manifest(path: Path) -> tuple[list[MatchedPair], list[Failure]]:
     relative to the manifest's folder. Lines of the reference workflow hold prompt,
     target_image_path and best_input_noise_path; their paths are relative to the manifest's folder
     or else to the working directory. Absolute paths are taken as they are. A line without an id
-    gets the id that `Record` describes; a repeated id gets "-1", "-2", ... in file order.
+    gets the id that `Record` describes; a repeated id gets "-1", "-2", ... in file order. Of a line
+    with a list of several captions (prompts, or prompt itself) all are kept.
 
     Returns:
         The pairs and the failures, each in file order.
 
     Raises:
-        DataError: no such file, or no usable line in it.
+        DataError: no such file, no usable line in it, or a library for its images is missing.
     """
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such manifest file; give the path of a manifest.jsonl")
@@ -59,6 +62,7 @@ def read_manifest(path: Path) -> tuple[list[MatchedPair], list[Failure]]:
         raise nothing_usable(
             path, failures, '{"prompt": ..., "target_image_path": ..., "noise_path": ...}'
         )
+    need_readers(pair.image_path for pair in pairs)
     return pairs, failures
 
 
@@ -83,14 +87,15 @@ def merge_manifests(old: Path, new: Path, merged: Path) -> None:
 def _parse_match(
     line: int, item: dict[str, object] | str, folder: Path, used: dict[str, int]
 ) -> MatchedPair | Failure:
-    name = prompt = image = None
+    name = image = None
+    prompts: tuple[str, ...] = ()
     said = content_id(json.dumps(item, sort_keys=True))
     try:
         if isinstance(item, str):
             raise DataError(item)
         image = text_field(item, "target_image_path")
-        prompt = text_field(item, "prompt")
-        wanted = pair_id(image, prompt) if item.get("id") is None else text_field(item, "id")
+        prompts = texts_field(item, "prompt")
+        wanted = pair_id(image, *prompts) if item.get("id") is None else text_field(item, "id")
         name = claim_id(wanted, used)
         reference = "noise_path" not in item and "best_input_noise_path" in item
         noise = text_field(item, "best_input_noise_path" if reference else "noise_path")
@@ -101,9 +106,12 @@ def _parse_match(
         mode = text_field(item, "resize_mode") if "resize_mode" in item else "crop"
         digest = text_field(item, "image_sha256") if "image_sha256" in item else None
         place = image_path, noise_path, index
-        return MatchedPair(name, prompt, *place, mode, digest, line, said)
+        several = prompts if prompts[1:] else ()
+        if item.get("prompts") is not None:
+            several = texts_field(item, "prompts")
+        return MatchedPair(name, prompts[0], *place, mode, digest, line, said, several)
     except DataError as error:
-        return Failure(str(error), line, name, prompt, image, said)
+        return Failure(str(error), line, name, next(iter(prompts), None), image, said)
 
 
 def _noise_index(item: dict[str, object], noise: str) -> int | None:

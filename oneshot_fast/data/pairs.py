@@ -7,13 +7,13 @@ is raised only where nothing at all can be done.
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from oneshot_fast.data.image_refs import existing, extra_module, hint
+from oneshot_fast.data.image_refs import existing, hint
 from oneshot_fast.data.images import save_png
 from oneshot_fast.data.options import ALL, Selection
 from oneshot_fast.data.prompts import Row, read_table
@@ -26,9 +26,13 @@ from oneshot_fast.data.records import (
     pair_id,
     read_objects,
     text_field,
+    texts_field,
 )
+from oneshot_fast.data.tables import open_parquet, parquet_rows
 from oneshot_fast.errors import DataError, one_line
 from oneshot_fast.runtime.files import write_jsonl
+from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.processes import is_main
 
 _OURS, _HUGGING_FACE = ("prompt", "image"), ("text", "file_name")
 _LAYOUTS = {
@@ -36,7 +40,8 @@ _LAYOUTS = {
     **dict.fromkeys(("metadata.jsonl", "metadata.csv", "metadata.parquet"), _HUGGING_FACE),
 }
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-_REPEATS = re.compile(r"(\d{1,4})_")  # of a folder's name, as kohya's scripts have it
+_CAPTIONS = (".txt", ".caption")
+_REPEATS = re.compile(r"(\d{1,4})_(.*)")  # and prompt: a folder's name, as kohya's scripts have it
 
 
 def read_pairs(data_root: Path, selection: Selection = ALL) -> tuple[list[Record], list[Failure]]:
@@ -46,7 +51,7 @@ def read_pairs(data_root: Path, selection: Selection = ALL) -> tuple[list[Record
         data_root: folder with pairs.jsonl ({"prompt", "image"}) or, without it, metadata.jsonl,
             .csv or .parquet of a Hugging Face image folder ({"text", "file_name"}), or one that has
             one folder with such a list; or the path of such a file; or a folder of images, or of
-            folders of them, each with its caption in a .txt file of its name.
+            folders of them, each with its caption in a .txt or .caption file of its name.
         selection: which of its records (non-blank lines), and their fields.
 
     Returns:
@@ -115,40 +120,76 @@ def _find_pairs(data_root: Path) -> Path:
     if any(isinstance(row, dict) for _, row in _captioned(data_root)):
         return data_root
     raise DataError(
-        f"{data_root}: has no {' and no '.join(_LAYOUTS)}, and no *.tar or *.parquet; add one of "
-        "them"
+        f"{data_root}: has no {' and no '.join(_LAYOUTS)}, no *.tar, *.parquet or folder of "
+        "save_to_disk; add one of them"
     )
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     if path.is_dir():
-        return _captioned(path)
+        return _captioned(path, tell=True)
     if path.suffix == ".parquet":
-        table = extra_module("pyarrow.parquet").read_table(path)
-        return enumerate(table.to_pylist(), 1)
+        return enumerate(_parquet_rows(path, fields), 1)
     return read_table(path) if path.suffix == ".csv" else read_objects(path)
+
+
+def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[dict[str, object]]:
+    with path.open("rb") as file:
+        try:
+            table = open_parquet(file, *fields)
+            _check_fields(table.schema_arrow.names, fields)
+            for group in range(table.num_row_groups):
+                yield from parquet_rows(file, table, group, [*fields])
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        except Exception as error:  # damaged bytes raise nearly any class
+            raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
+
+
+def _check_fields(found: Sequence[str], fields: Sequence[str]) -> None:
+    """Raise DataError if there are lines, and none has one of the fields."""
+    for field, flag in zip(fields, ("--prompt_field", "--image_field"), strict=True):
+        if found and field not in found:
+            names = one_line(", ".join(found))
+            raise DataError(f"no line has the field '{field}'; set {flag}, one of: {names}")
 
 
 def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
-def _captioned(root: Path) -> Iterator[Row]:
-    """Images of a folder, and of those in it, with the whole text of the .txt file beside them."""
-    numbers = itertools.count(1)
+def _captioned(root: Path, tell: bool = False) -> Iterator[Row]:
+    """Images of a folder, and of those in it, with the whole text of the caption file beside them.
+
+    As for kohya's scripts a folder N_NAME counts N times, and NAME is the prompt of its images if
+    none of them has a caption file.
+    """
+    numbers, told = itertools.count(1), []
     for folder in (root, *_folders(root)):
-        repeats = _REPEATS.match(folder.name) if folder != root else None
-        for image in sorted(folder.iterdir()):
-            if image.suffix.lower() in _IMAGES:
-                row = _caption_row(image, root)
-                yield from ((next(numbers), row) for _ in range(int(repeats[1]) if repeats else 1))
+        names = {path.name for path in folder.iterdir() if path.name[0] != "."}
+        images = [folder / name for name in sorted(names) if name.lower().endswith(_IMAGES)]
+        kohya = _REPEATS.fullmatch(folder.name) if images and folder != root else None
+        captions = {image.with_suffix(suffix).name for image in images for suffix in _CAPTIONS}
+        named = kohya[2].strip() if kohya and not captions & names else ""
+        if kohya:
+            prompt = f', prompt "{one_line(named):.60}"' if named else ""
+            told.append(f"{one_line(folder.name)} ({len(images)} images, {kohya[1]} times{prompt})")
+        for image in images:
+            row = _caption_row(image, root, named)
+            yield from ((next(numbers), row) for _ in range(int(kohya[1]) if kohya else 1))
+    if tell and told and is_main():
+        say(f"folders by kohya's rule: {', '.join(told)}")
 
 
-def _caption_row(image: Path, root: Path) -> dict[str, object] | str:
-    path, name = image.with_suffix(".txt"), image.relative_to(root).as_posix()
+def _caption_row(image: Path, root: Path, named: str) -> dict[str, object] | str:
+    name = image.relative_to(root).as_posix()
+    paths = [image.with_suffix(suffix) for suffix in _CAPTIONS]
+    path = next(filter(os.path.lexists, paths), paths[0])
     try:
-        check_size(path.name, path.stat().st_size)
-        return {"prompt": path.read_text(encoding="utf-8-sig").strip(), "image": name}
+        if not named:
+            check_size(path.name, path.stat().st_size)
+            named = path.read_text(encoding="utf-8-sig").strip()
+        return {"prompt": named, "image": name}
     except FileNotFoundError:
         return f"{name} has no caption {path.name} beside it"
     except UnicodeDecodeError:
@@ -159,12 +200,12 @@ def _caption_row(image: Path, root: Path) -> dict[str, object] | str:
 
 def _parse_pairs(path: Path, fields: tuple[str, str]) -> list[Record | Failure]:
     """Every record of the file, so that ids do not depend on the part of it that is used."""
-    lines = list(_rows(path))
+    lines = list(_rows(path, fields))
     found = sorted({name for _, item in lines if isinstance(item, dict) for name in item})
-    for field, flag in zip(fields, ("--prompt_field", "--image_field"), strict=True):
-        if found and field not in found:
-            names = one_line(", ".join(found))
-            raise DataError(f"{path}: no line has the field '{field}'; set {flag}, one of: {names}")
+    try:
+        _check_fields(found, fields)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     used: dict[str, int] = {}
     return [_parse_pair(number, item, fields, used) for number, item in lines]
 
@@ -173,15 +214,16 @@ def _parse_pair(
     line: int, item: dict[str, object] | str, fields: tuple[str, str], used: dict[str, int]
 ) -> Record | Failure:
     """The record of one line, its image not yet looked up."""
-    prompt = image = None
+    image = None
     try:
         if isinstance(item, str):
             raise DataError(item)
         image = text_field(item, fields[1])
-        prompt = text_field(item, fields[0])
+        prompts = texts_field(item, fields[0])
     except DataError as error:
         return Failure(str(error), line, image=image)
-    return Record(claim_id(pair_id(image, prompt), used), line, prompt, image, Path(image))
+    name = claim_id(pair_id(image, *prompts), used)
+    return Record(name, line, prompts[0], image, Path(image), prompts if prompts[1:] else ())
 
 
 def _find_image(item: Record | Failure, root: Path, allow_outside_root: bool) -> Record | Failure:

@@ -1,7 +1,7 @@
 """Lists of prompts."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from oneshot_fast.data.records import (
@@ -10,9 +10,11 @@ from oneshot_fast.data.records import (
     first_field,
     read_lines,
     read_objects,
-    text_field,
+    texts_field,
 )
 from oneshot_fast.errors import DataError, one_line, require
+from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.processes import is_main
 
 Row = tuple[int, dict[str, object] | str]  # line number, and its columns or what is wrong with it
 
@@ -23,7 +25,7 @@ def read_prompts(path: Path, prompt_field: str | None = None) -> list[str]:
     Args:
         path: .txt (or no suffix), .tsv or .csv with a header, or .jsonl.
         prompt_field: column or field; by default the first of prompt, text and caption, which may
-            begin with a capital. A text file has none.
+            begin with a capital. A text file has none. A list of JSON is several prompts.
 
     Raises:
         DataError: If the file cannot be read, a line is no prompt, or there is none.
@@ -40,7 +42,7 @@ def read_prompts(path: Path, prompt_field: str | None = None) -> list[str]:
         raise DataError(f"{path}: files {suffix} are not read as prompts; give one of {known}")
     if prompt_field and suffix in ("", ".txt"):
         raise DataError(f"{path}: a text file has no fields; leave --prompt_field out")
-    found = []
+    found: list[str] = []
     for number, row in readers[suffix](path):
         try:
             if isinstance(row, str):
@@ -50,11 +52,34 @@ def read_prompts(path: Path, prompt_field: str | None = None) -> list[str]:
                 wanted = prompt_field or ", ".join(PROMPT_FIELDS)
                 names = one_line(", ".join(row))
                 raise DataError(f"no field {wanted}; set --prompt_field, one of: {names}")
-            found.append(text_field(row, name))
+            found += texts_field(row, name)
         except DataError as error:
             raise DataError(f"{path}: line {number}: {error}") from None
     require(bool(found), f"{path}: has no prompt")
     return found
+
+
+def warn_of_cut(
+    prompts: Iterable[str], is_cut: Callable[[str], bool], told: frozenset[str], limit: str
+) -> frozenset[str]:
+    """Say on stderr how many prompts are cut off, and which is the first.
+
+    Args:
+        prompts: May repeat.
+        is_cut: Whether one is longer than the limit.
+        told: Prompts of which this was said before.
+        limit: How it is called, such as "77 tokens".
+
+    Returns:
+        ``told`` with those of now.
+    """
+    cut = [p for p in dict.fromkeys(prompts) if p not in told and is_cut(p)]
+    if cut and is_main():
+        say(
+            f"warning: {len(cut)} prompts are longer than {limit}; cut off, the first of them "
+            f'"{one_line(cut[0]):.60}..."'
+        )
+    return told.union(cut)
 
 
 def read_table(path: Path) -> Iterator[Row]:

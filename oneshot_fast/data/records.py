@@ -19,8 +19,9 @@ MAX_LINE = 1 << 22  # bytes of a JSON object: a long run's curve of losses takes
 class Record:
     """One (prompt, target image) of a data set.
 
-    `id` is the first 12 hex digits of sha256(image as written + NUL + prompt); the second and later
-    lines with the same pair get "-1", "-2", ... in file order, whatever part of the file is used.
+    `id` is the first 12 hex digits of sha256(image as written + NUL + prompt), of several captions
+    all, with NUL between them; the second and later lines with the same pair get "-1", "-2", ... in
+    file order, whatever part of the file is used.
     """
 
     id: str
@@ -28,6 +29,7 @@ class Record:
     prompt: str
     image: str  # as written
     image_path: ImageRef  # absolute, symlinks resolved; of a shard, the part that holds it
+    prompts: tuple[str, ...] = ()  # where there are several captions: all; `prompt` is one of them
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,23 @@ def text_field(record: dict[str, object], name: str) -> str:
     return value
 
 
+def texts_field(record: dict[str, object], name: str) -> tuple[str, ...]:
+    """The text of a field, or those of a list of several captions, each as ``text_field`` has it.
+
+    Raises:
+        DataError: as there, or the list is empty, or longer than a quarter of ``MAX_LINE``.
+    """
+    values = record.get(name)
+    if not isinstance(values, list):
+        return (text_field(record, name),)
+    if not values:
+        raise DataError(f"'{name}' is an empty list")
+    named = {f"{name}[{k}]": value for k, value in enumerate(values)}
+    texts = tuple(text_field(named, key) for key in named)
+    check_size(name, sum(len(text.encode()) for text in texts), MAX_LINE // 4)
+    return texts
+
+
 def check_size(name: str, size: int, limit: int = MAX_TEXT) -> None:
     """Raise DataError if a text called ``name`` has too many bytes to be one."""
     if size > limit:
@@ -131,9 +150,9 @@ def first_field(columns: Container[str], wanted: str | None, defaults: Sequence[
     return next((name for name in names if name in columns), None)
 
 
-def pair_id(image: str, prompt: str, digits: int = 12) -> str:
-    """Id of a (prompt, image as written) pair: hex digits of sha256(image + NUL + prompt)."""
-    return hashlib.sha256(f"{image}\0{prompt}".encode()).hexdigest()[:digits]
+def pair_id(image: str, *prompts: str, digits: int = 12) -> str:
+    """Id of an image as written and its prompts: hex digits of sha256, NUL between the texts."""
+    return hashlib.sha256("\0".join((image, *prompts)).encode()).hexdigest()[:digits]
 
 
 def claim_id(base: str, used: dict[str, int]) -> str:

@@ -1,14 +1,18 @@
 """Which files a data root names: a folder of shards, one shard, or a pattern, local or remote."""
 
+import json
 import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from oneshot_fast.data.tables import extra_module
 from oneshot_fast.errors import DataError, one_line
+from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.processes import is_main
 
-SUFFIXES = (".tar", ".parquet")
+SUFFIXES = (".tar", ".parquet", ".arrow")
 _WILDCARD = re.compile(r"[*?[]")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
@@ -51,16 +55,23 @@ def find_shards(root: str, allow_outside_root: bool = False) -> list[Shard]:
     patterns = [root] if is_local else expand_braces(root)
     if not is_local and patterns == [root] and not _WILDCARD.search(root) and "://" not in root:
         return []
+    extra_module("fsspec")
     try:
         shards = _find([(pattern, not is_local) for pattern in patterns], allow_outside_root)
+    except DataError:
+        raise
     except FileNotFoundError as error:
         raise DataError(f"{root}: no such file or folder: {one_line(error)}") from None
     except Exception as error:  # each of fsspec's file systems has errors of its own
         raise DataError(f"{root}: cannot be listed: {one_line(error)}") from error
     if not shards:
-        raise DataError(f"{root}: there is no .tar or .parquet file; check data_root")
-    if len({shard.suffix for shard in shards}) > 1:
-        raise DataError(f"{root}: holds both .tar and .parquet files; name one kind, as DIR/*.tar")
+        raise DataError(
+            f"{root}: there is no .tar or .parquet file, and no .arrow; check data_root"
+        )
+    kinds = [suffix for suffix in SUFFIXES if suffix in {shard.suffix for shard in shards}]
+    if kinds[1:]:
+        both = " and ".join(kinds)
+        raise DataError(f"{root}: holds both {both} files; name one kind, as DIR/*.tar")
     return shards
 
 
@@ -84,7 +95,9 @@ def _holds_shards(path: str) -> bool:
     names = os.listdir(path)
     if "pairs.jsonl" in names or "metadata.jsonl" in names:
         return False
-    return any(name.endswith(SUFFIXES) and name != "metadata.parquet" for name in names)
+    suffixes = SUFFIXES if "state.json" in names else SUFFIXES[:2]
+    shards = [name for name in names if name.endswith(suffixes) and name != "metadata.parquet"]
+    return bool(shards) or "dataset_dict.json" in names
 
 
 def _find(patterns: list[tuple[str, bool]], allow_outside_root: bool) -> list[Shard]:
@@ -102,8 +115,7 @@ def _find(patterns: list[tuple[str, bool]], allow_outside_root: bool) -> list[Sh
             folder = path[: magic.start()].rpartition("/")[0]
             files = fs.glob(path, detail=True)
         elif fs.isdir(path):
-            folder = path.rstrip("/")
-            files = {info["name"]: info for info in fs.ls(path, detail=True)}
+            folder, files = _listed(fs, path.rstrip("/"))
         else:
             files = {path: fs.info(path)}
         roots.append(folder)
@@ -122,6 +134,37 @@ def _find(patterns: list[tuple[str, bool]], allow_outside_root: bool) -> list[Sh
     return [
         replace(shard, name=shard.name.removeprefix(folder).lstrip("/")) for shard in found.values()
     ]
+
+
+def _listed(fs: Any, folder: str) -> tuple[str, dict[str, Any]]:
+    """What lies in a folder, by path; of a folder of datasets' save_to_disk what its list names.
+
+    Of a saved DatasetDict it is the folder of the split train, or of its only one.
+    """
+
+    def read(name: str) -> Any:
+        return json.loads(fs.cat_file(f"{folder}/{name}")) if f"{folder}/{name}" in files else None
+
+    files = {info["name"]: info for info in fs.ls(folder, detail=True)}
+    if several := read("dataset_dict.json"):
+        splits = several["splits"]
+        chosen = "train" if "train" in splits else splits[0]
+        if chosen != "train" and len(splits) > 1:
+            raise DataError(
+                f"{folder}: has splits {one_line(', '.join(splits))}; give one's folder"
+            )
+        if len(splits) > 1 and is_main():
+            say(f"{folder}: of its splits {chosen} is read")
+        return _listed(fs, f"{folder}/{os.path.basename(chosen)}")
+    state = read("state.json")
+    if state is None:  # .arrow files are caches, with all splits, unless they are named
+        return folder, {name: info for name, info in files.items() if not name.endswith(".arrow")}
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise DataError(
+            f"{folder}: is a selection of rows; flatten_indices() it, and save it again"
+        )
+    names = [os.path.basename(file["filename"]) for file in state["_data_files"]]
+    return folder, {f"{folder}/{name}": fs.info(f"{folder}/{name}") for name in names}
 
 
 def _follow(file: str, root: str | None) -> tuple[int | None, str | None]:

@@ -1,4 +1,4 @@
-"""Samples of one tar shard (WebDataset) or one Parquet file, in order, their images not read."""
+"""Samples of one tar shard (WebDataset), Parquet or Arrow file, in order, their images not read."""
 
 import json
 import os
@@ -8,31 +8,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from oneshot_fast.data.image_refs import cell_place, extra_module, open_file
+import numpy as np
+
+from oneshot_fast.data.image_refs import cell_place, open_file
 from oneshot_fast.data.records import (
     MAX_LINE,
     MAX_TEXT,
     PROMPT_FIELDS,
     check_size,
     first_field,
-    text_field,
+    texts_field,
 )
+from oneshot_fast.data.tables import extra_module, open_parquet, parquet_rows
 from oneshot_fast.errors import DataError, one_line
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 # Everything up to the first dot of the last part is the key, the rest the extension: WebDataset's
 # rule, see base_plus_ext in webdataset/tariterators.py.
 _NAME = re.compile(r"((?:.*/|)[^.][^./]*)\.([^/]*)", re.DOTALL)
-_ROWS = 1024  # prompts read at once
-_BYTES = 64 << 20  # of prompts read at once, as the file says
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a shard: a prompt and the image's place, or the reason why there is none."""
+    """One sample of a shard: prompts and the image's place, or the reason why there is none."""
 
     key: str  # unique in the shard, unless the shard repeats a name
-    prompt: str | None = None
+    prompts: tuple[str, ...] = ()  # several where there is a list of captions
     place: str = ""  # as in `Member`
     reason: str | None = None
 
@@ -63,13 +65,13 @@ def read_tar(file: str, prompt_field: str | None, image_field: str | None) -> It
         for group in _groups(opened):
             try:
                 extension = _image_extension(group, image_field)
-                prompt = _tar_prompt(group, opened, prompt_field)
+                prompts = _tar_prompts(group, opened, prompt_field)
             except DataError as error:
                 if not group.before_damage:  # what is missing is the damage's fault
                     yield Sample(group.key, reason=str(error))
                 continue
             offset, length = group.spans[extension]
-            yield Sample(f"{group.key}.{extension}", prompt, f"{offset}+{length}")
+            yield Sample(f"{group.key}.{extension}", prompts, f"{offset}+{length}")
 
 
 def read_parquet(file: str, prompt_field: str | None, image_field: str | None) -> Iterator[Sample]:
@@ -85,31 +87,78 @@ def read_parquet(file: str, prompt_field: str | None, image_field: str | None) -
         Exception: damage, after the rows before it; or the file cannot be read.
     """
     with open_file(file) as opened:
-        rows = extra_module("pyarrow.parquet").ParquetFile(opened)
-        columns = rows.schema_arrow.names
-        wanted = _column(columns, prompt_field, PROMPT_FIELDS, "--prompt_field")
-        images = _column(columns, image_field, ("image",), "--image_field")
-        number = 0
-        for group in range(rows.num_row_groups):
-            for row, prompt in enumerate(_values(rows, group, wanted)):
-                try:
-                    text = text_field({wanted: prompt}, wanted)
-                except DataError as error:
-                    yield Sample(str(number), reason=str(error))
-                else:
-                    yield Sample(str(number), text, cell_place(images, group, row))
+        names = open_parquet(opened).schema_arrow.names
+        wanted = _column(names, prompt_field, PROMPT_FIELDS, "--prompt_field")
+        images = _column(names, image_field, ("image",), "--image_field")
+        table, number = open_parquet(opened, wanted), 0
+        for group in range(table.num_row_groups):
+            for row, cells in enumerate(parquet_rows(opened, table, group, [wanted])):
+                yield _sample(number, cells[wanted], wanted, cell_place(images, group, row))
                 number += 1
 
 
-def _values(rows: Any, group: int, column: str) -> Iterator[object]:
-    """Values of a column in a row group of a ParquetFile, some at a time."""
-    about = rows.metadata.row_group(group)
-    chunks = [about.column(k) for k in range(about.num_columns)]
-    size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
-    count = min(_ROWS, max(1, _BYTES * about.num_rows // max(1, size)))
-    # a thread that still reads when the process ends would make it hang or abort (pyarrow 26)
-    parts = rows.iter_batches(count, row_groups=[group], columns=[column], use_threads=False)
-    return (value for part in parts for value in part[column].to_pylist())
+def read_arrow(file: str, prompt_field: str | None, image_field: str | None) -> Iterator[Sample]:
+    """Iterate over the rows of an Arrow stream, as ``save_to_disk`` of Hugging Face's datasets.
+
+    Args:
+        file: path, or fsspec URL, which is copied to a temporary folder.
+        prompt_field: column of the prompts; by default the first of prompt, text and caption.
+        image_field: column of the images, bytes or a struct of bytes and path; by default image.
+
+    Raises:
+        DataError: no such column, or a library is missing.
+        Exception: damage, after the rows before it; or the file cannot be read.
+    """
+    arrow, local = extra_module("pyarrow"), file
+    if "://" in file:
+        local = extra_module("fsspec").open_local(f"simplecache::{file}")
+    with arrow.memory_map(local) as opened:
+        whole, number = opened.read_buffer(), 0
+        stream = arrow.ipc.open_stream(whole)
+        wanted = _column(stream.schema.names, prompt_field, PROMPT_FIELDS, "--prompt_field")
+        images = _column(stream.schema.names, image_field, ("image",), "--image_field")
+        for batch in stream:
+            for name in (images, wanted):
+                batch[name].validate(full=True)  # damaged offsets lead anywhere
+            for row, span in enumerate(_spans(batch[images], whole)):
+                yield _sample(number, batch[wanted][row : row + 1], wanted, span)
+                number += 1
+        if bytes(whole[-len(_END) :]) != _END:
+            raise DataError("no end mark: the shard is truncated")
+
+
+def _sample(number: int, cell: Any, name: str, place: str | None) -> Sample:
+    """The sample of a row of a table; ``cell`` is its prompt, or an Arrow array of it alone."""
+    try:
+        if place is None:
+            raise DataError("has no image's bytes: save a column of the type datasets.Image")
+        if hasattr(cell, "nbytes"):
+            check_size(name, cell.nbytes, MAX_LINE)
+            cell = cell[0].as_py()
+        return Sample(str(number), texts_field({name: cell}, name), place)
+    except DataError as error:
+        return Sample(str(number), reason=str(error))
+
+
+def _spans(column: Any, whole: Any) -> Iterator[str | None]:
+    """Where the bytes of images lie in the mapped file, as places of `Member`; None: nowhere.
+
+    Raises:
+        DataError: the file is compressed.
+    """
+    data = column.field("bytes") if hasattr(column, "field") else column
+    kind = {"binary": "i4", "large_binary": "i8"}.get(str(data.type))
+    buffers = data.buffers()
+    if kind is None or buffers[2] is None:
+        yield from [None] * len(column)
+        return
+    first = buffers[2].address - whole.address
+    if not 0 <= first <= whole.size - buffers[2].size:
+        raise DataError("is compressed: save it uncompressed, as save_to_disk does")
+    bounds = np.frombuffer(buffers[1], kind)[data.offset : data.offset + len(data) + 1] + first
+    is_there = column.is_valid().to_numpy(False) & data.is_valid().to_numpy(False)
+    for start, end, there in zip(bounds[:-1], bounds[1:], is_there, strict=True):
+        yield f"{start}+{end - start}" if there else None
 
 
 def _column(columns: Sequence[str], wanted: str | None, defaults: Sequence[str], flag: str) -> str:
@@ -180,11 +229,11 @@ def _image_extension(group: _Group, image_field: str | None) -> str:
     raise DataError(f"has no image .{' or .'.join(wanted)} (--image_field) but {names}")
 
 
-def _tar_prompt(group: _Group, file: BinaryIO, prompt_field: str | None) -> str:
+def _tar_prompts(group: _Group, file: BinaryIO, prompt_field: str | None) -> tuple[str, ...]:
     extension = (prompt_field or "txt").lower().removeprefix(".")
     if extension in group.spans:
         text = _decode(group, file, extension).strip()
-        return text_field({f".{extension}": text}, f".{extension}")
+        return texts_field({f".{extension}": text}, f".{extension}")
     if "json" not in group.spans:
         names = one_line(", ".join(f".{name}" for name in group.spans))
         raise DataError(f"has no caption .{extension} or .json (--prompt_field) but {names}")
@@ -196,7 +245,7 @@ def _tar_prompt(group: _Group, file: BinaryIO, prompt_field: str | None) -> str:
         raise DataError(f".json is not an object but {type(value).__name__}")
     names = one_line(", ".join(value))
     if name := first_field(value, prompt_field, PROMPT_FIELDS):
-        return text_field(value, name)
+        return texts_field(value, name)
     missing = prompt_field or ", ".join(PROMPT_FIELDS)
     raise DataError(f".json has no field {missing}; set --prompt_field, one of: {names}")
 

@@ -1,4 +1,4 @@
-"""Data sets to go through once: folders, WebDataset tar shards and Parquet, local or remote.
+"""Data sets to go through once: folders, WebDataset tar shards, Parquet, Arrow, local or remote.
 
 A `Source` gives records and failures in a fixed order, as often as it is asked. Shards are read
 while it is iterated, one after another, so that work starts without a pass over everything.
@@ -17,11 +17,12 @@ from oneshot_fast.data.options import ALL, Selection
 from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.data.records import Failure, Record, claim_id, pair_id
 from oneshot_fast.data.shard_files import Shard, find_shards
-from oneshot_fast.data.shards import Sample, read_parquet, read_tar
+from oneshot_fast.data.shards import Sample, read_arrow, read_parquet, read_tar
+from oneshot_fast.data.tables import extra_module
 from oneshot_fast.errors import DataError, one_line
 from oneshot_fast.runtime.seeds import content_id
 
-_READERS = {".tar": read_tar, ".parquet": read_parquet}
+_READERS = {".tar": read_tar, ".parquet": read_parquet, ".arrow": read_arrow}
 _ID_DIGITS = 16
 _FIRST = 20  # samples, one of which must be usable before any work starts
 
@@ -39,7 +40,7 @@ class Source(Protocol):
 
     @property
     def identity(self) -> str:
-        """Changes with the list of the data set, its fields or range, not with what is broken."""
+        """Changes with the names in the data set, its fields or range, not with what is broken."""
 
     @property
     def total(self) -> int | None:
@@ -58,8 +59,8 @@ class FolderSource:
 
     @property
     def identity(self) -> str:
-        """Hash of the list's ids, whether their images are there or not."""
-        return content_id(*(item.id for item in self if item.id))
+        """Always the same: lines may be mended, and what is done is looked up in the list."""
+        return "pairs"
 
     @property
     def state(self) -> str:
@@ -84,7 +85,7 @@ class FolderSource:
 
 @dataclass(frozen=True)
 class ShardSource:
-    """Samples of tar shards or Parquet files.
+    """Samples of tar shards, Parquet or Arrow files.
 
     A record's `image` is "shard/key", and its `line` the sample's number in the shard, from 1. Its
     id is the first 16 hex digits of sha256(`image` + NUL + prompt), enough to tell 10^8 samples
@@ -135,8 +136,11 @@ class ShardSource:
         """Look at the first samples only.
 
         Raises:
-            DataError: none of them can be used, for instance because a column has another name.
+            DataError: none of them can be used, for instance because a column has another name, or
+                a library is missing.
         """
+        if any(shard.suffix != ".tar" for shard in self.shards):
+            extra_module("pyarrow.parquet")
         first = list(islice(self._samples(), 1))
         if not first:
             raise DataError(f"{self.root}: its shards are empty")
@@ -169,9 +173,10 @@ def open_pairs(data_root: str | Path, selection: Selection = ALL) -> Source:
     """Open a data set of any layout.
 
     Args:
-        data_root: what `read_pairs` takes; or a folder with *.tar or *.parquet, such a file, or a
-            pattern of such files with *, ?, [a-z], {000..123} or {a,b}; each a path or an fsspec
-            URL such as hf://datasets/user/name/data or s3://bucket/shards/{000..123}.tar.
+        data_root: what `read_pairs` takes; or a folder with *.tar or *.parquet, or of datasets'
+            save_to_disk; or such a file, *.arrow, too, or a pattern of such files with *, ?, [a-z],
+            {000..123} or {a,b}; each a path or an fsspec URL such as
+            hf://datasets/user/name/data or s3://bucket/shards/{000..123}.tar.
         selection: which of its samples, a bad one counting, and their fields: see `read_pairs`,
             `read_tar` and `read_parquet`.
 
@@ -214,7 +219,9 @@ def pending(source: Iterable[Record | Failure], done: Container[str], size: int)
 
 def _record(shard: Shard, number: int, sample: Sample, used: dict[str, int]) -> Record | Failure:
     image = f"{shard.name}/{sample.key}"
-    if sample.prompt is None:
+    prompts = sample.prompts
+    if not prompts:
         return Failure(sample.reason or "", number, image=image)
-    name = claim_id(pair_id(image, sample.prompt, _ID_DIGITS), used)
-    return Record(name, number, sample.prompt, image, Member(shard.file, sample.place))
+    name = claim_id(pair_id(image, *prompts, digits=_ID_DIGITS), used)
+    place = Member(shard.file, sample.place)
+    return Record(name, number, prompts[0], image, place, prompts if prompts[1:] else ())

@@ -1,7 +1,7 @@
 """Held-out pairs: chosen by the run's seed, read as what generators are measured against."""
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,20 +18,15 @@ FEWEST, MOST = 16, 500  # pairs that are held out unless a share is given
 ENOUGH = 64  # of fewer pairs none can be spared
 
 
-class _Named(Protocol):
-    @property
-    def id(self) -> str | None: ...
-    @property
-    def line(self) -> int | None: ...
-
-
-Item = TypeVar("Item", bound=_Named)
+Item = TypeVar("Item")
 
 
 def hold_out(
     items: Sequence[Item], share: float | None, seed: int
 ) -> tuple[list[Item], list[Item]]:
-    """Divide pairs into those to train on and those to measure by, by hashes of their ids.
+    """Divide pairs into those to train on and those to measure by, by hashes of their places.
+
+    So a line that is mended changes nothing for the others.
 
     Args:
         items: All pairs, and what could not be read.
@@ -47,7 +42,7 @@ def hold_out(
     if share is None:
         wanted = min(MOST, max(FEWEST, wanted)) if count >= ENOUGH else 0
     require(wanted < count or not wanted, f"heldout {share} leaves no pair to train on; give less")
-    seeds = [derived_seed(seed, "held out", item.id or item.line) for item in items]
+    seeds = [derived_seed(seed, "held out", place) for place in range(count)]
     chosen = {*sorted(range(count), key=seeds.__getitem__)[:wanted]}
     return (
         [item for k, item in enumerate(items) if k not in chosen],

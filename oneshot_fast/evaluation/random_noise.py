@@ -238,14 +238,17 @@ def _features(features: Features, images: Iterable[Tensor]) -> Iterator[Tensor]:
             yield features.of(torch.stack(batch)).cpu()
 
 
-def forget_other(folder: Path, ids: list[str]) -> None:
-    """Measures in ``folder`` are made anew if other held-out images could be read then."""
-    path = folder / "heldout-ids.json"
-    if path.exists() and read_json(path, list) == ids:
+def forget_other(folder: Path, made_of: list[str], *more: Path) -> None:
+    """Measures in ``folder``, and ``more``, are made anew if they were made of something else.
+
+    ``made_of`` are ids of held-out pairs that can be read, and whatever else may be mended.
+    """
+    path = folder / "made-of.json"
+    if path.exists() and read_json(path, list) == made_of:
         return
-    for measured in folder.glob("*.json") if path.exists() else ():
+    for measured in (*folder.glob("*.json"), *more) if path.exists() else ():
         remove(measured)
-    write_json(path, ids)
+    write_json(path, made_of)
 
 
 def shown(path: Path) -> Tensor:

@@ -11,9 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from oneshot_fast.data.images import to_pil
-from oneshot_fast.errors import UserError, one_line, require
-from oneshot_fast.runtime.ledger import say
-from oneshot_fast.runtime.processes import is_main
+from oneshot_fast.data.prompts import warn_of_cut
+from oneshot_fast.errors import UserError, require
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
 Recomputed = Literal["none", "rewards", "full"]
@@ -201,13 +200,8 @@ class Generator(ABC):
 
     def warn_of_cut(self, prompts: Iterable[str]) -> None:
         """Say once on stderr how many of these prompts are cut off, and which is the first."""
-        cut = [p for p in dict.fromkeys(prompts) if p not in self._told and self.is_truncated(p)]
-        self._told = self._told.union(cut)
-        if cut and is_main():
-            say(
-                f"warning: {len(cut)} prompts are longer than {self.prompt_tokens} tokens; cut "
-                f'off, the first of them "{one_line(cut[0]):.60}..."'
-            )
+        limit = f"{self.prompt_tokens} tokens"
+        self._told = warn_of_cut(prompts, self.is_truncated, self._told, limit)
 
     @abstractmethod
     def encode_image(self, image: Tensor) -> Tensor:

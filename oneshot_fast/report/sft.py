@@ -8,6 +8,7 @@ from oneshot_fast.report import page, plots
 from oneshot_fast.report.page import Plot, Section, Table, write_run
 from oneshot_fast.report.rewards import draw_histories, history, rewards_section
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
+from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.units import decimals
 
 
@@ -87,6 +88,8 @@ def print_summary(summary: Json, folder: Path) -> None:
             f"trained {steps} steps on {summary['samples']} pairs in {seconds:.0f} s: latent loss "
             f"on the matched noises {decimals(before)} -> {decimals(after)}"
         )
+    if summary.get("cut_images"):
+        say(f"warning: {summary['cut_images']}")
     print(f"checkpoint: {folder / 'checkpoint-final'}")
     if (folder / "lora-final").exists():
         print(f"LoRA: {folder / 'lora-final'}")

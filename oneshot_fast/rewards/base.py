@@ -1,7 +1,7 @@
 """What a reward is, and the weighted sum of several."""
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
 
+from oneshot_fast.data.prompts import warn_of_cut
 from oneshot_fast.errors import ModelError, require
 
 
@@ -51,6 +52,9 @@ class Reward(nn.Module):
 
     name: str
     differentiable: bool = True
+    tokenizer: Any = None  # of prompts; None if it reads none, or all of them
+    prompt_tokens: int = 0  # that the tokenizer keeps, both ends included
+    _told: frozenset[str] = frozenset()  # prompts that were warned of
 
     @classmethod
     def load(cls, name: str, setup: Setup) -> "Reward":
@@ -62,6 +66,17 @@ class Reward(nn.Module):
         reward = cls()
         reward.name = name
         return reward.to(setup.device, setup.dtype)
+
+    def is_truncated(self, prompt: str) -> bool:
+        """Whether ``prompt`` is longer than what this reward reads of it."""
+        if self.tokenizer is None:
+            return False
+        return len(self.tokenizer(prompt, verbose=False).input_ids) > self.prompt_tokens
+
+    def warn_of_cut(self, prompts: Iterable[str]) -> None:
+        """Say once on stderr how many of these prompts are cut off, and which is the first."""
+        limit = f"the {self.prompt_tokens} tokens that reward {self.name} reads"
+        self._told = warn_of_cut(prompts, self.is_truncated, self._told, limit)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """What ``forward`` needs of B prompts, [B, ...], computed once for each; else nothing.
@@ -135,6 +150,12 @@ class WeightedRewards(nn.Module):
     def differentiable(self) -> bool:
         """Whether all of the rewards are; if not, only a search can use their sum."""
         return all(reward.differentiable for reward in self.rewards)
+
+    def warn_of_cut(self, prompts: Iterable[str]) -> None:
+        """Say once for each reward how many of these prompts it cuts off."""
+        texts = [*prompts]
+        for reward in self.by_name.values():
+            reward.warn_of_cut(texts)
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Weighted sum, [B] float32, of what ``scores`` returns for the same."""

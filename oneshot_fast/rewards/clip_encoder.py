@@ -27,15 +27,16 @@ class ClipEncoder(ImageEncoder):
         """Wrap a model, the tokenizer of its texts and the preprocessing of its images."""
         super().__init__()
         self.model, self._prepare = model, prepare
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        self.prompt_tokens: int = model.config.text_config.max_position_embeddings
         self._size = model.config.vision_config.image_size
         # float32 even where the model is not: scores of near images differ in the last digits
         self.scale = float(model.logit_scale.detach().double().exp())
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Unit embeddings, [B, D] float32; what exceeds the context length is cut off."""
-        length = self.model.config.text_config.max_position_embeddings
-        ids = tokenize(self._tokenizer, prompts, length).input_ids.to(self.model.device)
+        found = tokenize(self.tokenizer, prompts, self.prompt_tokens)
+        ids = found.input_ids.to(self.model.device)
         pooled = self.model.text_model(ids).pooler_output
         return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
 
@@ -55,6 +56,7 @@ class CosineReward(EmbeddingReward):
         super().__init__()
         self.name = name
         self.encoder, self.scale = encoder, scale
+        self.tokenizer, self.prompt_tokens = encoder.tokenizer, encoder.prompt_tokens
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         return self.encoder.encode_prompts(prompts)

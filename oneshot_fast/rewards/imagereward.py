@@ -53,7 +53,7 @@ class ImageRewardReward(Reward):
         """Join BLIP's encoders (transformers) and the head."""
         super().__init__()
         self.vision, self.text, self.head = vision, text, head
-        self._tokenizer = tokenizer
+        self.tokenizer, self.prompt_tokens = tokenizer, NUM_TOKENS
 
     @classmethod
     def load(cls, name: str, setup: Setup) -> "ImageRewardReward":
@@ -64,7 +64,7 @@ class ImageRewardReward(Reward):
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Token ids and mask, [B, 2, 35] int64; what exceeds 35 tokens is cut off."""
-        tokens = tokenize(self._tokenizer, prompts, NUM_TOKENS)
+        tokens = tokenize(self.tokenizer, prompts, NUM_TOKENS)
         return torch.stack((tokens.input_ids, tokens.attention_mask), 1).to(self.text.device)
 
     def forward(self, images: Tensor, features: Tensor) -> Tensor:

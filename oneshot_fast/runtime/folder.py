@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,25 @@ class RunFolder:
                 temporary.write_bytes(text.encode())
             say(f"{path} was damaged or gone; restored from {NAME}")
         return True
+
+
+def list_settings(
+    folder: Path | None, failed: Sequence[int], identity: Callable[[Container[int]], str]
+) -> dict[str, Any]:
+    """Settings of a run that depends on a list whose broken lines may be mended.
+
+    Args:
+        folder: of the run, which may have begun: the lines that failed then do not count. None if
+            it begins anew.
+        failed: lines that fail now.
+        identity: of the list without such lines.
+    """
+    with contextlib.suppress(DamagedError, OSError):
+        then = {} if folder is None else read_json(folder / "run.json")
+        lines = then.get("failed_lines")
+        if isinstance(lines, list) and identity(lines) == then.get("data"):
+            failed = lines
+    return {"data": identity(failed), "failed_lines": [*failed]}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

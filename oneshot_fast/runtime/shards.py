@@ -149,6 +149,11 @@ class ShardRun(ABC, Generic[Item, Found]):
     def check(self) -> None:
         """Raise RunError if what is ``done`` does not fit the samples."""
 
+    def look(self) -> None:
+        """Read what is ``done``, and ``check`` it."""
+        self.done = self._rows()
+        self.check()
+
     def run(
         self, *, overwrite: bool = False, report_to: str | Tracker = "none", verify: bool = False
     ) -> Json:

@@ -6,7 +6,6 @@ What it learns from is said by a subclass, as the runs of jobs/sft: matched pair
 import contextlib
 import math
 import re
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from oneshot_fast.generators.base import Generator
 from oneshot_fast.runtime.concurrency import Interrupts, stop
 from oneshot_fast.runtime.files import read_json, remove, write_json, write_jsonl
 from oneshot_fast.runtime.folder import RunFolder
+from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import barrier, is_main, kept_by_main, largest, processes
 from oneshot_fast.runtime.progress import Tracker, progress, start_tracking
 from oneshot_fast.runtime.seeds import derived_seed
@@ -37,7 +37,8 @@ _STATE = ("state.safetensors", BEGUN)
 
 def _is_vital(key: str) -> bool:
     """Whether a finished training without this file has to train again."""
-    return re.match(r"(.*/)?checkpoint-\d+/|eval/|preserve|state|history|failures", key) is None
+    others = "preserve|state|history|failures|captions"
+    return re.match(rf"(.*/)?checkpoint-\d+/|eval/|{others}", key) is None
 
 
 class TrainingRun(ABC):
@@ -51,6 +52,8 @@ class TrainingRun(ABC):
         trainees: What is trained, by name; the generator is "student".
         losses: What each lowers.
         trainers: Made of both when the training begins.
+        pool: Preserve targets; by default made from the generator as it is when it is run.
+        begins_anew: Whether what lies in the folder does not count.
     """
 
     outputs: tuple[str, ...] = (
@@ -104,6 +107,7 @@ class TrainingRun(ABC):
         self.losses: dict[str, Loss] = {STUDENT: loss}
         self.trainers: dict[str, Trainer] = {}
         self.pool: PreservePool | None = None
+        self.begins_anew = False
         self.tracker = Tracker()
         on_gpu = generator.device.type != "cpu"  # there is memory to free
         self.offloads = on_gpu if offload_encoders is None else offload_encoders
@@ -157,7 +161,6 @@ class TrainingRun(ABC):
         overwrite: bool = False,
         report_to: str | Tracker = "none",
         verify: bool = False,
-        pool: PreservePool | None = None,
     ) -> dict[str, Any]:
         """Train, or finish an interrupted training; all trainees end with their final weights.
 
@@ -165,7 +168,6 @@ class TrainingRun(ABC):
             overwrite: Start anew.
             report_to: As for ``start_tracking``.
             verify: Compare the hashes of all files that are there.
-            pool: Preserve targets; by default made from the generator as it is now.
 
         Returns:
             The summary, as in summary.json.
@@ -173,30 +175,21 @@ class TrainingRun(ABC):
         Raises:
             UserError: If nothing can be trained on, or the loss becomes NaN or infinite.
         """
-        self.pool, settings = pool, self.settings()
+        self.begins_anew = overwrite or self._is_mended()
+        settings = self.settings()
         others = (name for name in self.trainees if name != STUDENT)
         outputs = (*self.outputs, *others, *self._checkpoints(STUDENT).intermediate())
-        folder = RunFolder(self.folder, settings, outputs, overwrite, verify)
+        folder = RunFolder(self.folder, settings, outputs, self.begins_anew, verify)
         with kept_by_main(folder):
             if is_main():
                 folder.reopen("summary.json", _is_vital)
             barrier()
             path = self.folder / "summary.json"
-            finals = {name: self._home(name) / "checkpoint-final" for name in self.trainees}
-            finished = path.exists() and all(final.exists() for final in finals.values())
-            if finished and self.is_mended():
-                barrier()  # until all have seen it
-                if is_main():
-                    print("records that failed can be read now: trained anew", file=sys.stderr)
-                    remove(path)
-                    remove(self.folder / POOL)
-                    self._drop_state()
-                barrier()
-            elif finished:
+            if self.is_finished:
                 if is_main():
                     self._drop_state()
-                for name, final in finals.items():
-                    self.trainees[name].load_weights(final)
+                for name in self.trainees:
+                    self.trainees[name].load_weights(self._home(name) / "checkpoint-final")
                 return dict(read_json(path))
             self.tracker = start_tracking(report_to, self.folder, settings)
             summary = self.learn() | {"settings": settings}
@@ -206,10 +199,25 @@ class TrainingRun(ABC):
                 self._drop_state()
             return summary
 
-    def train(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """Train on one example per prompt; all trainees end with their final weights."""
+    @property
+    def is_finished(self) -> bool:
+        """Whether the folder holds a training that has come to its end."""
+        finals = (self._home(name) / "checkpoint-final" for name in self.trainees)
+        return (self.folder / "summary.json").exists() and all(path.exists() for path in finals)
+
+    def _is_mended(self) -> bool:
+        """Whether this training is finished, and records that failed can be read now."""
+        found = self.is_finished and not RunFolder(self.folder, self.settings(), ()).is_other()
+        found = found and self.is_mended()
+        barrier()  # until all have seen it
+        if found and is_main():
+            say("records that failed can be read now: trained anew")
+        return found
+
+    def train(self, count: int, prompts: Sequence[str]) -> dict[str, Any]:
+        """Train on ``count`` examples of these prompts; all trainees end with final weights."""
         self.generator.warn_of_cut(prompts)
-        per_epoch = math.ceil(len(prompts) / self.options.batch_size)
+        per_epoch = math.ceil(count / self.options.batch_size)
         steps = self.options.epochs * per_epoch
         self.trainers = {name: self.trainer(name, steps) for name in self.trainees}
         student, state = self.trainers[STUDENT], self.folder / "state.safetensors"
@@ -218,7 +226,7 @@ class TrainingRun(ABC):
         started, resumed_at = time.perf_counter(), student.step
         try:
             with self._only_needed(prompts):
-                self._steps(len(prompts), per_epoch, steps)
+                self._steps(count, per_epoch, steps)
         finally:
             for trainer in self.trainers.values():
                 trainer.close()
@@ -232,7 +240,7 @@ class TrainingRun(ABC):
         for name, trainer in self.trainers.items():
             self._checkpoints(name).finish(trainer)
         return {
-            "samples": len(prompts),
+            "samples": count,
             "steps": student.step,
             "skipped_steps": student.skipped,
             **measured,

@@ -60,8 +60,10 @@ BAD_FLAGS = {
         "--noise other": "other.*matched.*random",
         "--manifest_path /nowhere": "/nowhere: no such manifest file",
         "--latent_loss_weight 0": "nothing to learn",
+        "--caption_dropout 1.5": "caption_dropout is 1.5; give a probability, 0 to 1",
     },
 }
+LONG = f"--output_dir {{0}}/run --prompt {'a' * 70_000}"
 CASES = [(command, flag) for command, flags in BAD_FLAGS.items() for flag in flags]
 
 
@@ -103,7 +105,10 @@ def test_bad_flags(
         ("sft", "--output_dir {0}/run", "give --manifest_path FILE"),
         ("sft", "--output_dir {0}/run --manifest_path {0}/blank/pairs.jsonl", "is empty"),
         ("em", "--work_dir {0}/run --data_root {0}/bad", "no usable line, 1 failed.*line 1"),
+        ("assign", f"{LONG} --target_image_path {{0}}/bad/pairs.jsonl", "70,000 bytes, more than"),
+        ("optimize", f"{LONG} --reward thickness", "'--prompt' has 70,000 bytes, more than 64 kB"),
     ],
+    ids=lambda text: text[:60],
 )
 def test_missing_or_empty_input(
     tmp_path: Path, call: Call, command: str, flags: str, message: str
@@ -165,7 +170,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
     "flag": (None, ["--lr", "0.5"], r"lr: 0\.15 then, 0\.5 now"),
     "seed": (None, ["--seed", "3"], "seed: 0 then, 3 now"),
     "fewer": (None, ["--max_samples", "3"], "samples: 6 then, 3 now"),
-    "edited line": (edit_line, [], r"\(data: \w+ then, \w+ now\)"),
+    "edited line": (edit_line, [], "1 samples with noises are no longer in the data set"),
     "appended line": (append_line, [], "samples: 6 then, 7 now"),
     "replaced image": (replace_image, [], r"000_zero\.png changed after its noise"),
 }
@@ -210,7 +215,7 @@ def test_a_changed_training_is_refused(
     edited = [{**rows[0], "prompt": "another digit"}, *rows[1:]]
     swapped = [{**rows[0], "noise_index": 1}, {**rows[1], "noise_index": 0}, *rows[2:]]
     for changed, message in (
-        (edited, r"\(prompts: "), (swapped, r"\(pairs: "), (rows[1:], "samples: 6 then, 5 now"),
+        (edited, r"\(data: "), (swapped, r"\(data: "), (rows[1:], "samples: 6 then, 5 now"),
     ):  # fmt: skip
         write(*changed)
         ended = call("sft", *flags)

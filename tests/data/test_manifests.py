@@ -77,13 +77,14 @@ def test_a_moved_or_linked_run_still_works(run: Path, tmp_path: Path) -> None:
     assert read_noise(pairs[0].noise_path, pairs[0].noise_index).equal(NOISE[1]) and not failures
 
 
-def reference_row(noise: str, image: str = "../a.png") -> str:
+def reference_row(noise: str, image: str = "../a.png", **changes: object) -> str:
     return row(
         id="DROP",
         noise_path="DROP",
         noise_index="DROP",
         best_input_noise_path=noise,
         target_image_path=image,
+        **changes,
     )
 
 
@@ -137,6 +138,16 @@ def test_repeated_ids_stay_apart(run: Path) -> None:
     assert [p.id for p in pairs] == ["a", "a-1", "a-2", "a-3"]
 
 
+def test_several_captions(run: Path) -> None:
+    torch.save(NOISE[0], run / "n.pt")
+    texts = ["a cat", "one cat"]
+    lines = row(prompt="one cat", prompts=texts), row(id="2", prompts=None)
+    path = write(run / "manifest.jsonl", *lines, reference_row("n.pt", prompt=texts))
+    pairs, failures = read_manifest(path)
+    assert not failures and [p.prompt for p in pairs] == ["one cat", "a cat", "a cat"]
+    assert [p.prompts for p in pairs] == [tuple(texts), (), tuple(texts)]
+
+
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
@@ -145,6 +156,8 @@ def test_repeated_ids_stay_apart(run: Path) -> None:
         (b"\xff", "invalid UTF-8"),
         (row(prompt=""), "'prompt' is empty"),
         (row(prompt=None), "'prompt' must be a string"),
+        (row(prompts=[]), "'prompts' is an empty list"),
+        (row(prompts=["a", 3]), "'prompts[1]' must be a string, not int"),
         (row(id=7), "'id' must be a string"),
         (row(target_image_path="DROP"), "missing field 'target_image_path'"),
         (row(noise_path="DROP"), "missing field 'noise_path'"),

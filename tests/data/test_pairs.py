@@ -184,7 +184,13 @@ def test_composed_and_decomposed_names_are_equal(root: Path, forms: tuple[str, s
         ('{"prompt": "a"}', "missing field 'image'"),
         (line(None), "'prompt' must be a string, not null"),
         (line(3), "'prompt' must be a string, not int"),
-        (line(["a"]), "'prompt' must be a string, not list"),
+        (line([]), "'prompt' is an empty list"),
+        (line(["a", None]), r"'prompt\[1\]' must be a string, not null"),
+        (line(["a", " "]), r"'prompt\[1\]' is empty"),
+        (line(["a", ["b"]]), r"'prompt\[1\]' must be a string, not list"),
+        (line(["a", "ä" * 40_000]), r"'prompt\[1\]' has 80,000 bytes"),
+        (line(["a" * 60_000] * 20), "'prompt' has 1,200,000 bytes"),
+        (line("a", ["a.png"]), "'image' must be a string, not list"),
         (line("a", None), "'image' must be a string, not null"),
         (line("a", {"bytes": ""}), "'image' must be a string, not dict"),
         (line(""), "'prompt' is empty"),
@@ -309,3 +315,41 @@ def test_folders_of_images_with_captions(root: Path) -> None:
     (root / "a.txt").write_text("a" * 70_000)
     records, failures = read_pairs(root)
     assert len(records) == 3 and len(failures) == 2
+
+
+def test_the_prompt_of_kohyas_folders_without_captions(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "sub").rename(root / "3_my_cat")
+    for name in ("2_red dog", "plain", "1_", "5_none"):
+        (root / name).mkdir()
+        Image.new("L", (4, 4)).save(root / name / "0.png")
+    Image.new("L", (4, 4)).save(root / "2_red dog" / "._0.png")  # of macOS
+    write(root / "3_my_cat" / "sample_prompts.txt", "of no image")
+    write(root / "5_none" / "0.caption", "an own one")
+    records, failures = read_pairs(root)
+    assert [r.prompt for r in records] == ["red dog"] * 2 + ["my_cat"] * 3 + ["an own one"] * 5
+    assert sorted(f.reason.split()[0] for f in failures) == ["1_/0.png", "a.png", "plain/0.png"]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert '2_red dog (1 images, 2 times, prompt "red dog")' in said
+    assert "5_none (1 images, 5 times)" in said and "plain" not in said
+    Image.new("L", (4, 4)).save(root / "3_my_cat" / "c.png")
+    write(root / "3_my_cat" / "c.txt", "my cat")  # now the other one lacks its caption
+    assert [r.prompt for r in read_pairs(root)[0]].count("my cat") == 3
+    assert sum("b.png has no caption" in f.reason for f in read_pairs(root)[1]) == 3
+
+
+def test_several_captions(root: Path) -> None:
+    pq, arrow = (pytest.importorskip(name) for name in ("pyarrow.parquet", "pyarrow"))
+    texts = ["a cat", "a sleeping cat"]
+    write(root / "pairs.jsonl", line(texts), line(["a cat"]), line("a cat"))
+    records, failures = read_pairs(root)
+    assert [(r.prompt, r.prompts) for r in records] == [("a cat", tuple(texts))] + [
+        ("a cat", ())
+    ] * 2
+    assert records[0].id == digest("a.png", "\0".join(texts)) and not failures
+    assert records[1].id == digest("a.png", "a cat")  # a list of one is that one
+    (root / "pairs.jsonl").unlink()
+    rows = {"file_name": ["a.png"], "text": [texts]}
+    pq.write_table(arrow.table(rows), root / "metadata.parquet")
+    assert read_pairs(root)[0] == [records[0]]

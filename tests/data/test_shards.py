@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from shard_samples import grey, parquet, png, rows, samples, split, tar, write
 
-from oneshot_fast.data.image_refs import image_ref
+from oneshot_fast.data.image_refs import Member, image_ref, need_readers
 from oneshot_fast.data.options import Selection
 from oneshot_fast.data.records import Record
 from oneshot_fast.data.shards import read_tar
@@ -163,8 +163,14 @@ def test_parquet_columns(tmp_path: Path) -> None:
 def test_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "0.parquet", parquet(rows(0, 1)))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(DataError, match=r"pip install oneshot-fast\[data\]"):
+    with pytest.raises(DataError, match=r"the library pyarrow: pip install oneshot-fast\[data\]"):
         open_pairs(tmp_path)
+    member = Member(str(tmp_path / "0.parquet"), "image:0:0")
+    with pytest.raises(DataError, match=r"pip install oneshot-fast\[data\]"):
+        need_readers([tmp_path, member])
+    with pytest.raises(DataError, match="nofs:// cannot be read"):
+        need_readers([Member("nofs://a/b.png")])
+    need_readers([tmp_path, Member("memory://a/b.tar", "0+4")])
     write(tmp_path / "tars" / "0.tar", tar(*samples(0, 1)))
     assert len(split(open_pairs(tmp_path / "tars"))[0]) == 1  # tar shards need none
 
@@ -178,4 +184,4 @@ def test_a_caption_that_is_too_long_is_not_read(tmp_path: Path) -> None:
         file.write(tar(("0.png", png(0)), *samples(1, 2)))
     first, second = read_tar(str(tmp_path / "0.tar"), None, None)
     assert "6,442,450,944 bytes, more than 64 kB" in (first.reason or "")
-    assert second.prompt == "grey 1"
+    assert second.prompts == ("grey 1",)

@@ -131,7 +131,7 @@ def test_folders_are_sources_too(data: Path) -> None:
     source = open_pairs(data)
     assert split(source) == (records, failures) == split(source)
     assert source.total == len(records) and isinstance(list(source)[-1], Failure)
-    assert source.identity != open_pairs(data, Selection(max_samples=2)).identity
+    assert source.listed != open_pairs(data, Selection(max_samples=2)).listed
 
 
 def test_patterns(tmp_path: Path) -> None:

@@ -29,12 +29,12 @@ def test_a_tenth_is_held_out_where_it_can_be_spared(count, share, held) -> None:
     assert sorted([*kept, *out], key=lambda item: item.line) == pairs(count)
 
 
-def test_the_choice_is_of_the_seed_and_the_ids_alone() -> None:
+def test_the_choice_is_of_the_seed_and_the_places_alone() -> None:
     items = pairs(80)
     _, held = hold_out(items, None, 0)
     assert hold_out(items, None, 0)[1] == held != hold_out(items, None, 1)[1]
-    broken = [Failure("absent", item.line, item.id) for item in items]
-    assert [item.id for item in hold_out(broken, None, 0)[1]] == [item.id for item in held]
+    broken = [Failure("no JSON", item.line) for item in items]
+    assert [item.line for item in hold_out(broken, None, 0)[1]] == [item.line for item in held]
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 0.99])

@@ -131,3 +131,90 @@ def test_em(data: Path, tmp_path: Path, call: Call) -> None:
     for name, measured in second["random_noise"].items():
         drift = first["random_noise"][name]["drift"]
         assert drift == pytest.approx(measured["drift"], abs=1e-3)
+
+
+def break_line(data: Path, k: int) -> bytes:
+    """Damage a line of the list; returns the whole list."""
+    path = data / "pairs.jsonl"
+    whole = path.read_bytes()
+    lines = whole.splitlines()
+    lines[k] = lines[k][:-1]
+    path.write_bytes(b"\n".join(lines))
+    return whole
+
+
+def test_assign_of_a_mended_line(data: Path, tmp_path: Path, call: Call) -> None:
+    whole = break_line(data, 1)
+    rows = [json.loads(line) for line in whole.splitlines()]
+    (data / "broken.png").write_bytes(b"no image")
+    wrong = [rows[0], rows[1], rows[2] | {"image": "broken.png"}, rows[3] | {"image": "none.png"}]
+    lines = [json.dumps(row) for row in wrong + rows[4:]]
+    lines[1] = lines[1][:-1]
+    (data / "pairs.jsonl").write_text("\n".join(lines))
+    run, other = ["--data_root", data, *ONE_STEP], tmp_path / "w"
+    assert call("assign", *run, "--output_dir", tmp_path / "run").code == 1
+    failed = [row["line"] for row in rows_of(tmp_path / "run" / "failures.jsonl")]
+    assert sorted(failed) == [2, 3, 4]  # a broken line, no image, no such file
+    done = rows_of(tmp_path / "run" / "manifest.jsonl")
+    (data / "pairs.jsonl").write_bytes(whole)
+    assert call("assign", *run, "--output_dir", tmp_path / "run").code == 0
+    after = rows_of(tmp_path / "run" / "manifest.jsonl")
+    assert [row for row in after if row["index"] not in (1, 2, 3)] == done
+    assert call("assign", *run, "--output_dir", other).code == 0
+    assert [row["id"] for row in after] == [row["id"] for row in rows_of(other / "manifest.jsonl")]
+    # what has a noise must stay where it is
+    for changed in ([rows[1], rows[0], *rows[2:]], [rows[0] | {"prompt": "a digit"}, *rows[1:]]):
+        (data / "pairs.jsonl").write_text("\n".join(map(json.dumps, changed)))
+        said = call("assign", *run, "--output_dir", tmp_path / "run").error
+        assert "no longer in the data set" in said
+    (data / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows[:-1])))
+    assert "samples: 6 then, 5 now" in call("assign", *run, "--output_dir", tmp_path / "run").error
+
+
+def test_sft_of_a_mended_line(assigned: Path, tmp_path: Path, call: Call) -> None:
+    source = shutil.copytree(assigned, tmp_path / "assigned") / "manifest.jsonl"
+    rows = rows_of(source)
+    for row in rows:
+        row["target_image_path"] = str((assigned / row["target_image_path"]).resolve())
+    lines = [json.dumps(row) for row in rows]
+
+    def write(*lines: str) -> None:
+        source.write_text("\n".join(lines))
+
+    wrong = json.dumps(rows[2] | {"noise_path": "noises/none.safetensors"})
+    write(lines[0], lines[1][:-1], wrong, *lines[3:])
+    flags = ["--manifest_path", source, "--model_id", "tiny", "--epochs", 1, "--batch_size", 4]
+    flags += ["--preserve_pool_size", 4, "--lr", 1e-4, "--output_dir"]
+    assert call("sft", *flags, tmp_path / "run").code == 1
+    assert [row["line"] for row in rows_of(tmp_path / "run" / "failures.jsonl")] == [2, 3]
+    write(*lines)
+    ended = call("sft", *flags, tmp_path / "run")
+    assert ended.code == 0 and "trained anew" in ended.err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["failed_lines"] == []
+    assert call("sft", *flags, tmp_path / "whole").code == 0
+    one, other = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    write(lines[0], json.dumps(rows[1] | {"prompt": "a digit"}), *lines[2:])
+    assert "other settings (data:" in call("sft", *flags, tmp_path / "run").error
+
+
+def test_em_of_a_mended_line(data: Path, tmp_path: Path, call: Call) -> None:
+    whole = break_line(data, 2)
+    flags = ["--data_root", data, "--heldout_root", data, "--initial_model_id", "tiny"]
+    flags += ["--num_cycles", 1, "--eval_samples", 10, "--assign_steps", 1, "--train_epochs", 1]
+    flags += ["--preserve_pool_size", 4, "--num_images", 0, "--preserve_latent_weight", 0.5]
+    assert call("em", *flags, "--work_dir", tmp_path / "run").code == 1
+    (data / "pairs.jsonl").write_bytes(whole)
+    ended = call("em", *flags, "--work_dir", tmp_path / "run")
+    assert ended.code == 0, ended.err
+    assert "[cycle-01/sft] made anew" in ended.err and "assign] made anew" not in ended.err
+    assert call("em", *flags, "--work_dir", tmp_path / "whole").code == 0
+    one, other = (weights(tmp_path / name) for name in ("run", "whole"))
+    for name, weight in other.items():
+        torch.testing.assert_close(one[name], weight, rtol=0, atol=1e-4)
+    pools = [load_file(tmp_path / name / "preserve.safetensors") for name in ("run", "whole")]
+    assert torch.equal(pools[0]["latents"], pools[1]["latents"])
+    rows = [json.loads(line) for line in whole.splitlines()]
+    (data / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows[::-1])))
+    said = call("em", *flags, "--work_dir", tmp_path / "run").err
+    assert "no longer in the data set" in said and "[eval/base]" not in said

@@ -81,6 +81,23 @@ def test_aesthetic_and_hybrid_score_the_unit_embedding(models: Path) -> None:
     torch.testing.assert_close(scores["hybrid"].double(), rating + cosine / 4, rtol=1e-4, atol=1e-5)
 
 
+def test_prompts_that_are_cut_are_said_once(
+    models: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rewards = load(models, "clip", "hybrid", "aesthetic", "imagereward", "pickscore", "hpsv2")
+    short, long = "a red boat", "the water on a boat " * 4  # of 22 tokens, CLIP's here reads 16
+    longest = long + long
+    for prompts in ([short, long, longest, long], [long, short], [short]):
+        rewards.warn_of_cut(iter(prompts))
+    said = sorted(capfd.readouterr().err.splitlines())
+    both = [f"2 prompts are longer than the 16 tokens that reward {name} reads" for name in
+            ("clip", "hpsv2", "hybrid", "pickscore")]  # fmt: skip
+    one = "1 prompts are longer than the 35 tokens that reward imagereward reads"
+    assert len(said) == 5 and all(f"warning: {x}; cut off, the f" in y for x, y in
+                                  zip([one, *both], said, strict=True))  # fmt: skip
+    assert f'"{longest:.60}..."' in said[0] and f'"{long:.60}..."' in said[1]
+
+
 @pytest.mark.parametrize("name", ["hpsv2", "hpsv2.0"])
 def test_hpsv2_is_the_cosine_of_open_clips_towers(models: Path, name: str) -> None:
     file = "HPS_v2_compressed.pt" if name == "hpsv2.0" else "HPS_v2.1_compressed.pt"

@@ -117,11 +117,20 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         )
 
     def check(self) -> None:
-        """Raise RunError if an image changed after its noise was assigned."""
-        records = self.source.records if isinstance(self.source, FolderSource) else ()
-        for record in records:
-            with contextlib.suppress(DataError):  # what cannot be read has not changed
-                self._check(record, self.done.get(record.id))
+        """Raise RunError if what is done is not at its place in the list, or its image changed."""
+        if not isinstance(self.source, FolderSource):
+            return
+        items = dict(enumerate(self.source))
+        there = {row["id"]: items.get(row["index"]) for row in self.done.values()}
+        # a line that is broken now may be the one that was there
+        _refuse([
+            self.done[name] for name, item in there.items()
+            if item is None or item.id not in (name, None)
+        ])  # fmt: skip
+        for name, item in there.items():
+            if isinstance(item, Record):
+                with contextlib.suppress(DataError):  # what cannot be read has not changed
+                    self._check(item, self.done[name])
 
     def is_finished(self) -> bool:
         """Whether nothing is left to do, and nothing was mended since."""
@@ -173,12 +182,8 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
                     self._check(item, row)
                     self._moved[row["id"]] = place
             yield item
-        if gone and not failed:
-            raise RunError(
-                f"{len(gone)} samples with noises are no longer in the data set, such as "
-                f"{known[min(gone)]['target_image_path']}; restore it, or start anew with "
-                "--overwrite"
-            )
+        if not failed:
+            _refuse([known[name] for name in sorted(gone)])
 
     def line(self, row: Json) -> Json:
         """With the image's place of now."""
@@ -238,6 +243,7 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
             "id": record.id,
             "index": target.index,
             "prompt": record.prompt,
+            **({"prompts": record.prompts} if record.prompts else {}),
             "prompt_truncated": target.is_truncated,
             "cut": round(target.cut, 3),
             "target_image_path": image_text(record.image_path, self.folder.resolve()),
@@ -269,3 +275,12 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
             "nfe": statistics.fmean(row["nfe"] for row in rows),
             "losses": mean_curve([row["losses"] for row in rows]),
         }
+
+
+def _refuse(gone: Sequence[Json]) -> None:
+    """Raise RunError if there are rows of samples that are no longer what was assigned."""
+    if gone:
+        raise RunError(
+            f"{len(gone)} samples with noises are no longer in the data set, such as "
+            f"{gone[0]['target_image_path']}; restore it, or start anew with --overwrite"
+        )

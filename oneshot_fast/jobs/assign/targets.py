@@ -1,7 +1,7 @@
 """Targets made ready for the search: read, encoded and on the device, ahead of their turn."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ class Target:
 
     Attributes:
         index: Place in the data set.
-        record: Prompt and image.
+        record: Prompt, of several captions the one that the seed drew, and image.
         seed: Seed of the base noise.
         image_sha256: Of the image file.
         is_truncated: Whether the prompt is too long for the text encoders.
@@ -99,6 +99,9 @@ class Preparer:
 
     def _target(self, index: int, record: Record) -> Target:
         generator, options, side = self._generator, self._options, self._targets.resolution
+        if record.prompts:
+            drawn = derived_seed(self._seed, "caption", record.id) % len(record.prompts)
+            record = replace(record, prompt=record.prompts[drawn])
         place, device = (record.image_path, self._resize_mode), generator.device
         latent = self._targets.latent(*place).to(device)
         image = self._targets.image(*place).to(device) if options.decodes else None

@@ -77,6 +77,8 @@ class Cycles(ABC):
         require(eval_samples >= 10, "eval_samples must be at least 10")
         self.options = options.resolve(embedded=False)
         self.options.check()
+        if self.options.train_caption_dropout:
+            generator.encode_prompts([""])  # some models do not know it
         self.generator, self.prompts, self.folder = generator, list(prompts), Path(folder)
         self.targets = TargetImages(generator, resolution)
         self.classifier = classifier_for(generator, self.prompts)
@@ -217,18 +219,19 @@ class Cycles(ABC):
             self.generator, pairs, self.folder / name, options, targets=self.targets,
             failures=failures, seed=seed, **self._saving,
         )  # fmt: skip
-        return self.complete(run, pool=self._pool)
+        run.pool = self._pool
+        return self.complete(run)
 
-    def complete(self, run: AssignRun | OptimizeRun | SftRun, **more: Any) -> dict[str, Any]:
+    def complete(self, run: AssignRun | OptimizeRun | SftRun) -> dict[str, Any]:
         """Do a stage, anew if what it was made of has been mended since; returns its summary.
 
         The settings of em are the same, or it would not have begun. What was measured after a stage
-        that is made anew is forgotten. ``more`` is for the stage's ``run``.
+        that is made anew is forgotten.
         """
         name = run.folder.relative_to(self.folder).as_posix()
         with self.stage(name) as folder:
             mended = RunFolder(folder, run.settings(), ()).is_other()
-            if isinstance(run, SftRun) and (folder / "summary.json").exists():
+            if isinstance(run, SftRun) and run.is_finished:
                 mended |= run.is_mended()  # asked in every process
             outdated = any(gather_objects([mended]))
             if outdated and is_main():
@@ -237,7 +240,7 @@ class Cycles(ABC):
                     if path.stem >= name.split("/")[0]:
                         files.remove(path)
             tracker = self.tracker.part(name)
-            return run.run(overwrite=outdated, report_to=tracker, verify=self.verify, **more)
+            return run.run(overwrite=outdated, report_to=tracker, verify=self.verify)
 
     def _cycle(self, cycle: int) -> None:
         """One E-step and one M-step on what it found."""

@@ -131,6 +131,9 @@ class EmOptions:
         "diffusers"
     )
     """M-step: names in the adapters' files; kohya's for ComfyUI and A1111."""
+    train_caption_dropout: Annotated[float, arg(aliases=["--caption_dropout"])] = 0.0
+    """M-step: probability, for each pair in each epoch, that the empty prompt replaces its own; the
+    E-step keeps all prompts."""
     train_use_ema: bool = False
     """M-step: end with an exponential moving average of the weights."""
     train_ema_decay: float = 0.9999

@@ -70,6 +70,8 @@ class RewardEmRun(Cycles):
         }
 
     def measure(self) -> RandomNoiseMeasure:
+        if self.judge is not None:
+            self.judge.warn_of_cut(self.prompts)
         return self.measure_of(self.prompts, scores=all_scores(self.rewards, self.judge))
 
     def first(self) -> OptimizeRun:

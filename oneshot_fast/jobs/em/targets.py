@@ -1,11 +1,13 @@
 """The main job by targets: assign a noise to every target, train on the pairs, repeat."""
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from oneshot_fast.data.manifests import merge_manifests
 from oneshot_fast.data.records import Failure, Record
+from oneshot_fast.errors import DamagedError
 from oneshot_fast.evaluation.features import load_features
 from oneshot_fast.evaluation.heldout import read_real
 from oneshot_fast.evaluation.measures import real_measures
@@ -19,6 +21,7 @@ from oneshot_fast.rewards import Setup, WeightedRewards
 from oneshot_fast.runtime.files import finite
 from oneshot_fast.runtime.processes import barrier, is_main, main_first
 from oneshot_fast.runtime.seeds import content_id
+from oneshot_fast.training.losses.preserve import POOL
 
 Data = Iterable[Record | Failure]
 
@@ -85,18 +88,25 @@ class EmRun(Cycles):
             "judge": sorted(self.judge.weights) if self.judge is not None else [],
             "resize_mode": self.resize_mode,
             "samples": len(self.items),
-            "data": content_id(*(item.id for item in self.items)),
-            "heldout": content_id(*(item.id for item in self.heldout_items)),
+            "heldout": len(self.heldout_items),
         }
 
     def measure(self) -> RandomNoiseMeasure:
-        scores = all_scores(None, self.judge)
-        if not self.heldout:
-            return self.measure_of(self.prompts, scores=scores)
+        for name, listed, failures in (
+            (f"{name_of(1)}/assign", self.records, self.failures),
+            ("heldout-base", self.heldout, self.heldout_failures),
+        ):
+            with contextlib.suppress(DamagedError):  # made again when its turn comes
+                self._assigner(listed, self.folder / name, failures=failures).look()
+        scores, usable = all_scores(None, self.judge), list[int]()
         places = [(record.image_path, self.resize_mode) for record in self.heldout]
-        usable, small, _ = read_real(places, self.targets)  # assigning lists the others as failures
+        if places:  # assigning lists what cannot be read as failures
+            usable, small, _ = read_real(places, self.targets)
         records = [self.heldout[k] for k in usable]
-        main_first(lambda: forget_other(self.folder / "eval", [record.id for record in records]))
+        made_of = [content_id(*self.prompts), *(record.id for record in records)]
+        main_first(lambda: forget_other(self.folder / "eval", made_of, self.folder / POOL))
+        if not records:
+            return self.measure_of(self.prompts, scores=scores)
         prompts = [record.prompt for record in records]
         real = (self.targets.image(*places[k]) for k in usable)
         measure = self.measure_of(prompts, scores=scores, real=real)

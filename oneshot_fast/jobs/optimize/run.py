@@ -108,7 +108,8 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
         self.seed, self.num_images = seed, num_images
 
     def solve_all(self) -> None:
-        self.search.generator.warn_of_cut(sample.prompt for sample in self.samples)
+        for reader in (self.search.generator, self.search.rewards):
+            reader.warn_of_cut(sample.prompt for sample in self.samples)
         super().solve_all()
 
     def settings(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from oneshot_fast.data.image_refs import extra_module
+from oneshot_fast.data.tables import extra_module
 from oneshot_fast.errors import DataError, one_line, require
 from oneshot_fast.runtime.files import write_safetensors
 from oneshot_fast.search.pruning import Floats

@@ -23,9 +23,16 @@ class SftOptions(TrainOptions):
     """Weight of the mean absolute error between the images ([0, 1] RGB); 0 never decodes."""
     noise: Literal["matched", "random"] = "matched"
     """Train on the matched noises, or (baseline: direct SFT) on new random noise at every step."""
+    caption_dropout: float = 0.0
+    """Probability, for each pair in each epoch, that the empty prompt, as text encoders read it,
+    replaces its own: the model also learns to do without one."""
 
     def check(self) -> None:
         super().check()
+        require(
+            0 <= self.caption_dropout <= 1,
+            f"caption_dropout is {self.caption_dropout}; give a probability, 0 to 1",
+        )
         require(
             self.latent_loss_weight + self.pixel_l1_weight > 0,
             "both latent_loss_weight and pixel_l1_weight are 0; there is nothing to learn",

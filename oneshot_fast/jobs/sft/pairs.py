@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.data.image_refs import file_sha256
+from oneshot_fast.data.images import MUCH, crop_loss, cut_warning
 from oneshot_fast.data.manifests import MatchedPair
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.data.records import Failure
@@ -27,11 +28,13 @@ class Examples:
         pairs: n matched pairs.
         noises: [n, C, h, w] float32.
         latents: Target latents, [n, C, h, w] float32.
+        cut_images: What is to be said of images that a crop takes too much of; None: nothing.
     """
 
     pairs: list[MatchedPair]
     noises: Tensor
     latents: Tensor
+    cut_images: str | None = None
 
     @classmethod
     def load(
@@ -52,7 +55,7 @@ class Examples:
         Raises:
             UserError: If no pair can be used.
         """
-        usable, noises, latents = [], [], []
+        usable, noises, latents, cut = [], [], [], []
         for pair, found in zip(pairs, read_pairs(generator, targets, pairs), strict=True):
             if isinstance(found, str):
                 failures.append(Failure(found, pair.line or None, pair.id, pair.prompt))
@@ -60,10 +63,14 @@ class Examples:
             usable.append(pair)
             noises.append(found[0])
             latents.append(found[1])
+            if found[2] > MUCH:
+                cut.append(pair)
             targets.keep(pair.image_path, pair.resize_mode, found[1])
         if not usable:
             raise UserError(f"no pair of the manifest can be used; the first: {failures[0].reason}")
-        return cls(usable, torch.stack(noises), torch.stack(latents))
+        remedy = '"resize_mode": "pad" in the manifest'
+        said = cut_warning(len(cut), cut[0].image_path, remedy) if cut else None
+        return cls(usable, torch.stack(noises), torch.stack(latents), said)
 
     @property
     def contents(self) -> dict[str, Any]:
@@ -75,11 +82,11 @@ class Examples:
 
 def read_pairs(
     generator: Generator, targets: TargetImages, pairs: Sequence[MatchedPair]
-) -> list[tuple[Tensor, Tensor] | str]:
-    """Noise and target latent of each pair, or what is wrong; each process does its part."""
+) -> list[tuple[Tensor, Tensor, float] | str]:
+    """Of each pair what ``_read`` returns, or what is wrong; each process does its part."""
     shape = generator.noise_shape(targets.resolution, targets.resolution)
 
-    def read(k: int) -> tuple[Tensor, Tensor] | str:
+    def read(k: int) -> tuple[Tensor, Tensor, float] | str:
         try:
             return _read(pairs[k], targets, shape)
         except DataError as error:
@@ -100,8 +107,12 @@ def first_noise_shape(pairs: Sequence[MatchedPair]) -> tuple[int, ...]:
     return tuple(read_noise(pairs[-1].noise_path, pairs[-1].noise_index).shape)
 
 
-def _read(pair: MatchedPair, targets: TargetImages, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _read(
+    pair: MatchedPair, targets: TargetImages, shape: Sequence[int]
+) -> tuple[Tensor, Tensor, float]:
     """Noise, of ``shape``, and target latent of one pair, [C, h, w] float32 on the CPU.
+
+    The third is the part of the image that a crop takes away, of what no assignment spoke of.
 
     Raises:
         DataError: If one of them cannot be read, or does not fit.
@@ -113,4 +124,6 @@ def _read(pair: MatchedPair, targets: TargetImages, shape: Sequence[int]) -> tup
         )
     if pair.image_sha256 not in (None, file_sha256(pair.image_path)):
         raise DataError(f"{pair.image_path} changed after its noise was assigned")
-    return noise, targets.latent(pair.image_path, pair.resize_mode)
+    is_new = pair.image_sha256 is None and pair.resize_mode == "crop"
+    cut = crop_loss(pair.image_path) if is_new else 0.0
+    return noise, targets.latent(pair.image_path, pair.resize_mode), cut

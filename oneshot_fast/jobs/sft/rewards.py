@@ -85,6 +85,7 @@ class RewardRun(TrainingRun):
             == (SftOptions.latent_loss_weight, 0.0, "matched"),
             "rewards have no targets; leave latent_loss_weight, pixel_l1_weight and noise out",
         )
+        require(not options.caption_dropout, "rewards need prompts; leave caption_dropout out")
         require(images_per_prompt >= 1, "images_per_prompt must be at least 1")
         require(eval_samples >= 10, "eval_samples must be at least 10")
         self.options: SftOptions = options
@@ -118,9 +119,11 @@ class RewardRun(TrainingRun):
 
     def learn(self) -> dict[str, Any]:
         self.make_pool(self.prompts)
+        for rewards in filter(None, (self.rewards, self.judge)):
+            rewards.warn_of_cut(self.prompts)
         base = self._measured("base")
         self.tracker.log(base, step=0)
-        return {"base": base, **self.train(self._examples), "failed": 0}
+        return {"base": base, **self.train(len(self._examples), self.prompts), "failed": 0}
 
     @functools.cached_property
     def _measure(self) -> RandomNoiseMeasure:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,25 @@ from oneshot_fast.jobs.sft.pairs import Examples, first_noise_shape, read_pairs
 from oneshot_fast.jobs.sft.plan import sft_plan
 from oneshot_fast.planning.timing import Plan
 from oneshot_fast.runtime.files import read_json, read_jsonl, write_json, write_jsonl
+from oneshot_fast.runtime.folder import list_settings
 from oneshot_fast.runtime.processes import barrier, is_main, map_over_processes
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.run import BEGUN, TrainingRun
 
+CAPTIONS = "captions.jsonl"
+
 
 class SftRun(TrainingRun):
-    """Training on matched pairs into one folder."""
+    """Training on matched pairs into one folder.
+
+    Where pairs have several captions, or ``caption_dropout`` is above 0, the prompt of each pair is
+    drawn anew in every epoch. captions.jsonl has a row per epoch: by each pair's id the number of
+    its caption, from 0, or -1 for the empty prompt.
+    """
+
+    outputs = (*TrainingRun.outputs, CAPTIONS)
 
     def __init__(
         self,
@@ -67,9 +77,17 @@ class SftRun(TrainingRun):
         self.pairs, self.targets, self.failures = pairs, targets, failures
         self._own_loss = None if loss is None else type(loss).__qualname__
         self._examples: Examples | None = None
+        if options.caption_dropout:
+            generator.encode_prompts([""])  # some models do not know it
 
     def settings(self) -> dict[str, Any]:
         listed: list[MatchedPair | Failure] = sorted([*self.pairs, *self.failures], key=_line)
+        failed = sorted(failure.line for failure in self.failures if failure.line)
+
+        def identity(without: Container[int]) -> str:
+            kept = (item for item in listed if item.line not in without)
+            return content_id(*((item.id, item.prompt, item.digest or vars(item)) for item in kept))
+
         return {
             "command": "sft",
             **dataclasses.asdict(self.options),
@@ -77,8 +95,8 @@ class SftRun(TrainingRun):
             "seed": self.seed,
             **self.generator.settings(self.resolution),
             "samples": len(listed),
-            "prompts": content_id(*((item.id, item.prompt) for item in listed)),
-            "pairs": content_id(*(item.digest or vars(item) for item in listed)),
+            **list_settings(None if self.begins_anew else self.folder, failed, identity),
+            **({"pool": content_id(*self.pool.prompts)} if self.pool else {}),
         }
 
     def plan(self) -> Plan:
@@ -123,16 +141,24 @@ class SftRun(TrainingRun):
         if is_main():
             write_json(path, contents)
             write_jsonl(self.folder / "failures.jsonl", [failure.row for failure in bad])
-        prompts = [pair.prompt for pair in self._examples.pairs]
-        self.make_pool(prompts)
+        pairs = self._examples.pairs
+        self.make_pool([pair.prompt for pair in pairs])
         before = self._matched_loss()
-        summary = self.train(prompts) | {"matched_loss_before": before}
-        return summary | {"failed": len(bad)}
+        empty = [""] if self.options.caption_dropout else []
+        if is_main() and (empty or any(pair.prompts for pair in pairs)):
+            epochs = range(self.options.epochs)
+            drawn = ({pair.id: self._caption(pair, k) for pair in pairs} for k in epochs)
+            rows = ({"epoch": k, "captions": row} for k, row in enumerate(drawn, 1))
+            write_jsonl(self.folder / CAPTIONS, rows)
+        prompts = [text for pair in pairs for text in (pair.prompt, *pair.prompts)]
+        summary = self.train(len(pairs), prompts + empty) | {"matched_loss_before": before}
+        return summary | {"failed": len(bad), "cut_images": self._examples.cut_images}
 
     def is_mended(self) -> bool:
         """Whether a pair that failed in the finished training can be read now."""
-        failed = {row.get("id") for row in read_jsonl(self.folder / "failures.jsonl")}
-        pairs = [pair for pair in self.pairs if pair.id in failed]
+        rows = read_jsonl(self.folder / "failures.jsonl")
+        failed = {row.get(key) for row in rows for key in ("id", "line")} - {None}
+        pairs = [pair for pair in self.pairs if {pair.id, pair.line} & failed]
         found = read_pairs(self.generator, self.targets, pairs)
         return any(not isinstance(one, str) for one in found)
 
@@ -147,9 +173,21 @@ class SftRun(TrainingRun):
         if self.options.pixel_l1_weight:
             places = [(pair.image_path, pair.resize_mode) for pair in pairs]
             extra["images"] = self.targets.images(places)
-        prompts = generator.encode_prompts([pair.prompt for pair in pairs])
+        epoch = step // math.ceil(len(self._examples.pairs) / self.options.batch_size)
+        prompts = generator.encode_prompts([self._prompt(pair, epoch) for pair in pairs])
         learned = Rows(noise.to(generator.device), prompts, extra)
         return Batch(matching=learned, **self.preserved(step))
+
+    def _caption(self, pair: MatchedPair, epoch: int) -> int:
+        """Number of the caption that an epoch, from 0, trains a pair on; -1: the empty prompt."""
+        dropped = derived_seed(self.seed, "caption dropout", epoch, pair.id) / 2**63
+        if dropped < self.options.caption_dropout:
+            return -1
+        return derived_seed(self.seed, "caption", epoch, pair.id) % max(1, len(pair.prompts))
+
+    def _prompt(self, pair: MatchedPair, epoch: int) -> str:
+        k = self._caption(pair, epoch)
+        return "" if k < 0 else pair.prompts[k] if pair.prompts else pair.prompt
 
     def at_end(self) -> dict[str, Any]:
         return {"matched_loss_after": self._matched_loss()}

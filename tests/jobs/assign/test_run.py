@@ -22,6 +22,7 @@ from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.objective import matching_loss
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
+from oneshot_fast.report.assign import print_summary, write_assign_report
 from oneshot_fast.runtime.files import read_metadata
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
@@ -199,6 +200,44 @@ def test_a_loss_that_is_not_finite_fails_its_target_only(
     assert found.keys() == expected.keys() - {records[2].id}
     for name, z in found.items():
         torch.testing.assert_close(z, expected[name], rtol=0, atol=NOISE)
+
+
+class NoLoss:
+    """A generator that makes NaN of the first noise of a pool, for the first so many pools."""
+
+    def __init__(self, generator: Generator, pools: int) -> None:
+        self.generator, self.pools = generator, pools
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.generator, name)
+
+    def latents(self, eps: Tensor, prompts: Conditioning) -> Tensor:
+        made = self.generator.latents(eps, prompts)
+        self.pools -= 1
+        return made.index_fill(0, torch.tensor([0]), float("nan")) if self.pools >= 0 else made
+
+
+@pytest.mark.parametrize("pools", [1, 6])
+def test_means_are_over_finite_losses_and_the_others_null(
+    tiny: Generator, small_data: Path, tmp_path: Path, capsys: Any, pools: int
+) -> None:
+    records, _ = read_pairs(small_data)
+    poisoned: Any = NoLoss(tiny, pools)
+    options = AssignOptions("pool", candidates=3)
+    run = AssignRun(poisoned, records, tmp_path, options, num_images=0, targets=TargetImages(tiny))
+    summary = run.run()
+    assert (summary["samples"], summary["failed"]) == (6, 0)
+    first = [row["initial_loss"] for row in rows_of(tmp_path / "manifest.jsonl")]
+    finite = [loss for loss in first if loss is not None]
+    assert len(finite) == 6 - pools
+    expected = sum(finite) / len(finite) if finite else None
+    assert summary["initial_loss"] == pytest.approx(expected)
+    for path in (*tmp_path.glob("*.json"), *tmp_path.glob("*.jsonl")):
+        assert not {"NaN", "Infinity"} & {*path.read_text().replace(",", " ").split()}
+    print_summary(summary, tmp_path)
+    write_assign_report(tmp_path, {})
+    said = capsys.readouterr().out
+    assert "nan" not in said and "inf" not in said.replace("infinite", "")
 
 
 def test_failures_are_recorded_and_the_rest_is_done(data: Path, tmp_path: Path, call: Call) -> None:

@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from samples import rows_of
 from torch import Tensor
@@ -127,6 +130,23 @@ def test_the_reference_workflow_gives_the_same_training(
     assert equal(unet_of(tmp_path / "run/checkpoint-final"), unet_of(trained / "checkpoint-final"))
 
 
+def test_images_that_lose_much_are_counted(assigned: Path, tmp_path: Path, call: Call) -> None:
+    pair = read_manifest(assigned / "manifest.jsonl")[0][0]
+    noise = {"z": read_noise(pair.noise_path, pair.noise_index)[None]}
+    torch.save(noise, tmp_path / "z.pt")
+    lines = []
+    for name, size in (("a", (64, 64)), ("b", (64, 200)), ("c", (300, 64)), ("d", (64, 200))):
+        Image.new("L", size, 99).save(tmp_path / f"{name}.png")
+        row = {"prompt": pair.prompt, "target_image_path": f"{name}.png"}
+        lines.append(row | {"best_input_noise_path": "z.pt"})
+    lines[3]["resize_mode"] = "pad"
+    (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    ended = call("sft", *flags(tmp_path / "manifest.jsonl", tmp_path / "run"))
+    assert ended.code == 0, ended.err
+    assert ended.err.count("warning: 2 images lose more than a third, the first: ") == 1
+    assert f'{tmp_path / "b.png"}; "resize_mode": "pad" in the manifest' in ended.err
+
+
 class Harmful:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (os.environ["HARM"],)
@@ -236,6 +256,38 @@ def test_a_resumed_training_equals_the_uninterrupted_one(
     assert not (tmp_path / "parts" / "state.safetensors").exists()
     again = train(tmp_path / "parts")  # finished: nothing is trained, the weights are taken over
     assert equal(again.denoiser.state_dict(), whole.denoiser.state_dict())
+
+
+def without_times(path: Path) -> object:
+    rows = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    times = ("seconds", "steps_per_second")
+    found = [json.loads(row) for row in rows]
+    return [
+        {k: v for k, v in row.items() if k not in times} if isinstance(row, dict) else row
+        for row in found
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_equal_trainings_leave_equal_files(assigned: Path, tmp_path: Path, rank: int) -> None:
+    for seed, name in enumerate("ab", 1):
+        more = ("--epochs", 1, "--lora_rank", rank, "--keep_checkpoints", 1)
+        argv = [*map(str, flags(assigned / "manifest.jsonl", tmp_path / name / "run", *more))]
+        subprocess.run(
+            [sys.executable, "-m", "oneshot_fast.sft", *argv],
+            env={**os.environ, "PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": "1"},
+            check=True,
+            capture_output=True,
+        )
+    one, other = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    names, twins = ({p.relative_to(x) for p in x.rglob("*") if p.is_file()} for x in (one, other))
+    assert names == twins and len([name for name in names if name.suffix == ".safetensors"]) >= 6
+    for name in names - {Path("files.jsonl"), Path("report.html")}:  # which have the times, too
+        if name.suffix in (".json", ".jsonl"):
+            assert without_times(one / name) == without_times(other / name), name
+        else:
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 def test_every_epoch_takes_every_pair_once_and_a_resumed_one_goes_on() -> None:
