@@ -19,6 +19,7 @@ import pytest
 from matplotlib.figure import Figure
 from samples import PROMPTS
 
+from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.runtime.ledger import digest
 
 WAYS: dict[str, Callable[[Path], object]] = {
@@ -64,6 +65,10 @@ RUNS = {
         f"--assign_candidates 2 {EM} --work_dir",
         ["cycle-02/assign/training/manifest.jsonl"],
     ),
+    "evaluate": (
+        "evaluate --model_id tiny MODEL --data_root DATA --eval_samples 10 --output_dir",
+        ["eval/model-2.json"],
+    ),
     "toy": ("toy train --steps 3 --width 8 --eval_samples 20 --work_dir", ["train/eval/base.json"]),
 }
 # With times in them, made at every start, set aside, or added by the test.
@@ -96,6 +101,7 @@ def runs(
     places = {"DATA": small_data, "HELDOUT": shutil.copytree(small_data, home / "heldout")}
     lines = (small_data / "pairs.jsonl").read_text().splitlines(keepends=True)
     (home / "heldout" / "pairs.jsonl").write_text("".join(lines[:2]))
+    places["MODEL"] = model_path()
     places |= {"PROMPTS": home / "prompts.txt", "ASSIGNED": assigned / "manifest.jsonl"}
     places["PROMPTS"].write_text("\n".join(PROMPTS))
 

@@ -33,8 +33,12 @@ def test_the_quick_study_runs_and_is_kept(
             assert (tmp_path / "study" / "plots" / f"{name}-{plot}.png").stat().st_size > 5000
     results = [*(tmp_path / "study").glob("*/results/*.json")]
     made = [path.stat().st_mtime_ns for path in results]
+    target = tmp_path / "study" / "digits" / "targets" / "00000.png"
+    lost = target.read_bytes()
+    target.unlink()  # all are drawn again, or fewer would be trained on
     capsys.readouterr()
-    assert main(argv) == 0 and [path.stat().st_mtime_ns for path in results] == made
+    assert main(argv) == 0 and target.read_bytes() == lost
+    assert [path.stat().st_mtime_ns for path in results] == made
     assert "sft" not in capsys.readouterr().err
     assert (tmp_path / "study" / "study.md").read_text(encoding="utf-8") == text
 

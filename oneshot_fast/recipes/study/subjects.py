@@ -13,6 +13,7 @@ from oneshot_fast.evaluation.measures import frechet_distance, pairwise_diversit
 from oneshot_fast.generators.toy import ToyGenerator
 from oneshot_fast.recipes.toy.data import LabelledImages, digits, shapes
 from oneshot_fast.recipes.toy.train import train_classifier, train_generator
+from oneshot_fast.runtime.files import write_folder
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,9 @@ class Subject:
 
 def _on_disk(images: LabelledImages, folder: Path, count: int) -> list[Record]:
     """Some of the ``images`` as pairs, written where they are not there yet."""
-    if not (folder / "pairs.jsonl").exists():
-        images.write_pairs(folder, count)
+    if not folder.exists():
+        with write_folder(folder) as temporary:
+            images.write_pairs(temporary, count)
     return read_pairs(folder)[0]
 
 
