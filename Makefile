@@ -46,7 +46,7 @@ bench: build
 
 build: .venv/.built
 
-GPU_NEEDS := setuptools cmake ninja pybind11 numpy tyro matplotlib pytest pytest-timeout pytest-xdist
+GPU_NEEDS := setuptools cmake ninja numpy tyro matplotlib pytest pytest-timeout pytest-xdist
 GPU_TESTS := $(addprefix tests/ops/test_,ops.py gpu.py rotation_step.py triton_kernels.py triton.py)
 GPU_JOBS  ?= 8
 GPU_BENCH ?= --seconds 0.15 --budget 150
@@ -94,7 +94,7 @@ build/system/.ready:
 .venv/.ready: tools/get_torch.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python tools/get_torch.py $(TORCH)
-	$(PIP) install --constraint constraints.txt setuptools cmake ninja pybind11
+	$(PIP) install --constraint constraints.txt setuptools cmake ninja
 	@touch $@
 
 clean:

@@ -73,8 +73,6 @@ class CMakeBuild(build_ext):
     """Runs CMake, which is the one build description."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         torch_version, torch_cuda, torch_folder = installed_torch()
         path = os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", "")))
         cmake, ninja = (shutil.which(tool, path=path) for tool in ("cmake", "ninja"))
@@ -82,12 +80,13 @@ class CMakeBuild(build_ext):
             sys.exit("oneshot_fast needs cmake and ninja to build: pip install cmake ninja")
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch_version}"
+        for old in (ROOT / "oneshot_fast").glob("_C.cpython-*.so"):  # would hide the one for all
+            old.unlink()
         configure = [
             *(cmake, "-S", ROOT, "-B", build, "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DOSF_TORCH_VERSION={torch_version}",
             f"-DOSF_TORCH_DIR={torch_folder}",
             f"-DOSF_WITH_CUDA={'ON' if with_cuda(torch_cuda) else 'OFF'}",
@@ -99,6 +98,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("oneshot_fast._C", sources=[])],
+    ext_modules=[Extension("oneshot_fast._C", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,6 +1,7 @@
 // Schemas, checks, allocation, launch and registration of every op. Torch's stable ABI lets one
-// build load in every later torch. The Python module `_C` itself only introspects.
-#include <pybind11/pybind11.h>
+// build load in every later torch, Python's in every later Python. The module `_C` only
+// introspects.
+#include <Python.h>
 #include <torch/csrc/stable/library.h>
 
 #include "tensors.h"
@@ -8,22 +9,20 @@
 namespace osf {
 namespace {
 
-Tensor patch_rotate(Tensor x, Tensor q, int64_t p) {
-  const char* op = "patch_rotate";
-  STD_TORCH_CHECK(q.dim() >= 2, op, ": q must be [..., D, D], got ", text(shape(q)));
+// x rotated by q, or by q^T
+Tensor rotate(const char* op, Tensor x, Tensor q, int64_t p, bool transpose) {
+  OSF_CHECK(q.dim() >= 2, op, ": q must be [..., D, D], got ", text(shape(q)));
   Shape expected = shape(q);
   expected.resize(expected.size() - 2);
   const PatchGrid grid = patch_grid(op, shape(x), p, expected);
-  const int64_t D = grid.dim(), stride = expected.empty() ? 0 : D * D;
-  expected.insert(expected.end(), {D, D});
+  expected.insert(expected.end(), {grid.dim(), grid.dim()});
   check_like(op, "q", q, expected, x);
-  const bool transposed = is_transposed(q);
   x = dense(x);
-  q = transposed ? q : dense(q);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = empty(shape(x), x);
   if (out.numel() == 0) return out;
   const DType dtype = dtype_of(op, x);
-  const Matrices matrices{q.const_data_ptr(), stride, transposed};
+  Matrices matrices = osf::matrices(q);
+  matrices.transposed ^= transpose;
   launch(
       op, x,
       [&](const Threads& threads) {
@@ -37,6 +36,10 @@ Tensor patch_rotate(Tensor x, Tensor q, int64_t p) {
   return out;
 }
 
+Tensor patch_rotate(Tensor x, Tensor q, int64_t p) {
+  return rotate("patch_rotate", x, q, p, false);
+}
+
 Tensor patch_outer(Tensor a, Tensor b, int64_t p, Shape leading) {
   const char* op = "patch_outer";
   const PatchGrid grid = patch_grid(op, shape(a), p, leading);
@@ -45,7 +48,7 @@ Tensor patch_outer(Tensor a, Tensor b, int64_t p, Shape leading) {
   leading.insert(leading.end(), {grid.dim(), grid.dim()});
   a = dense(a);
   b = dense(b);
-  Tensor out = torch::stable::new_empty(a, leading);
+  Tensor out = empty(leading, a);
   if (out.numel() == 0) return out;
   const DType dtype = dtype_of(op, a);
   launch(
@@ -62,11 +65,18 @@ Tensor patch_outer(Tensor a, Tensor b, int64_t p, Shape leading) {
   return out;
 }
 
+// Both gradients of patch_rotate in one call
+std::tuple<Tensor, Tensor> d_patch_rotate(Tensor grad, Tensor x, Tensor q, int64_t p) {
+  Shape leading = shape(q);
+  leading.resize(leading.size() - 2);
+  return {rotate("d_patch_rotate", grad, q, p, true), patch_outer(grad, x, p, leading)};
+}
+
 Tensor skew_exp(Tensor a) {
   const char* op = "skew_exp";
   const int64_t B = check_square(op, a), D = a.size(-1);
   a = dense(a);
-  Tensor out = torch::stable::empty_like(a);
+  Tensor out = empty(shape(a), a);
   if (out.numel() == 0) return out;
   const DType dtype = dtype_of(op, a);
   launch(
@@ -90,7 +100,7 @@ Tensor d_skew_exp(Tensor grad, Tensor a, Tensor q) {
   grad = dense(grad);
   a = dense(a);
   q = dense(q);
-  Tensor out = torch::stable::empty_like(a);
+  Tensor out = empty(shape(a), a);
   if (out.numel() == 0) return out;
   const DType dtype = dtype_of(op, a);
   launch(
@@ -113,8 +123,8 @@ std::tuple<Tensor, Tensor> cayley(Tensor a) {
   const int64_t B = check_square(op, a), D = a.size(-1);
   const DType dtype = dtype_of(op, a);
   a = dense(a);
-  Tensor out = torch::stable::empty_like(a);
-  Tensor resolvent = torch::stable::new_empty(a, shape(a), accumulation(a.scalar_type()));
+  Tensor out = empty(shape(a), a);
+  Tensor resolvent = empty(shape(a), accumulation(a.scalar_type()), a);
   if (out.numel() > 0)
     cpu_kernels().cayley(threads(), dtype, B, D, a.const_data_ptr(), out.mutable_data_ptr(),
                          resolvent.mutable_data_ptr());
@@ -128,7 +138,7 @@ Tensor d_cayley(Tensor grad, Tensor resolvent) {
   check_like(op, "resolvent", resolvent, shape(grad), grad, accumulation(grad.scalar_type()));
   grad = dense(grad);
   resolvent = dense(resolvent);
-  Tensor out = torch::stable::empty_like(grad);
+  Tensor out = empty(shape(grad), grad);
   if (out.numel() > 0)
     cpu_kernels().d_cayley(threads(), dtype, B, D, grad.const_data_ptr(),
                            resolvent.const_data_ptr(), out.mutable_data_ptr());
@@ -162,6 +172,8 @@ void rotation_step(Tensor q, Tensor g, Tensor m, Tensor v, Tensor steps, double 
                                     p[2], p[3]);
       },
       [&](void* stream) {
+        OSF_CHECK(D <= (dtype == DType::f64 ? 32 : 64), op, ": no kernel for D = ", D,
+                  " on a GPU; oneshot_fast.ops.rotation_step composes it of others");
         return cuda::rotation_step(dtype, B, D, options, g.const_data_ptr(), p[0], p[1], p[2], p[3],
                                    stream);
       });
@@ -177,7 +189,7 @@ Tensor latent_mse(Tensor eps_hat, Tensor x, Tensor target, double sigma) {
   eps_hat = dense(eps_hat);
   x = dense(x);
   target = dense(target);
-  Tensor loss = torch::stable::new_empty(x, {B}, accumulation(x.scalar_type()));
+  Tensor loss = empty({B}, accumulation(x.scalar_type()), x);
   const DType dtype = dtype_of(op, x);
   launch(
       op, x,
@@ -205,7 +217,7 @@ Tensor d_latent_mse(Tensor grad, Tensor eps_hat, Tensor x, Tensor target, double
   eps_hat = dense(eps_hat);
   x = dense(x);
   target = dense(target);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = empty(shape(x), x);
   const DType dtype = dtype_of(op, x);
   launch(
       op, x,
@@ -228,7 +240,7 @@ Tensor pixel_l1(Tensor y, Tensor target) {
   check_like(op, "target", target, shape(y), y);
   y = dense(y);
   target = dense(target);
-  Tensor loss = torch::stable::new_empty(y, {B}, accumulation(y.scalar_type()));
+  Tensor loss = empty({B}, accumulation(y.scalar_type()), y);
   const DType dtype = dtype_of(op, y);
   launch(
       op, y,
@@ -252,7 +264,7 @@ Tensor d_pixel_l1(Tensor grad, Tensor y, Tensor target, bool wrt_target) {
   grad = dense(grad);
   y = dense(y);
   target = dense(target);
-  Tensor out = torch::stable::empty_like(y);
+  Tensor out = empty(shape(y), y);
   const DType dtype = dtype_of(op, y);
   launch(
       op, y,
@@ -272,6 +284,7 @@ using torch::stable::detail::StableLibrary;
 
 void define(StableLibrary& m) {
   m.def("patch_rotate(Tensor x, Tensor q, int p) -> Tensor");
+  m.def("d_patch_rotate(Tensor grad, Tensor x, Tensor q, int p) -> (Tensor, Tensor)");
   m.def("patch_outer(Tensor a, Tensor b, int p, int[] leading) -> Tensor");
   m.def("skew_exp(Tensor a) -> Tensor");
   m.def("d_skew_exp(Tensor grad, Tensor a, Tensor q) -> Tensor");
@@ -290,6 +303,7 @@ void define(StableLibrary& m) {
 
 void implement(StableLibrary& m) {
   m.impl("patch_rotate", TORCH_BOX(&patch_rotate));
+  m.impl("d_patch_rotate", TORCH_BOX(&d_patch_rotate));
   m.impl("patch_outer", TORCH_BOX(&patch_outer));
   m.impl("skew_exp", TORCH_BOX(&skew_exp));
   m.impl("d_skew_exp", TORCH_BOX(&d_skew_exp));
@@ -310,18 +324,30 @@ STABLE_TORCH_LIBRARY_IMPL(oneshot_fast, CPU, m) {
   m.impl("d_cayley", TORCH_BOX(&osf::d_cayley));
 }
 
-// oneshot_fast's key CUDA belongs to Python, which chooses between these and Triton.
-#ifdef OSF_WITH_CUDA
+// The same a second time, for a process in which Python chooses between these and Triton.
+#ifdef OSF_CUDA_ARCHITECTURES
+STABLE_TORCH_LIBRARY_IMPL(oneshot_fast, CUDA, m) { osf::implement(m); }
 STABLE_TORCH_LIBRARY(oneshot_fast_cuda, m) { osf::define(m); }
 STABLE_TORCH_LIBRARY_IMPL(oneshot_fast_cuda, CUDA, m) { osf::implement(m); }
-constexpr bool cuda_kernels = true;
 #else
-constexpr bool cuda_kernels = false;
+#define OSF_CUDA_ARCHITECTURES ""
 #endif
 
-PYBIND11_MODULE(_C, m) {
-  m.attr("torch_version") = OSF_TORCH_VERSION;
-  m.attr("compiler") = OSF_COMPILER;
-  m.attr("cuda_kernels") = cuda_kernels;
-  m.def("isa", [] { return osf::cpu_kernels().isa; });
+static PyObject* isa(PyObject*, PyObject*) try {
+  return PyUnicode_FromString(osf::cpu_kernels().isa);
+} catch (const std::exception& error) {
+  PyErr_SetString(PyExc_RuntimeError, error.what());
+  return nullptr;
+}
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyMethodDef methods[] = {{"isa", isa, METH_NOARGS, nullptr}, {}};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+  PyObject* const m = PyModule_Create(&definition);
+  if (m == nullptr) return nullptr;
+  PyModule_AddStringConstant(m, "torch_version", OSF_TORCH_VERSION);
+  PyModule_AddStringConstant(m, "compiler", OSF_COMPILER);
+  PyModule_AddStringConstant(m, "cuda_architectures", OSF_CUDA_ARCHITECTURES);
+  return m;
 }

@@ -5,8 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -15,6 +17,17 @@
 
 namespace osf {
 
+// Raises RuntimeError with these words alone, which STD_TORCH_CHECK puts a file's path before.
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  throw std::runtime_error(out.str());
+}
+#define OSF_CHECK(condition, ...) \
+  if (!(condition)) ::osf::fail(__VA_ARGS__)
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
@@ -38,11 +51,14 @@ inline std::string text(ScalarType dtype) {
     case ScalarType::Double: return "float64";
     case ScalarType::Half: return "float16";
     case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Bool: return "bool";
     case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
     case ScalarType::Short: return "int16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
     default: return torch::headeronly::toString(dtype);
   }
 }
@@ -59,8 +75,7 @@ inline DType dtype_of(const char* op, const Tensor& t) {
     case ScalarType::BFloat16: return DType::bf16;
     default: break;
   }
-  STD_TORCH_CHECK(false, op, ": expected float32, float64, float16 or bfloat16, got ",
-                  text(t.scalar_type()));
+  fail(op, ": expected float32, float64, float16 or bfloat16, got ", text(t.scalar_type()));
 }
 
 inline ScalarType accumulation(ScalarType storage) {
@@ -70,19 +85,37 @@ inline ScalarType accumulation(ScalarType storage) {
 // Checks that t has this shape, lies beside `first` and, without another dtype, has its dtype.
 inline void check_like(const char* op, const char* name, const Tensor& t, const Shape& expected,
                        const Tensor& first, std::optional<ScalarType> other_dtype = {}) {
-  const Shape actual = shape(t);
-  STD_TORCH_CHECK(actual == expected, op, ": ", name, " must be ", text(expected), ", got ",
-                  text(actual));
+  OSF_CHECK(t.sizes() == IntHeaderOnlyArrayRef(expected), op, ": ", name, " must be ",
+            text(expected), ", got ", text(shape(t)));
   const bool together = t.is_cpu() == first.is_cpu() &&
                         (t.is_cpu() || t.get_device_index() == first.get_device_index());
-  STD_TORCH_CHECK(together, op, ": ", name, " must be on ", device(first), ", got ", device(t));
+  OSF_CHECK(together, op, ": ", name, " must be on ", device(first), ", got ", device(t));
   const ScalarType dtype = other_dtype.value_or(first.scalar_type());
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", text(dtype), ", got ",
-                  text(t.scalar_type()));
+  OSF_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", text(dtype), ", got ",
+            text(t.scalar_type()));
 }
 
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// Contiguous memory on the device of t, without the boxes of torch::stable::new_empty
+inline Tensor empty(const Shape& sizes, ScalarType dtype, const Tensor& t) {
+  Shape strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes[i]))
+    strides[i] = stride;
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      t.get_device_index(), &handle));
+  return Tensor(handle);
+}
+inline Tensor empty(const Shape& sizes, const Tensor& t) {
+  return empty(sizes, t.scalar_type(), t);
 }
 
 inline Threads threads() {
@@ -92,15 +125,25 @@ inline Threads threads() {
           }};
 }
 
-// Whether the memory holds the transposed matrices one after another.
-inline bool is_transposed(const Tensor& q) {
-  const int64_t n = q.dim();
+// Square matrices as the kernels read them: packed by rows or by columns, or one for all; what is
+// laid out otherwise is copied into q.
+inline Matrices matrices(Tensor& q) {
+  const int64_t n = q.dim(), D = q.size(n - 1);
   const auto sizes = q.sizes(), strides = q.strides();
-  if (strides[n - 2] != 1 || strides[n - 1] != sizes[n - 1]) return false;
-  int64_t expected = sizes[n - 1] * sizes[n - 1];
-  for (int64_t i = n - 3; i >= 0; expected *= sizes[i--])
-    if (strides[i] != expected) return false;
-  return true;
+  bool shared = true, packed = true;
+  int64_t expected = D * D;
+  for (int64_t i = n - 3; i >= 0; expected *= sizes[i--]) {
+    shared &= sizes[i] == 1 || strides[i] == 0;
+    packed &= sizes[i] == 1 || strides[i] == expected;
+  }
+  const bool rows = D == 1 || (strides[n - 1] == 1 && strides[n - 2] == D);
+  const bool columns = strides[n - 2] == 1 && strides[n - 1] == D;
+  if (!(rows || columns) || !(shared || packed)) {
+    while (shared && q.dim() > 2) q = torch::stable::select(q, 0, 0);
+    q = torch::stable::contiguous(q);
+    return {q.const_data_ptr(), shared ? 0 : D * D, false};
+  }
+  return {q.const_data_ptr(), shared ? 0 : D * D, !rows};
 }
 
 // The stream that torch uses on a device, by a function of libtorch_cuda; it is looked up so that
@@ -112,7 +155,7 @@ inline void* current_stream(int32_t device_index) {
     void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
     return reinterpret_cast<Get*>(symbol);
   }();
-  STD_TORCH_CHECK(get != nullptr, "oneshot_fast: this torch has no CUDA");
+  OSF_CHECK(get != nullptr, "oneshot_fast: this torch has no CUDA");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(get(device_index, &stream));
   return stream;
@@ -122,32 +165,32 @@ inline void* current_stream(int32_t device_index) {
 template <class Cpu, class Cuda>
 void launch(const char* op, const Tensor& t, Cpu cpu, [[maybe_unused]] Cuda cuda) {
   if (t.is_cpu()) return cpu(threads());
-#ifdef OSF_WITH_CUDA
+#ifdef OSF_CUDA_ARCHITECTURES
   const torch::stable::accelerator::DeviceGuard guard(t.get_device_index());
   const int error = cuda(current_stream(t.get_device_index()));
-  STD_TORCH_CHECK(error == 0, op, ": CUDA error ", error, " (", cuda::error_text(error), ")");
+  OSF_CHECK(error == 0, op, ": CUDA error ", error, " (", cuda::error_text(error), ")");
 #else
-  STD_TORCH_CHECK(false, op, ": built without CUDA, got a tensor on ", device(t));
+  fail(op, ": built without CUDA, got a tensor on ", device(t));
 #endif
 }
 
 // Memory of a launch on the device of t, aligned as the kernels need it by torch's allocator.
 inline Tensor workspace(const Tensor& t, int64_t bytes) {
-  return torch::stable::new_empty(t, {bytes}, ScalarType::Byte);
+  return empty({bytes}, ScalarType::Byte, t);
 }
 
 inline PatchGrid patch_grid(const char* op, const Shape& x, int64_t p, const Shape& leading) {
-  STD_TORCH_CHECK(x.size() == 4, op, ": expected [B, C, H, W], got ", text(x));
-  STD_TORCH_CHECK(p > 0 && x[2] % p == 0 && x[3] % p == 0, op, ": p = ", p,
-                  " must divide H and W of ", text(x));
+  OSF_CHECK(x.size() == 4, op, ": expected [B, C, H, W], got ", text(x));
+  OSF_CHECK(p > 0 && x[2] % p == 0 && x[3] % p == 0, op, ": p = ", p, " must divide H and W of ",
+            text(x));
   const size_t n = leading.size();
-  STD_TORCH_CHECK(n == 0 || ((n == 1 || n == 3) && leading[0] == x[0]), op,
-                  ": one matrix for all, per image (", x[0], ") or per tile (", x[0],
-                  ", Gh, Gw), got ", text(leading));
+  OSF_CHECK(n == 0 || ((n == 1 || n == 3) && leading[0] == x[0]), op,
+            ": one matrix for all, per image (", x[0], ") or per tile (", x[0], ", Gh, Gw), got ",
+            text(leading));
   const PatchGrid grid{x[0], x[1], x[2], x[3], p, n == 3 ? leading[1] : 1, n == 3 ? leading[2] : 1};
-  STD_TORCH_CHECK(grid.Gh > 0 && grid.Gw > 0 && x[2] / p % grid.Gh == 0 && x[3] / p % grid.Gw == 0,
-                  op, ": the grid of ", x[2] / p, " x ", x[3] / p,
-                  " patches is not divisible into ", grid.Gh, " x ", grid.Gw, " tiles");
+  OSF_CHECK(grid.Gh > 0 && grid.Gw > 0 && x[2] / p % grid.Gh == 0 && x[3] / p % grid.Gw == 0, op,
+            ": the grid of ", x[2] / p, " x ", x[3] / p, " patches is not divisible into ", grid.Gh,
+            " x ", grid.Gw, " tiles");
   return grid;
 }
 
@@ -155,8 +198,8 @@ inline PatchGrid patch_grid(const char* op, const Shape& x, int64_t p, const Sha
 inline int64_t check_square(const char* op, const Tensor& a) {
   const Shape sizes = shape(a);
   const size_t n = sizes.size();
-  STD_TORCH_CHECK(n >= 2 && sizes[n - 1] == sizes[n - 2], op, ": expected [..., D, D], got ",
-                  text(sizes));
+  OSF_CHECK(n >= 2 && sizes[n - 1] == sizes[n - 2], op, ": expected [..., D, D], got ",
+            text(sizes));
   int64_t count = 1;
   for (size_t i = 0; i + 2 < n; ++i) count *= sizes[i];
   return count;
@@ -165,7 +208,7 @@ inline int64_t check_square(const char* op, const Tensor& a) {
 // Checks [B, C, H, W] and returns C H W.
 inline int64_t check_images(const char* op, const char* name, const Tensor& t) {
   const Shape sizes = shape(t);
-  STD_TORCH_CHECK(sizes.size() == 4, op, ": ", name, " must be [B, C, H, W], got ", text(sizes));
+  OSF_CHECK(sizes.size() == 4, op, ": ", name, " must be [B, C, H, W], got ", text(sizes));
   return sizes[1] * sizes[2] * sizes[3];
 }
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oneshot_fast.kernels.patch_outer import patch_outer
 from oneshot_fast.kernels.patch_tiles import (
     INTERPRETED,
     dot,
@@ -139,7 +140,9 @@ def patch_rotate(
     Returns:
         Rotated latents, [B, C, H, W].
     """
-    x = x.contiguous()
+    x, leading = x.contiguous(), q.shape[:-2]
+    if q.dim() > 2 and not any(q.stride()[:-2]):  # one for all, expanded
+        q = q[(0,) * (q.dim() - 2)]
     if q.mT.is_contiguous():
         q, transpose = q.mT, not transpose
     q = q.contiguous()
@@ -147,7 +150,7 @@ def patch_rotate(
     if z.numel() == 0:
         return z
     C = x.shape[1]
-    tiles = grid_of(x, p, q.shape[:-2])
+    tiles = grid_of(x, p, leading)
     tile_h, tile_w = tiles[:2]
     p2, rows = triton.next_power_of_2(p), triton.next_power_of_2(C * p)
     columns = triton.next_power_of_2(tile_w)
@@ -172,3 +175,8 @@ def patch_rotate(
             BLOCK_K=max(16, p2, min(32 if x.element_size() == 2 else 16, rows * p2)),
         )
     return z
+
+
+def d_patch_rotate(grad: Tensor, x: Tensor, q: Tensor, p: int) -> tuple[Tensor, Tensor]:
+    """Gradients of <grad, patch_rotate(x, q, p)> in ``x`` and ``q``."""
+    return patch_rotate(grad, q, p, transpose=True), patch_outer(grad, x, p, q.shape[:-2])

@@ -1,5 +1,5 @@
 compiler: str
-cuda_kernels: bool
+cuda_architectures: str
 torch_version: str
 
 def isa() -> str: ...

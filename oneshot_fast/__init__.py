@@ -79,19 +79,31 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def build_info() -> dict[str, str | bool | None]:
-    """Versions that a bug report needs: package, compiler, torch, instruction set, CUDA, Triton."""
+def build_info() -> dict[str, Any]:
+    """Versions that a bug report needs: package, compiler, torch, instruction set, CUDA, Triton.
+
+    ``backends`` has what serves each device and why those before it do not.
+    """
     return {
         "oneshot_fast": __version__,
         "compiler": _C.compiler,
         "torch_built_against": _C.torch_version,
         "torch_running": torch.__version__,
         "cpu_isa": _C.isa(),
-        "cuda_kernels": _C.cuda_kernels,
+        "cuda_kernels": _C.cuda_architectures,
         "cuda_available": torch.cuda.is_available(),
         "cuda_version": torch.version.cuda,
         "triton": _installed_version("triton"),
+        "backends": _serving(),
     }
+
+
+def _serving() -> dict[str, str]:
+    found = {"cpu": f"cpu ({_C.isa()})"}
+    for index in range(torch.cuda.device_count()):
+        name, why = ops.backends(f"cuda:{index}")[0], ops._backends.missing(index).values()
+        found[f"cuda:{index}"] = "; ".join((name, *filter(None, why)))
+    return found
 
 
 def _installed_version(name: str) -> str | None:

@@ -133,7 +133,11 @@ def test(site: Path) -> bool:
         text=True,
     )
     print("\n".join(run.stdout.splitlines()[-1 if run.returncode == 0 else -40 :]))
-    where = [sys.executable, "-c", "import oneshot_fast as o; print(o.__file__, o._C.cuda_kernels)"]
+    where = [
+        sys.executable,
+        "-c",
+        "import oneshot_fast as o; print(o.__file__, bool(o._C.cuda_architectures))",
+    ]
     used = subprocess.run(
         where, env=os.environ | {"PYTHONPATH": str(site)}, cwd=site, capture_output=True, text=True
     )

@@ -3,6 +3,7 @@
 Their words are those of the C++ checks; the same tests hold for both.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -76,3 +77,12 @@ def check_patches(op: str, x: Tensor, p: int, leading: Sequence[int]) -> None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of floating-point dtypes in the one that torch would compute with."""
+    first = tensors[0].dtype
+    if all(t.dtype is first or not t.is_floating_point() for t in tensors):
+        return tensors
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return tuple(t.to(dtype) for t in tensors)

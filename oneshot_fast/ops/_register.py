@@ -2,13 +2,18 @@
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
+from torch.autograd import forward_ad
 
-from oneshot_fast.ops._backends import _C, backend
+from oneshot_fast.ops._backends import backend, serve_cuda
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,12 @@ class OpSpec:
     gpu_kernels: bool = True
 
 
+# called at every call of an op, where looking them up would cost
+below_autograd = torch._C._AutoDispatchBelowAutograd
+transforming = torch._C._are_functorch_transforms_active
+casting = torch._C._is_any_autocast_enabled
+
+
 def define(
     name: str,
     fake: Callable[..., Any],
@@ -44,73 +55,158 @@ def define(
     *,
     saved: int = 0,
     setup_context: Callable[..., None] | None = None,
+    vmap: Callable[..., Any] | None = None,
+    flat: bool = False,
+    autocast: str | None = None,
     cuda: bool = True,
 ) -> Callable[..., Any]:
-    """Register fake, autograd and CUDA of ``oneshot_fast::name``; return the function to call.
+    """Register fake, autograd, vmap and CUDA of ``oneshot_fast::name``; return what to call.
 
-    ``fake``, ``setup_context`` and ``backward`` are those of ``torch.library``; ``fake`` also
-    raises for wrong arguments, and by default the first ``saved`` of them are saved, the others
-    put into ``ctx.options``. In eager mode the returned function takes the same rules through an
-    ``autograd.Function`` of its own and skips the dispatcher's autograd key, which is written in
-    Python and costs more than a small op.
+    ``fake``, ``setup_context``, ``backward`` and ``vmap`` are those of ``torch.library``; ``fake``
+    also raises for wrong arguments, and by default the first ``saved`` of them are saved, the
+    others put into ``ctx.options``. By default ``vmap`` puts the new batch in front, and joins it
+    with the tensors' own if they are ``flat``, that is with one batch dimension only. ``autocast``
+    is "lower" for an op that then runs in the lower precision type, as a matrix product does, or
+    "float32".
+
+    In eager mode the returned function takes the same rules through an ``autograd.Function`` of its
+    own and skips the dispatcher's autograd key, which is written in Python and costs more than a
+    small op. That function has forward-mode derivatives and composes with ``torch.func``.
 
     Where no kernel can serve (another device, or CUDA without kernels or ``cuda``), ``reference``
     does; the gradients' ops have none, since torch differentiates the reference.
     """
 
-    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:saved])
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        save(ctx, *inputs[:saved])
         ctx.options = inputs[saved:]
 
     setup_context = setup_context or keep
-    op: Callable[..., Any] = getattr(torch.ops.oneshot_fast, name).default
+    vmap = vmap or partial(_vmap, lambda *args: call(*args), flat)
+    op: Any = getattr(torch.ops.oneshot_fast, name).default
+    direct = op._op  # without the method of Python that only calls it
     torch.library.register_fake(f"oneshot_fast::{name}", fake)
     torch.library.register_autograd(f"oneshot_fast::{name}", backward, setup_context=setup_context)
+    torch.library.register_vmap(f"oneshot_fast::{name}", vmap)
     if cuda:
-        torch.library.impl(f"oneshot_fast::{name}", "CUDA")(_cuda_kernel(name, fake))
+        serve_cuda(name, _cuda_kernel(name, fake))
 
-    def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = op(*args)
-        setup_context(ctx, args, output)
-        return output
+    def forward(*args: Any) -> Any:
+        with below_autograd():
+            return direct(*args)
 
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs, output)
+        if forward_ad._current_level >= 0:
+            outputs = output if isinstance(output, tuple) else (output,)
+            ctx.zeros = [t.new_zeros(()).expand(t.shape) for t in outputs]
+
+    rules = {"forward": forward, "setup_context": setup, "backward": backward, "vmap": vmap}
+    rules["jvp"] = partial(_jvp, backward)
     function: Any = type(
-        name,
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+        name, (torch.autograd.Function,), {key: staticmethod(rule) for key, rule in rules.items()}
     )
+    # past the Python method of the same name, which inspects the signature of forward every time
+    apply = super(torch.autograd.Function, function).apply
 
     def call(*args: Any) -> Any:
-        if reference is not None and not _has_kernel(name, args[0], cuda):
+        first = args[0]
+        if not first.is_cpu and reference is not None and not _has_kernel(name, first, cuda):
             return reference(*args)
         if torch.compiler.is_compiling():
-            return op(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return op(*_cast(autocast, args))
+        if casting():
+            args = _cast(autocast, args)
+        if transforming() or forward_ad._current_level >= 0:
             return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return apply(*args)
+        with below_autograd():
+            return direct(*args)
 
     return call
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for the backward pass, and for forward mode."""
+    ctx.save_for_backward(*tensors)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors)
+
+
+def _vmap(call: Callable[..., Any], flat: bool, info: Any, in_dims: Any, *args: Any) -> Any:
+    moved = [in_front(a, d, info.batch_size) for a, d in zip(args, in_dims, strict=True)]
+    if not flat:
+        out = call(*moved)
+        return out, (0,) * len(out) if isinstance(out, tuple) else 0
+    out = call(*(a.flatten(0, 1) if isinstance(a, Tensor) else a for a in moved))
+    return out.unflatten(0, moved[0].shape[:2]), 0
+
+
+def in_front(a: Any, dim: int | None, size: int) -> Any:
+    """A tensor with the dimension that vmap maps over in front, new where it has none."""
+    if not isinstance(a, Tensor):
+        return a
+    return a.expand(size, *a.shape) if dim is None else a.movedim(dim, 0)
+
+
+def _jvp(backward: Callable[..., Any], ctx: Any, *tangents: Tensor | None) -> Any:
+    """Forward-mode derivative: the backward pass is linear in what it gets, so transpose it."""
+    needed = [t is not None for t in tangents]
+    primals = [forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+    saved = SimpleNamespace(saved_tensors=primals, options=ctx.options, needs_input_grad=needed)
+
+    along: list[Tensor] = []
+
+    def pull(*cotangents: Tensor) -> tuple[Tensor, ...]:
+        gradients = backward(saved, *cotangents)
+        pairs = zip(
+            gradients if isinstance(gradients, tuple) else (gradients,), tangents, strict=True
+        )
+        found = [(g, t) for g, t in pairs if g is not None and t is not None]
+        along.extend(t for _, t in found)
+        return tuple(g for g, _ in found) or cotangents
+
+    transpose: Callable[..., Any] = torch.func.vjp(pull, *ctx.zeros)[1]
+    result = transpose(tuple(along)) if along else ctx.zeros
+    return result[0] if len(result) == 1 else result
+
+
+def _cast(rule: str | None, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments as autocast wants them; float64 stays, as in torch's own rules."""
+    kind = args[0].device.type
+    if rule is None or not is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return args
+    dtype = torch.float32 if rule == "float32" else torch.get_autocast_dtype(kind)
+    return tuple(
+        a.to(dtype)
+        if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64
+        else a
+        for a in args
+    )
+
+
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """A context in which the products of tensors like ``t`` stay in their dtype."""
+    kind = t.device.type
+    return torch.autocast(kind, enabled=False) if is_autocast_available(kind) else nullcontext()
 
 
 def _has_kernel(name: str, tensor: Tensor, cuda: bool) -> bool:
     """Whether a kernel, or for a tensor without data the fake, serves the op on this device."""
     if tensor.is_cuda:
-        return cuda and backend(name) != "reference"
+        return cuda and backend(name, tensor.get_device()) != "reference"
     return tensor.is_cpu or tensor.is_meta
 
 
-def _cuda_kernel(name: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _cuda_kernel(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """The op on CUDA tensors: the backend is chosen at each call, Triton imported at the first."""
-    compiled: Any = getattr(torch.ops.oneshot_fast_cuda, name).default if _C.cuda_kernels else None
 
-    def run(*args: Any) -> Tensor:
-        if backend(name) == "cuda":
-            return compiled(*args)
+    def run(*args: Any) -> Any:
+        if backend(name, args[0].get_device()) == "cuda":
+            return getattr(torch.ops.oneshot_fast_cuda, name).default(*args)
         fake(*args)  # the launchers check nothing
         module = importlib.import_module(f"oneshot_fast.kernels.{name.removeprefix('d_')}")
-        output: Tensor = getattr(module, name)(*args)
-        return output
+        return getattr(module, name)(*args)
 
     return run

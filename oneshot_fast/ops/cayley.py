@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.ops._checks import check_like, check_square
-from oneshot_fast.ops._register import define
+from oneshot_fast.ops._register import define, save
 from oneshot_fast.ops.skew_exp import SPEC as _SKEW_EXP
 
 
@@ -66,7 +66,8 @@ def _fake(a: Tensor) -> tuple[Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1])
+    save(ctx, output[1])
+    ctx.options = ()
 
 
 def _backward(ctx: Any, d_out: Tensor | None, d_resolvent: Tensor | None) -> Tensor | None:

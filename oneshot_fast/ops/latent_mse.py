@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oneshot_fast.ops._checks import check_images, check_like
+from oneshot_fast.ops._checks import check_images, check_like, promoted
 from oneshot_fast.ops._register import OpSpec, define
 
 
@@ -13,7 +13,7 @@ def latent_mse(eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float) -> Tens
     """Mean over C, H, W of (x0 - target)^2 with the one-step Euler update x0 = x - sigma eps_hat.
 
     Args:
-        eps_hat: Predicted noise, [B, C, H, W].
+        eps_hat: Predicted noise, [B, C, H, W]; of several floating-point dtypes the widest counts.
         x: Noisy latents in unscaled units (target plus sigma times unit noise), [B, C, H, W].
         target: Target latents, [B, C, H, W].
         sigma: Noise level of the step.
@@ -22,9 +22,9 @@ def latent_mse(eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float) -> Tens
         Loss per image, [B], float64 for float64 inputs and float32 otherwise.
 
     Raises:
-        RuntimeError: Shapes, dtypes or devices do not agree.
+        RuntimeError: Shapes or devices do not agree, or a dtype is no floating-point one.
     """
-    return _call(eps_hat, x, target, sigma)
+    return _call(*promoted(eps_hat, x, target), sigma)
 
 
 def reference(eps_hat: Tensor, x: Tensor, target: Tensor, sigma: float) -> Tensor:
@@ -78,8 +78,8 @@ def _gradient_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
     return d_grad, *(d_error * part for part in _scales(sigma)), None, None
 
 
-_call_gradient = define("d_latent_mse", _gradient_fake, _gradient_backward, saved=4)
-_call = define("latent_mse", _fake, _backward, reference, saved=3)
+_call_gradient = define("d_latent_mse", _gradient_fake, _gradient_backward, saved=4, flat=True)
+_call = define("latent_mse", _fake, _backward, reference, saved=3, flat=True)
 
 
 def _inputs(shape: tuple[int, ...], sigma: float) -> tuple[Any, ...]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from oneshot_fast.ops._checks import check_like, check_patches
-from oneshot_fast.ops._register import OpSpec, define
+from oneshot_fast.ops._register import OpSpec, define, in_front, save
 
 
 def patch_rotate(x: Tensor, q: Tensor, p: int) -> Tensor:
@@ -112,22 +113,99 @@ def _outer_fake(a: Tensor, b: Tensor, p: int, leading: list[int]) -> Tensor:
     return a.new_empty(*leading, D, D)
 
 
-def _rotate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    (x, q), (p,) = ctx.saved_tensors, ctx.options
-    d_x = patch_rotate(grad, q.mT, p) if ctx.needs_input_grad[0] else None
-    d_q = patch_outer(grad, x, p, q) if ctx.needs_input_grad[1] else None
-    return d_x, d_q, None
+def _gradients_fake(grad: Tensor, x: Tensor, q: Tensor, p: int) -> tuple[Tensor, Tensor]:
+    op = "d_patch_rotate"
+    check_patches(op, grad, p, q.shape[:-2])
+    check_like(op, "x", x, grad.shape, grad)
+    check_like(op, "q", q, (*q.shape[:-2], *[grad.shape[1] * p * p] * 2), grad)
+    return grad.new_empty(grad.shape), grad.new_empty(q.shape)
 
 
-def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-    (a, b), (p, _) = ctx.saved_tensors, ctx.options
-    d_a = patch_rotate(b, grad, p) if ctx.needs_input_grad[0] else None
-    d_b = patch_rotate(a, grad.mT, p) if ctx.needs_input_grad[1] else None
-    return d_a, d_b, None, None
+def _keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Each of the two is needed for the gradient of the other only."""
+    a, b, p, *leading = inputs
+    needs = ctx.needs_input_grad
+    if forward_ad._current_level >= 0:
+        save(ctx, a, b)
+    else:
+        ctx.save_for_backward(a if needs[1] else None, b if needs[0] else None)
+    ctx.options = p, leading[0] if leading else list(b.shape[:-2])
 
 
-_rotate = define("patch_rotate", _rotate_fake, _rotate_backward, rotate_reference, saved=2)
-_outer = define("patch_outer", _outer_fake, _outer_backward, outer_reference, saved=2)
+def _rotate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (x, q), (p, leading), needs = ctx.saved_tensors, ctx.options, ctx.needs_input_grad
+    if needs[0] and needs[1]:
+        return *_rotate_gradients(grad, x, q, p), None
+    d_x = patch_rotate(grad, q.mT, p) if needs[0] else None
+    return d_x, _outer(grad, x, p, leading) if needs[1] else None, None
+
+
+def _gradients_backward(ctx: Any, u: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
+    """Of q^T grad and of the sums of grad x^T."""
+    (grad, x, q), (p,) = ctx.saved_tensors, ctx.options
+    d_grad = patch_rotate(u, q, p) + patch_rotate(x, v, p)
+    return d_grad, patch_rotate(grad, v.mT, p), patch_outer(grad, u, p, q), None
+
+
+def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (a, b), (p, _), needs = ctx.saved_tensors, ctx.options, ctx.needs_input_grad
+    d_a = patch_rotate(b, grad, p) if needs[0] else None
+    return d_a, patch_rotate(a, grad.mT, p) if needs[1] else None, None, None
+
+
+def _rotate_vmap(info: Any, in_dims: Any, x: Tensor, q: Tensor, p: int) -> tuple[Tensor, int]:
+    x = in_front(x, in_dims[0], info.batch_size)
+    if in_dims[1] is not None or q.dim() > 2:
+        q = in_front(q, in_dims[1], info.batch_size)
+        q = (q if q.dim() > 3 else q[:, None].expand(*x.shape[:2], -1, -1)).flatten(0, 1)
+    return patch_rotate(x.flatten(0, 1), q, p).unflatten(0, x.shape[:2]), 0
+
+
+def _outer_vmap(
+    info: Any, in_dims: Any, a: Tensor, b: Tensor, p: int, leading: list[int]
+) -> tuple[Tensor, int]:
+    a, b = (in_front(t, d, info.batch_size) for t, d in zip((a, b), in_dims[:2], strict=True))
+    if leading:
+        sums = _outer(a.flatten(0, 1), b.flatten(0, 1), p, [a.shape[0] * a.shape[1], *leading[1:]])
+        return sums.unflatten(0, a.shape[:2]), 0
+    # one sum over all: the images of a batch are parts of a taller one
+    a, b = (t.transpose(1, 2).flatten(2, 3) for t in (a, b))
+    return _outer(a, b, p, [a.shape[0]]), 0
+
+
+def _gradients_vmap(
+    info: Any, in_dims: Any, grad: Tensor, x: Tensor, q: Tensor, p: int
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    if in_dims[2] is not None:
+        q = q.movedim(in_dims[2], 0)
+        in_dims = (*in_dims[:2], 0)
+    d_x, _ = _rotate_vmap(info, (in_dims[0], in_dims[2]), grad, q.mT, p)
+    leading = list(q.shape[:-2] if in_dims[2] is None else q.shape[1:-2])
+    d_q, _ = _outer_vmap(info, in_dims, grad, x, p, leading)
+    return (d_x, d_q), (0, 0)
+
+
+_rotate = define(
+    "patch_rotate",
+    _rotate_fake,
+    _rotate_backward,
+    rotate_reference,
+    setup_context=_keep_factors,
+    vmap=_rotate_vmap,
+    autocast="lower",
+)
+_outer = define(
+    "patch_outer",
+    _outer_fake,
+    _outer_backward,
+    outer_reference,
+    setup_context=_keep_factors,
+    vmap=_outer_vmap,
+    autocast="lower",
+)
+_rotate_gradients = define(
+    "d_patch_rotate", _gradients_fake, _gradients_backward, saved=3, vmap=_gradients_vmap
+)
 
 
 def _rotate_inputs(shape: tuple[int, ...], p: int, leading: tuple[int, ...]) -> tuple[Any, ...]:

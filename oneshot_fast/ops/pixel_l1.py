@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oneshot_fast.ops._checks import check_images, check_like
+from oneshot_fast.ops._checks import check_images, check_like, promoted
 from oneshot_fast.ops._register import OpSpec, define
 
 
@@ -13,16 +13,17 @@ def pixel_l1(y: Tensor, target: Tensor) -> Tensor:
     """Mean over C, H, W of |clamp(y / 2 + 0.5, 0, 1) - target|.
 
     Args:
-        y: Decoder output, [B, C, H, W], in [-1, 1] before clamping.
+        y: Decoder output, [B, C, H, W], in [-1, 1] before clamping; of two floating-point dtypes
+            the wider counts.
         target: Images, [B, C, H, W], [0, 1] RGB.
 
     Returns:
         Loss per image, [B], float64 for float64 inputs and float32 otherwise.
 
     Raises:
-        RuntimeError: Shapes, dtypes or devices do not agree.
+        RuntimeError: Shapes or devices do not agree, or a dtype is no floating-point one.
     """
-    return _call(y, target)
+    return _call(*promoted(y, target))
 
 
 def reference(y: Tensor, target: Tensor) -> Tensor:
@@ -59,8 +60,8 @@ def _gradient_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
     return (v.to(grad.dtype) * per_unit).sum((1, 2, 3)), None, None, None
 
 
-_call_gradient = define("d_pixel_l1", _gradient_fake, _gradient_backward, saved=3)
-_call = define("pixel_l1", _fake, _backward, reference, saved=2)
+_call_gradient = define("d_pixel_l1", _gradient_fake, _gradient_backward, saved=3, flat=True)
+_call = define("pixel_l1", _fake, _backward, reference, saved=2, flat=True)
 
 
 def _inputs(shape: tuple[int, ...]) -> tuple[Any, ...]:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oneshot_fast.ops._backends import _C, backend
+from oneshot_fast.ops._backends import backend, serve_cuda
 from oneshot_fast.ops._checks import check_like, check_square
+from oneshot_fast.ops._register import without_autocast
 from oneshot_fast.ops.skew_exp import skew_exp
 
 
@@ -63,9 +64,14 @@ def rotation_step(
         max_angle: Trust radius, in radians.
 
     Raises:
-        RuntimeError: Shapes, dtypes or devices do not agree.
+        RuntimeError: Shapes, dtypes or devices do not agree, an option is out of its range, or what
+            is to be written is an expanded tensor.
     """
-    step = _op if g.is_cpu or g.is_cuda or g.is_meta else _composed
+    _check_options(beta1=beta1, beta2=beta2, eps=eps, max_angle=max_angle)
+    for name, t in (("q", q), ("m", m), ("v", v), ("steps", steps)):
+        if any(n > 1 and stride == 0 for n, stride in zip(t.shape, t.stride(), strict=True)):
+            raise RuntimeError(f"rotation_step: {name} is expanded and cannot be written; clone it")
+    step = _op if _has_op(g) else _composed
     if isinstance(lr, Tensor):
         check_like("rotation_step", "lr", lr, g.shape[:-2], g, q.dtype)
         step = _composed
@@ -100,8 +106,9 @@ def reference(
     g = g.to(q.dtype)
     a = g - g.mT
     total = a.square().sum((-2, -1))
-    t = steps.double() + 1
-    bias1, bias2 = (_per_matrix(1 - beta**t).to(q.dtype) for beta in (beta1, beta2))
+    t = steps + 1
+    logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
+    bias1, bias2 = (_per_matrix(-torch.expm1(t * log)) for log in logs)
     scalar = v.dim() < q.dim()
     new_m = beta1 * m + (1 - beta1) * a
     new_v = beta2 * v + (1 - beta2) * (total / max(1, D * (D - 1)) if scalar else a.square())
@@ -137,10 +144,27 @@ def _fake(q: Tensor, g: Tensor, m: Tensor, v: Tensor, steps: Tensor, *options: f
     check_like(op, "steps", steps, leading, g, state)
 
 
+def _check_options(**options: float) -> None:
+    for name, value in options.items():
+        decay = name.startswith("beta")
+        if not (0 <= value < 1 if decay else value > 0):
+            allowed = "in [0, 1)" if decay else "above 0"
+            raise RuntimeError(f"rotation_step: {name} must be {allowed}, got {value}")
+
+
+def _has_op(g: Tensor) -> bool:
+    return g.is_cpu or g.is_meta or _in_one_launch(g)
+
+
+def _in_one_launch(g: Tensor) -> bool:
+    """Whether a matrix fits into the shared memory of the kernel that serves its device."""
+    fits = g.shape[-1] <= (32 if g.dtype == torch.float64 else 64)
+    return g.is_cuda and fits and backend("rotation_step", g.get_device()) == "cuda"
+
+
 def _cuda(q: Tensor, g: Tensor, m: Tensor, v: Tensor, steps: Tensor, *options: float) -> None:
     """One launch where a matrix fits into shared memory, else torch's products and ``skew_exp``."""
-    fits = q.shape[-1] <= (32 if q.dtype == torch.float64 else 64)
-    if fits and _C.cuda_kernels and backend("rotation_step") == "cuda":
+    if _in_one_launch(g):
         torch.ops.oneshot_fast_cuda.rotation_step(q, g, m, v, steps, *options)
     else:
         _composed(q, g, m, v, steps, *options)
@@ -148,9 +172,10 @@ def _cuda(q: Tensor, g: Tensor, m: Tensor, v: Tensor, steps: Tensor, *options: f
 
 def _composed(q: Tensor, g: Tensor, m: Tensor, v: Tensor, steps: Tensor, *options: Any) -> None:
     _fake(q, g, m, v, steps)  # for its checks
-    reference(q, g, m, v, steps, *options, exp=lambda x: skew_exp(x / 2))
+    with without_autocast(g):
+        reference(q, g, m, v, steps, *options, exp=lambda x: skew_exp(x / 2))
 
 
 _op: Any = torch.ops.oneshot_fast.rotation_step.default
 torch.library.register_fake("oneshot_fast::rotation_step", _fake)
-torch.library.impl("oneshot_fast::rotation_step", "CUDA")(_cuda)
+serve_cuda("rotation_step", _cuda)

@@ -1,12 +1,13 @@
 """skew_exp: the orthogonal matrix exp(a - a^T)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from oneshot_fast.ops._checks import check_like, check_square
-from oneshot_fast.ops._register import OpSpec, define
+from oneshot_fast.ops._register import OpSpec, define, save, without_autocast
 
 
 def skew_exp(a: Tensor) -> Tensor:
@@ -31,8 +32,32 @@ def skew_exp(a: Tensor) -> Tensor:
 def reference(a: Tensor) -> Tensor:
     """Plain-torch definition of ``skew_exp``."""
     half = a.dtype in (torch.float16, torch.bfloat16)  # torch has no matrix_exp for them
-    s = a.float() - a.mT.float() if half else a - a.mT
-    return torch.linalg.matrix_exp(s.contiguous()).to(a.dtype)
+    s = (a.float() - a.mT.float() if half else a - a.mT).contiguous()
+    exp = torch.linalg.matrix_exp if a.device.type in _WITH_MATRIX_EXP else exp_by_products
+    return exp(s).to(a.dtype)
+
+
+_WITH_MATRIX_EXP = ("cpu", "cuda", "meta")
+
+
+def exp_by_products(s: Tensor) -> Tensor:
+    """exp(s) of matrices [..., D, D] in plain products, for devices without ``matrix_exp``.
+
+    The Taylor series to the 18th power, for s / 2^k of a 1-norm below 1, squared k times.
+    """
+    if s.numel() == 0:
+        return s.clone()
+    norm = s.detach().abs().sum(-2).amax(-1)
+    squarings = norm.clamp_min(1).log2().ceil().nan_to_num(0, 0)[..., None, None]
+    with without_autocast(s):
+        s = s * torch.exp2(-squarings)
+        one = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device)
+        q = one.expand_as(s)
+        for k in range(18, 0, -1):
+            q = one + s @ q / k
+        for k in range(int(squarings.max())):
+            q = torch.where(squarings > k, q @ q, q)
+    return q
 
 
 def _fake(a: Tensor) -> Tensor:
@@ -41,7 +66,8 @@ def _fake(a: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0], output)
+    save(ctx, inputs[0], output)
+    ctx.options = ()
 
 
 def _backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -69,18 +95,16 @@ def _adjoint_fake(grad: Tensor, a: Tensor, q: Tensor) -> Tensor:
     return a.new_empty(a.shape)
 
 
-def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+def _adjoint_backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor, None]:
     """Second derivative; q is a function of a, so a takes its gradient."""
-    with torch.enable_grad():
-        inputs = [t.view_as(t) for t in ctx.saved_tensors[:2]]
-        inputs = [t if t.requires_grad else t.requires_grad_() for t in inputs]
-        output = _adjoint_reference(*inputs)
-    d_grad, d_a = torch.autograd.grad(output, inputs, grad, create_graph=torch.is_grad_enabled())
-    return d_grad, d_a, None
+    pull: Callable[..., Any] = torch.func.vjp(_adjoint_reference, *ctx.saved_tensors[:2])[1]
+    return *pull(v), None
 
 
 _call_adjoint = define("d_skew_exp", _adjoint_fake, _adjoint_backward, saved=3)
-_call = define("skew_exp", _fake, _backward, reference, setup_context=_setup_context)
+_call = define(
+    "skew_exp", _fake, _backward, reference, setup_context=_setup_context, autocast="float32"
+)
 
 
 def _inputs(shape: tuple[int, ...], norm: float) -> tuple[Any, ...]:

@@ -125,7 +125,8 @@ class Emulator:
         """Replace the CPU's kernels."""
 
         def call(name, *args):
-            return self.run(name, *args)[0]
+            results = self.run(name, *args)
+            return results[0] if len(results) == 1 else results
 
         def rotation_step(q, g, m, v, steps, *options):
             moved = self.run("rotation_step", q, g, m, v, steps, *options)
@@ -154,6 +155,10 @@ class Emulator:
         self._launch("patch_rotate", x.dtype, grid(x, p, q.shape[:-2]), x, matrices, out)
         assert is_untouched_around(q)
         return (out,)
+
+    def d_patch_rotate(self, grad, x, q, p):
+        rotated = self.patch_rotate(grad, q.mT, p)
+        return *rotated, *self.patch_outer(grad, x, p, list(q.shape[:-2]))
 
     def patch_outer(self, a, b, p, leading):
         D, shared = a.shape[1] * p * p, not leading

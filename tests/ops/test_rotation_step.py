@@ -186,16 +186,38 @@ M, V, STEPS = torch.zeros(2, 4, 4), torch.zeros(2, 4, 4), torch.zeros(2)
     ("args", "message"),
     [
         ((Q, G[..., :3], M, V, STEPS), r"expected \[..., D, D\], got \[2, 4, 3\]"),
-        ((Q, G.int(), M, V, STEPS), "float16 or bfloat16, got "),
+        ((Q, G.int(), M, V, STEPS), "float16 or bfloat16, got int32"),
         ((Q[0], G, M, V, STEPS), r"q must be \[2, 4, 4\], got \[4, 4\]"),
         ((Q.half(), G.half(), M, V, STEPS), "q must be float32, got float16"),
         ((Q, G.double(), M, V, STEPS), "q must be float64, got float32"),
         ((Q, G, M[:1], V, STEPS), r"m must be \[2, 4, 4\], got \[1, 4, 4\]"),
         ((Q, G, M, V[0], STEPS), r"v must be \[2, 4, 4\], got \[4, 4\]"),
         ((Q, G, M, V, STEPS[0]), r"steps must be \[2\], got \[\]"),
-        ((Q, G, M, V, STEPS.int()), "steps must be float32, got "),
+        ((Q, G, M, V, STEPS.int()), "steps must be float32, got int32"),
     ],
 )
 def test_wrong_arguments_are_named(args, message, device):
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=f"^rotation_step: .*{message}"):
         ops.rotation_step(*(a.to(device) for a in args), lr=0.1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta1": 1.5}, r"beta1 must be in \[0, 1\), got 1.5"),
+        ({"beta2": -0.1}, r"beta2 must be in \[0, 1\), got -0.1"),
+        ({"eps": 0}, "eps must be above 0, got 0"),
+        ({"max_angle": math.nan}, "max_angle must be above 0, got nan"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message, device):
+    with pytest.raises(RuntimeError, match=f"^rotation_step: {message}$"):
+        ops.rotation_step(*(t.to(device) for t in (Q, G, M, V, STEPS)), lr=0.1, **options)
+
+
+def test_an_expanded_rotation_is_refused_before_anything_moves():
+    q, m = torch.eye(4).expand(2, 4, 4), M.clone()
+    with pytest.raises(RuntimeError, match=r"^rotation_step: q is expanded .* clone it$"):
+        ops.rotation_step(q, torch.randn(2, 4, 4), m, V.clone(), STEPS.clone(), lr=0.1)
+    assert torch.equal(q[0], torch.eye(4)) and not m.any()
