@@ -1,7 +1,8 @@
 # make em      from nothing to the main job's output: EM on the embedded generator
 # make test    the tests                 make check   format, lint, types and tests, as CI runs them
 # make bench   the ops beside torch      make build   environment and extension only
-# make gpu     on an NVIDIA GPU: builds with CUDA, runs the GPU tests, the benchmarks, draws them
+# make wheel   one for every Python >= 3.10, in dist
+# make gpu     on an NVIDIA GPU: gpu-build, gpu-test, gpu-bench and gpu-sdxl, each although one failed
 # make sanitize  the CUDA kernels under compute-sanitizer
 # Needs python3 (>= 3.10, with venv), a C++20 compiler and make; everything else goes to .venv.
 # Flags of gpu and sanitize: SYSTEM=1 uses the torch and the packages that $(PYTHON) has, and adds
@@ -46,19 +47,45 @@ bench: build
 
 build: .venv/.built
 
-GPU_NEEDS := setuptools cmake ninja numpy tyro matplotlib pytest pytest-timeout pytest-xdist
+# without any of the second line there is less to see, and no failure
+GPU_NEEDS := 'setuptools>=77' cmake ninja pytest \
+             pytest-timeout pytest-xdist matplotlib diffusers transformers peft tyro
 GPU_TESTS := $(addprefix tests/ops/test_,ops.py gpu.py rotation_step.py triton_kernels.py triton.py)
 GPU_JOBS  ?= 8
 GPU_BENCH ?= --seconds 0.15 --budget 150
-gpu sanitize: export OSF_WITH_CUDA := on
-gpu: $(VENV)/.built-cuda
-	status=0; tests="$(BIN)/python -m pytest -m gpu --timeout 300 -p no:cacheprovider"; \
-	$$tests -n $(GPU_JOBS) -k 'not 2_31' $(GPU_TESTS) || status=1; \
-	$$tests -k 2_31 tests/ops/test_gpu.py || status=1; \
-	$(BIN)/python -m benchmarks.ops.bench $(GPU_BENCH) || status=1; \
-	$(BIN)/python -m benchmarks.ops.plot || status=1; \
-	$(BIN)/python -m benchmarks.sdxl.turbo --arch full --short || status=1; \
-	exit $$status
+HAVE       = $(BIN)/python -c 'import $(1)' 2> /dev/null
+GPU_PYTEST = $(BIN)/python -m pytest -m gpu -p no:cacheprovider \
+             $$($(call HAVE,pytest_timeout) && echo --timeout 300)
+
+.PHONY: gpu-build gpu-test gpu-bench gpu-sdxl wheel
+gpu:
+	$(MAKE) gpu-build
+	status=0; for part in test bench sdxl; do $(MAKE) gpu-$$part || status=1; done; exit $$status
+
+gpu-build gpu-test gpu-bench gpu-sdxl sanitize: export OSF_WITH_CUDA ?= on
+gpu-build: $(VENV)/.built-cuda
+
+gpu-test: $(VENV)/.built-cuda
+	status=0; \
+	$(GPU_PYTEST) $$($(call HAVE,xdist) && echo -n $(GPU_JOBS)) -k 'not 2_31' $(GPU_TESTS) || status=1; \
+	$(GPU_PYTEST) -k 2_31 tests/ops/test_gpu.py || status=1; exit $$status
+
+gpu-bench: $(VENV)/.built-cuda
+	$(BIN)/python -m benchmarks.ops.bench --device cuda $(GPU_BENCH)
+	$(call HAVE,matplotlib) || { echo "skipped: no picture without matplotlib"; exit 0; }; \
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || exit 0; \
+	$(BIN)/python -m benchmarks.ops.plot
+
+gpu-sdxl: $(VENV)/.built-cuda
+	for need in diffusers transformers peft tyro; do $(BIN)/python -c "import $$need" 2> /dev/null || \
+	    { echo "skipped: $$need is not installed"; exit 0; }; done; \
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	    { echo "skipped: there is no CUDA device"; exit 0; }; \
+	$(BIN)/python -m benchmarks.sdxl.turbo --arch full --short
+
+# one for every Python from 3.10 on, and for every torch from the one built with on
+wheel: .venv/.ready
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 SANITIZE = compute-sanitizer --error-exitcode 1 --report-api-errors no --tool $(1) \
            $(BIN)/python -m pytest -m gpu -p no:cacheprovider
@@ -74,7 +101,8 @@ sanitize: $(VENV)/.built-cuda
 # CUDA kernels for the GPU at hand, unless OSF_CUDA_ARCHITECTURES says which
 ARCHITECTURE := import torch; print("%d%d-real" % torch.cuda.get_device_capability())
 $(VENV)/.built-cuda: setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(VENV)/.ready
-	$(PIP) install $(if $(WHEELS),--no-index --find-links $(WHEELS)) $(GPU_NEEDS)
+	for need in $(GPU_NEEDS); do $(PIP) install $(if $(WHEELS),--no-index --find-links $(WHEELS)) \
+	    "$$need" || echo "not installed: $$need" >&2; done
 	export OSF_CUDA_ARCHITECTURES="$${OSF_CUDA_ARCHITECTURES:-$$($(BIN)/python -c '$(ARCHITECTURE)')}" \
 	    PATH="$(abspath $(BIN)):$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH"; \
 	$(PIP) install --no-build-isolation --no-deps --editable .
@@ -88,13 +116,14 @@ build/system/.ready:
 	@touch $@
 
 .venv/.built: setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) .venv/.ready
-	$(PIP) install --no-build-isolation --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --no-build-isolation --constraint .venv/constraints.txt --editable '.[dev]'
 	@touch $@
 
 .venv/.ready: tools/get_torch.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python tools/get_torch.py $(TORCH)
-	$(PIP) install --constraint constraints.txt setuptools cmake ninja
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > .venv/constraints.txt
+	$(PIP) install --constraint .venv/constraints.txt setuptools cmake ninja
 	@touch $@
 
 clean:

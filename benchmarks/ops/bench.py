@@ -6,20 +6,19 @@ is the GPU's own, see timing.py. An op whose tests fail is not reported. With ``
 package at another commit is measured as well, see compare.py.
 """
 
+import argparse
 import gc
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch._functorch.config
-import tyro
 from torch import Tensor
 
 from benchmarks.common import RESULTS
@@ -55,41 +54,54 @@ PASSES = {"cpu": ("forward", "both"), "cuda": ("forward", "backward", "both")}
 DTYPES = {"cpu": ["float32"], "cuda": ["float32", "bfloat16"]}
 
 
-@dataclass
-class Config:
-    """What to run."""
-
-    ops: list[str] = field(default_factory=lambda: [spec.name for spec in OPS])
-    """Names of the ops."""
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run."""
-    dtypes: list[Literal["float32", "bfloat16", "float16", "float64"]] = field(default_factory=list)
-    """Of the inputs; by default float32, and on a GPU bfloat16 too."""
-    threads: list[int] = field(default_factory=lambda: [1, 2])
-    """Numbers of threads, on a CPU."""
-    cases: Literal["all", "targets"] = "all"
-    """Which sizes to measure."""
-    seconds: float = 0.4
-    """Time spent on each case and pass, in seconds."""
-    budget: float = math.inf
-    """No case is begun after so many seconds, and no compilation after three quarters of them."""
-    compile: Literal["all", "targets", "none"] = "targets" if torch.cuda.is_available() else "all"
-    """Cases in which torch.compile of the reference is timed as well."""
-    tests: bool = True
-    """First run the ops' tests of values and gradients, and leave out ops that fail."""
-    base: str | None = None
-    """Commit of this repository to compare with."""
-    rounds: int = 3
-    """Runs of each commit, in turn, when comparing."""
-    seed: int = 0
-    """Seed of the inputs."""
-    output: Path | None = None
-    """JSON file; by default benchmarks/results/ops-<instructions>.json or <GPU>.json."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """What to run. By argparse, since a machine with a GPU may have torch and little else."""
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    names = [spec.name for spec in OPS]
+    dtypes = ["float32", "bfloat16", "float16", "float64"]
+    every = ["all", "targets", "none"]
+    add = parser.add_argument
+    add("--ops", nargs="+", default=names, choices=names, help="which ops")
+    add("--device", default="cuda" if on_gpu else "cpu", choices=["cpu", "cuda"], help="where")
+    add(
+        "--dtypes",
+        nargs="+",
+        choices=dtypes,
+        help="float32, and on a GPU bfloat16 too, if left out",
+    )
+    add("--threads", nargs="+", type=int, default=[1, 2], help="numbers of threads, on a CPU")
+    add("--cases", default="all", choices=every[:2], help="which sizes")
+    add("--seconds", type=float, default=0.4, help="spent on each case and pass")
+    add(
+        "--budget",
+        type=float,
+        default=math.inf,
+        help="seconds after which no case is begun; no compilation after three quarters of them",
+    )
+    help = "cases in which torch.compile of the reference is timed as well"
+    add("--compile", default="targets" if on_gpu else "all", choices=every, help=help)
+    add(
+        "--tests",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="first run the ops' tests of values and gradients, and leave out ops that fail",
+    )
+    add("--base", help="commit of this repository to compare with")
+    add("--rounds", type=int, default=3, help="runs of each commit, in turn, when comparing")
+    add("--seed", type=int, default=0, help="of the inputs")
+    add("--output", type=Path, help="JSON file; benchmarks/results/<device>.json if left out")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks; 1 where an op's tests fail."""
-    config = tyro.cli(Config, args=argv, description=__doc__)
+    config = parse(argv)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        print("skipped: there is no CUDA device")
+        return 0
     failing = failing_ops(config.ops, config.device) if config.tests else {}
     for name, why in failing.items():
         print(f"{name}: not measured, since {why}")
@@ -119,7 +131,7 @@ def write(results: dict[str, Any], output: Path) -> None:
     output.with_suffix(".md").write_text(markdown(results))
 
 
-def run(config: Config, results: dict[str, Any]) -> list[dict[str, Any]]:
+def run(config: argparse.Namespace, results: dict[str, Any]) -> list[dict[str, Any]]:
     """Measure everything that the time allows."""
     start, records, left_out = time.monotonic(), [], 0
     print(header(results))
@@ -147,7 +159,7 @@ def run(config: Config, results: dict[str, Any]) -> list[dict[str, Any]]:
     return records
 
 
-def cases(config: Config) -> Iterator[tuple[OpSpec, tuple[Any, ...], bool]]:
+def cases(config: argparse.Namespace) -> Iterator[tuple[OpSpec, tuple[Any, ...], bool]]:
     """Op, case and whether it is a target; on a GPU the targets first."""
     chosen = [spec for spec in OPS if spec.name in config.ops]
     if config.device == "cuda" or config.cases == "targets":
@@ -159,7 +171,7 @@ def cases(config: Config) -> Iterator[tuple[OpSpec, tuple[Any, ...], bool]]:
 
 
 def bench_case(
-    spec: OpSpec, case: tuple[Any, ...], dtype: str, config: Config, compiled: bool
+    spec: OpSpec, case: tuple[Any, ...], dtype: str, config: argparse.Namespace, compiled: bool
 ) -> Iterator[dict[str, Any]]:
     """A record for each pass."""
     args = arguments(spec, case, dtype, config.device, config.seed)

@@ -4,16 +4,15 @@
 docs/images/ops-<device>.svg; without a file it takes the newest.
 """
 
+import argparse
 import json
 from ast import literal_eval
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
-import tyro
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -30,23 +29,15 @@ ROW_INCHES, GAP_ROWS = 0.24, 2.8
 WIDTH_INCHES, LABEL_INCHES, HEAD_INCHES = 5.2, 1.75, 1.0
 
 
-@dataclass
-class Config:
-    """What to draw."""
-
-    results: tyro.conf.Positional[Path | None] = None
-    """A JSON file of benchmarks.ops.bench; by default the newest."""
-    output: Path | None = None
-    """SVG or PNG file; by default docs/images/ops-<device>.svg."""
-    dtype: str = "float32"
-    """Dtype of the records."""
-    threads: int = 1
-    """Number of threads of the records, on a CPU."""
-
-
 def main(argv: list[str] | None = None) -> int:
     """Draw one picture."""
-    config = tyro.cli(Config, args=argv, description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("results", nargs="?", type=Path, help="JSON file of benchmarks.ops.bench; the newest")
+    add("--output", type=Path, help="SVG or PNG file; docs/images/ops-<device>.svg")
+    add("--dtype", default="float32", help="of the records")
+    add("--threads", type=int, default=1, help="of the records, on a CPU")
+    config = parser.parse_args(argv)
     file = config.results or max(RESULTS.glob("*.json"), key=lambda path: path.stat().st_mtime)
     results = json.loads(file.read_text())
     chosen = [
@@ -63,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def subtitle(config: Config, results: dict[str, Any]) -> str:
+def subtitle(config: argparse.Namespace, results: dict[str, Any]) -> str:
     """What the numbers hold for."""
     on_gpu = "copy_bandwidth" in results
     build = results["build"]

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 Times = dict[str, dict[str, list[float]]]
@@ -26,7 +25,9 @@ class Job:
 
 def quantiles(times: list[float]) -> list[float]:
     """The 0.2, 0.5 and 0.8 quantiles."""
-    return [round(float(q), 2) for q in np.quantile(times, [0.2, 0.5, 0.8])]
+    found = torch.tensor(times, dtype=torch.float64)
+    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    return [round(q, 2) for q in found.quantile(levels).tolist()]
 
 
 def input_sets(device: str, set_bytes: int) -> int:

@@ -1,10 +1,14 @@
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from oneshot_fast import _C
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +46,27 @@ def test_build_names_a_missing_or_old_torch_in_one_line(bare_python, tmp_path, v
     assert "Traceback" not in build.stderr
 
 
+LOAD = """
+import ctypes, importlib.util, sys
+ctypes.CDLL(sys.argv[2], ctypes.RTLD_GLOBAL)  # as import torch does, which has no build for all
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.isa(), module.torch_version)
+"""
+
+
+def loads_in_every_python(extension: Path) -> None:
+    """The one extension in each other interpreter that is at hand."""
+    libtorch = Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"
+    for minor in range(10, 15):
+        python = shutil.which(f"python3.{minor}")
+        if python and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+            command = [python, "-c", LOAD, extension, libtorch]
+            loaded = subprocess.run(command, capture_output=True, text=True)
+            assert loaded.stdout.split() == [_C.isa(), torch.__version__], loaded.stderr
+
+
 @pytest.mark.slow
 def test_sdist_installs_and_computes(tmp_path):
     """From the sdist alone, through a wheel, against the torch that is installed."""
@@ -59,6 +84,9 @@ def test_sdist_installs_and_computes(tmp_path):
     assert installed.returncode == 0, installed.stderr
     missing = [f for f in files if f.is_file() and not (site / f.relative_to(ROOT)).is_file()]
     assert not missing
+    (wheel,) = site.glob("oneshot_fast-*.dist-info/WHEEL")
+    assert "Tag: cp310-abi3-" in wheel.read_text()
+    loads_in_every_python(site / "oneshot_fast" / "_C.abi3.so")
     compute = (
         "import torch, oneshot_fast; from oneshot_fast import ops;"
         "print(oneshot_fast.__file__, ops.skew_exp(torch.zeros(3, 3)).trace().item())"
