@@ -2,7 +2,6 @@
 #include "gemm.h"
 
 #ifdef __AVX512BF16__
-#include <immintrin.h>
 
 // Products of bfloat16 matrices whose elements come in pairs along k, two in a uint32_t: vdpbf16ps
 // adds both products to a float. It takes numbers below 2^-126 as zero.

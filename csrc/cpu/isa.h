@@ -4,6 +4,9 @@
 #include <utility>
 
 #include "../kernels.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 // Compiled once per instruction set, with OSF_ISA (namespace) and OSF_VECTOR_BYTES set. Everything
 // has internal linkage and no function of std:: is used: an inline function compiled for AVX-512
@@ -45,6 +48,25 @@ OSF_INLINE Vector<T> load(const T* p) {
 template <class T>
 OSF_INLINE void store(T* p, Vector<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
+}
+
+// Past the caches, without reading the line first; p is a multiple of the vector's size.
+template <class T>
+OSF_INLINE void stream(T* p, Vector<T> v) {
+#if OSF_VECTOR_BYTES == 64
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif OSF_VECTOR_BYTES == 32
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#else
+  store(p, v);
+#endif
+}
+OSF_INLINE void end_stream() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // 0, 1, 2, ..

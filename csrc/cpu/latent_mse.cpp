@@ -6,12 +6,12 @@ void latent_mse(const Threads& threads, DType dtype, int64_t B, int64_t n, const
                 const void* x, const void* target, double sigma, void* loss) {
   with_dtype(dtype, [&]<class S>(S) {
     using T = Accumulator<S>;
-    const S *e = static_cast<const S*>(eps_hat), *z = static_cast<const S*>(x);
-    const S* t = static_cast<const S*>(target);
-    mean_per_image(threads, B, n, static_cast<T*>(loss), [=, s = T(sigma)](int64_t i) {
-      const T error = euler_error(widen(e[i]), widen(z[i]), widen(t[i]), s);
+    const auto square = [s = T(sigma)](auto e, auto z, auto t) {
+      const auto error = euler_error(e, z, t, s);
       return error * error;
-    });
+    };
+    mean_per_image<S>(threads, B, n, static_cast<T*>(loss), square, static_cast<const S*>(eps_hat),
+                      static_cast<const S*>(x), static_cast<const S*>(target));
   });
 }
 
@@ -20,12 +20,12 @@ void d_latent_mse(const Threads& threads, DType dtype, int64_t B, int64_t n, con
                   double scale, void* out) {
   with_dtype(dtype, [&]<class S>(S) {
     using T = Accumulator<S>;
-    const S *e = static_cast<const S*>(eps_hat), *z = static_cast<const S*>(x);
-    const S* t = static_cast<const S*>(target);
+    const auto slope = [s = T(sigma)](auto g, auto e, auto z, auto t) {
+      return g * euler_error(e, z, t, s);
+    };
     map_per_image(threads, B, n, static_cast<const T*>(grad), 2 * scale / double(n),
-                  static_cast<S*>(out), [=, s = T(sigma)](T g, int64_t i) {
-                    return g * euler_error(widen(e[i]), widen(z[i]), widen(t[i]), s);
-                  });
+                  static_cast<S*>(out), slope, static_cast<const S*>(eps_hat),
+                  static_cast<const S*>(x), static_cast<const S*>(target));
   });
 }
 

@@ -35,7 +35,7 @@ MORE = {
     "skew_exp": [((1, 64, 64), 40.0), ((1, 66, 66), 9.0), ((3, 16, 16), 0.0)],
     "cayley": [((1, 66, 66), 9.0), ((2, 130, 130), 40.0)],
     "latent_mse": [((2, 3, 96, 97), 0.7)],
-    "pixel_l1": [((2, 3, 96, 97),)],
+    "pixel_l1": [((2, 3, 96, 97),), ((1, 3, 1024, 704),)],  # past 8 MB gradients bypass the caches
 }
 MORE_CASES = [
     pytest.param(spec, case, id=f"{spec.name}-{case}")
