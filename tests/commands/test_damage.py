@@ -6,11 +6,14 @@ Every kind of file that a command writes is damaged in each of the three ways, s
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import json
+import os
 import random
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from samples import PROMPTS
 from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.runtime.ledger import digest
 
+UMASK = os.umask(0o22)
+os.umask(UMASK)
 WAYS: dict[str, Callable[[Path], object]] = {
     "cut": lambda path: path.write_bytes(
         path.read_bytes()[: random.randrange(path.stat().st_size or 1)]
@@ -254,6 +259,30 @@ def test_files_of_an_interrupted_run(
             assert ended.code == 0, (group, ended.err)
             found = contents(folder)
             assert {file: found.get(file) for file in expected} == expected, (moment, group)
+
+
+LOCKED: list[str] = []  # folders that cannot be written
+WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
+
+
+@sys.addaudithook
+def refuse(event: str, args: tuple[Any, ...]) -> None:
+    writes = event == "open" and isinstance(args[2], int) and args[2] & os.O_ACCMODE
+    if (writes or event in WRITES) and any(folder in str(args[0]) for folder in LOCKED):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(args[0]))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_finished_run_on_a_drive_that_cannot_be_written(
+    runs: Callable[[str], Run], call: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run = runs(name)
+    monkeypatch.setattr(sys.modules[__name__], "LOCKED", [str(run.finished)])
+    ended = call(run.argv[0], *run.argv[1:], run.finished)
+    assert ended.code == 0 and ended.out, ended.err
+    assert name == "toy" or "not written" in ended.err  # the report
+    modes = {oct(path.stat().st_mode & 0o777) for path in run.finished.rglob("*.safetensors")}
+    assert modes == {oct(0o666 & ~UMASK)}
 
 
 def test_a_flipped_bit_of_a_noise_is_found_and_the_shard_named(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -147,10 +148,11 @@ def command(folder: Path, *more: object) -> list[object]:
 
 
 def test_a_run_has_its_files(tmp_path: Path, call: Call) -> None:
-    folder = tmp_path / "run"
+    folder = tmp_path / "my run"
     more = ("--num_images_per_prompt", 2, "--save_steps", 1, "--num_images", 4)
     ended = call("optimize", *command(folder, *more))
     assert ended.code == 0, ended.err
+    assert str(folder / "training" / "manifest.jsonl") in shlex.split(ended.out)  # to be pasted
     names = {path.name for path in folder.iterdir()} - {".lock"}
     assert names == {
         "curves.png", "diagnostics.json", "failures.jsonl", "files.jsonl", "history.jsonl",
