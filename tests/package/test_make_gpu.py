@@ -10,8 +10,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-FEW = """torch torchgen functorch typing_extensions.py sympy mpmath networkx jinja2 markupsafe filelock
-    fsspec setuptools _distutils_hack py.py pytest _pytest pluggy pluggy-*.dist-info
+FEW = """torch torchgen functorch typing_extensions.py sympy mpmath networkx jinja2 markupsafe
+    filelock fsspec setuptools _distutils_hack py.py pytest _pytest pluggy pluggy-*.dist-info
     iniconfig packaging pygments"""
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "build", "dist", "runs", "docs", "*.egg-info", "__pycache__", "results"
