@@ -68,6 +68,30 @@ def test_kernels_agree_with_the_references_in_the_interpreter(which):
     )
 
 
+FOR_ROCM = """
+import torch
+torch.version.hip = "6.4"
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from oneshot_fast.kernels import skew_exp
+constants = skew_exp._constants(torch.empty(2, 16, 16, device="meta"), "ieee")
+options = {"num_warps": constants.pop("num_warps")}
+signature = {"a_ptr": "*fp32", "q_ptr": "*fp32", "D": "i32"} | dict.fromkeys(constants, "constexpr")
+source = ASTSource(skew_exp.skew_exp_kernel, signature, constexprs=constants)
+compiled = triton.compile(source, target=GPUTarget("hip", "gfx942", 64), options=options)
+assert "asm" not in compiled.asm["ttir"]
+assert compiled.asm["hsaco"]
+"""
+
+
+@needs_triton
+@pytest.mark.slow
+def test_kernels_compile_for_rocm():
+    """The one with assembly of NVIDIA's in it."""
+    run("-c", FOR_ROCM)
+
+
 @needs_triton
 @pytest.mark.slow
 def test_kernels_compile_without_spills(tmp_path):
