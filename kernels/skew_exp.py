@@ -24,7 +24,6 @@ from oneshot_fast.kernels.skew_series import (
     top_terms,
 )
 
-
 # PTX, which neither the interpreter nor an AMD GPU understands
 ASSEMBLY = tl.constexpr(not INTERPRETED.value and torch.version.hip is None)
 
