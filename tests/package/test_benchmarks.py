@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import oneshot_fast
+from benchmarks.jobs import time_to_loss
 from benchmarks.ops import plot
 from benchmarks.ops.compare import judge
 from benchmarks.ops.results import columns
@@ -85,3 +86,15 @@ def test_columns_of_a_gpu():
     assert found["eager"] == "4.00" and found["clone"] == "0.50" and found["compile"] == "-"
     assert found["of copy"] == "50%" and found["of floor"] == "50%"
     assert found["cuda, us"] == "-" and found["triton, us"] == "10.00" and found["MiB"] == "1.0"
+
+
+@pytest.mark.slow
+def test_time_to_equal_loss(tmp_path):
+    output = tmp_path / "found.json"
+    short = ["--targets", "2", "--steps", "2", "--rounds", "1", "--output", str(output)]
+    assert time_to_loss.main(short) == 0
+    results = json.loads(output.read_text())["results"]
+    for row in results["rows"].values():
+        assert row["loss"] == results["lr"][str(row["lr"])]
+        assert "faster" not in row or row["ours_loss"] <= row["loss"]
+    assert output.with_suffix(".md").read_text().count("learning rate") == 2
