@@ -102,8 +102,8 @@ def markdown(found: dict[str, Any]) -> str:
         usual, ours = (statistics.median(row[f"{who}_seconds"]) for who in ("usual", "ours"))
         reached = f"{row['ours_loss']:.4f} after {row['ours_steps']} steps"
         lines.append(
-            f"{start} {row['usual_nfe']} | {reached} | {row['ours_nfe']} | {usual:.2f} : {ours:.2f} "
-            f"| {row['faster']:.1f} |"
+            f"{start} {row['usual_nfe']} | {reached} | {row['ours_nfe']} | "
+            f"{usual:.2f} : {ours:.2f} | {row['faster']:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
