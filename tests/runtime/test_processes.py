@@ -223,9 +223,9 @@ def kill_one_of(job: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-def test_em_with_two_processes_equals_one(tmp_path):
+def test_em_with_two_processes_equals_one(tmp_path, call, one_thread):
     flags = EM.split()
-    run(1, "em", "--work_dir", tmp_path / "one", *flags)
+    assert call("em", "--work_dir", tmp_path / "one", *flags).code == 0
     out = run(2, "em", "--work_dir", tmp_path / "two", *flags)
     assert out.count("report: ") == 1  # one of them speaks
     cycle = Path("cycle-01") / "assign"
@@ -236,15 +236,17 @@ def test_em_with_two_processes_equals_one(tmp_path):
     assert ours["matched_loss_after"] < 0.99 * ours["matched_loss_before"]
     for key in ours:
         assert theirs[key] == pytest.approx(ours[key], rel=1e-4)
-    assert "no result" not in run(1, "em", "--work_dir", tmp_path / "two", *flags)  # goes on alone
+    alone = call("em", "--work_dir", tmp_path / "two", *flags)
+    assert alone.code == 0 and "no result" not in alone.out + alone.err
 
 
 @pytest.mark.slow
-def test_a_killed_worker_loses_nothing(tmp_path, small_data):
+def test_a_killed_worker_loses_nothing(tmp_path, small_data, call, one_thread):
     flags = f"--data_root {small_data} --model_id tiny --num_images 0 --batch_size 1"
-    steps = ("--steps", 150)
-    run(1, "assign", *flags.split(), *steps, "--output_root", tmp_path / "one")
-    job = start(3, "assign", *flags.split(), *steps, "--output_root", tmp_path / "many")
+    steps = ("--steps", 100)
+    one = call("assign", *flags.split(), *steps, "--output_root", tmp_path / "one")
+    assert one.code == 0, one.err
+    job = start(2, "assign", *flags.split(), *steps, "--output_root", tmp_path / "many")
     noises = tmp_path / "many" / "noises"
     deadline = time.monotonic() + 120
     while not list(noises.glob("*.safetensors")) and time.monotonic() < deadline:
@@ -260,21 +262,11 @@ def test_a_killed_worker_loses_nothing(tmp_path, small_data):
 
 
 @pytest.mark.slow
-def test_optimize_with_two_processes_equals_one(tmp_path):
-    flags = [
-        "--model_id",
-        "tiny",
-        "--reward",
-        "digit",
-        "--steps",
-        "2",
-        "--batch_size",
-        "1",
-        "--num_images",
-        "1",
-    ]
+def test_optimize_with_two_processes_equals_one(tmp_path, call, one_thread):
+    flags = ["--model_id", "tiny", "--reward", "digit", "--steps", "2"]
+    flags += ["--batch_size", "1", "--num_images", "1"]
     flags += [f"--prompt=a photo of the digit {digit}" for digit in ("three", "seven", "zero")]
-    run(1, "optimize", "--output_dir", tmp_path / "one", *flags)
+    assert call("optimize", "--output_dir", tmp_path / "one", *flags).code == 0
     tracked = ["--report_to", "tensorboard"] if importlib.util.find_spec("tensorboard") else []
     out = run(2, "optimize", "--output_dir", tmp_path / "two", *flags, *tracked)
     assert out.count("report: ") == 1  # one of them speaks

@@ -61,9 +61,7 @@ def study(
                 measured(subject, base, samples) | {"reconstruction": reconstruction(subject, base)}
             ),
         ),
-        "speeds": kept(
-            results / "speeds.json", lambda: speeds(subject, *((5, 8) if quick else (30, 64)))
-        ),
+        "speeds": kept(results / "speeds.json", lambda: speeds(subject, quick)),
         "cells": {
             cell.name: [trained(cell, seed) for seed in range(seeds)]
             for cell in cells(subject.recipe, quick)
@@ -137,9 +135,10 @@ def curve(generator: Generator, options: AssignOptions, records: Sequence[Any]) 
     return losses.cummin(0).values.mean(1).tolist()
 
 
-def speeds(subject: Subject, steps: int, count: int) -> dict[str, list[float]]:
+def speeds(subject: Subject, quick: bool) -> dict[str, list[float]]:
     """Loss curves of the gradient methods: at several fixed step sizes and with ``lr auto``."""
     recipe = subject.recipe
+    steps, count = (4, 4) if quick else (30, 64)
     methods: dict[str, dict[str, Any]] = {
         "rotation, raw Adam": {"method": "rotation", "rotation_optimizer": "raw_adam"},
         "rotation, Riemannian": {"method": "rotation"},
@@ -154,7 +153,8 @@ def speeds(subject: Subject, steps: int, count: int) -> dict[str, list[float]]:
             methods[name] = {"method": "rotation", "rotation_groups": tiles}
     base, found = subject.base(), {}
     for name, changes in methods.items():
-        rates: list[float | Literal["auto"]] = [0.05, 0.1, 0.2, 0.4, 0.8, "auto"]
+        fixed = (0.05, 0.4) if quick else (0.05, 0.1, 0.2, 0.4, 0.8)
+        rates: list[float | Literal["auto"]] = [*fixed, "auto"]
         if "raw" in name:
             rates.insert(0, recipe.usual_step)
         for lr in rates:

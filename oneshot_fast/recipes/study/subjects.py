@@ -62,9 +62,8 @@ class Subject:
         self.base_folder = folder / "base"
         if not self.base_folder.exists():
             self._make_base(train, quick)
-        count = 32 if quick else 256
-        self.records = _on_disk(train, folder / "targets", count)
-        self.heldout = _on_disk(self.real, folder / "heldout", 64)
+        self.records = _on_disk(train, folder / "targets", 32 if quick else 256)
+        self.heldout = _on_disk(self.real, folder / "heldout", 16 if quick else 64)
         base = self.base()
         assert base.classifier is not None
         self.classifier = base.classifier
