@@ -101,7 +101,7 @@ sanitize: $(VENV)/.built-cuda
 # CUDA kernels for the GPU at hand, unless OSF_CUDA_ARCHITECTURES says which
 ARCHITECTURE := import torch; print("%d%d-real" % torch.cuda.get_device_capability())
 $(VENV)/.built-cuda: setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(VENV)/.ready
-	for need in $(GPU_NEEDS); do $(PIP) install $(if $(WHEELS),--no-index --find-links $(WHEELS)) \
+	for need in $(GPU_NEEDS); do $(PIP) install --retries 1 $(if $(WHEELS),--no-index --find-links $(WHEELS)) \
 	    "$$need" || echo "not installed: $$need" >&2; done
 	export OSF_CUDA_ARCHITECTURES="$${OSF_CUDA_ARCHITECTURES:-$$($(BIN)/python -c '$(ARCHITECTURE)')}" \
 	    PATH="$(abspath $(BIN)):$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH"; \
