@@ -2,16 +2,21 @@
 
 import functools
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from oneshot_fast.cli import OK, check_defaults, finish, run_command
-from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.manifests import MatchedPair, read_manifest
 from oneshot_fast.data.prompts import read_prompts
+from oneshot_fast.data.records import Record
+from oneshot_fast.data.sources import open_pairs
 from oneshot_fast.errors import UserError, require
+from oneshot_fast.evaluation.heldout import hold_out, say_held_out
 from oneshot_fast.generators.options import ModelOptions
-from oneshot_fast.jobs.sft.options import MeasuredTrainingOptions, SftOptions
+from oneshot_fast.jobs.sft.measured import MeasuredSftRun
+from oneshot_fast.jobs.sft.options import HeldOutOptions, MeasuredTrainingOptions, SftOptions
 from oneshot_fast.jobs.sft.rewards import RewardRun
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.rewards.options import RewardOptions
@@ -48,6 +53,7 @@ class SftCommand:
     training: SftOptions = SftOptions()
     rewards: RewardOptions = RewardOptions()
     reward_training: MeasuredTrainingOptions = MeasuredTrainingOptions()
+    heldout: HeldOutOptions = HeldOutOptions()
     model: ModelOptions = ModelOptions()
     run: RunOptions = RunOptions()
 
@@ -67,12 +73,43 @@ def execute(command: SftCommand) -> int:
 
 
 def _on_pairs(command: SftCommand) -> SftRun:
-    check_defaults(command.rewards, command.reward_training, needs="--reward")
+    judging, held = command.reward_training, command.heldout
+    if held.eval_every:
+        default = MeasuredTrainingOptions()
+        others = replace(judging, judge=(), eval_samples=default.eval_samples)
+        check_defaults(command.rewards.searched, others, needs="--reward")
+    else:
+        check_defaults(held, needs="--eval_every")
+        check_defaults(command.rewards, judging, needs="--reward")
     if command.manifest_path is None or not (command.output_dir or command.dry_run):
         raise UserError("give --manifest_path FILE and --output_dir DIR")
     command.training.check()
     pairs, failures = read_manifest(command.manifest_path)
-    return SftRun(pairs=pairs, failures=failures, **_common(command))
+    if not held.eval_every:
+        return SftRun(pairs=pairs, failures=failures, **_common(command))
+    require(
+        held.heldout is None or held.heldout_root is None,
+        "--heldout and --heldout_root exclude each other: a share of the pairs, or other data",
+    )
+    out: Sequence[Record | MatchedPair]
+    if held.heldout_root:
+        out = [item for item in open_pairs(held.heldout_root) if isinstance(item, Record)]
+    else:
+        pairs, out = hold_out(pairs, held.heldout, command.run.seed)
+        say_held_out(len(pairs), len(out))
+    common = _common(command)
+    device = common["generator"].device
+    return MeasuredSftRun(
+        pairs=pairs,
+        failures=failures,
+        heldout=out,
+        eval_every=held.eval_every,
+        eval_samples=judging.eval_samples,
+        features=held.features,
+        judge=command.rewards.judges(device, judging.judge),
+        setup=command.rewards.setup(device),
+        **common,
+    )
 
 
 def _on_rewards(command: SftCommand) -> RewardRun:

@@ -7,7 +7,7 @@ pairs: what the draw of noises and real images does to both drops out of the dif
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -252,6 +252,16 @@ def error_of(values: Tensor) -> float:
     """
     drawn = values[1:][values[1:].isfinite()]
     return drawn.std().item() if len(drawn) > 1 else math.nan
+
+
+def best_of(verdicts: Sequence[Verdict | None]) -> int:
+    """Which generator, from 1, is the best; 0: the base, which none beat by more than an error.
+
+    One standard error is the rule of Breiman et al. 1984 against choosing by chance. ``verdicts``
+    are of each against the base; None where it cannot be measured.
+    """
+    beaten = {k: v.gain for k, v in enumerate(verdicts, 1) if v is not None and v.gain > v.error}
+    return max(beaten, key=lambda k: beaten[k], default=0)
 
 
 def said(found: Mapping[str, Verdict]) -> dict[str, dict[str, Any]]:

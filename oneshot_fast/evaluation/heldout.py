@@ -1,17 +1,23 @@
 """Held-out pairs: chosen by the run's seed, read as what generators are measured against."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from oneshot_fast.data.image_refs import ImageRef
 from oneshot_fast.data.images import shrink
+from oneshot_fast.data.manifests import MatchedPair
+from oneshot_fast.data.records import Record
 from oneshot_fast.errors import DataError, require
+from oneshot_fast.evaluation.measures import real_measures
+from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, forget_other
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.runtime.files import finite
 from oneshot_fast.runtime.ledger import say
-from oneshot_fast.runtime.processes import is_main
+from oneshot_fast.runtime.processes import is_main, main_first
 from oneshot_fast.runtime.seeds import derived_seed
 
 FEWEST, MOST = 16, 500  # pairs that are held out unless a share is given
@@ -63,17 +69,35 @@ def say_held_out(kept: int, held: int) -> None:
         )
 
 
-def read_real(
-    places: Sequence[tuple[ImageRef, str]], targets: TargetImages
-) -> tuple[list[int], Tensor, dict[int, str]]:
-    """Held-out images, of path and resize mode.
+def measure_against(
+    pairs: Sequence[Record | MatchedPair],
+    targets: TargetImages,
+    generator: Generator,
+    folder: Path,
+    resize_mode: str = "crop",
+    made_of: Sequence[str] = (),
+    also: Sequence[Path] = (),
+    **more: Any,
+) -> tuple[RandomNoiseMeasure, dict[str, Any], dict[int, str]]:
+    """A measure on fresh noise against held-out pairs, with their prompts.
+
+    Args:
+        pairs: Held-out; those that cannot be read are left out.
+        targets: Reads their images.
+        generator: Says what a noise is.
+        folder: Where results will be kept; those against other images are removed.
+        resize_mode: Of pairs that do not have their own.
+        made_of: What else results are made of, see ``forget_other``.
+        also: What else is removed if these have changed.
+        **more: As for ``RandomNoiseMeasure``.
 
     Returns:
-        Which can be read; these, [M, 3, <=64, <=64] in [0, 1]; and why the others cannot.
+        The measure, what is measured of the real images, and by place why a pair cannot be read.
 
     Raises:
-        UserError: If none can.
+        UserError: If none can be read.
     """
+    places = [(pair.image_path, getattr(pair, "resize_mode", resize_mode)) for pair in pairs]
     usable, images, reasons = list[int](), list[Tensor](), dict[int, str]()
     for k, place in enumerate(places):
         try:
@@ -84,4 +108,10 @@ def read_real(
         usable.append(k)
     first = next(iter(reasons.values()), "there is none")
     require(bool(usable), f"no held-out image can be read: {first}")
-    return usable, torch.cat(images), reasons
+    main_first(lambda: forget_other(folder, [*made_of, *(pairs[k].id for k in usable)], *also))
+    prompts, side = [pairs[k].prompt for k in usable], targets.resolution
+    real = (targets.image(*places[k]) for k in usable)
+    noise_shape = generator.noise_shape(side, side)
+    measure = RandomNoiseMeasure(prompts, noise_shape, real=real, **more)
+    measured = real_measures(torch.cat(images), prompts, more.get("classifier"))
+    return measure, finite(measured | measure.of_real(prompts)), reasons

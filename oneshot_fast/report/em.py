@@ -7,7 +7,12 @@ from typing import Any
 
 from oneshot_fast.report import page, plots
 from oneshot_fast.report.assign import examples_section
-from oneshot_fast.report.measures import answer, measures_table, noises_strip, print_measures
+from oneshot_fast.report.measures import (
+    answer_section,
+    measures_table,
+    print_answers,
+    print_measures,
+)
 from oneshot_fast.report.noise import noise_section
 from oneshot_fast.report.optimize import found_section
 from oneshot_fast.report.page import (
@@ -44,7 +49,7 @@ def _target_sections(folder: Path, summary: Json) -> list[Section | None]:
     count, trained = len(summary["cycles"]), _trained(folder, summary)
     last, of = folder / f"cycle-{count:02d}" / "assign", f" of cycle {count}"
     return [
-        answer_section(folder, summary),
+        answer_section(folder, summary, *_last_and_best(summary)),
         random_noise_section(folder, summary),
         heldout_section(folder, summary),
         cycles_section(summary),
@@ -84,31 +89,11 @@ def _searches_section(cycles: Sequence[Mapping[str, Any]]) -> Section:
     return Section("Search", [text], Table(("", "random noise", "found", "gain"), rows))
 
 
-def answer_section(folder: Path, summary: Json) -> Section:
-    """Is it better, by how much, how sure; and the same noises before and after."""
-    last, best = len(summary["cycles"]), summary.get("best_cycle")
-    shown = {"base": "base"}
-    shown |= {f"cycle {best} (best)": f"cycle-{best:02d}"} if best and best != last else {}
-    shown |= {f"cycle {last} (final)": f"cycle-{last:02d}"}
-    files = {label: folder / "eval" / name for label, name in shown.items()}
-    prompts = summary.get("measured_by", {}).get("prompts", [])
-    return Section("Is it better?", answers(summary), strip=noises_strip(files, prompts))
-
-
-def answers(summary: Json) -> list[str]:
-    """Which checkpoint is the best, and what the final one and it are against the base."""
-    said, by = summary.get("verdicts", {}), summary.get("measured_by", {})
-    last, best = len(summary["cycles"]), summary.get("best_cycle")
-    lines = answer("the final generator", said.get(f"cycle-{last:02d}"), by)
-    if best == 0:
-        return [
-            "Nothing beat the base beyond one standard error: checkpoint-best is the base.",
-            *lines,
-        ]
-    if best is not None and best != last:
-        first, *_ = answer(f"cycle {best}, checkpoint-best,", said.get(f"cycle-{best:02d}"), by)
-        return [first, *lines]
-    return lines
+def _last_and_best(summary: Json) -> tuple[str, str | None]:
+    """Names of the last cycle, and of the best."""
+    best = summary.get("best_cycle")
+    named = "base" if best == 0 else None if best is None else f"cycle-{best:02d}"
+    return f"cycle-{len(summary['cycles']):02d}", named
 
 
 def random_noise_section(folder: Path, summary: Json) -> Section:
@@ -223,7 +208,8 @@ def print_summary(summary: Json, folder: Path) -> None:
     noise = {**summary["random_noise"], "real images": summary.get("real")}
     names = ("base", "final", "direct", "real images")
     if "assign" in summary["cycles"][0]:
-        print("\n" + "\n".join(answers(summary)).replace("→", "->").replace("é", "e"))
+        print()
+        print_answers(summary, *_last_and_best(summary))
     print(f"\nOn {noise['base']['samples']} random noises:")
     print_measures({name: noise[name] for name in names if noise.get(name)})
     if "assign" in summary["cycles"][0]:

@@ -12,6 +12,7 @@ from oneshot_fast.report.page import (
     Example,
     Mood,
     Row,
+    Section,
     Strip,
     Table,
     number,
@@ -78,6 +79,43 @@ def answer(name: str, said: Said | None, measured_by: Json) -> list[str]:
         others = [found for found in names if found != label(HEADLINE)]
         lines += [f"Beyond their 95 % intervals {word}: {', '.join(others)}."] if others else []
     return lines
+
+
+def answers(summary: Json, last: str, best: str | None) -> list[str]:
+    """Which checkpoint is the best, and what the final one and it are against the base.
+
+    ``last`` and ``best`` are keys of the summary's verdicts, "base" where nothing beat it.
+    """
+    said, by = summary.get("verdicts", {}), summary.get("measured_by", {})
+    lines = answer("the final generator", said.get(last), by)
+    if best == "base":
+        first = "Nothing beat the base beyond one standard error: checkpoint-best is the base."
+        return [first, *lines]
+    if best is not None and best != last:
+        return [*answer(f"{spoken(best)}, checkpoint-best,", said.get(best), by)[:1], *lines]
+    return lines
+
+
+def answer_section(folder: Path, summary: Json, last: str, best: str | None) -> Section:
+    """Is it better, by how much, how sure; and the same noises before and after."""
+    names = {"base": "base"}
+    if best is not None and best not in ("base", last):
+        names[f"{spoken(best)} (best)"] = best
+    names[f"{spoken(last)} (final)"] = last
+    files = {label.lower(): folder / "eval" / name for label, name in names.items()}
+    strip = noises_strip(files, summary.get("measured_by", {}).get("prompts", []))
+    return Section("Is it better?", answers(summary, last, best), strip=strip)
+
+
+def print_answers(summary: Json, last: str, best: str | None) -> None:
+    """Print ``answers``."""
+    print("\n".join(answers(summary, last, best)).replace("→", "->").replace("é", "e"))
+
+
+def spoken(name: str) -> str:
+    """Such as "Cycle 2" of "cycle-02"."""
+    kind, _, number = name.partition("-")
+    return f"{kind} {int(number)}".capitalize() if number else name.capitalize()
 
 
 def _change(found: Verdict) -> str:

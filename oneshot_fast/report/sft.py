@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot_fast.report import page, plots
+from oneshot_fast.report.measures import answer_section, measures_table, print_answers, spoken
 from oneshot_fast.report.page import Plot, Section, Table, write_run
 from oneshot_fast.report.rewards import draw_histories, history, rewards_section
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
@@ -15,9 +16,36 @@ from oneshot_fast.runtime.units import decimals
 def write_sft_report(folder: Path, flags: Mapping[str, Any]) -> None:
     """Write report.html of the finished ``SftRun`` in ``folder``."""
     summary = read_json(folder / "summary.json")
-    sections = [fit_section(summary), training_section([folder])]
+    sections = [*_measured(folder, summary), fit_section(summary), training_section([folder])]
     facts = [f"{summary['samples']} pairs, {summary['steps']} steps"]
     write_run(folder, "Training: {model}", facts, sections, summary, flags)
+
+
+def _measured(folder: Path, summary: Json) -> list[Section]:
+    """What a training with --eval_every was measured by; nothing of others."""
+    if "measured" not in summary:
+        return []
+    last, best = _last_and_best(summary)
+    measured = {**summary["measured"], "real": summary["real"]}
+    columns = {name: spoken(name).lower() for name in dict.fromkeys(("base", best, last))}
+    columns |= {"real": "real images"}
+    table = measures_table(columns, measured, last, summary["verdicts"][last])
+    text = [f"On the same {measured['base']['samples']} fresh noises: mean ± standard error."]
+    names = [*summary["measured"]]
+    lines = {"MMD": [measured[name].get("mmd") for name in names]}
+    plot = Plot(
+        plots.curves(lines, "measure", "MMD to held-out images"),
+        "Lower is better; the first is the base. Bad: a curve that rises (fewer epochs).",
+    )
+    return [
+        answer_section(folder, summary, last, best),
+        Section("Quality on random noise", text, table, plots=[plot]),
+    ]
+
+
+def _last_and_best(summary: Json) -> tuple[str, str]:
+    epoch = summary["best_epoch"]
+    return [*summary["measured"]][-1], f"epoch-{epoch:03d}" if epoch else "base"
 
 
 def write_reward_report(folder: Path, flags: Mapping[str, Any]) -> None:
@@ -44,7 +72,8 @@ def fit_section(summary: Json) -> Section:
     before, after = summary["matched_loss_before"], summary["matched_loss_after"]
     row = page.row("mean latent loss", page.change(before, after))
     kind = "lora" if summary["settings"].get("lora_rank") else "checkpoint"
-    best = f"{kind}-best holds epoch {summary['best_epoch']}, the one of the lowest loss."
+    by = "best on held-out images" if "measured" in summary else "one of the lowest loss"
+    best = f"{kind}-best holds epoch {summary['best_epoch']}, the {by}."
     return Section(
         "Fit to the matched pairs", [best], Table(("", "before", "after", "change"), [row])
     )
@@ -83,6 +112,8 @@ def print_summary(summary: Json, folder: Path) -> None:
         for name, before in summary["base"].items():
             print(f"{name:24}{decimals(before):>10} -> {decimals(summary['final'][name])}")
     else:
+        if "measured" in summary:
+            print_answers(summary, *_last_and_best(summary))
         before, after = summary["matched_loss_before"], summary["matched_loss_after"]
         print(
             f"trained {steps} steps on {summary['samples']} pairs in {seconds:.0f} s: latent loss "

@@ -109,6 +109,7 @@ class TrainingRun(ABC):
         self.pool: PreservePool | None = None
         self.begins_anew = False
         self.tracker = Tracker()
+        self.needed_prompts: Sequence[str] = ()  # of what is measured
         on_gpu = generator.device.type != "cpu"  # there is memory to free
         self.offloads = on_gpu if offload_encoders is None else offload_encoders
         self._keep_checkpoints = keep_checkpoints
@@ -232,7 +233,7 @@ class TrainingRun(ABC):
                 trainer.close()
         seconds = time.perf_counter() - started
         for trainer in self.trainers.values():
-            require(bool(trainer.best), "no step had a finite loss and gradient; lower the lr")
+            require(bool(trainer.history), "no step had a finite loss and gradient; lower the lr")
             trainer.load_weights(trainer.final())
         measured = self.at_end()
         if is_main():
@@ -323,7 +324,8 @@ class TrainingRun(ABC):
         if not self.offloads or not self.generator.encoders(self.decodes):
             yield
             return
-        needed, generator = {*prompts, *(self.pool.prompts if self.pool else ())}, self.generator
+        pooled = self.pool.prompts if self.pool else ()
+        needed, generator = {*prompts, *pooled, *self.needed_prompts}, self.generator
         generator.keep_prompts(sorted(needed))
         with offloaded(generator, keep_decoder=self.decodes):
             yield

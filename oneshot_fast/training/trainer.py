@@ -92,6 +92,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.best_loss = math.inf
         self.best: dict[str, Tensor] = {}
+        self.chooses = True  # the best epoch, by its loss
         self.ema: Any = None
         if options.use_ema:
             from diffusers.training_utils import EMAModel
@@ -232,10 +233,14 @@ class Trainer:
         row = {"epoch": epoch, "step": self.step, "loss": sum(losses)}
         row |= dict(zip(self.loss.parts, losses, strict=True)) | {"gradient_norm": norm}
         self.history.append(row)
-        if row["loss"] < self.best_loss:
-            self.best_loss = row["loss"]
-            self.best = {name: p.cpu().clone() for name, p in self.final().items()}
+        if self.chooses and row["loss"] < self.best_loss:
+            self.keep_best(row["loss"])
         return row
+
+    def keep_best(self, loss: float) -> None:
+        """Keep the weights as they would end now; ``loss`` says how good they are."""
+        self.best_loss = loss
+        self.best = {name: p.cpu().clone() for name, p in self.final().items()}
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,8 @@ from PIL import Image
 
 from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.errors import UserError
-from oneshot_fast.evaluation.heldout import hold_out, read_real
+from oneshot_fast.evaluation.features import load_features
+from oneshot_fast.evaluation.heldout import hold_out, measure_against
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.target_images import TargetImages
 
@@ -44,11 +45,18 @@ def test_shares_that_make_no_sense(share) -> None:
 
 
 def test_images_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
-    targets = TargetImages(load_generator("tiny", device="cpu"))
+    generator = load_generator("tiny", device="cpu")
+    targets = TargetImages(generator)
     Image.new("RGB", (64, 64), (255, 0, 0)).save(tmp_path / "red.png")
-    red, absent = (tmp_path / "red.png", "crop"), (tmp_path / "absent.png", "crop")
-    usable, images, reasons = read_real([absent, red], targets)
+    absent, red, again = (
+        Record(name, 1, "a", name, tmp_path / f"{name}.png") for name in ("absent", "red", "red")
+    )
+    folder = tmp_path / "eval"
+    more = {"samples": 10, "seed": 0, "features": load_features("vae", generator)}
+    found = measure_against([absent, red, again], targets, generator, folder, **more)
+    measure, real, reasons = found
     assert [*reasons] == [0] and "absent.png" in reasons[0]
-    assert usable == [1] and torch.equal(images.mean((0, 2, 3)), torch.tensor([1.0, 0, 0]))
+    assert measure.real is not None and len(measure.real) == 2
+    assert torch.equal(measure.real[0], measure.real[1]) and real["prompt_diversity"] == 0
     with pytest.raises(UserError, match=r"no held-out image can be read: .*absent\.png"):
-        read_real([absent], targets)
+        measure_against([absent], targets, generator, folder, **more)

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.errors import one_line, require
-from oneshot_fast.evaluation.distances import HEADLINE, Verdict, said
+from oneshot_fast.evaluation.distances import HEADLINE, Verdict, best_of, said
 from oneshot_fast.evaluation.features import Features
 from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, classifier_for, compare
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.em.options import EmOptions
-from oneshot_fast.jobs.em.schedule import best_of, cycle_seeds, is_stuck
+from oneshot_fast.jobs.em.schedule import cycle_seeds, is_stuck
 from oneshot_fast.jobs.optimize.run import OptimizeRun
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.plan import sft_plan
@@ -100,7 +100,7 @@ class Cycles(ABC):
 
     @abstractmethod
     def measure(self) -> RandomNoiseMeasure:
-        """What the generator is measured by, see ``measure_of``."""
+        """What the generator is measured by, see ``measuring``."""
 
     @abstractmethod
     def first(self) -> AssignRun | OptimizeRun:
@@ -185,18 +185,15 @@ class Cycles(ABC):
             seconds = round(time.perf_counter() - started, 3)
             files.append_jsonl(path, [{"stage": name, "seconds": seconds}])
 
-    def measure_of(self, prompts: Sequence[str], **more: Any) -> RandomNoiseMeasure:
-        """Measures on random noises of these prompts; ``more`` as for the class."""
-        side = self.targets.resolution
-        return RandomNoiseMeasure(
-            prompts,
-            self.generator.noise_shape(side, side),
-            samples=self.eval_samples,
-            seed=self.seed,
-            classifier=self.classifier,
-            features=self.features,
-            **more,
-        )
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """Of a noise, [C, h, w]."""
+        return self.generator.noise_shape(self.targets.resolution, self.targets.resolution)
+
+    def measuring(self, **more: Any) -> dict[str, Any]:
+        """Arguments of the ``RandomNoiseMeasure`` beside prompts and noises."""
+        run = {"samples": self.eval_samples, "seed": self.seed}
+        return {**run, "classifier": self.classifier, "features": self.features, **more}
 
     def evaluate(self, measure: RandomNoiseMeasure, name: str) -> dict[str, Any]:
         """Measure the generator as it is now, for the summary's column ``name``."""

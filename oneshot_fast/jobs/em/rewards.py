@@ -72,7 +72,8 @@ class RewardEmRun(Cycles):
     def measure(self) -> RandomNoiseMeasure:
         if self.judge is not None:
             self.judge.warn_of_cut(self.prompts)
-        return self.measure_of(self.prompts, scores=all_scores(self.rewards, self.judge))
+        more = self.measuring(scores=all_scores(self.rewards, self.judge))
+        return RandomNoiseMeasure(self.prompts, self.noise_shape, **more)
 
     def first(self) -> OptimizeRun:
         return self.searcher(1, self.folder)

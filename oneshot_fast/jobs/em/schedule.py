@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
-from oneshot_fast.evaluation.distances import Verdict
 from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.seeds import derived_seed
 
@@ -38,13 +37,3 @@ def is_stuck(distances: Sequence[float | None], patience: int) -> bool:
     if is_main():
         print(f"not better on held-out images in {patience} cycles: stopping", file=sys.stderr)
     return True
-
-
-def best_of(verdicts: Sequence[Verdict | None]) -> int:
-    """Which cycle, from 1, is the best; 0: the base, which none beat by more than an error.
-
-    One standard error is the rule of Breiman et al. 1984 against choosing by chance. ``verdicts``
-    are of each cycle against the base; None where it cannot be measured.
-    """
-    beaten = {k: v.gain for k, v in enumerate(verdicts, 1) if v is not None and v.gain > v.error}
-    return max(beaten, key=lambda k: beaten[k], default=0)

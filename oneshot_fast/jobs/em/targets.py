@@ -9,8 +9,7 @@ from oneshot_fast.data.manifests import merge_manifests
 from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.errors import DamagedError
 from oneshot_fast.evaluation.features import load_features
-from oneshot_fast.evaluation.heldout import read_real
-from oneshot_fast.evaluation.measures import real_measures
+from oneshot_fast.evaluation.heldout import measure_against
 from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, all_scores, forget_other
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.assign.run import AssignRun
@@ -18,7 +17,6 @@ from oneshot_fast.jobs.em.cycles import Cycles, name_of
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.schedule import turn
 from oneshot_fast.rewards import Setup, WeightedRewards
-from oneshot_fast.runtime.files import finite
 from oneshot_fast.runtime.processes import barrier, is_main, main_first
 from oneshot_fast.runtime.seeds import content_id
 from oneshot_fast.training.losses.preserve import POOL
@@ -98,20 +96,15 @@ class EmRun(Cycles):
         ):
             with contextlib.suppress(DamagedError):  # made again when its turn comes
                 self._assigner(listed, self.folder / name, failures=failures).look()
-        scores, usable = all_scores(None, self.judge), list[int]()
-        places = [(record.image_path, self.resize_mode) for record in self.heldout]
-        if places:  # assigning lists what cannot be read as failures
-            usable, small, _ = read_real(places, self.targets)
-        records = [self.heldout[k] for k in usable]
-        made_of = [content_id(*self.prompts), *(record.id for record in records)]
-        main_first(lambda: forget_other(self.folder / "eval", made_of, self.folder / POOL))
-        if not records:
-            return self.measure_of(self.prompts, scores=scores)
-        prompts = [record.prompt for record in records]
-        real = (self.targets.image(*places[k]) for k in usable)
-        measure = self.measure_of(prompts, scores=scores, real=real)
-        measured = real_measures(small, prompts, self.classifier) | measure.of_real(prompts)
-        self.summary["real"] = finite(measured)
+        more = self.measuring(scores=all_scores(None, self.judge))
+        folder, made_of, pool = self.folder / "eval", content_id(*self.prompts), self.folder / POOL
+        if not self.heldout:
+            main_first(lambda: forget_other(folder, [made_of], pool))
+            return RandomNoiseMeasure(self.prompts, self.noise_shape, **more)
+        measure, self.summary["real"], _ = measure_against(  # assigning lists what cannot be read
+            self.heldout, self.targets, self.generator, folder, self.resize_mode,
+            made_of=[made_of], also=[pool], **more,
+        )  # fmt: skip
         return measure
 
     def alternate(self, measure: RandomNoiseMeasure) -> None:

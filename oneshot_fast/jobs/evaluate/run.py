@@ -12,14 +12,12 @@ from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.errors import require
 from oneshot_fast.evaluation.distances import said
 from oneshot_fast.evaluation.features import Features, load_features
-from oneshot_fast.evaluation.heldout import read_real
-from oneshot_fast.evaluation.measures import real_measures
+from oneshot_fast.evaluation.heldout import measure_against
 from oneshot_fast.evaluation.random_noise import (
     RandomNoiseMeasure,
     all_scores,
     classifier_for,
     compare,
-    forget_other,
     shown,
 )
 from oneshot_fast.generators.base import Generator
@@ -28,7 +26,7 @@ from oneshot_fast.planning.memory import parameter_lines, peak_lines
 from oneshot_fast.planning.timing import Plan, shortest
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.rewards.base import Setup
-from oneshot_fast.runtime.files import finite, read_json, write_json, write_jsonl
+from oneshot_fast.runtime.files import read_json, write_json, write_jsonl
 from oneshot_fast.runtime.folder import RunFolder
 from oneshot_fast.runtime.processes import is_main, kept_by_main, main_first
 from oneshot_fast.runtime.progress import Tracker, start_tracking
@@ -86,7 +84,7 @@ class EvaluateRun:
         prompts = [item.prompt for item in self.items if item.prompt]
         self.classifier = classifier_for(first, prompts)
         self.features: Features = load_features(features, first, self.classifier, setup)
-        self.device = first.device
+        self.first, self.device = first, first.device
 
     def generator(self, name: str) -> Generator:
         """One of the generators; loads it if it is to be loaded."""
@@ -176,32 +174,28 @@ class EvaluateRun:
         """What generators are measured by, and what the summary says of the real images."""
         records = [item for item in self.items if isinstance(item, Record)]
         failures = [item for item in self.items if isinstance(item, Failure)]
-        places = [(record.image_path, self.resize_mode) for record in records]
-        usable, small, reasons = read_real(places, self.targets)
-        failures += [
-            Failure(reason, records[k].line, records[k].id, records[k].prompt, records[k].image)
-            for k, reason in reasons.items()
-        ]
-        main_first(lambda: forget_other(self.folder / "eval", [records[k].id for k in usable]))
-        prompts = [records[k].prompt for k in usable]
-        if is_main():
-            write_jsonl(self.folder / "failures.jsonl", [failure.row for failure in failures])
-        measure = RandomNoiseMeasure(
-            prompts,
-            self.noise_shape,
+        measure, real, reasons = measure_against(
+            records,
+            self.targets,
+            self.first,
+            self.folder / "eval",
+            self.resize_mode,
             samples=self.eval_samples,
             seed=self.seed,
             classifier=self.classifier,
             features=self.features,
-            real=(self.targets.image(*places[k]) for k in usable),
             scores=all_scores(None, self.judge),
         )
+        failures += [
+            Failure(reason, records[k].line, records[k].id, records[k].prompt, records[k].image)
+            for k, reason in reasons.items()
+        ]
+        if is_main():
+            write_jsonl(self.folder / "failures.jsonl", [failure.row for failure in failures])
         return measure, {
             "models": {},
             "stages": self.stages,
-            "real": finite(
-                real_measures(small, prompts, self.classifier) | measure.of_real(prompts)
-            ),
+            "real": real,
             "measured_by": measure.described,
             "failed": len(failures),
         }

@@ -1,6 +1,7 @@
 """How a generator is trained on matched pairs, or on rewards."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from oneshot_fast.errors import require
@@ -68,5 +69,21 @@ class MeasuredTrainingOptions(RewardTrainingOptions):
     """With --reward: image side in pixels; by default the model's own. Pairs have that of their
     noises."""
     eval_samples: int = 64
-    """With --reward: random noises, not trained on, on which rewards, judges, drift and diversity
-    are measured before training and after every epoch."""
+    """Random noises, not trained on, on which the generator is measured; with --reward before
+    training and after every epoch."""
+
+
+@dataclass(frozen=True)
+class HeldOutOptions:
+    """Training on pairs: measured on fresh noise against held-out images as it goes."""
+
+    eval_every: int = 0
+    """With pairs: measure after every so many epochs, on --eval_samples noises; checkpoint-best is
+    then the best on the held-out images, or the base if nothing beat it. 0: never."""
+    heldout_root: Path | None = None
+    """With --eval_every: pairs never trained on, in the format of assign's data_root."""
+    heldout: float | None = None
+    """With --eval_every, without heldout_root: share of the pairs that is held out, chosen by the
+    seed. By default a tenth, but 16 to 500 pairs; of fewer than 64 it has to be given."""
+    features: str | None = None
+    """With --eval_every: what images are compared by, see evaluate --help."""

@@ -14,11 +14,10 @@ from samples import rows_of
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.errors import UserError
-from oneshot_fast.evaluation.distances import Verdict
+from oneshot_fast.evaluation.distances import Verdict, best_of
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.em.options import EmOptions
-from oneshot_fast.jobs.em.schedule import best_of
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.sft.options import SftOptions
 
