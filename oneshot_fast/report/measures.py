@@ -180,7 +180,8 @@ def _row(
         if key in said:
             found = verdict_of(said[key])
             mood = _MOODS.get(found.word, "")
-            change = _change(found).split(" (")[0] + ("" if mood else ", not told apart")
+            change = _change(found).split(" (")[0]
+            change += ", not told apart" if "cannot" in found.word else ""
         else:
             mood = _mood(key, base, final, measured.get("real", {}).get("diversity") or 0.0)
     title = title[0].upper() + title[1:]

@@ -93,9 +93,17 @@ def test_whether_it_is_better_by_how_much_and_how_sure_comes_first(em_copy: Path
         "cycle-01": {"mmd": better},
         "cycle-02": {"mmd": worse, "recall": recall},
     }
+    spread = {"measure": "prompt_diversity", "before": 4.0, "after": 3.0}
+    summary["verdicts"]["cycle-02"] |= {
+        "prompt_diversity": spread | {"error": 0.1, "word": "lower"},
+        "kid": worse | {"measure": "kid", "error": 5.0, "word": "cannot be told apart"},
+    }
     write_json(em_copy / "summary.json", summary | {"best_cycle": 1})
     write_em_report(em_copy, {})
     html = page(em_copy)
+    text = (em_copy / "report.html").read_text(encoding="utf-8")
+    assert "<td>-25 %</td>" in text and "<td>+2.000, not told apart</td>" in text
+    assert '<td class="bad">+20 %</td>' in text
     start = html.text.index("Is it better?")
     first = html.text[start : html.text.index("Quality on random noise")]
     assert (
