@@ -58,13 +58,14 @@ def answer(name: str, said: Said | None, measured_by: Json) -> list[str]:
     """
     if not said or HEADLINE not in said:
         return [
-            f"Whether {name} is better than the base was not measured: that takes held-out images "
+            f"Whether {name[0].lower()}{name[1:]} is better than the base was not measured: that "
+            "takes held-out images "
             "(--heldout_root DIR, or 64 pairs, of which some are held out)."
         ]
     found = verdict_of(said[HEADLINE])
     is_told = "cannot" not in found.word
     lines = [
-        f"{name[0].upper()}{name[1:]} {'is ' if is_told else ''}{found.word} "
+        f"{name} {'is ' if is_told else ''}{found.word} "
         f"{'than' if is_told else 'from'} the base: MMD to {measured_by['real']} held-out images "
         f"{number(found.before)} → {number(found.after)}, {_change(found)}.",
         f"Images are compared by {measured_by['features']}.",
@@ -87,7 +88,7 @@ def answers(summary: Json, last: str, best: str | None) -> list[str]:
     ``last`` and ``best`` are keys of the summary's verdicts, "base" where nothing beat it.
     """
     said, by = summary.get("verdicts", {}), summary.get("measured_by", {})
-    lines = answer("the final generator", said.get(last), by)
+    lines = answer("The final generator", said.get(last), by)
     if best == "base":
         first = "Nothing beat the base beyond one standard error: checkpoint-best is the base."
         return [first, *lines]
