@@ -93,7 +93,7 @@ def _on_targets(command: EmCommand) -> EmRun:
     )
 
     from oneshot_fast.embedded.digits import write_default_dataset
-    from oneshot_fast.evaluation.heldout import hold_out, say_held_out
+    from oneshot_fast.evaluation.heldout import held_out_words, hold_out
 
     root: str | Path | None = command.data.data_root
     heldout = command.heldout_root
@@ -103,13 +103,13 @@ def _on_targets(command: EmCommand) -> EmRun:
             place = Path(unused) if command.dry_run else command.work_dir / "data"
             main_first(lambda: write_default_dataset(place))
             root, heldout = place / "train", heldout or place / "heldout"
-        data, held = [*open_pairs(root, command.data)], []
+        data, held, note = [*open_pairs(root, command.data)], [], ""
         if heldout:
             held = [*open_pairs(heldout, whole)]
         else:
             data, held = hold_out(data, command.heldout, command.run.seed)
             if command.heldout != 0:
-                say_held_out(len(data), len(held))
+                note = held_out_words(len(data), len(held))
         more = _more(command)
         device = more["generator"].device
         return EmRun(
@@ -120,6 +120,7 @@ def _on_targets(command: EmCommand) -> EmRun:
             resize_mode=command.data.resize_mode,
             num_images=command.num_images,
             compare_direct=command.compare_direct,
+            note=note,
             **more,
         )
 

@@ -13,7 +13,7 @@ from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.data.records import Record
 from oneshot_fast.data.sources import open_pairs
 from oneshot_fast.errors import UserError, require
-from oneshot_fast.evaluation.heldout import hold_out, say_held_out
+from oneshot_fast.evaluation.heldout import held_out_words, hold_out
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.sft.measured import MeasuredSftRun
 from oneshot_fast.jobs.sft.options import HeldOutOptions, MeasuredTrainingOptions, SftOptions
@@ -92,17 +92,19 @@ def _on_pairs(command: SftCommand) -> SftRun:
         "--heldout and --heldout_root exclude each other: a share of the pairs, or other data",
     )
     out: Sequence[Record | MatchedPair]
+    note = ""
     if held.heldout_root:
         out = [item for item in open_pairs(held.heldout_root) if isinstance(item, Record)]
     else:
         pairs, out = hold_out(pairs, held.heldout, command.run.seed)
-        say_held_out(len(pairs), len(out))
+        note = held_out_words(len(pairs), len(out))
     common = _common(command)
     device = common["generator"].device
     return MeasuredSftRun(
         pairs=pairs,
         failures=failures,
         heldout=out,
+        note=note,
         eval_every=held.eval_every,
         eval_samples=judging.eval_samples,
         features=held.features,

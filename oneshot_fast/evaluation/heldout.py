@@ -16,8 +16,7 @@ from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, forget_othe
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.runtime.files import finite
-from oneshot_fast.runtime.ledger import say
-from oneshot_fast.runtime.processes import is_main, main_first
+from oneshot_fast.runtime.processes import main_first
 from oneshot_fast.runtime.seeds import derived_seed
 
 FEWEST, MOST = 16, 500  # pairs that are held out unless a share is given
@@ -56,17 +55,14 @@ def hold_out(
     )
 
 
-def say_held_out(kept: int, held: int) -> None:
-    """Say on stderr what ``hold_out`` did; nothing where nothing was asked or could be held out."""
-    if not is_main():
-        return
+def held_out_words(kept: int, held: int) -> str:
+    """What ``hold_out`` did, in words."""
     if held:
-        say(f"{held} of {kept + held} pairs are held out, to measure by (--heldout)")
-    elif kept < ENOUGH:
-        say(
-            f"{kept} pairs are too few to hold some out: whether the generator gets better is not "
-            "measured; --heldout_root DIR names others, --heldout 0.2 takes a fifth of these"
-        )
+        return f"{held} of {kept + held} pairs are held out, to measure by (--heldout)"
+    return (
+        f"{kept} pairs are too few to hold some out: whether the generator gets better is not "
+        "measured; --heldout_root DIR names others, --heldout 0.2 takes a fifth of these"
+    )
 
 
 def measure_against(

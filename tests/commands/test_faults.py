@@ -170,7 +170,7 @@ def test_interrupts(
         ("assign", 3500, "noises"),
         ("sft", 100_000, "preserve.safetensors"),
         ("sft", 3_000_000, "preserve.safetensors"),
-        ("em", 100_000, "cycle-01/assign/summary.json"),
+        ("em", 400_000, "cycle-01/assign/summary.json"),
     ],
 )
 def test_a_full_disk(

@@ -17,6 +17,7 @@ from oneshot_fast.jobs.em.cycles import Cycles, name_of
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.schedule import turn
 from oneshot_fast.rewards import Setup, WeightedRewards
+from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import barrier, is_main, main_first
 from oneshot_fast.runtime.seeds import content_id
 from oneshot_fast.training.losses.preserve import POOL
@@ -40,6 +41,7 @@ class EmRun(Cycles):
         compare_direct: bool = False,
         judge: WeightedRewards | None = None,
         setup: Setup | None = None,
+        note: str = "",
         **more: Any,
     ) -> None:
         """Describe the run.
@@ -55,6 +57,7 @@ class EmRun(Cycles):
             num_images: Targets per E-step whose images are saved; -1 for all.
             compare_direct: Also train on random noise, with as many steps.
             judge: Rewards that are measured.
+            note: Said when the run begins.
             setup: Where the models of ``options.features`` are, see ``load_features``.
             **more: As for ``Cycles``.
 
@@ -73,7 +76,7 @@ class EmRun(Cycles):
             **more,
         )
         self.resize_mode, self.num_images = resize_mode, num_images
-        self.compare_direct, self.judge = compare_direct, judge
+        self.compare_direct, self.judge, self.note = compare_direct, judge, note
         if self.heldout or self.options.features:
             self.features = load_features(self.options.features, generator, self.classifier, setup)
         if self.records:
@@ -90,6 +93,8 @@ class EmRun(Cycles):
         }
 
     def measure(self) -> RandomNoiseMeasure:
+        if self.note and is_main():
+            say(self.note)
         for name, listed, failures in (
             (f"{name_of(1)}/assign", self.records, self.failures),
             ("heldout-base", self.heldout, self.heldout_failures),

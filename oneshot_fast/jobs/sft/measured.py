@@ -22,7 +22,8 @@ from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.rewards import Setup, WeightedRewards
-from oneshot_fast.runtime.processes import main_first
+from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.processes import is_main, main_first
 from oneshot_fast.runtime.seeds import content_id
 from oneshot_fast.training.checkpoints import STUDENT, ended
 from oneshot_fast.training.trainer import Trainer
@@ -51,6 +52,7 @@ class MeasuredSftRun(SftRun):
         features: str | None = None,
         judge: WeightedRewards | None = None,
         setup: Setup | None = None,
+        note: str = "",
         **more: Any,
     ) -> None:
         """Describe the run.
@@ -65,6 +67,7 @@ class MeasuredSftRun(SftRun):
             eval_samples: Fresh noises, the same ones every time.
             features: What images are compared by, see ``load_features``.
             judge: Rewards that are measured, too.
+            note: Said when the training begins.
             setup: Where the features' models are, see ``load_features``.
             **more: As for ``SftRun``.
 
@@ -76,7 +79,7 @@ class MeasuredSftRun(SftRun):
         require(eval_samples >= 10, "eval_samples must be at least 10")
         require(bool(heldout), "eval_every needs held-out pairs: give --heldout_root or --heldout")
         self.heldout, self.eval_every, self.judge = list(heldout), eval_every, judge
-        self.eval_samples = eval_samples
+        self.eval_samples, self.note = eval_samples, note
         self.needed_prompts = [pair.prompt for pair in heldout]
         self.classifier = classifier_for(generator, self.needed_prompts)
         self.features = load_features(features, generator, self.classifier, setup)
@@ -115,6 +118,8 @@ class MeasuredSftRun(SftRun):
         return measure, real
 
     def learn(self) -> dict[str, Any]:
+        if self.note and is_main():
+            say(self.note)
         measure, real = self._measure
         self._note(0)
         summary = super().learn()

@@ -72,7 +72,6 @@ def test_a_dry_run_shows_both_steps(tmp_path: Path, prompts: Path, call: Call) -
     ("flags", "message"),
     [
         (["--reward", "thickness"], "--prompt_file"),
-        (["--judge", "digit"], "give --reward"),
         (["--reward", "thickness", "--prompt_file", "p", "--data_root", "x"], "data_root"),
         (["--reward", "thickness", "--prompt_file", "p", "--max_samples", "3"], "no targets"),
         (["--reward", "thickness", "--prompt_file", "p", "--num_images", "3"], "num_images"),
