@@ -36,7 +36,7 @@ def cut(path: Path) -> None:
 
 
 WAYS: dict[str, Callable[[Path], object]] = {
-    "cut": lambda path: cut(path),
+    "cut": cut,
     "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "deleted": Path.unlink,
 }
