@@ -27,6 +27,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 import pytest
 import torch
 
+for number, usual in (
+    (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL),
+):  # fmt: skip
+    if signal.getsignal(number) == signal.SIG_IGN:  # nohup, a job in the background
+        signal.signal(number, usual)
+
 SMALL = 6  # pairs of the small data set
 
 # Triton reads this setting when it is first imported, so its interpreter has a process of its own
