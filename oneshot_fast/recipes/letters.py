@@ -78,10 +78,10 @@ class Letters:
 
 def train_letters(folder: Path, quick: bool = False) -> None:
     """Train the generator and write ``folder``/pipeline; finished stages are kept."""
-    steps = (3, 3, 3, 64) if quick else (1500, 1500, 1200, 4800)
+    steps = (2, 2, 2, 32) if quick else (1500, 1500, 1200, 4800)
     vae, teacher, distill, pairs = steps
     config = TrainConfig(
         folder, "distill", vae_steps=vae, teacher_steps=teacher, distill_steps=distill,
         distill_pairs=pairs, solver_steps=2 if quick else 8,
     )  # fmt: skip
-    train_pipeline(config, Letters(64 if quick else 8000))
+    train_pipeline(config, Letters(32 if quick else 8000))

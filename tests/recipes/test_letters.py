@@ -1,0 +1,33 @@
+"""Letters in matplotlib's fonts, and the recipe of the generator that draws them."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from oneshot_fast.recipes.letters import PROMPTS, letters, train_letters
+
+
+def test_letters_have_their_colour_lie_inside_and_change_with_the_seed():
+    drawn = letters(0, 64)
+    assert drawn.images.shape == (64, 3, 64, 64) and drawn.prompts == PROMPTS
+    assert torch.equal(drawn.labels, torch.arange(64) % len(PROMPTS))
+    assert torch.equal(drawn.images, letters(0, 64).images)
+    assert not torch.equal(drawn.images, letters(1, 64).images)
+    ground = drawn.images[:, :, :1, :1]
+    ink = (drawn.images - ground).abs().amax(1) > 0.2
+    assert ink.any(2).any(1).all() and not ink[:, 0].any() and not ink[:, :, 0].any()
+    channel = (drawn.images * ink[:, None]).sum((2, 3)).argmax(1)
+    for k, prompt in enumerate(PROMPTS):
+        if (name := prompt.split()[1]) != "yellow":
+            assert channel[k] == ("red", "green", "blue").index(name)
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_and_keeps_its_stages(tmp_path):
+    train_letters(tmp_path, quick=True)
+    stamp = (tmp_path / "vae.safetensors").stat().st_mtime_ns
+    train_letters(tmp_path, quick=True)
+    assert (tmp_path / "vae.safetensors").stat().st_mtime_ns == stamp
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path / "pipeline")
+    prompt = {"prompt": PROMPTS[0], "num_inference_steps": 1, "guidance_scale": 0.0}
+    assert pipeline(**prompt).images[0].size == (64, 64)
