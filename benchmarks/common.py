@@ -1,9 +1,13 @@
 """What every benchmark says of itself: the machine, the build, the commit."""
 
+import argparse
+import json
 import platform
 import re
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -54,6 +58,43 @@ def driver() -> str | None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
     return lines[0].strip() if lines else None
+
+
+def run_job(
+    description: str | None,
+    defaults: dict[str, int],
+    measure: Callable[..., Any],
+    markdown: Callable[[dict[str, Any]], str],
+    argv: list[str] | None,
+) -> int:
+    """Command line of a benchmark of a job.
+
+    Args:
+        description: For ``--help``.
+        defaults: Arguments of ``measure`` that are flags.
+        measure: Gives the results.
+        markdown: Writes what is published of settings and results.
+        argv: The flags; ``--output`` is the JSON file, which gets a table as Markdown beside it.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    for name, value in {**defaults, "threads": 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--output", type=Path, default=None)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    found = {
+        "device": processor(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "settings": {k: v for k, v in vars(args).items() if k != "output"},
+        "results": measure(**{name: getattr(args, name) for name in defaults}),
+    }
+    print(markdown(found))
+    if args.output is not None:
+        args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        args.output.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
+    return 0
 
 
 def slug(name: str) -> str:

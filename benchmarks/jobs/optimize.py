@@ -11,17 +11,14 @@ python -m benchmarks.jobs.optimize [--output benchmarks/results/optimize.json]
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import commit, processor
+from benchmarks.common import run_job
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.run import samples_of
@@ -150,28 +147,13 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and write ``output`` and, beside it, the table as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=None)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    found = {
-        "device": processor(),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "settings": {k: v for k, v in vars(args).items() if k != "output"},
-        "results": measure(args.prompts, args.steps, args.batch_size, args.rounds),
-    }
-    print(markdown(found))
-    if args.output is not None:
-        args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        args.output.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
-    return 0
+    return run_job(
+        __doc__,
+        {"prompts": 16, "steps": 50, "batch_size": 16, "rounds": 3},
+        measure,
+        markdown,
+        argv,
+    )
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ model are the embedded ones; rounds alternate in one process.
 python -m benchmarks.jobs.time_to_loss [--output benchmarks/results/time_to_loss.json]
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import commit, processor
+from benchmarks.common import run_job
 from benchmarks.sdxl.reference_recipe import ReferenceRecipe
 from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.embedded.digits import write_default_dataset
@@ -110,27 +108,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and write ``output`` and, beside it, the table as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--targets", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=None)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    found = {
-        "device": processor(),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "settings": {k: v for k, v in vars(args).items() if k != "output"},
-        "results": measure(args.targets, args.steps, args.rounds),
-    }
-    print(markdown(found))
-    if args.output is not None:
-        args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        args.output.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
-    return 0
+    return run_job(__doc__, {"targets": 32, "steps": 40, "rounds": 3}, measure, markdown, argv)
 
 
 if __name__ == "__main__":

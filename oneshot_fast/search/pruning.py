@@ -129,12 +129,16 @@ class Draws:
             seed: Of the permutations.
             shared_mask: One subset for all prompts, as TTSnap draws; else each has its own.
         """
-        self.count, self._prompts, self._pool = count, prompts, pool
-        draw = np.random.default_rng(seed)
-        shape = 1 if shared_mask else prompts, pool
-        # drawn one by one: a larger count has the draws of a smaller one
-        self._order = np.stack([draw.random(shape).argsort(-1).astype(np.int32)
-                                for _ in range(count)])  # fmt: skip
+        self.count, self._prompts, self._pool, self._seed = count, prompts, pool, seed
+        self._rows = 1 if shared_mask else prompts
+        is_small = 4 * count * self._rows * pool <= _WORK_BYTES
+        self._kept = np.stack([*self._orders()]) if is_small else None
+
+    def _orders(self) -> Iterator[NDArray[np.int32]]:
+        """Permutations, one by one: a larger count has the draws of a smaller one."""
+        draw = np.random.default_rng(self._seed)
+        for _ in range(self.count):
+            yield draw.random((self._rows, self._pool)).argsort(-1).astype(np.int32)
 
     def parts(self, n: int, width: int = 1) -> Iterator[Ints]:
         """Subsets [t, P, n] of candidates, each rising, in parts that need little memory.
@@ -145,8 +149,9 @@ class Draws:
         """
         require(1 <= n <= self._pool, f"{n} candidates, but the pool has {self._pool}")
         each = max(1, _WORK_BYTES // (8 * self._prompts * n * (width + 3)))
-        for first in range(0, self.count, each):
-            order = np.sort(self._order[first : first + each, :, :n], -1).astype(np.int64)
+        orders = iter(self._orders() if self._kept is None else self._kept)
+        while some := [order[:, :n] for order in itertools.islice(orders, each)]:
+            order = np.sort(some, -1).astype(np.int64)
             yield np.broadcast_to(order, (len(order), self._prompts, n))
 
 

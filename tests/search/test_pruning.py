@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from oneshot_fast.errors import UserError
+from oneshot_fast.search import pruning
 from oneshot_fast.search.pruning import Cost, Draws, Schedule, best_of_n, winners
 
 # FLUX at 512 pixels in tera multiply-adds, as TTSnap counts
@@ -68,7 +69,7 @@ def test_every_candidate_pays_for_the_step_it_is_dropped_at():
     assert PUBLISHED.evaluations(38, 20) == (38 * 3 + 15 * 4 + 6 * 5 + 3 * 8, 38 + 15 + 6 + 3)
 
 
-def test_subsets_grow_and_repeat():
+def test_subsets_grow_and_repeat(monkeypatch):
     draws = Draws(4, 10, 6, seed=1)
     small, large = (np.concatenate([*draws.parts(n)]) for n in (3, 8))
     assert small.shape == (6, 4, 3) and (np.diff(large) > 0).all()
@@ -79,6 +80,9 @@ def test_subsets_grow_and_repeat():
     assert (shared == shared[:, :1]).all()
     more = np.concatenate([*Draws(4, 10, 9, seed=1).parts(3)])
     assert (more[:6] == small).all()
+    monkeypatch.setattr(pruning, "_WORK_BYTES", 1)  # not kept, one by one
+    parts = [*Draws(4, 10, 6, seed=1).parts(3)]
+    assert len(parts) == 6 and (np.concatenate(parts) == small).all()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ Every statistic is over prompts: a mean's 95 % interval is a percentile bootstra
 differences between arms are paired over them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -217,32 +217,37 @@ def search_schedule(
         scores = {schedule: values(here, schedule, draws) for schedule in left}
         left = sorted(left, key=lambda schedule: -scores[schedule].mean())[:kept]
         left += [] if Schedule() in left else [Schedule()]
-    best = max(left, key=lambda schedule: scores[schedule].mean())
-
-    def is_close(schedule: Schedule) -> bool:
-        lost = scores[best] - scores[schedule]
-        return bool(lost.mean() <= lost.std(ddof=1) / len(lost) ** 0.5)
-
-    chosen = min(filter(is_close, left), key=lambda s: (len(s.after), -scores[s].mean()))
-    searched = max((s for s in left if s.after), key=lambda s: scores[s].mean(), default=Schedule())
-    judged = {"searched": chosen if chosen.after else searched, "published": PUBLISHED}
+    chosen = _simplest(scores, left)
+    pruning = [schedule for schedule in left if schedule.after]
+    judged = {"searched": chosen if chosen.after else pruning[0]} if pruning else {}
+    if _fits(PUBLISHED, pool, cost.steps, noise_aware):
+        judged["published"] = PUBLISHED
     draws = Draws(P - split, N, 256, seed + 1)
     plain = values(apart, Schedule(), draws)
     held_out = {
-        name: gain_of(values(apart, schedule, draws) - plain)
-        for name, schedule in judged.items()
-        if schedule.after and _fits(schedule, pool, cost.steps, noise_aware)
+        name: gain_of(values(apart, schedule, draws) - plain) for name, schedule in judged.items()
     }
     pays = bool(chosen.after) and held_out["searched"]["low"] > 0
     return Found(
         chosen if pays else Schedule(),
-        judged["searched"],
+        judged.get("searched", Schedule()),
         held_out,
         {name: candidates(s) for name, s in {"best_of_n": Schedule(), **judged}.items()},
         split,
         P - split,
         any(s.affordable(budget, cost) > N for s in (Schedule(), *judged.values())),
     )
+
+
+def _simplest(scores: Mapping[Schedule, Floats], left: Sequence[Schedule]) -> Schedule:
+    """The one with the fewest prunes of those within one standard error of the best."""
+    best = max(left, key=lambda schedule: scores[schedule].mean())
+
+    def is_close(schedule: Schedule) -> bool:
+        lost = scores[best] - scores[schedule]
+        return bool(lost.mean() <= lost.std(ddof=1) / len(lost) ** 0.5)
+
+    return min(filter(is_close, left), key=lambda s: (len(s.after), -scores[s].mean()))
 
 
 def _standardised(values: Floats, pool: Pool) -> Floats:

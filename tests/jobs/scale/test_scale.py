@@ -55,6 +55,8 @@ def test_the_search_recommends_best_of_n_on_noise_and_a_schedule_where_one_pays(
     assert wrong <= 1
     found = search_schedule(pool_of(0.9), budget, COST, tries=40)
     assert found.schedule.after and found.held_out["searched"]["low"] > 0
+    # the published schedule prunes after a step that this pool does not have
+    assert found.held_out.keys() == found.n.keys() - {"best_of_n"} == {"searched"}
 
 
 def test_a_noise_aware_reward_prunes_only_where_it_was_trained():
