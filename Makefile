@@ -34,7 +34,7 @@ check: build
 	$(PYTEST)
 	$(MAKE) .venv/.kernels
 
-# the GPU kernels for all architectures, compiled without a GPU; repeated only when they change
+# the GPU kernels for several architectures, compiled without a GPU; repeated only when they change
 .venv/.kernels: .venv/.built $(shell find csrc kernels -type f) tools/check_cuda.py tools/check_triton.py
 	$(BIN)/python tools/check_triton.py --arch 80 90 --dtype float32 bfloat16
 	$(BIN)/python tools/check_cuda.py --arch 86 90 100

@@ -1,6 +1,7 @@
 """Files of finished and interrupted runs, cut off, zeroed or deleted: made again, or said.
 
-Every kind of file that a command writes is damaged in each of the three ways, some at a time.
+Every kind of file that a command writes is damaged in each of the three ways, some at a time;
+those of em's stages, whose commands have their turns, in one.
 """
 
 from __future__ import annotations
@@ -168,7 +169,8 @@ def kinds(folder: Path) -> list[list[Path]]:
     for path in sorted(folder.rglob("*")):
         file = str(path.relative_to(folder))
         if path.is_file() and not re.search(UNREAD, file):
-            kind = re.sub(r"cycle-\d+/(?=sft|assign)|heldout-\w+/", "", file)
+            kind = re.sub(r"cycle-\d+/(?=sft|assign)", "", file)
+            kind = re.sub(r"heldout-\w+/", "assign/", kind)
             found.setdefault(re.sub(r"[0-9a-f]{12}|\d+", "", kind), []).append(Path(file))
     return [*found.values()]
 
@@ -186,7 +188,7 @@ def groups(folder: Path, turn: int) -> Iterator[dict[Path, str]]:
     parts = [own] if turn else [own[::2], own[1::2], stages]
     for group in (lists, *parts):
         if group:
-            yield {file: [*WAYS][(k + turn) % 3] for k, file in enumerate(group)}
+            yield {file: [*WAYS][(files.index(file) + turn) % 3] for file in group}
 
 
 def contents(folder: Path) -> dict[str, object]:
