@@ -6,6 +6,7 @@ when it is first asked for. docs/api.md shows them at work.
 
 import importlib
 import importlib.metadata
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,8 +102,9 @@ def build_info() -> dict[str, Any]:
 def _serving() -> dict[str, str]:
     found = {"cpu": f"cpu ({_C.isa()})"}
     for index in range(torch.cuda.device_count()):
-        name, why = ops.backends(f"cuda:{index}")[0], ops._backends.missing(index).values()
-        found[f"cuda:{index}"] = "; ".join((name, *filter(None, why)))
+        name, missing = ops.backends(f"cuda:{index}")[0], ops._backends.missing(index)
+        before = itertools.takewhile(name.__ne__, missing)
+        found[f"cuda:{index}"] = "; ".join((name, *filter(None, map(missing.get, before))))
     return found
 
 

@@ -102,7 +102,9 @@ def _on_targets(command: EmCommand) -> EmRun:
         if root is None:
             place = Path(unused) if command.dry_run else command.work_dir / "data"
             main_first(lambda: write_default_dataset(place))
-            root, heldout = place / "train", heldout or place / "heldout"
+            root = place / "train"
+            if command.heldout is None:
+                heldout = heldout or place / "heldout"
         data, held, note = [*open_pairs(root, command.data)], [], ""
         if heldout:
             held = [*open_pairs(heldout, whole)]

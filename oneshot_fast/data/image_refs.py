@@ -158,14 +158,21 @@ def file_sha256(image: ImageRef) -> str:
         DataError: it cannot be read.
     """
     try:
-        data = image.read() if isinstance(image, Member) else image.read_bytes()
-        return hashlib.sha256(data).hexdigest()
+        if isinstance(image, Member):
+            return hashlib.sha256(image.read()).hexdigest()
+        digest = hashlib.sha256()
+        with image.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
     except OSError as error:
         raise DataError(f"{image}: cannot be read: {one_line(error.strerror)}") from error
 
 
 def open_file(file: str) -> BinaryIO:
     """Open a local path or an fsspec URL for reading; it can seek."""
+    if "://" not in file:  # fsspec would take a name with "::" for a chain
+        return open(file, "rb")
     from fsspec.core import url_to_fs
 
     fs, path = url_to_fs(file)
@@ -189,10 +196,15 @@ def need_readers(images: Iterable[ImageRef]) -> None:
 
 
 def _read_span(file: str, offset: int, length: int) -> bytes:
-    from fsspec.core import url_to_fs
+    if "://" not in file:
+        with open(file, "rb") as local:
+            local.seek(offset)
+            data = local.read(length)
+    else:
+        from fsspec.core import url_to_fs
 
-    fs, path = url_to_fs(file)
-    data: bytes = fs.cat_file(path, start=offset, end=offset + length)
+        fs, path = url_to_fs(file)
+        data = fs.cat_file(path, start=offset, end=offset + length)
     if len(data) != length:
         raise DataError("the file ends before it")
     return data

@@ -40,7 +40,7 @@ class Source(Protocol):
 
     @property
     def identity(self) -> str:
-        """Changes with the names in the data set, its fields or range, not with what is broken."""
+        """What a run's settings say of the data set; does not change with what is broken."""
 
     @property
     def total(self) -> int | None:

@@ -77,7 +77,7 @@ def load_features(
         return _of_vae(generator)
     if spec.startswith("python:"):
         feature_function(spec)
-        return Features(spec, lambda images: features_of(images, spec))
+        return Features(spec, _on(generator.device, lambda images: features_of(images, spec)))
     kind, _, given = spec.partition(":")
     if kind not in _MODELS:
         raise UserError(f"no features {spec!r}; there are {FEATURES_HELP}")
@@ -105,7 +105,8 @@ def _folder(setup: Setup, model: str) -> Path | None:
 def of_classifier(classifier: Classifier) -> Features:
     """Of a generator's own classifier, at 64 x 64 pixels at most."""
     return Features(
-        "the classifier of these prompts", lambda images: classifier.features(shrink(images, 64))
+        "the classifier of these prompts",
+        lambda images: classifier.features(shrink(images, 64).cpu()),
     )
 
 

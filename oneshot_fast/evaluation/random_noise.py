@@ -219,8 +219,8 @@ class RandomNoiseMeasure:
                     found.setdefault(name, []).append(values.cpu())
                 bar.update(len(full))
         made = {name: torch.cat(parts) for name, parts in found.items()}
-        samples = made.pop("grid")[: rows * columns]
-        save_png(grid, tile(samples, columns))
+        samples = made.pop("grid")  # of a batch at least, so that there are enough to be shown
+        save_png(grid, tile(samples[: rows * columns], columns))
         return made | {"shown": (samples[:_SHOWN] * 255).round().to(torch.uint8)}
 
 

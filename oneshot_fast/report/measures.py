@@ -76,9 +76,8 @@ def answer(name: str, said: Said | None, measured_by: Json) -> list[str]:
     if not is_told:
         lines.append("More held-out images, or more --eval_samples, would tell more.")
     for word in ("better", "worse"):
-        names = [label(key) for key, row in said.items() if row["word"] == word != HEADLINE]
-        others = [found for found in names if found != label(HEADLINE)]
-        lines += [f"Beyond their 95 % intervals {word}: {', '.join(others)}."] if others else []
+        names = [label(key) for key, row in said.items() if row["word"] == word and key != HEADLINE]
+        lines += [f"Beyond their 95 % intervals {word}: {', '.join(names)}."] if names else []
     return lines
 
 

@@ -153,9 +153,9 @@ class Ledger:
     def _append(self, line: bytes) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            end = os.fstat(descriptor).st_size
-            if os.write(descriptor, line) < len(line):  # one call: lines of processes do not mix
-                os.ftruncate(descriptor, end)
+            written = os.write(descriptor, line)  # one call: lines of processes do not mix
+            if written < len(line):
+                os.ftruncate(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR) - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         finally:
             os.close(descriptor)

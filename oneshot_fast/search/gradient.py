@@ -191,7 +191,7 @@ class Search:
         s, eps = self._state, self._problem.eps
         if slots is not None:
             index = torch.tensor(slots, device=self.device)
-            told = s.keys() - self._moving
+            told = [name for name in s if name not in self._moving]  # in order: files follow it
             s, eps = {name: s[name].index_select(0, index) for name in told}, eps[index]
         return Assignment(
             self._mover.noise(eps, s["best_point"]),

@@ -10,7 +10,12 @@ from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.errors import DamagedError
 from oneshot_fast.evaluation.features import load_features
 from oneshot_fast.evaluation.heldout import measure_against
-from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, all_scores, forget_other
+from oneshot_fast.evaluation.random_noise import (
+    RandomNoiseMeasure,
+    all_scores,
+    classifier_for,
+    forget_other,
+)
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.em.cycles import Cycles, name_of
@@ -77,6 +82,8 @@ class EmRun(Cycles):
         )
         self.resize_mode, self.num_images = resize_mode, num_images
         self.compare_direct, self.judge, self.note = compare_direct, judge, note
+        heldout_prompts = [item.prompt for item in self.heldout_items if item.prompt]
+        self.classifier = classifier_for(generator, [*self.prompts, *heldout_prompts])
         if self.heldout or self.options.features:
             self.features = load_features(self.options.features, generator, self.classifier, setup)
         if self.records:

@@ -75,7 +75,7 @@ class MeasuredSftRun(SftRun):
             UserError: If an option makes no sense, or the features cannot be loaded.
         """
         super().__init__(generator, pairs, folder, options, **more)
-        require(eval_every >= 1, "eval_every must not be negative")
+        require(eval_every >= 1, "eval_every must be at least 1")
         require(eval_samples >= 10, "eval_samples must be at least 10")
         require(bool(heldout), "eval_every needs held-out pairs: give --heldout_root or --heldout")
         self.heldout, self.eval_every, self.judge = list(heldout), eval_every, judge
@@ -103,7 +103,7 @@ class MeasuredSftRun(SftRun):
 
     @functools.cached_property
     def _measure(self) -> tuple[RandomNoiseMeasure, dict[str, Any]]:
-        measure, real, _ = measure_against(
+        measure, real, reasons = measure_against(
             self.heldout,
             self.targets,
             self.generator,
@@ -115,6 +115,9 @@ class MeasuredSftRun(SftRun):
             features=self.features,
             scores=all_scores(None, self.judge),
         )
+        if reasons and is_main():
+            first = next(iter(reasons.values()))
+            say(f"{len(reasons)} held-out pairs cannot be read, the first: {first}")
         return measure, real
 
     def learn(self) -> dict[str, Any]:
@@ -126,6 +129,7 @@ class MeasuredSftRun(SftRun):
         for epoch in self._epochs():  # of before an interruption, too
             if measure.kept(self.folder / "eval" / _name(epoch)) is not None:
                 self._note(epoch)
+        self._measured = dict(sorted(self._measured.items()))
         epochs = [epoch for epoch in self._measured if epoch]
         best = best_of([self._verdicts[epoch].get(HEADLINE) for epoch in epochs])
         return summary | {
@@ -139,8 +143,7 @@ class MeasuredSftRun(SftRun):
     def trainer(self, name: str, steps: int) -> Trainer:
         """One whose best weights are the first ones, until an epoch is better."""
         trainer = super().trainer(name, steps)
-        trainer.keep_best(-math.inf)
-        trainer.best_loss = math.inf
+        trainer.keep_best(math.inf)
         trainer.chooses = False
         return trainer
 
