@@ -10,7 +10,7 @@ from typing import Any
 from oneshot_fast.cli import OK, check_defaults, finish, run_command
 from oneshot_fast.data.manifests import MatchedPair, read_manifest
 from oneshot_fast.data.prompts import read_prompts
-from oneshot_fast.data.records import Record
+from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.data.sources import open_pairs
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.evaluation.heldout import held_out_words, hold_out
@@ -96,7 +96,11 @@ def _on_pairs(command: SftCommand) -> SftRun:
     if held.heldout_root:
         out = [item for item in open_pairs(held.heldout_root) if isinstance(item, Record)]
     else:
-        pairs, out = hold_out(pairs, held.heldout, command.run.seed)
+        # by places in the list, so that a line which is mended moves none
+        listed: list[MatchedPair | Failure] = [*pairs, *failures]
+        listed.sort(key=lambda item: item.line or 0)
+        kept, apart = hold_out(listed, held.heldout, command.run.seed)
+        pairs, out = ([x for x in part if isinstance(x, MatchedPair)] for part in (kept, apart))
         note = held_out_words(len(pairs), len(out))
     common = _common(command)
     device = common["generator"].device

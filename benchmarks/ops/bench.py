@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.common import RESULTS
 from benchmarks.ops.compare import compare, failing_ops
-from benchmarks.ops.results import about, header, markdown, row
+from benchmarks.ops.results import about, has_kernels, header, markdown, row
 from benchmarks.ops.timing import (
     Job,
     Times,
@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     dtypes = ["float32", "bfloat16", "float16", "float64"]
     every = ["all", "targets", "none"]
     add = parser.add_argument
-    add("--ops", nargs="+", default=names, choices=names, help="which ops")
+    add("--ops", nargs="*", default=names, help=f"which of {', '.join(names)}")
     add("--device", default="cuda" if on_gpu else "cpu", choices=["cpu", "cuda"], help="where")
     add(
         "--dtypes",
@@ -93,7 +93,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=3, help="runs of each commit, in turn, when comparing")
     add("--seed", type=int, default=0, help="of the inputs")
     add("--output", type=Path, help="JSON file; benchmarks/results/<device>.json if left out")
-    return parser.parse_args(argv)
+    config = parser.parse_args(argv)
+    if unknown := [name for name in config.ops if name not in names]:
+        said = f"no ops {', '.join(unknown)}; there are {', '.join(names)}"
+        if config.tests:
+            parser.error(said)
+        print(said)  # with --base, the other commit may lack some
+    return config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,7 +217,7 @@ def leaf(a: Any, trained: bool) -> Any:
 
 def variants(spec: OpSpec, device: str, compiled: bool) -> dict[str, Variant]:
     """What is timed: functions and the contexts they need; ours first."""
-    names = getattr(ops, "backends", tuple)() if getattr(spec, "gpu_kernels", True) else ()
+    names = getattr(ops, "backends", tuple)() if has_kernels(spec) else ()
     backends = [name for name in names if name != "reference"] if device == "cuda" else []
     ours = {name: (spec.fn, partial(ops.use_backend, name)) for name in backends}
     found = ours or {"ours": (spec.fn, nullcontext)}

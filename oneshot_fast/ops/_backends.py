@@ -102,14 +102,14 @@ def covers(built: str, capability: tuple[int, int]) -> bool:
     """Whether code for the architectures ``built``, named as by CMake, runs on a GPU.
 
     Machine code runs on its major version from its minor one on, and on its very GPU where it ends
-    in "a"; without "-real" there is PTX, which every later GPU takes.
+    in "a"; without "-real" there is PTX, which every later GPU takes, a family's ("f") its own.
     """
     for name in built.split():
         number, _, kind = name.partition("-")
         digits = number.rstrip("af")
         version = int(digits[:-1]), int(digits[-1])
         same = version[0] == capability[0] and version[1] <= capability[1]
-        later = version <= capability and kind != "real"
+        later = version <= capability and kind != "real" and not number.endswith("f")
         if version == capability if number.endswith("a") else same or later:
             return True
     return False

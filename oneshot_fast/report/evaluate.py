@@ -26,13 +26,17 @@ def write_evaluate_report(folder: Path, flags: Mapping[str, Any]) -> None:
 
 def _answers(folder: Path, summary: Json) -> Section:
     names, by = [*summary["models"]], summary["measured_by"]
-    text = [line for name in names[1:] for line in answer(_short(name), _said(summary, name), by)]
+    text = [
+        line
+        for name in names[1:]
+        for line in answer(_short(summary, name), _said(summary, name), by)
+    ]
     if len(names) == 1:
         text = [f"One model; images are compared by {by['features']}."]
     else:
         text = [f"The base is {names[0]}.", *text]
     strip = noises_strip(
-        {_short(name): _path(folder, summary, name) for name in names}, by["prompts"]
+        {_short(summary, name): _path(folder, summary, name) for name in names}, by["prompts"]
     )
     title = "Which is better?" if len(names) > 1 else "What it makes"
     return Section(title, text, strip=strip)
@@ -40,15 +44,18 @@ def _answers(folder: Path, summary: Json) -> Section:
 
 def _table(folder: Path, summary: Json, name: str) -> Section:
     first = next(iter(summary["models"]))
-    measured = {"base": summary["models"][first], name: summary["models"][name]}
+    key = summary["stages"][name]  # the name may be "base" or "real"
+    measured = {"base": summary["models"][first], key: summary["models"][name]}
     measured |= {"real": summary["real"]}
-    columns = {"base": _short(first)} | ({} if name == first else {name: _short(name)})
+    columns = {"base": _short(summary, first)} | (
+        {} if name == first else {key: _short(summary, name)}
+    )
     columns |= {"real": "real images"}
-    table = measures_table(columns, measured, name, _said(summary, name))
+    table = measures_table(columns, measured, key, _said(summary, name))
     shown = dict.fromkeys((first, name))
-    grids = [picture(_grid(folder, summary, n), _GRID_SIDE, _short(n)) for n in shown]
+    grids = [picture(_grid(folder, summary, n), _GRID_SIDE, _short(summary, n)) for n in shown]
     text = ["Mean ± standard error by bootstrap over images; changes on the same noises."]
-    return Section(f"Measures: {_short(name)}", text, table, grids)
+    return Section(f"Measures: {_short(summary, name)}", text, table, grids)
 
 
 def _said(summary: Json, name: str) -> Mapping[str, Mapping[str, Any]] | None:
@@ -64,20 +71,23 @@ def _grid(folder: Path, summary: Json, name: str) -> Path:
     return path.with_name(f"{path.name}.png")
 
 
-def _short(name: str) -> str:
-    return "/".join(Path(name).parts[-2:])
+def _short(summary: Json, name: str) -> str:
+    """The end of a model's name, or all of it where another ends alike."""
+    ends = ["/".join(Path(other).parts[-2:]) for other in summary["models"]]
+    end = "/".join(Path(name).parts[-2:])
+    return end if ends.count(end) == 1 else name
 
 
 def print_summary(summary: Json, folder: Path) -> None:
     """Say which is better, what was measured and where it is."""
     names, by = [*summary["models"]], summary["measured_by"]
     print(f"on {summary['models'][names[0]]['samples']} random noises:")
-    columns = {_short(name): summary["models"][name] for name in names}
+    columns = {_short(summary, name): summary["models"][name] for name in names}
     print_measures(columns | {"real images": summary["real"]})
     for name in names[1:]:
         print(
             "\n"
-            + "\n".join(answer(_short(name), _said(summary, name), by))
+            + "\n".join(answer(_short(summary, name), _said(summary, name), by))
             .replace("→", "->")
             .replace("é", "e")
         )

@@ -30,6 +30,12 @@ def test_an_image_is_read_without_the_rest_of_its_tar(tmp_path: Path) -> None:
         grey(record)
 
 
+def test_a_name_with_colons_is_no_chain_of_urls(tmp_path: Path) -> None:
+    write(tmp_path / "a::b.tar", tar(*samples(0, 2)))
+    records, failures = split(open_pairs(tmp_path))
+    assert not failures and [grey(record) for record in records] == [0, 1]
+
+
 def test_a_bad_image_fails_when_it_is_loaded(tmp_path: Path) -> None:
     pair = [("x.png", b"no image"), ("x.txt", b"a")]
     write(tmp_path / "0.tar", tar(*pair, *samples(0, 1)))

@@ -5,7 +5,12 @@ import torch
 
 from oneshot_fast.embedded.classifier import load_classifier
 from oneshot_fast.evaluation.features import of_classifier
-from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, compare, evaluated_prompts
+from oneshot_fast.evaluation.random_noise import (
+    RandomNoiseMeasure,
+    compare,
+    evaluated_prompts,
+    shown,
+)
 from oneshot_fast.generators.loading import load_generator
 
 
@@ -24,6 +29,14 @@ def test_measure_is_seeded_kept_and_measures_drift_from_the_first_generator(tmp_
     assert measure.measure(generator, tmp_path / "base") == base  # kept, not measured again
     other = RandomNoiseMeasure(prompts, (4, 8, 8), samples=12, seed=2)
     assert not torch.equal(other.eps, measure.eps)
+
+
+def test_with_one_prompt_as_many_images_are_shown_as_are_named(tmp_path):
+    generator = load_generator("tiny", device="cpu")
+    prompts = ["a handwritten digit one"] * 3
+    measure = RandomNoiseMeasure(prompts, (4, 8, 8), samples=12, seed=1)
+    measure.measure(generator, tmp_path / "base")
+    assert len(shown(tmp_path / "base")) == len(measure.described["prompts"]) == 8
 
 
 def test_prompts_are_as_frequent_as_in_the_data_and_take_turns():

@@ -42,6 +42,7 @@ ROTATION_STEP = sys.modules["oneshot_fast.ops.rotation_step"]
         ("90a-real", (9, 0), True),
         ("90a", (10, 0), False),
         ("100f-real", (10, 3), True),
+        ("100f", (12, 0), False),
         ("", (8, 0), False),
     ],
 )

@@ -117,7 +117,7 @@ def test_batch_mates_do_not_change_a_bit(poison, scalar, device):
     ops.rotation_step(*tensors, lr=0.1)
     ops.rotation_step(*alone, lr=0.1)
     for together, one in zip(tensors, alone, strict=True):
-        if device == "cpu" or INTERPRETED:
+        if device == "cpu" or MODULE._in_one_launch(tensors[1]):
             assert torch.equal(together[2:3], one)
         else:  # where no kernel fits, cuBLAS chooses its algorithm by the size of the batch
             torch.testing.assert_close(together[2:3], one)

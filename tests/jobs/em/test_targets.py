@@ -194,6 +194,31 @@ def test_own_data_without_digits_and_heldout_pairs(data: Path, tmp_path: Path, c
     assert (failure["line"], failure["image"]) == (2, "none.png")
 
 
+def test_a_share_of_the_embedded_data_is_held_out_where_one_is_given(
+    tmp_path: Path, call: Call
+) -> None:
+    short = "--max_samples 10 --num_cycles 1 --assign_steps 1 --train_epochs 1 --num_images 0"
+    more = ["--eval_samples", 10, "--heldout", 0.2]
+    ended = call("em", "--work_dir", tmp_path / "em", *short.split(), *more)
+    assert ended.code == 0 and "2 of 10 pairs are held out, to measure by" in ended.err, ended.err
+
+
+def test_held_out_prompts_that_no_classifier_knows_are_measured_without_one(
+    data: Path, small_data: Path, tmp_path: Path, call: Call
+) -> None:
+    lines = [json.loads(line) for line in (data / "pairs.jsonl").read_text().splitlines()]
+    lines = [{**line, "prompt": "a photo"} for line in lines]
+    (data / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    short = "--num_cycles 1 --assign_steps 1 --train_epochs 1 --num_images 0 --eval_samples 10"
+    ended = call(
+        "em", "--work_dir", tmp_path / "em", "--data_root", small_data, "--heldout_root", data,
+        "--initial_model_id", "tiny", *short.split(),
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    summary = json.loads((tmp_path / "em" / "summary.json").read_text())
+    assert "accuracy" not in summary["random_noise"]["base"]
+
+
 def test_own_data_is_split_and_measured_by_judges_and_features_without_a_classifier(
     data: Path, tmp_path: Path, call: Call
 ) -> None:

@@ -134,3 +134,15 @@ def test_models_of_other_noises_are_refused(tiny: Any, data: Path, tmp_path: Pat
     run = EvaluateRun({"a": tiny, "b": other}, [], tmp_path / "run")
     with pytest.raises(UserError, match="cannot be compared on the same noises; evaluate them"):
         run.run()
+
+
+def test_models_whose_names_end_alike_are_told_apart(
+    evaluated: tuple[Path, Path], worse: Path, tmp_path: Path, call: Call
+) -> None:
+    same = tmp_path / worse.parent.name / worse.name
+    shutil.copytree(worse, same)
+    ended = call("evaluate", *flags(tmp_path / "run", evaluated[1], worse, same))
+    assert ended.code == 1, ended.err
+    page = (tmp_path / "run" / "report.html").read_text()
+    for model in (worse, same):
+        assert str(model) in ended.out and f"Measures: {model}" in page
