@@ -106,7 +106,8 @@ class TrainingRun(ABC):
         self.trainees: dict[str, Trainee] = {STUDENT: generator}
         self.losses: dict[str, Loss] = {STUDENT: loss}
         self.trainers: dict[str, Trainer] = {}
-        self.pool: PreservePool | None = None
+        self.pool: PreservePool | None = None  # one that is given, as em's, else its own
+        self._pool: PreservePool | None = None
         self.begins_anew = False
         self.tracker = Tracker()
         self.needed_prompts: Sequence[str] = ()  # of what is measured
@@ -251,18 +252,18 @@ class TrainingRun(ABC):
         }
 
     def make_pool(self, prompts: Sequence[str]) -> None:
-        """Preserve targets of the generator as it is now, if none are there."""
-        self.pool = self.pool or PreservePool.build(
+        """Preserve targets of the generator as it is now, if none were given."""
+        self._pool = self.pool or PreservePool.build(
             self.generator, self.options, prompts, self.resolution, self.seed, self.folder
         )
 
     def preserved(self, step: int) -> dict[str, Rows]:
         """The preserve noises of ``step``, as a group of a batch."""
-        if self.pool is None:
+        if self._pool is None:
             return {}
         count = self.options.preserve_batch_size or self.options.batch_size
         seed = derived_seed(self.seed, "preserve step", step)
-        return {"preserve": self.pool.rows(self.generator, count, seed)}
+        return {"preserve": self._pool.rows(self.generator, count, seed)}
 
     def _home(self, name: str) -> Path:
         return self.folder if name == STUDENT else self.folder / name
@@ -324,7 +325,7 @@ class TrainingRun(ABC):
         if not self.offloads or not self.generator.encoders(self.decodes):
             yield
             return
-        pooled = self.pool.prompts if self.pool else ()
+        pooled = self._pool.prompts if self._pool else ()
         needed, generator = {*prompts, *pooled, *self.needed_prompts}, self.generator
         generator.keep_prompts(sorted(needed))
         with offloaded(generator, keep_decoder=self.decodes):

@@ -77,7 +77,8 @@ class EvaluateRun:
         self.models, self.items, self.folder = dict(models), list(data), Path(folder)
         self.judge, self.resize_mode, self.seed = judge, resize_mode, seed
         self.eval_samples = eval_samples
-        first = self.generator(next(iter(self.models)))
+        name = next(iter(self.models))
+        first = self.models[name] = self.generator(name)  # loaded once
         self.targets = TargetImages(first, resolution)
         side = self.targets.resolution
         self.noise_shape = first.noise_shape(side, side)
