@@ -69,9 +69,8 @@ def execute(command: EmCommand) -> int:
     by_reward = bool(command.rewards.reward)
     own_data = command.data.data_root is not None or by_reward
     model_id = command.initial_model_id or ("stabilityai/sdxl-turbo" if own_data else "tiny")
-    options = command.em.resolve(embedded=not own_data)
-    options.check()
-    command = dataclasses.replace(command, initial_model_id=model_id, em=options)
+    command.em.resolve(width=320).check()  # before any model is loaded
+    command = dataclasses.replace(command, initial_model_id=model_id)
     run = _on_rewards(command) if by_reward else _on_targets(command)
     if command.dry_run:
         print(run.plan())
@@ -164,10 +163,12 @@ def _on_rewards(command: EmCommand) -> RewardEmRun:
 
 def _more(command: EmCommand) -> dict[str, Any]:
     """Arguments of either run."""
+    generator = command.model.load(command.initial_model_id or "tiny", master_weights=True)
+    own_data = command.data.data_root is not None or bool(command.rewards.reward)
     return {
-        "generator": command.model.load(command.initial_model_id or "tiny", master_weights=True),
+        "generator": generator,
         "folder": command.work_dir,
-        "options": command.em,
+        "options": command.em.resolve(generator.width, embedded=not own_data),
         "seed": command.run.seed,
         "resolution": command.data.resolution,
         "eval_samples": command.eval_samples,

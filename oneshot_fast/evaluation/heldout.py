@@ -108,6 +108,6 @@ def measure_against(
     prompts, side = [pairs[k].prompt for k in usable], targets.resolution
     real = (targets.image(*places[k]) for k in usable)
     noise_shape = generator.noise_shape(side, side)
-    measure = RandomNoiseMeasure(prompts, noise_shape, real=real, **more)
+    measure = RandomNoiseMeasure(prompts, noise_shape, real=real, real_prompts=prompts, **more)
     measured = real_measures(torch.cat(images), prompts, more.get("classifier"))
     return measure, finite(measured | measure.of_real(prompts)), reasons

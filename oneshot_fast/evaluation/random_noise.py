@@ -56,12 +56,12 @@ def evaluated_prompts(prompts: Sequence[str], samples: int, seed: int) -> tuple[
     """Prompts of ``samples`` images, as frequent as among ``prompts``, in turns.
 
     Frequencies that differ by one at most are equal. Of many different prompts so many are drawn
-    that each has two images, but 16 at least.
+    that each has two images.
 
     Returns:
         The prompts, and the number of each [samples] among the different ones.
     """
-    often, most = Counter(prompts), max(16, samples // 2)
+    often, most = Counter(prompts), max(1, samples // 2)
     distinct = list(often)
     draw = torch.Generator().manual_seed(derived_seed(seed, "evaluated prompts"))
     chosen = sorted(torch.randperm(len(distinct), generator=draw)[:most].tolist())
@@ -93,6 +93,7 @@ class RandomNoiseMeasure:
         classifier: Classifier | None = None,
         features: Features | None = None,
         real: Iterable[Tensor] | None = None,
+        real_prompts: Sequence[str] = (),
         scores: Scores | None = None,
     ) -> None:
         """Choose prompts and noises.
@@ -105,6 +106,7 @@ class RandomNoiseMeasure:
             classifier: For accuracy; None leaves it out.
             features: What images are compared by; None measures no distances.
             real: Held-out target images, [3, H, W] in [0, 1] each; fewer than two are not used.
+            real_prompts: The prompt of each.
             scores: Of images [B, 3, H, W] in [0, 1] and their prompts, [B] by name; their means
                 are measured, too.
         """
@@ -116,6 +118,8 @@ class RandomNoiseMeasure:
         self.seed = derived_seed(seed, "bootstrap")
         found = list(_features(features, real)) if features and real is not None else []
         self.real = torch.cat(found) if sum(map(len, found)) > 1 else None
+        number = dict(zip(self.prompts, self.labels.tolist(), strict=True))
+        self.real_labels = torch.tensor([number.get(prompt, -1) for prompt in real_prompts])
 
     @property
     def described(self) -> dict[str, Any]:
@@ -181,6 +185,7 @@ class RandomNoiseMeasure:
                 made["features"],
                 self.labels,
                 self.real,
+                self.real_labels,
                 seed=self.seed,
                 per_image=scores,
                 sigma=self.features.sigma,

@@ -149,6 +149,11 @@ class Generator(ABC):
         """All networks by name; the first is the denoiser."""
 
     @property
+    def width(self) -> int:
+        """Channels that the denoiser's first layer makes: 320 in SDXL."""
+        return next(p.shape[0] for p in self.denoiser.parameters() if p.ndim > 1)
+
+    @property
     @abstractmethod
     def image_size(self) -> int:
         """Native image side in pixels."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from oneshot_fast.jobs.em.trials import said_of_recipe
 from oneshot_fast.report import page, plots
 from oneshot_fast.report.assign import examples_section
 from oneshot_fast.report.measures import (
@@ -12,6 +13,7 @@ from oneshot_fast.report.measures import (
     measures_table,
     print_answers,
     print_measures,
+    verdict_of,
 )
 from oneshot_fast.report.noise import noise_section
 from oneshot_fast.report.optimize import found_section
@@ -21,6 +23,7 @@ from oneshot_fast.report.page import (
     Strip,
     Table,
     number,
+    percent,
     picture,
     strip,
     write_run,
@@ -28,7 +31,7 @@ from oneshot_fast.report.page import (
 from oneshot_fast.report.rewards import draw_histories, rewards_section
 from oneshot_fast.report.sft import training_section
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
-from oneshot_fast.runtime.units import decimals
+from oneshot_fast.runtime.units import decimals, duration
 
 _GRID_SIDE = 1280
 
@@ -36,7 +39,7 @@ _GRID_SIDE = 1280
 def write_em_report(folder: Path, flags: Mapping[str, Any]) -> None:
     """Write report.html of the finished em run in ``folder``, and by rewards curves.png."""
     summary = read_json(folder / "summary.json")
-    by_reward = "search" in summary["cycles"][0]
+    by_reward = any("search" in row for row in summary["cycles"])
     title = "EM by rewards: {model}" if by_reward else "EM: {model} aligned with {data}"
     sections = (_reward_sections if by_reward else _target_sections)(folder, summary)
     facts = [f"{len(summary['cycles'])} cycles"]
@@ -46,10 +49,13 @@ def write_em_report(folder: Path, flags: Mapping[str, Any]) -> None:
 
 
 def _target_sections(folder: Path, summary: Json) -> list[Section | None]:
+    if not summary["cycles"]:
+        return [trials_section(summary)]
     count, trained = len(summary["cycles"]), _trained(folder, summary)
     last, of = folder / f"cycle-{count:02d}" / "assign", f" of cycle {count}"
     return [
         answer_section(folder, summary, *_last_and_best(summary)),
+        trials_section(summary),
         random_noise_section(folder, summary),
         heldout_section(folder, summary),
         cycles_section(summary),
@@ -123,6 +129,31 @@ def random_noise_section(folder: Path, summary: Json) -> Section:
     main = [grids.pop(name) for name in ("base", last, "direct") if name in grids]
     table = measures_table(columns, measured, last, summary.get("verdicts", {}).get(last))
     return Section("Quality on random noise", text, table, main, list(grids.values()))
+
+
+def trials_section(summary: Json) -> Section | None:
+    """What the trials of --recipe auto said, and what they took."""
+    found = summary.get("recipe")
+    if not found:
+        return None
+    rows = []
+    for trial in found["trials"]:
+        name = f"{trial['method']}, {trial['lr']:.2g}"
+        if trial["verdict"] is None:
+            rows.append(page.row(name, ("", "", "broke off")))
+            continue
+        verdict = verdict_of(trial["verdict"])
+        change, word = percent(verdict.after, verdict.before), verdict.word
+        rows.append(page.row(name, (number(verdict.before), number(verdict.after), change, word)))
+    text = [
+        said_of_recipe(found).capitalize() + ".",
+        f"Trials: half the effort of a cycle on {found['trained_on']} of the targets, judged by "
+        f"{found['judged_by']} other images; {duration(found['seconds'])} of "
+        f"{duration(summary['seconds'])} in all. The first ones find noises in two ways, the "
+        "others take the better one with other learning rates.",
+    ]
+    head = ("method, learning rate", "base", "trial", "change of energy score", "verdict")
+    return Section("Which recipe", text, Table(head, rows))
 
 
 def heldout_section(folder: Path, summary: Json) -> Section | None:
@@ -207,15 +238,18 @@ def print_summary(summary: Json, folder: Path) -> None:
     """Say what the run in ``folder`` has reached and where it is, as the command does."""
     noise = {**summary["random_noise"], "real images": summary.get("real")}
     names = ("base", "final", "direct", "real images")
-    if "assign" in summary["cycles"][0]:
+    cycles, by_reward = summary["cycles"], any("search" in row for row in summary["cycles"])
+    if summary.get("recipe"):
+        print(f"\n{said_of_recipe(summary['recipe'])}")
+    if cycles and not by_reward:
         print()
         print_answers(summary, *_last_and_best(summary))
     print(f"\nOn {noise['base']['samples']} random noises:")
     print_measures({name: noise[name] for name in names if noise.get(name)})
-    if "assign" in summary["cycles"][0]:
+    if cycles and not by_reward:
         print("\nMatching loss, before -> after the E-step -> after the M-step:")
-    for row in summary["cycles"]:
-        if "search" in row:
+    for row in cycles:
+        if by_reward:
             found = (row["search"][name] for name in ("initial_reward", "best_reward"))
             gain = " -> ".join(map(decimals, found))
             print(f"search of cycle {row['cycle']}: mean reward {gain}")
@@ -223,12 +257,12 @@ def print_summary(summary: Json, folder: Path) -> None:
             losses = [row["assign"][name] for name in ("initial_loss", "best_loss")]
             losses.append(row["sft"]["matched_loss_after"])
             print(f"cycle {row['cycle']:<4}     {' -> '.join(map(decimals, losses))}")
-    if "heldout" in summary:
+    if "final" in summary.get("heldout", {}):
         base, final = (summary["heldout"][name]["best_loss"] for name in ("base", "final"))
         print(
             f"{summary['heldout']['samples']} held-out pairs, assigned: {base:.4f} with the base "
             f"model, {final:.4f} with the final one ({100 * (final / base - 1):+.0f} %)"
         )
-    if cut := summary["cycles"][0].get("cut_images"):
+    if cycles and (cut := cycles[0].get("cut_images")):
         print(f"warning: {cut}", file=sys.stderr)
     print(f"\ntook {summary['seconds']:.0f} s; checkpoint: {folder / 'checkpoint-final'}")

@@ -27,8 +27,10 @@ _UP, _DOWN = "↑ higher is better", "↓ lower is better"
 METRICS = {
     "accuracy": ("prompt accuracy", _UP, "images that a classifier recognises as what was "
                  "prompted"),
-    "mmd": ("MMD", _DOWN, "kernel distance to the held-out images, unbiased: it decides; in CLIP's "
-            "features the CMMD"),
+    "energy_score": ("energy score", _DOWN, "mean distance to the held-out images of the same "
+                     "prompt, less half of that among themselves: it decides"),
+    "mmd": ("MMD", _DOWN, "kernel distance to the held-out images, unbiased; in CLIP's features "
+            "the CMMD"),
     "frechet_distance": ("Fréchet distance", _DOWN, "distance to the held-out images of Gaussians "
                          "fitted to both; biased where images are few"),
     "kid": ("KID", _DOWN, "distance to the held-out images by a cubic kernel, unbiased"),
@@ -66,8 +68,8 @@ def answer(name: str, said: Said | None, measured_by: Json) -> list[str]:
     is_told = "cannot" not in found.word
     lines = [
         f"{name} {'is ' if is_told else ''}{found.word} "
-        f"{'than' if is_told else 'from'} the base: MMD to {measured_by['real']} held-out images "
-        f"{number(found.before)} → {number(found.after)}, {_change(found)}.",
+        f"{'than' if is_told else 'from'} the base: energy score for {measured_by['real']} "
+        f"held-out images {number(found.before)} → {number(found.after)}, {_change(found)}.",
         f"Images are compared by {measured_by['features']}.",
     ]
     if measured_by["is_weak"]:

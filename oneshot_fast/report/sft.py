@@ -4,8 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from oneshot_fast.evaluation.distances import HEADLINE
 from oneshot_fast.report import page, plots
-from oneshot_fast.report.measures import answer_section, measures_table, print_answers, spoken
+from oneshot_fast.report.measures import (
+    answer_section,
+    label,
+    measures_table,
+    print_answers,
+    spoken,
+)
 from oneshot_fast.report.page import Plot, Section, Table, write_run
 from oneshot_fast.report.rewards import draw_histories, history, rewards_section
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
@@ -32,9 +39,9 @@ def _measured(folder: Path, summary: Json) -> list[Section]:
     table = measures_table(columns, measured, last, summary["verdicts"][last])
     text = [f"On the same {measured['base']['samples']} fresh noises: mean ± standard error."]
     names = [*summary["measured"]]
-    lines = {"MMD": [measured[name].get("mmd") for name in names]}
+    lines = {label(HEADLINE): [measured[name].get(HEADLINE) for name in names]}
     plot = Plot(
-        plots.curves(lines, "measure", "MMD to held-out images"),
+        plots.curves(lines, "measure", f"{label(HEADLINE)} for held-out images"),
         "Lower is better; the first is the base. Bad: a curve that rises (fewer epochs).",
     )
     return [

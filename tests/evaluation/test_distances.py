@@ -13,6 +13,7 @@ from torch import Tensor
 
 from oneshot_fast.evaluation.distances import (
     Verdict,
+    energy_score,
     frechet,
     kid,
     median_distance,
@@ -163,3 +164,44 @@ def test_of_two_real_images_bootstraps_without_a_pair_do_not_count() -> None:
 def test_what_is_not_finite_has_no_verdict() -> None:
     found = judged(torch.randn(4, 2), torch.randn(4, 2), torch.randn(5, 2))
     assert "prompt_diversity" not in found and "mmd" in found  # one image of each prompt
+
+
+def test_energy_scores_are_means_over_pairs_of_one_prompt() -> None:
+    a, b = sets(7, 4)
+    labels_a, labels_b = torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.tensor([1, 0, -1, 1])
+    scores = []
+    for y, label in zip(b.numpy(), labels_b.tolist(), strict=True):
+        if label < 0:
+            continue
+        x = a[labels_a == label]
+        across = mean_over_pairs(lambda p, q: np.linalg.norm(p - q), x, torch.from_numpy(y[None]))
+        scores.append(across - mean_over_pairs(lambda p, q: np.linalg.norm(p - q), x) / 2)
+    found = energy_score(a, labels_a, b, labels_b, *ones(a, b))
+    assert found.tolist() == pytest.approx([np.mean(scores)])
+    # a bootstrap's weights count as copies, which are no pair; a prompt without a pair is left out
+    u = torch.tensor([[2.0, 1, 0, 0, 3, 1, 0]]).double()
+    drawn = [a[0], a[0], a[1]]
+    across = np.mean([np.linalg.norm(x - b[1]) for x in drawn])
+    expected = across - np.linalg.norm(a[0] - a[1]) / 2
+    found = energy_score(a, labels_a, b, labels_b, u, torch.ones(1, 4).double())
+    assert found.tolist() == pytest.approx([expected])
+    alone = energy_score(a[:2], torch.tensor([0, 1]), b, labels_b, *ones(a[:2], b))
+    assert alone.isnan().all()
+
+
+def test_energy_scores_see_a_wrong_prompt_and_a_lack_of_spread_in_few_images() -> None:
+    """Where marginal distances cannot: images of the other prompt, and of 16 half the spread."""
+    centres = torch.tensor([-2.0, 2.0]).repeat(32)
+    noise, real = torch.randn(64, 8), torch.randn(16, 8)
+    labels = torch.arange(64) % 2
+    real[:, 0] += centres[:16]
+    right, swapped, narrow = noise.clone(), noise.clone(), noise / 2
+    right[:, 0] += centres
+    swapped[:, 0] -= centres
+    narrow[:, 0] += centres
+    kept = [
+        replicates(x, labels, real, labels[:16], seed=0) for x in (right, swapped, narrow)
+    ]  # fmt: skip
+    assert verdicts(kept[0], kept[1])["energy_score"].word == "worse"
+    assert verdicts(kept[0], kept[1])["mmd"].word == "cannot be told apart"
+    assert verdicts(kept[0], kept[2])["energy_score"].word == "worse"

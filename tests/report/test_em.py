@@ -86,12 +86,18 @@ def test_measures_of_a_classifier_are_judged(em_copy: Path) -> None:
 
 def test_whether_it_is_better_by_how_much_and_how_sure_comes_first(em_copy: Path) -> None:
     summary = read_json(em_copy / "summary.json")
-    worse = {"measure": "mmd", "before": 10.0, "after": 12.0, "error": 0.5, "word": "worse"}
+    worse = {
+        "measure": "energy_score",
+        "before": 10.0,
+        "after": 12.0,
+        "error": 0.5,
+        "word": "worse",
+    }
     recall = {"measure": "recall", "before": 0.5, "after": 0.4, "error": 0.02, "word": "worse"}
     better = worse | {"after": 9.0, "word": "better"}
     summary["verdicts"] = {
-        "cycle-01": {"mmd": better},
-        "cycle-02": {"mmd": worse, "recall": recall},
+        "cycle-01": {"energy_score": better},
+        "cycle-02": {"energy_score": worse, "recall": recall},
     }
     spread = {"measure": "prompt_diversity", "before": 4.0, "after": 3.0}
     summary["verdicts"]["cycle-02"] |= {
@@ -107,8 +113,8 @@ def test_whether_it_is_better_by_how_much_and_how_sure_comes_first(em_copy: Path
     start = html.text.index("Is it better?")
     first = html.text[start : html.text.index("Quality on random noise")]
     assert (
-        "Cycle 1, checkpoint-best, is better than the base: MMD to 2 held-out images 10.00 → "
-        "9.000, -10 % (95 % interval -20 to -0 %)." in first
+        "Cycle 1, checkpoint-best, is better than the base: energy score for 2 held-out images "
+        "10.00 → 9.000, -10 % (95 % interval -20 to -0 %)." in first
     )
     assert "The final generator is worse than the base: " in first
     assert "+20 % (95 % interval +10 to +30 %)" in first and "worse: recall." in first

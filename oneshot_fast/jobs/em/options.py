@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from tyro.conf import arg
 
@@ -17,7 +17,7 @@ from oneshot_fast.search.options import SearchOptions
 
 Search = TypeVar("Search", bound=SearchOptions)
 _OF_TARGETS = (
-    "patience", "assign_fraction", "warm_start", "pool_matching", "pool_window",
+    "recipe", "patience", "assign_fraction", "warm_start", "pool_matching", "pool_window",
     "pool_reject_below", "feature_weight", "features",
 )  # fmt: skip
 
@@ -31,9 +31,13 @@ class EmOptions:
     em_schedule: str | None = None
     """Instead of num_cycles, assign_steps and train_epochs: E:M of every cycle, as in
     "40:10,20:5,20:5", with E the gradient steps (best_of_n, pool: candidates) and M the epochs."""
+    recipe: Literal["auto"] | None = None
+    """auto: short trainings of assign_method and of best_of_n (or sphere), then of the better one
+    with other learning rates, are judged on held-out pairs first, and the best is taken. They need
+    at most a third of the time."""
     patience: int = 0
-    """Stop when random noises' images have come no nearer to the held-out ones (by the MMD, see
-    docs/evaluate.md) for so many cycles; 0: never."""
+    """Stop when random noises' images have come no nearer to the held-out ones (by the energy
+    score, see docs/evaluate.md) for so many cycles; 0: never."""
     assign_fraction: float = 1.0
     """E-step: share of the targets that get a new noise in a cycle, in turns; the others keep
     theirs. In the first cycle all do."""
@@ -95,10 +99,11 @@ class EmOptions:
     train_batch_size: int = 8
     """M-step: matched pairs per step."""
     train_lr: float | None = None
-    """M-step: AdamW's learning rate; by default 1e-5, for the embedded data 1e-4."""
-    train_lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """M-step: AdamW's learning rate; by default 0.0064 over the denoiser's width: 1e-4 for the
+    embedded model's 64 channels, 2e-5 for SDXL's 320; with --train_lora_rank 10 times that."""
+    train_lr_scheduler: Literal["constant", "linear", "cosine"] | None = None
     """M-step: how the learning rate goes on after train_lr_warmup_steps: as it is, or to 0 at the
-    last step of the cycle."""
+    last step of the cycle; by default linear, for the embedded data constant."""
     train_weight_decay: float = 0.01
     """M-step: AdamW's decoupled weight decay."""
     train_max_grad_norm: float = 1.0
@@ -142,25 +147,37 @@ class EmOptions:
     """Both steps: weight of the mean squared error between the latents."""
     pixel_l1_weight: float = 0.0
     """Both steps: weight of the mean absolute error between the images; 0 never decodes."""
-    preserve_latent_weight: float | None = None
-    """M-step: weight of the latent distance to the initial generator on random noise; by default
-    0.5, for the embedded data 0, since all of its targets are in the new style."""
-    preserve_pixel_weight: float | None = None
-    """M-step: the same in pixels, by default 0.05 and 0; 0 never decodes."""
+    preserve_latent_weight: float = 0.0
+    """M-step: weight of the latent distance to the initial generator on random noise, against
+    drift; it also takes most of the gain, see docs/study.md."""
+    preserve_pixel_weight: float = 0.0
+    """M-step: the same in pixels; 0 never decodes."""
     preserve_batch_size: int | None = None
     """M-step: random noises per step for the preserve losses; by default train_batch_size."""
     preserve_pool_size: int = 512
     """M-step: random noises whose initial outputs are computed once."""
 
-    def resolve(self, embedded: bool) -> "EmOptions":
-        """Fill in the defaults that differ between the embedded data and a user's own."""
-        defaults = {
-            "train_lr": 1e-4 if embedded else 1e-5,
-            "preserve_latent_weight": 0.0 if embedded else 0.5,
-            "preserve_pixel_weight": 0.0 if embedded else 0.05,
-        }
-        missing: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(self, k) is None}
-        return dataclasses.replace(self, **missing)
+    def resolve(self, width: int, embedded: bool = False) -> "EmOptions":
+        """Fill in the defaults of the M-step.
+
+        Large steps are as safe in wide networks as small ones divided by the width (Yang et al.
+        2022, arXiv:2203.03466).
+
+        Args:
+            width: Of the denoiser, see ``Generator.width``.
+            embedded: Whether the data are the embedded ones.
+        """
+        lr = 0.0064 / width * (10 if self.train_lora_rank else 1)
+        scheduler = self.train_lr_scheduler or ("constant" if embedded else "linear")
+        return dataclasses.replace(
+            self,
+            train_lr=lr if self.train_lr is None else self.train_lr,
+            train_lr_scheduler=scheduler,
+        )
+
+    def follow(self, method: str, lr: float) -> "EmOptions":
+        """The same with another way to find noises and another learning rate."""
+        return dataclasses.replace(self, assign_method=method, train_lr=lr)
 
     def schedule(self) -> list[tuple[int, int]]:
         """Gradient steps or candidates of the E-step, and epochs of the M-step, of every cycle.
@@ -186,6 +203,11 @@ class EmOptions:
         require(0 < self.assign_fraction <= 1, "assign_fraction must be above 0 and at most 1")
         require(self.patience >= 0, "patience must not be negative")
         require(self.pool_refresh >= 0, "pool_refresh must not be negative")
+        for name in ("em_schedule", "warm_start", "assign_candidates") if self.recipe else ():
+            require(
+                getattr(self, name) == getattr(EmOptions, name),
+                f"--{name} does not fit all that --recipe auto tries; leave one of the two out",
+            )
         for cycle in range(1, len(self.schedule()) + 1):
             self.assign(cycle).check()
             self.sft(cycles=[cycle]).check()

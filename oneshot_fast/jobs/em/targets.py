@@ -2,18 +2,21 @@
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from oneshot_fast.data.manifests import merge_manifests
 from oneshot_fast.data.records import Failure, Record
-from oneshot_fast.errors import DamagedError
+from oneshot_fast.errors import DamagedError, one_line, require
+from oneshot_fast.evaluation.distances import HEADLINE, Verdict
 from oneshot_fast.evaluation.features import load_features
 from oneshot_fast.evaluation.heldout import measure_against
 from oneshot_fast.evaluation.random_noise import (
     RandomNoiseMeasure,
     all_scores,
     classifier_for,
+    compare,
     forget_other,
 )
 from oneshot_fast.generators.base import Generator
@@ -21,13 +24,25 @@ from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.em.cycles import Cycles, name_of
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.schedule import turn
+from oneshot_fast.jobs.em.trials import (
+    FEWEST,
+    MOST_JUDGES,
+    run_trials,
+    said_of_recipe,
+    short,
+    trained_on,
+    winner,
+)
 from oneshot_fast.rewards import Setup, WeightedRewards
+from oneshot_fast.runtime import files
 from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import barrier, is_main, main_first
-from oneshot_fast.runtime.seeds import content_id
+from oneshot_fast.runtime.seeds import content_id, derived_seed
 from oneshot_fast.training.losses.preserve import POOL
+from oneshot_fast.training.trainer import BadStepsError
 
 Data = Iterable[Record | Failure]
+RECIPE = "recipe.json"
 
 
 class EmRun(Cycles):
@@ -86,6 +101,13 @@ class EmRun(Cycles):
         self.classifier = classifier_for(generator, [*self.prompts, *heldout_prompts])
         if self.heldout or self.options.features:
             self.features = load_features(self.options.features, generator, self.classifier, setup)
+        if self.options.recipe:
+            require(
+                bool(self.heldout) and trained_on(self.options, len(self.records)) >= FEWEST,
+                "--recipe auto judges by held-out pairs, and needs some, and "
+                f"{FEWEST} targets for its trials (here {len(self.records)} targets, "
+                f"{len(self.heldout)} held-out pairs); leave it out",
+            )
         if self.records:
             self.targets.warn_of_size(self.records[0].image_path)
         self.first()  # checks its options before any long work
@@ -128,7 +150,11 @@ class EmRun(Cycles):
         self._assign_heldout("base")
         if self.compare_direct or self.heldout:
             self.initial = {k: v.to("cpu", copy=True) for k, v in denoiser.state_dict().items()}
+        if self.options.recipe:
+            self._choose()
         super().alternate(measure)
+        if self.keeps_base:
+            return
         self._assign_heldout("final")
         if not self.compare_direct:
             return
@@ -160,17 +186,89 @@ class EmRun(Cycles):
             "cut_images": assigned["cut_images"],
         }
 
+    def _choose(self) -> None:
+        """Follow the best of short trainings; the decision is kept in recipe.json.
+
+        Cycles are left out where all were worse than the base.
+        """
+        path, trials = self.folder / RECIPE, self.folder / "trials"
+        if not path.exists():
+            count = trained_on(self.options, len(self.items))
+            seeds = [derived_seed(self.seed, "trial", place) for place in range(len(self.items))]
+            order = sorted(range(len(self.items)), key=seeds.__getitem__)
+            judges, _ = _split(self.items[k] for k in order[count : count + MOST_JUDGES])
+            measure, _, _ = measure_against(
+                [*self.heldout, *judges], self.targets, self.generator, trials / "eval",
+                self.resize_mode, **self.measuring(),
+            )  # fmt: skip
+            self._measure_trial(measure, "base")
+            chosen = [self.items[k] for k in sorted(order[:count])]
+            tried = run_trials(self.options, partial(self._try, measure, chosen))
+            best, history = winner(tried), files.mend_jsonl(self.folder / "history.jsonl")
+            took = [row["seconds"] for row in history if row["stage"].startswith("trials/")]
+            found = {
+                "method": best and best.method,
+                "lr": best and best.lr,
+                "trained_on": count,
+                "judged_by": len(self.heldout) + len(judges),
+                "seconds": round(sum(took), 1),
+                "trials": [trial.row for trial in tried],
+            }
+            if is_main():
+                files.write_json(path, found)
+        barrier()
+        self.summary["recipe"] = found = files.read_json(path)
+        self.keeps_base = found["method"] is None
+        if not self.keeps_base:
+            self.options = self.options.follow(found["method"], found["lr"])
+        if is_main():
+            files.remove(trials)
+            say(said_of_recipe(found))
+        barrier()
+
+    def _try(
+        self, measure: RandomNoiseMeasure, items: list[Record | Failure], method: str, lr: float
+    ) -> Verdict | None:
+        """Train from the base on some of the targets, and judge; the base's weights come back."""
+        name, folder, options = f"{method}-{lr:g}", self.folder / "trials", self.asked
+        if measure.kept(folder / "eval" / name) is None:
+            options = short(options, method, lr)
+            assigner = self._assigner(_split(items)[0], folder / method, self.seed, options=options)
+            self.complete(assigner)
+            try:
+                manifest = folder / method / "manifest.jsonl"
+                self.train(f"trials/{name}", manifest, options.sft(), self.seed)
+                self._measure_trial(measure, name)
+            except BadStepsError as error:
+                say(f"trial {name}: {one_line(error)}")
+                return None
+            finally:
+                self.generator.denoiser.load_state_dict(self.initial)
+                if is_main():
+                    files.remove(folder / name)
+        return compare(folder / "eval" / "base", folder / "eval" / name).get(HEADLINE)
+
+    def _measure_trial(self, measure: RandomNoiseMeasure, name: str) -> None:
+        with self.stage(f"trials/eval/{name}") as path:
+            main_first(lambda: measure.measure(self.generator, path))
+
     def first(self) -> AssignRun:
         return self._assigner(self.records, self.folder)
 
     def _assigner(
-        self, data: Sequence[Record], folder: Path, seed: int = 0, cycle: int = 1, **more: Any
+        self,
+        data: Sequence[Record],
+        folder: Path,
+        seed: int = 0,
+        cycle: int = 1,
+        options: EmOptions | None = None,
+        **more: Any,
     ) -> AssignRun:
         return AssignRun(
             self.generator,
             data,
             folder,
-            self.options.assign(cycle),
+            (options or self.options).assign(cycle),
             seed=seed,
             resize_mode=self.resize_mode,
             batch_size=self.options.assign_batch_size,
@@ -183,7 +281,9 @@ class EmRun(Cycles):
         if not self.heldout:
             return
         folder = self.folder / f"heldout-{name}"
-        run = self._assigner(self.heldout, folder, self.seed, failures=self.heldout_failures)
+        run = self._assigner(
+            self.heldout, folder, self.seed, options=self.asked, failures=self.heldout_failures
+        )
         result = self.complete(run)
         heldout = self.summary.setdefault("heldout", {"samples": result["samples"]})
         heldout[name] = {key: result[key] for key in ("initial_loss", "best_loss", "losses")}

@@ -51,6 +51,7 @@ def measured(
 ) -> dict[str, dict[str, float]]:
     """Measures of generators, the base one with all's classifier first, and of real images."""
     base = next(iter(generators.values()))
+    prompts = [heldout.prompts[k] for k in heldout.labels.tolist()]
     measure = RandomNoiseMeasure(
         heldout.prompts,
         base.config.noise_shape,
@@ -59,7 +60,7 @@ def measured(
         classifier=base.classifier,
         features=of_classifier(base.classifier) if base.classifier else None,
         real=heldout.images,
+        real_prompts=prompts,
     )
     found = {name: measure.measure(g, folder / name) for name, g in generators.items()}
-    prompts = [heldout.prompts[k] for k in heldout.labels.tolist()]
     return found | {"real images": real_measures(heldout.images, prompts, base.classifier)}

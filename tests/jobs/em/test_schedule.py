@@ -83,7 +83,10 @@ def test_it_stops_when_the_measure_does(tmp_path: Path, call: Call) -> None:
     assert (tmp_path / weights).samefile(tmp_path / "cycle-02" / "sft" / weights)
     # and nothing beat the base, which is said first and kept as the best
     assert summary["best_cycle"] == 0 and ended.out.startswith("\nNothing beat the base")
-    assert "The final generator cannot be told apart from the base: MMD to 48 held-out" in ended.out
+    assert (
+        "The final generator cannot be told apart from the base: energy score for 48 held-out"
+        in ended.out
+    )
     best = load_generator(tmp_path / "checkpoint-best").fingerprint()
     assert best == load_generator("tiny").fingerprint()
     kept = (tmp_path / "checkpoint-best" / "model_index.json").stat().st_mtime_ns
@@ -93,7 +96,7 @@ def test_it_stops_when_the_measure_does(tmp_path: Path, call: Call) -> None:
 
 def test_the_best_cycle_beats_the_base_by_more_than_one_error() -> None:
     def verdict(after: float) -> Verdict:
-        return Verdict("mmd", 10.0, after, 2.0)
+        return Verdict("energy_score", 10.0, after, 2.0)
 
     assert best_of([verdict(9), verdict(8.5)]) == 0
     assert best_of([verdict(7), verdict(6), verdict(6.5)]) == 2
@@ -101,11 +104,11 @@ def test_the_best_cycle_beats_the_base_by_more_than_one_error() -> None:
 
 
 def test_efforts_of_a_schedule() -> None:
-    options = EmOptions(em_schedule="40:10,20:5").resolve(embedded=True)
+    options = EmOptions(em_schedule="40:10,20:5").resolve(64)
     assert [options.assign(k).gradient_steps for k in (1, 2)] == [40, 20]
     assert [options.sft(cycles=[k]).epochs for k in (1, 2)] == [10, 5]
     assert options.sft("random", [1, 2]).epochs == 15
-    pool = EmOptions(em_schedule="8:1,4:1", assign_method="pool").resolve(embedded=True)
+    pool = EmOptions(em_schedule="8:1,4:1", assign_method="pool").resolve(64)
     assert [pool.assign(k).candidates for k in (1, 2)] == [8, 4]
     plain = EmOptions(num_cycles=3, assign_steps=7, train_epochs=2)
     assert plain.schedule() == [(7, 2)] * 3
@@ -123,7 +126,7 @@ def test_efforts_of_a_schedule() -> None:
 )
 def test_senseless_schedules_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        EmOptions(**changes).resolve(embedded=True).check()
+        EmOptions(**changes).resolve(64).check()
 
 
 def test_em_has_the_options_of_both_steps_but_for_these() -> None:

@@ -88,9 +88,9 @@ def test_the_summary_has_the_documented_numbers(aligned: Path, summary: Any) -> 
         )
     heldout = summary["heldout"]
     assert heldout["samples"] == 48 and heldout["final"]["best_loss"] < heldout["base"]["best_loss"]
-    said = [summary["verdicts"][f"cycle-0{k}"]["mmd"] for k in (1, 2)]
-    assert [row["after"] for row in said] == [noise[f"cycle-0{k}"]["mmd"] for k in (1, 2)]
-    assert {row["before"] for row in said} == {noise["base"]["mmd"]}
+    said = [summary["verdicts"][f"cycle-0{k}"]["energy_score"] for k in (1, 2)]
+    assert [row["after"] for row in said] == [noise[f"cycle-0{k}"]["energy_score"] for k in (1, 2)]
+    assert {row["before"] for row in said} == {noise["base"]["energy_score"]}
     assert summary["best_cycle"] == 1 + (said[1]["after"] < said[0]["after"])
     by = summary["measured_by"]
     assert (by["features"], by["real"]) == ("the classifier of these prompts", 48)
@@ -237,7 +237,7 @@ def test_own_data_is_split_and_measured_by_judges_and_features_without_a_classif
     by, settings = summary["measured_by"], summary["settings"]
     assert (by["features"], by["real"]) == ("python:feature_samples.rows", 16)
     assert settings["samples"] == 48 and settings["features"] == by["features"]
-    assert {"mmd", "judge thickness"} <= summary["verdicts"]["cycle-01"].keys()
+    assert {"energy_score", "judge thickness"} <= summary["verdicts"]["cycle-01"].keys()
     assert "judge thickness" in summary["random_noise"]["base"]
     rows = (tmp_path / "em/cycle-01/assign/manifest.jsonl").read_text().splitlines()
     held = (tmp_path / "em/heldout-base/manifest.jsonl").read_text().splitlines()

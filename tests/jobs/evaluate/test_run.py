@@ -64,8 +64,12 @@ def test_models_are_measured_on_the_same_noises(evaluated: tuple[Path, Path], wo
     assert [*summary["models"]] == ["tiny", str(worse)] and summary["failed"] == 1
     assert "absent.png" in (folder / "failures.jsonl").read_text()
     measured, said = summary["models"][str(worse)], summary["verdicts"][str(worse)]
-    assert said["mmd"]["word"] == said["frechet_distance"]["word"] == "worse"
-    assert said["mmd"]["after"] == measured["mmd"] > summary["models"]["tiny"]["mmd"]
+    assert said["energy_score"]["word"] == said["frechet_distance"]["word"] == "worse"
+    assert (
+        said["energy_score"]["after"]
+        == measured["energy_score"]
+        > summary["models"]["tiny"]["energy_score"]
+    )
     assert measured["errors"]["precision"] >= 0 and measured["drift"] > 0
     assert summary["measured_by"]["real"] == 20 and not summary["measured_by"]["is_weak"]
     assert summary["real"]["errors"]["prompt_diversity"] > 0
@@ -78,8 +82,11 @@ def test_the_page_answers_first_and_the_picture_has_a_row_per_model(
     html = page(folder)
     assert html.headings[:2] == ["Which is better?", f"Measures: {worse.parent.name}/worse"]
     start = html.text.index("Which is better?")
-    assert "is worse than the base: MMD to 20 held-out images" in html.text[start : start + 250]
-    assert "95 % interval" in html.text and "MMD ↓ lower is better" in html.text
+    assert (
+        "is worse than the base: energy score for 20 held-out images"
+        in html.text[start : start + 250]
+    )
+    assert "95 % interval" in html.text and "Energy score ↓ lower is better" in html.text
     assert len(html.images["tiny: a handwritten digit one"]) == 2  # of the first eight noises
     with Image.open(folder / "comparison.png") as image:
         assert image.size == (8 * 64, 2 * 64)

@@ -33,11 +33,11 @@ def test_an_epoch_that_is_better_is_the_best(assigned: Path, call: Call, tmp_pat
     assert summary["samples"] == 4 and summary["measured_by"]["real"] == 2
     assert "judge thickness" in summary["verdicts"]["epoch-003"]
     rows = [json.loads(line) for line in (tmp_path / "run/history.jsonl").open()]
-    assert ["mmd" in row for row in rows] == [False, True, True]
-    assert rows[1]["mmd"] == summary["measured"]["epoch-002"]["mmd"]
+    assert ["energy_score" in row for row in rows] == [False, True, True]
+    assert rows[1]["energy_score"] == summary["measured"]["epoch-002"]["energy_score"]
     gains = [
         row["before"] - row["after"] > row["error"] and row["before"] - row["after"]
-        for row in (summary["verdicts"][f"epoch-00{k}"]["mmd"] for k in (2, 3))
+        for row in (summary["verdicts"][f"epoch-00{k}"]["energy_score"] for k in (2, 3))
     ]
     assert summary["best_epoch"] == (2 if gains[0] > gains[1] else 3 if gains[1] else 0)
     best = load_generator(tmp_path / "run/checkpoint-best").fingerprint()
@@ -49,7 +49,7 @@ def test_an_epoch_that_is_better_is_the_best(assigned: Path, call: Call, tmp_pat
         "Quality on random noise",
         "Fit to the matched pairs",
     ]
-    assert "The final generator" in ended.out and "MMD to 2 held-out images" in ended.out
+    assert "The final generator" in ended.out and "energy score for 2 held-out images" in ended.out
     again = call("sft", *flags(assigned, tmp_path / "run", "--lr", 1e-4, "--judge", "thickness"))
     assert again.code == 0 and json.loads((tmp_path / "run/summary.json").read_text()) == summary
 

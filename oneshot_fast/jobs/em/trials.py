@@ -1,0 +1,125 @@
+"""`em --recipe auto`: short trainings that say how noises are found, and how large the steps are.
+
+Two rounds of successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): the ways to find
+noises, then other learning rates of the better one. All begin at the base generator, with half the
+effort of a cycle, and train on a part of the targets; the rest and the held-out pairs judge them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from oneshot_fast.evaluation.distances import Verdict
+from oneshot_fast.jobs.assign.options import AssignOptions
+from oneshot_fast.jobs.em.options import EmOptions
+
+OTHER_RATES = (0.3, 3.0)  # times the first round's learning rate
+PART = 1 / 3  # of the whole effort that trials may take
+FEWEST = 16  # targets that a trial needs
+MOST_JUDGES = 200  # other targets that judge, beside the held-out pairs
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A short training.
+
+    Attributes:
+        method: How its noises were found, as --assign_method.
+        lr: Its learning rate.
+        verdict: What it is against the base; None if it broke, or cannot be measured.
+    """
+
+    method: str
+    lr: float
+    verdict: Verdict | None
+
+    @property
+    def gain(self) -> float:
+        """How much better than the base it is."""
+        return -float("inf") if self.verdict is None else self.verdict.gain
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """As a JSON value."""
+        said = self.verdict and dataclasses.asdict(self.verdict) | {"word": self.verdict.word}
+        return {"method": self.method, "lr": self.lr, "verdict": said}
+
+
+def methods(options: EmOptions) -> tuple[str, str]:
+    """Ways to find noises: the user's own, and one that chooses instead of moving, or moves."""
+    own = options.assign_method
+    return own, "best_of_n" if options.assign().mover else "sphere"
+
+
+def run_trials(options: EmOptions, attempt: Callable[[str, float], Verdict | None]) -> list[Trial]:
+    """All trials; ``attempt`` trains with a method and a learning rate, and judges."""
+    lr = _rate(options)
+    first = [Trial(method, lr, attempt(method, lr)) for method in methods(options)]
+    method = max(first, key=lambda trial: trial.gain).method
+    return first + [Trial(method, k * lr, attempt(method, k * lr)) for k in OTHER_RATES]
+
+
+def winner(trials: Sequence[Trial]) -> Trial | None:
+    """The best trial; None where each is worse than the base by more than a standard error.
+
+    One that cannot be told apart from the base may win: a whole training gains more than a short
+    one, and is judged against the base once more.
+    """
+    best = max(trials, key=lambda trial: trial.gain)
+    return best if best.verdict and best.gain > -best.verdict.error else None
+
+
+def short(options: EmOptions, method: str, lr: float) -> EmOptions:
+    """Options of a trial: a cycle with half as many steps or candidates, and epochs."""
+    full = options.follow(method, lr)
+    draws = None if full.assign().mover else max(2, full.assign().draws // 2)
+    return dataclasses.replace(
+        full,
+        recipe=None,
+        num_cycles=1,
+        assign_fraction=1.0,
+        assign_candidates=draws,
+        assign_steps=max(1, full.assign_steps // 2),
+        train_epochs=max(1, full.train_epochs // 2),
+    )
+
+
+def trained_on(options: EmOptions, count: int) -> int:
+    """How many of ``count`` targets trials train on; less than half.
+
+    With so many, trials and all cycles together take three times the trials, whichever method wins;
+    counted in evaluations of the denoiser, see ``evaluations``.
+    """
+    lr = _rate(options)
+    found = [options.follow(method, lr) for method in methods(options)]
+    cycles = min(options.num_cycles * (_e_step(one) + _m_step(one)) for one in found)
+    tried = [short(options, method, lr) for method in methods(options)]
+    trials = sum(map(_e_step, tried)) + (len(tried) + len(OTHER_RATES)) * _m_step(tried[0])
+    return int(count * min(0.5, PART / (1 - PART) * cycles / trials))
+
+
+def evaluations(options: AssignOptions) -> float:
+    """Of the denoiser per target; a backward pass counts as two."""
+    return (options.draws if options.choice else 0) + 3.0 * options.gradient_steps + 1
+
+
+def _e_step(options: EmOptions) -> float:
+    return evaluations(options.assign())
+
+
+def _m_step(options: EmOptions) -> float:
+    training = options.sft()
+    return 3.0 * training.epochs * (2 if training.preserves else 1)
+
+
+def _rate(options: EmOptions) -> float:
+    assert options.train_lr is not None
+    return options.train_lr
+
+
+def said_of_recipe(found: Mapping[str, Any]) -> str:
+    """The decision of recipe.json, in a line."""
+    if found["method"] is None:
+        return "recipe: each trial made the generator worse, so the base is kept"
+    return f"recipe: assign_method {found['method']}, train_lr {found['lr']:.2g}"
