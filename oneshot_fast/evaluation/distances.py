@@ -292,12 +292,12 @@ def error_of(values: Tensor) -> float:
 
 
 def best_of(verdicts: Sequence[Verdict | None]) -> int:
-    """Which generator, from 1, is the best; 0: the base, which none beat by more than an error.
+    """Which generator, from 1, is the best; 0: the base, which none has beaten.
 
-    One standard error is the rule of Breiman et al. 1984 against choosing by chance. ``verdicts``
-    are of each against the base; None where it cannot be measured.
+    Verdicts are of each against the base; None where it cannot be measured. How sure it is, they
+    say: a gain within the error may be luck.
     """
-    beaten = {k: v.gain for k, v in enumerate(verdicts, 1) if v is not None and v.gain > v.error}
+    beaten = {k: v.gain for k, v in enumerate(verdicts, 1) if v is not None and v.gain > 0}
     return max(beaten, key=lambda k: beaten[k], default=0)
 
 

@@ -39,7 +39,7 @@ _GRID_SIDE = 1280
 def write_em_report(folder: Path, flags: Mapping[str, Any]) -> None:
     """Write report.html of the finished em run in ``folder``, and by rewards curves.png."""
     summary = read_json(folder / "summary.json")
-    by_reward = any("search" in row for row in summary["cycles"])
+    by_reward = "search" in summary["cycles"][0]
     title = "EM by rewards: {model}" if by_reward else "EM: {model} aligned with {data}"
     sections = (_reward_sections if by_reward else _target_sections)(folder, summary)
     facts = [f"{len(summary['cycles'])} cycles"]
@@ -49,8 +49,6 @@ def write_em_report(folder: Path, flags: Mapping[str, Any]) -> None:
 
 
 def _target_sections(folder: Path, summary: Json) -> list[Section | None]:
-    if not summary["cycles"]:
-        return [trials_section(summary)]
     count, trained = len(summary["cycles"]), _trained(folder, summary)
     last, of = folder / f"cycle-{count:02d}" / "assign", f" of cycle {count}"
     return [
@@ -147,7 +145,7 @@ def trials_section(summary: Json) -> Section | None:
         rows.append(page.row(name, (number(verdict.before), number(verdict.after), change, word)))
     text = [
         said_of_recipe(found).capitalize() + ".",
-        f"Trials: half the effort of a cycle on {found['trained_on']} of the targets, judged by "
+        f"Trials: a cycle with half the E-step on {found['trained_on']} of the targets, judged by "
         f"{found['judged_by']} other images; {duration(found['seconds'])} of "
         f"{duration(summary['seconds'])} in all. The first ones find noises in two ways, the "
         "others take the better one with other learning rates.",
@@ -238,15 +236,15 @@ def print_summary(summary: Json, folder: Path) -> None:
     """Say what the run in ``folder`` has reached and where it is, as the command does."""
     noise = {**summary["random_noise"], "real images": summary.get("real")}
     names = ("base", "final", "direct", "real images")
-    cycles, by_reward = summary["cycles"], any("search" in row for row in summary["cycles"])
+    cycles, by_reward = summary["cycles"], "search" in summary["cycles"][0]
     if summary.get("recipe"):
         print(f"\n{said_of_recipe(summary['recipe'])}")
-    if cycles and not by_reward:
+    if not by_reward:
         print()
         print_answers(summary, *_last_and_best(summary))
     print(f"\nOn {noise['base']['samples']} random noises:")
     print_measures({name: noise[name] for name in names if noise.get(name)})
-    if cycles and not by_reward:
+    if not by_reward:
         print("\nMatching loss, before -> after the E-step -> after the M-step:")
     for row in cycles:
         if by_reward:
@@ -257,12 +255,12 @@ def print_summary(summary: Json, folder: Path) -> None:
             losses = [row["assign"][name] for name in ("initial_loss", "best_loss")]
             losses.append(row["sft"]["matched_loss_after"])
             print(f"cycle {row['cycle']:<4}     {' -> '.join(map(decimals, losses))}")
-    if "final" in summary.get("heldout", {}):
+    if "heldout" in summary:
         base, final = (summary["heldout"][name]["best_loss"] for name in ("base", "final"))
         print(
             f"{summary['heldout']['samples']} held-out pairs, assigned: {base:.4f} with the base "
             f"model, {final:.4f} with the final one ({100 * (final / base - 1):+.0f} %)"
         )
-    if cycles and (cut := cycles[0].get("cut_images")):
+    if cut := cycles[0].get("cut_images"):
         print(f"warning: {cut}", file=sys.stderr)
     print(f"\ntook {summary['seconds']:.0f} s; checkpoint: {folder / 'checkpoint-final'}")

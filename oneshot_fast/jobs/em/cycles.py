@@ -91,7 +91,6 @@ class Cycles(ABC):
         self.features: Features | None = None  # what images are compared by, and the verdicts
         self.verdicts: dict[str, dict[str, Verdict]] = {}
         self.initial: dict[str, Tensor] = {}  # weights, of a run that may end with them
-        self.keeps_base = False  # no cycles
         self.tracker, self.verify = Tracker(), False
         self.summary: dict[str, Any] = {"random_noise": {}, "cycles": []}
 
@@ -165,7 +164,7 @@ class Cycles(ABC):
     def alternate(self, measure: RandomNoiseMeasure) -> None:
         """All cycles, each measured; the generator ends with the weights of the last one."""
         distances = [self.summary["random_noise"]["base"].get(HEADLINE)]
-        for cycle in range(1, 0 if self.keeps_base else len(self.options.schedule()) + 1):
+        for cycle in range(1, len(self.options.schedule()) + 1):
             self._cycle(cycle)
             measured = self.evaluate(measure, name_of(cycle))
             distances.append(measured.get(HEADLINE))
@@ -252,13 +251,12 @@ class Cycles(ABC):
     def _finish(self, settings: dict[str, Any], is_measured: bool) -> None:
         """Choose the best cycle, write summary and failures, then the two checkpoints."""
         noise, last = self.summary["random_noise"], len(self.summary["cycles"])
-        noise["final"] = noise[name_of(last) if last else "base"]
-        path = self.folder / "summary.json"
+        noise["final"], path = noise[name_of(last)], self.folder / "summary.json"
         # without held-out images nothing here tells better from worse, so the last one is taken
         verdicts = [self.verdicts.get(name_of(k), {}).get(HEADLINE) for k in range(1, last + 1)]
         best = best_of(verdicts) if is_measured else last
         was_base = path.exists() and files.read_json(path)["best_cycle"] == 0
-        folders = [f"{name_of(max(1, last))}/assign", "heldout-base"]
+        folders = [f"{name_of(last)}/assign", "heldout-base"]
         failures = [
             r for f in folders for r in files.mend_jsonl(self.folder / f / "failures.jsonl")
         ]
@@ -286,11 +284,10 @@ class Cycles(ABC):
 
     def _save_base(self, target: Path) -> None:
         """Save the generator as it was; it keeps the weights of the last cycle."""
-        last = len(self.summary["cycles"])
+        last = name_of(len(self.summary["cycles"]))
         self.generator.denoiser.load_state_dict(self.initial)
         self.generator.save(target)
-        if last:
-            self.generator.load_weights(self.folder / name_of(last) / "sft" / "checkpoint-final")
+        self.generator.load_weights(self.folder / last / "sft" / "checkpoint-final")
 
 
 def name_of(cycle: int) -> str:

@@ -175,10 +175,6 @@ class EmOptions:
             train_lr_scheduler=scheduler,
         )
 
-    def follow(self, method: str, lr: float) -> "EmOptions":
-        """The same with another way to find noises and another learning rate."""
-        return dataclasses.replace(self, assign_method=method, train_lr=lr)
-
     def schedule(self) -> list[tuple[int, int]]:
         """Gradient steps or candidates of the E-step, and epochs of the M-step, of every cycle.
 

@@ -27,6 +27,7 @@ from oneshot_fast.jobs.em.schedule import turn
 from oneshot_fast.jobs.em.trials import (
     FEWEST,
     MOST_JUDGES,
+    follow,
     run_trials,
     said_of_recipe,
     short,
@@ -153,8 +154,6 @@ class EmRun(Cycles):
         if self.options.recipe:
             self._choose()
         super().alternate(measure)
-        if self.keeps_base:
-            return
         self._assign_heldout("final")
         if not self.compare_direct:
             return
@@ -187,10 +186,7 @@ class EmRun(Cycles):
         }
 
     def _choose(self) -> None:
-        """Follow the best of short trainings; the decision is kept in recipe.json.
-
-        Cycles are left out where all were worse than the base.
-        """
+        """Follow the best of short trainings; the decision is kept in recipe.json."""
         path, trials = self.folder / RECIPE, self.folder / "trials"
         if not path.exists():
             count = trained_on(self.options, len(self.items))
@@ -204,11 +200,12 @@ class EmRun(Cycles):
             self._measure_trial(measure, "base")
             chosen = [self.items[k] for k in sorted(order[:count])]
             tried = run_trials(self.options, partial(self._try, measure, chosen))
-            best, history = winner(tried), files.mend_jsonl(self.folder / "history.jsonl")
+            best = winner(tried)
+            history = files.mend_jsonl(self.folder / "history.jsonl")
             took = [row["seconds"] for row in history if row["stage"].startswith("trials/")]
             found = {
-                "method": best and best.method,
-                "lr": best and best.lr,
+                "method": best.method,
+                "lr": best.lr,
                 "trained_on": count,
                 "judged_by": len(self.heldout) + len(judges),
                 "seconds": round(sum(took), 1),
@@ -218,9 +215,7 @@ class EmRun(Cycles):
                 files.write_json(path, found)
         barrier()
         self.summary["recipe"] = found = files.read_json(path)
-        self.keeps_base = found["method"] is None
-        if not self.keeps_base:
-            self.options = self.options.follow(found["method"], found["lr"])
+        self.options = follow(self.options, found["method"], found["lr"])
         if is_main():
             files.remove(trials)
             say(said_of_recipe(found))

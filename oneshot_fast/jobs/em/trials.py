@@ -2,7 +2,7 @@
 
 Two rounds of successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): the ways to find
 noises, then other learning rates of the better one. All begin at the base generator, with half the
-effort of a cycle, and train on a part of the targets; the rest and the held-out pairs judge them.
+effort of an E-step, and train on a part of the targets; the rest and the held-out pairs judge them.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from oneshot_fast.jobs.em.options import EmOptions
 
 OTHER_RATES = (0.3, 3.0)  # times the first round's learning rate
 PART = 1 / 3  # of the whole effort that trials may take
-FEWEST = 16  # targets that a trial needs
+MOST, FEWEST = 2 / 3, 16  # share and number of the targets that trials train on
 MOST_JUDGES = 200  # other targets that judge, beside the held-out pairs
 
 
@@ -60,43 +60,44 @@ def run_trials(options: EmOptions, attempt: Callable[[str, float], Verdict | Non
     return first + [Trial(method, k * lr, attempt(method, k * lr)) for k in OTHER_RATES]
 
 
-def winner(trials: Sequence[Trial]) -> Trial | None:
-    """The best trial; None where each is worse than the base by more than a standard error.
-
-    One that cannot be told apart from the base may win: a whole training gains more than a short
-    one, and is judged against the base once more.
-    """
+def winner(trials: Sequence[Trial]) -> Trial:
+    """The trial that gained most; where none gained, the first: the user's own options."""
     best = max(trials, key=lambda trial: trial.gain)
-    return best if best.verdict and best.gain > -best.verdict.error else None
+    return best if best.gain > 0 else trials[0]
+
+
+def follow(options: EmOptions, method: str, lr: float) -> EmOptions:
+    """All cycles with another way to find noises and another learning rate, at the same cost.
+
+    What a cheaper E-step saves goes into epochs.
+    """
+    found = dataclasses.replace(options, assign_method=method, train_lr=lr)
+    saved = _e_step(options) - _e_step(found)
+    epochs = round(saved / _per_epoch(options)) + options.train_epochs
+    return dataclasses.replace(found, train_epochs=max(1, epochs))
 
 
 def short(options: EmOptions, method: str, lr: float) -> EmOptions:
-    """Options of a trial: a cycle with half as many steps or candidates, and epochs."""
-    full = options.follow(method, lr)
-    draws = None if full.assign().mover else max(2, full.assign().draws // 2)
+    """Options of a trial: a cycle with half as many steps or candidates."""
+    found = dataclasses.replace(options, assign_method=method, train_lr=lr, num_cycles=1)
+    draws = None if found.assign().mover else max(2, found.assign().draws // 2)
+    steps = max(1, found.assign_steps // 2)
     return dataclasses.replace(
-        full,
-        recipe=None,
-        num_cycles=1,
-        assign_fraction=1.0,
-        assign_candidates=draws,
-        assign_steps=max(1, full.assign_steps // 2),
-        train_epochs=max(1, full.train_epochs // 2),
+        found, recipe=None, assign_fraction=1.0, assign_candidates=draws, assign_steps=steps
     )
 
 
 def trained_on(options: EmOptions, count: int) -> int:
-    """How many of ``count`` targets trials train on; less than half.
+    """How many of ``count`` targets trials train on: with so many they take ``PART`` of all.
 
-    With so many, trials and all cycles together take three times the trials, whichever method wins;
-    counted in evaluations of the denoiser, see ``evaluations``.
+    That is counted in evaluations of the denoiser, see ``evaluations``.
     """
-    lr = _rate(options)
-    found = [options.follow(method, lr) for method in methods(options)]
-    cycles = min(options.num_cycles * (_e_step(one) + _m_step(one)) for one in found)
-    tried = [short(options, method, lr) for method in methods(options)]
-    trials = sum(map(_e_step, tried)) + (len(tried) + len(OTHER_RATES)) * _m_step(tried[0])
-    return int(count * min(0.5, PART / (1 - PART) * cycles / trials))
+    cycle = _e_step(options) + options.train_epochs * _per_epoch(options)
+    tried = [short(options, method, _rate(options)) for method in methods(options)]
+    rounds = len(tried) + len(OTHER_RATES)
+    trials = sum(map(_e_step, tried)) + rounds * options.train_epochs * _per_epoch(options)
+    share = PART / (1 - PART) * options.num_cycles * cycle / trials
+    return int(count * min(MOST, share))
 
 
 def evaluations(options: AssignOptions) -> float:
@@ -108,9 +109,8 @@ def _e_step(options: EmOptions) -> float:
     return evaluations(options.assign())
 
 
-def _m_step(options: EmOptions) -> float:
-    training = options.sft()
-    return 3.0 * training.epochs * (2 if training.preserves else 1)
+def _per_epoch(options: EmOptions) -> float:
+    return 3.0 * (2 if options.sft().preserves else 1)
 
 
 def _rate(options: EmOptions) -> float:
@@ -120,6 +120,4 @@ def _rate(options: EmOptions) -> float:
 
 def said_of_recipe(found: Mapping[str, Any]) -> str:
     """The decision of recipe.json, in a line."""
-    if found["method"] is None:
-        return "recipe: each trial made the generator worse, so the base is kept"
     return f"recipe: assign_method {found['method']}, train_lr {found['lr']:.2g}"

@@ -32,7 +32,7 @@ from oneshot_fast.training.trainer import Trainer
 class MeasuredSftRun(SftRun):
     """Training on matched pairs whose best checkpoint is the best on held-out images.
 
-    That is the base where no epoch beat it by more than one standard error. The summary's
+    That is the base where no epoch beat it. The summary's
     ``measured`` has what ``RandomNoiseMeasure`` says of each epoch, ``verdicts`` what it is against
     the base.
     """

@@ -10,7 +10,6 @@ import torch
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
-from oneshot_fast.generators.toy import ToyGenerator
 from oneshot_fast.jobs.assign.objective import MatchingObjective
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
@@ -77,7 +76,7 @@ def kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return dict(read_json(path))
 
 
-def measured(subject: Subject, generator: ToyGenerator, samples: int) -> dict[str, Any]:
+def measured(subject: Subject, generator: Generator, samples: int) -> dict[str, Any]:
     """Quality on five sets of random noises, mean and deviation of the Frechet distance."""
     rows = [subject.quality(generator, samples, seed) for seed in range(5)]
     result: dict[str, Any] = {key: sum(row[key] for row in rows) / 5 for key in rows[0]}

@@ -1,6 +1,7 @@
 """The generators under study, their data and the measures on random noise."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 from oneshot_fast.data.pairs import read_pairs
 from oneshot_fast.data.records import Record
 from oneshot_fast.evaluation.measures import frechet_distance, pairwise_diversity, prompt_accuracy
-from oneshot_fast.generators.toy import ToyGenerator
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.generators.toy_networks import ToyClassifier
+from oneshot_fast.recipes.letters import letters, train_letters
 from oneshot_fast.recipes.toy.data import LabelledImages, digits, shapes
 from oneshot_fast.recipes.toy.train import train_classifier, train_generator
-from oneshot_fast.runtime.files import write_folder
+from oneshot_fast.runtime.files import read_safetensors, write_folder, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class SubjectRecipe:
 SUBJECTS = {
     "digits": SubjectRecipe((64, 1, 1), 300, 16, 1, 1),
     "shapes": SubjectRecipe((4, 8, 8), 800, 24, 2, 4),
+    "letters": SubjectRecipe((4, 8, 8), 0, 0, 2, 4),  # made by recipes/letters.py
 }
 
 
@@ -51,22 +56,29 @@ class Subject:
     """A base generator, its targets on the disk, real images that nothing was trained on."""
 
     def __init__(self, name: str, folder: Path, quick: bool) -> None:
-        """Read or make everything of "digits" or "shapes" in ``folder``; with ``quick`` small."""
-        self.recipe = SUBJECTS[name]
+        """Read or make everything of one of ``SUBJECTS`` in ``folder``; with ``quick`` small."""
+        self.recipe, self.folder, self.quick = SUBJECTS[name], folder, quick
         self._base_images: dict[tuple[int, int], Tensor] = {}
+        count = 2000 if quick else 8000
         if name == "digits":
             train, self.real = digits("train"), digits("heldout")
+        elif name == "shapes":
+            train, self.real = shapes("train", count, 16), shapes("heldout", 1600, 16)
         else:
-            train = shapes("train", 2000 if quick else 8000, 16)
-            self.real = shapes("heldout", 1600, 16)
-        self.base_folder = folder / "base"
+            train, self.real = (
+                letters(0, 640 if quick else count),
+                letters(1, 320 if quick else 1600),
+            )
+        self.train = train
+        self.base_folder = folder / ("base/pipeline" if name == "letters" else "base")
         if not self.base_folder.exists():
-            self._make_base(train, quick)
+            if name == "letters":
+                train_letters(folder / "base", quick)
+            else:
+                self._make_base(train, quick)
         self.records = _on_disk(train, folder / "targets", 32 if quick else 256)
         self.heldout = _on_disk(self.real, folder / "heldout", 16 if quick else 64)
-        base = self.base()
-        assert base.classifier is not None
-        self.classifier = base.classifier
+        self.classifier = self.base().classifier or self.judge
         with torch.no_grad():
             self._real_features = self.classifier.features(self.real.images)
             self._train_features = self.classifier.features(train.images[:1600])
@@ -78,12 +90,46 @@ class Subject:
         generator.classifier = train_classifier(train, steps=150 if quick else 1500)
         generator.save(self.base_folder)
 
-    def base(self) -> ToyGenerator:
+    @cached_property
+    def judge(self) -> ToyClassifier:
+        """A classifier that no generator comes with, and nothing is chosen by."""
+        path = self.folder / "judge.safetensors"
+        if not path.exists():
+            made = train_classifier(self.train, steps=50 if self.quick else 1500, seed=1)
+            write_safetensors(path, made.state_dict(), {})
+        judge = ToyClassifier(self.train.prompts, self.train.images.shape[-1])
+        judge.load_state_dict(read_safetensors(path))
+        return judge.eval().requires_grad_(False)
+
+    def base(self) -> Generator:
         """The base generator, loaded anew."""
-        return ToyGenerator.load(self.base_folder)
+        return load_generator(self.base_folder, device="cpu", master_weights=True)
+
+    def pairs(self, count: int, start: int) -> list[Record]:
+        """``count`` training images from ``start`` on, in a random order, as pairs on the disk."""
+        folder = self.folder / f"pairs-{start}"
+        if not folder.exists():
+            with write_folder(folder) as temporary:
+                self.train.write_pairs(temporary, count, start)
+        return read_pairs(folder)[0]
+
+    def judged(self, generator: Generator, samples: int) -> dict[str, float]:
+        """Frechet distance, accuracy and diversity by ``judge``: means of five sets of noises."""
+        judge, found = self.judge, []
+        with torch.no_grad():
+            real = judge.features(self.real.images)
+            for seed in range(5):
+                images, labels = self.samples(generator, samples, seed)
+                distance = frechet_distance(judge.features(images), real)
+                accuracy = prompt_accuracy(judge(images), labels)
+                spread = pairwise_diversity(images, labels)
+                found.append(
+                    {"frechet_distance": distance, "accuracy": accuracy, "diversity": spread}
+                )
+        return {key: sum(row[key] for row in found) / 5 for key in found[0]}
 
     @torch.no_grad()
-    def samples(self, generator: ToyGenerator, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    def samples(self, generator: Generator, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """Images [count, 3, s, s] of all classes in turn on random noise, and their labels."""
         labels = torch.arange(count) % len(self.real.prompts)
         draw = torch.Generator().manual_seed(10_000 + seed)
@@ -96,7 +142,7 @@ class Subject:
         return torch.cat(images), labels
 
     @torch.no_grad()
-    def quality(self, generator: ToyGenerator, count: int, seed: int) -> dict[str, float]:
+    def quality(self, generator: Generator, count: int, seed: int) -> dict[str, float]:
         """Measures on ``count`` random noises.
 
         Returns:

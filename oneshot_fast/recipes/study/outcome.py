@@ -1,0 +1,225 @@
+"""What a user gets: whole runs of `em` and of what it is compared with, over data and run seeds.
+
+Every row trains on 96 targets with as many evaluations of the denoiser (but for `--recipe auto`,
+whose trials come on top), and is judged by a classifier that no training has seen, on fresh noise
+against 1600 images that nothing was trained on.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from scipy.stats import t as student
+
+from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.records import Record
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.assign.options import AssignOptions
+from oneshot_fast.jobs.assign.run import AssignRun
+from oneshot_fast.jobs.em.options import EmOptions
+from oneshot_fast.jobs.em.targets import EmRun
+from oneshot_fast.jobs.em.trials import evaluations
+from oneshot_fast.jobs.sft.options import SftOptions
+from oneshot_fast.jobs.sft.run import SftRun
+from oneshot_fast.recipes.study.run import kept
+from oneshot_fast.recipes.study.subjects import Subject
+from oneshot_fast.runtime.ledger import say
+
+TARGETS, HELD_OUT = 96, 48
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run: a subject's base generator, some of its data, and a seed.
+
+    Attributes:
+        subject: Generator, judge and held-out images.
+        targets: Pairs to train on.
+        heldout: Pairs that `em` measures by.
+        seed: Of the run.
+        quick: Whether trainings are cut to almost nothing.
+    """
+
+    subject: Subject
+    targets: Sequence[Record]
+    heldout: Sequence[Record]
+    seed: int
+    quick: bool
+
+    @classmethod
+    def of(cls, subject: Subject, data_seed: int, seed: int, quick: bool) -> "Setting":
+        """The targets and held-out pairs of a data seed are other ones for each."""
+        count = 64 + 16 if quick else TARGETS + HELD_OUT
+        pairs = subject.pairs(count, data_seed * count)
+        at = 64 if quick else TARGETS
+        return cls(subject, pairs[:at], pairs[at:], seed, quick)
+
+    def em(self, **changes: Any) -> EmOptions:
+        """Options of `em`, its defaults but for ``changes``."""
+        if self.quick:
+            changes = {"assign_steps": 2, "train_epochs": 2, **changes}
+        return EmOptions(**changes)
+
+    @property
+    def evaluations(self) -> float:
+        """Of the denoiser per target, which `em` takes with its defaults."""
+        options = self.em().resolve(64)
+        return options.num_cycles * (evaluations(options.assign()) + 3 * options.train_epochs)
+
+
+Row = Callable[[Setting, Path], tuple[Generator, dict[str, Any]]]
+
+
+def _em(**changes: Any) -> Row:
+    def run(setting: Setting, folder: Path) -> tuple[Generator, dict[str, Any]]:
+        generator = setting.subject.base()
+        job = EmRun(
+            generator, setting.targets, folder, setting.em(**changes), heldout=setting.heldout,
+            seed=setting.seed, eval_samples=20 if setting.quick else 300, num_images=0,
+            save_minutes=1e9,
+        )  # fmt: skip
+        summary = job.run()
+        best = folder / "checkpoint-best"
+        generator.load_weights(best)
+        found = {key: summary.get(key) for key in ("best_cycle", "recipe", "seconds")}
+        return generator, found
+
+    return run
+
+
+def _rotation(setting: Setting, folder: Path) -> tuple[Generator, dict[str, Any]]:
+    """The reference workflow's assignment, Adam on one skew matrix, with em's cycles."""
+    recipe = setting.subject.recipe
+    changes = {
+        "assign_method": "rotation",
+        "rotation_optimizer": "raw_adam",
+        "assign_lr": recipe.usual_step,
+        "patch_size": recipe.patch_size,
+        "max_angle": None,
+    }
+    return _em(**changes)(setting, folder)
+
+
+def _direct(setting: Setting, folder: Path) -> tuple[Generator, dict[str, Any]]:
+    """Training on random noise."""
+    return _on_random_noise(setting, setting.targets, folder, setting.evaluations)
+
+
+def _self_training(setting: Setting, folder: Path) -> tuple[Generator, dict[str, Any]]:
+    """As RAFT does: on the generator's own images, of 32 that which is nearest to each target."""
+    search = AssignOptions("best_of_n", 2 if setting.quick else 32)
+    AssignRun(
+        setting.subject.base(), setting.targets, folder / "search", search, seed=setting.seed,
+        num_images=-1,
+    ).run()  # fmt: skip
+    pairs, _ = read_manifest(folder / "search" / "manifest.jsonl")
+    images = [folder / "search" / "images" / f"{pair.id}-assigned.png" for pair in pairs]
+    own = [
+        dataclasses.replace(record, image_path=image)
+        for record, image in zip(setting.targets, images, strict=True)
+    ]
+    left = setting.evaluations - evaluations(search)
+    return _on_random_noise(setting, own, folder, left)
+
+
+def _on_random_noise(
+    setting: Setting, targets: Sequence[Record], folder: Path, budget: float
+) -> tuple[Generator, dict[str, Any]]:
+    generator = setting.subject.base()
+    lr = EmOptions().resolve(generator.width).train_lr
+    assert lr is not None
+    AssignRun(  # of which only the pairs are used
+        generator, targets, folder / "pairs", AssignOptions("best_of_n", 1), seed=setting.seed,
+        num_images=0,
+    ).run()  # fmt: skip
+    pairs, _ = read_manifest(folder / "pairs" / "manifest.jsonl")
+    options = SftOptions(
+        epochs=max(1, round(budget / 3)), batch_size=8, lr=lr, lr_scheduler="linear",
+        preserve_latent_weight=0, preserve_pixel_weight=0, noise="random",
+    )  # fmt: skip
+    run = SftRun(
+        generator, pairs, folder / "sft", options, targets=TargetImages(generator),
+        seed=setting.seed, save_minutes=1e9,
+    )  # fmt: skip
+    run.run()
+    return generator, {}
+
+
+ROWS: Mapping[str, Row] = {
+    "direct SFT": _direct,
+    "self-training": _self_training,
+    "em, usual rotation": _rotation,
+    "em, its defaults": _em(),
+    "em, best of 32": _em(assign_method="best_of_n"),
+    "em, sphere without a bound": _em(max_angle=None),
+    "em, preserve": _em(preserve_latent_weight=0.5, preserve_pixel_weight=0.05),
+    "em --recipe auto": _em(recipe="auto"),
+}
+
+
+def outcomes(
+    name: str, folder: Path, *, quick: bool, data_seeds: int, seeds: int, samples: int
+) -> dict[str, Any]:
+    """All runs of one subject, each kept as it is finished: "base", and lists by row.
+
+    Args:
+        name: Of ``SUBJECTS``.
+        folder: For models, data and results.
+        quick: Whether all is cut to almost nothing.
+        data_seeds: Sets of targets and held-out pairs.
+        seeds: Runs on each.
+        samples: Random noises per measure; there are five.
+    """
+    subject = Subject(name, folder, quick)
+
+    def trained(row: str, data_seed: int, seed: int) -> dict[str, Any]:
+        label = f"{row.replace(',', '').replace(' ', '-')}-{data_seed}-{seed}"
+        return kept(folder / "outcome" / f"{label}.json", lambda: run(row, data_seed, seed, label))
+
+    def run(row: str, data_seed: int, seed: int, label: str) -> dict[str, Any]:
+        say(f"[{name}] {row}, data {data_seed}, seed {seed}")
+        setting, work = Setting.of(subject, data_seed, seed, quick), folder / "work" / label
+        generator, found = ROWS[row](setting, work)
+        judged = subject.judged(generator, samples)
+        shutil.rmtree(work)
+        return {**judged, **found}
+
+    base = kept(folder / "outcome" / "base.json", lambda: subject.judged(subject.base(), samples))
+    grid = [(data_seed, seed) for data_seed in range(data_seeds) for seed in range(seeds)]
+    by_grid = {at: {row: trained(row, *at) for row in ROWS} for at in grid}
+    return {"base": base, "rows": {row: [by_grid[at][row] for at in grid] for row in ROWS}}
+
+
+def outcome_table(
+    base: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[str]:
+    """Markdown: mean change against the base with the 95 % interval over all runs, and the worst.
+
+    The interval is Student's, over data and run seeds alike.
+    """
+    lines = [
+        "| training | FD to base | worst run | accuracy | diversity |",
+        "| --- | --- | --- | --- | --- |",
+        f"| base model | {base['frechet_distance']:.2f} | | {base['accuracy']:.3f} | "
+        f"{base['diversity']:.3f} |",
+    ]
+    for name, runs in rows.items():
+        change = [100 * (run["frechet_distance"] / base["frechet_distance"] - 1) for run in runs]
+        cells = [_interval(change, "{:+.0f}") + " %", f"{max(change):+.0f} %"]
+        for key in ("accuracy", "diversity"):
+            cells.append(_interval([run[key] - base[key] for run in runs], "{:+.3f}"))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _interval(values: Sequence[float], digits: str) -> str:
+    mean = digits.format(fmean(values))
+    if len(values) < 2:
+        return mean
+    half = student.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
+    return f"{mean} ± {digits.format(half).lstrip('+')}"
