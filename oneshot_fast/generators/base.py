@@ -25,10 +25,12 @@ class Conditioning:
     Attributes:
         embeds: Hidden states of the text encoders, [B, T, E].
         pooled: Pooled embeddings, [B, P]; None for a model without.
+        mask: 1 for each token of the prompt, 0 for padding, [B, T]; None if all count.
     """
 
     embeds: Tensor
     pooled: Tensor | None = None
+    mask: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, [B, ...]; ``dataclasses.replace`` puts others in their place."""
@@ -86,6 +88,7 @@ class LoadOptions:
     revision: str | None = None  # of the hub
     model_config: str | None = None  # for a single file: folder or hub id with the configs
     local_files_only: bool = False  # never ask the hub
+    timestep: float | None = None  # where the one step begins, if not at the noisiest timestep
 
 
 def unit_rgb(raw: Tensor) -> Tensor:
@@ -162,6 +165,11 @@ class Generator(ABC):
     @abstractmethod
     def latent_factor(self) -> int:
         """Pixels per latent pixel and side."""
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of images are multiples of, in pixels."""
+        return self.latent_factor
 
     @property
     def device(self) -> torch.device:

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from oneshot_fast.errors import ModelError, require
-from oneshot_fast.generators.precision import gradient_scale, scale_gradient
+from oneshot_fast.generators.precision import gradient_scale, scale_gradient, widened
 from oneshot_fast.generators.pretrained import load_network, refuse_dangling
 
 
@@ -42,7 +42,7 @@ class Decoder:
         Raises:
             ModelError: For float16, if the VAE overflows in it.
         """
-        if dtype == torch.float16 and self._vae.config.force_upcast:
+        if dtype == torch.float16 and getattr(self._vae.config, "force_upcast", False):
             raise ModelError(
                 "its VAE overflows in float16 (force_upcast); decode in bfloat16 or float32, or "
                 "use a model with the fixed VAE"
@@ -77,6 +77,10 @@ class Decoder:
             f"decoder_tiling is {side}; give a multiple of 4 latent pixels, or 0 for none",
         )
         require(not self.is_tiny, "decoder_tiling is not for a tiny decoder; leave one of them out")
+        require(
+            isinstance(self._vae, AutoencoderKL),
+            f"decoder_tiling is not for a {type(self._vae).__name__}; leave it out",
+        )
         self._tile = side
         factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
         self._vae.tile_latent_min_size, self._vae.tile_sample_min_size = side, side * factor
@@ -90,7 +94,7 @@ class Decoder:
         s = gradient_scale(self.computes_in, 3 * 8 * 8 * latents[0, 0].numel())
         raw = scale_gradient(latents * scale + shift, 1 / s).to(self.dtype)
         with computing(latents.device, self._autocast):
-            return scale_gradient(self._decode(raw).float(), s)
+            return scale_gradient(widened(self._decode(raw)), s)
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self._tile and max(latents.shape[-2:]) > self._tile:
@@ -133,7 +137,7 @@ def latent_affine(
     config = vae.config
     mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
     if mean is None or std is None:
-        return 0.0, 1.0 / config.scaling_factor
+        return getattr(config, "shift_factor", None) or 0.0, 1.0 / config.scaling_factor
     mean, std = (
         torch.tensor(v, device=like.device, dtype=like.dtype).view(-1, 1, 1) for v in (mean, std)
     )

@@ -1,5 +1,6 @@
 """Which family of generators reads a model."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -7,28 +8,50 @@ import torch
 
 from oneshot_fast.errors import ModelError
 from oneshot_fast.generators.base import Generator, LoadOptions
-from oneshot_fast.generators.sdxl import SdxlGenerator
+from oneshot_fast.generators.pretrained import pipeline_of
 from oneshot_fast.generators.toy import ToyGenerator
 from oneshot_fast.runtime.processes import processes
 from oneshot_fast.runtime.user_functions import import_function
 
-# the first one that says so reads a model; the last one reads all others, or says why it cannot
-FAMILIES: tuple[type[Generator], ...] = (ToyGenerator, SdxlGenerator)
+# pipelines of diffusers, and the class in a file here that reads each
+PIPELINES = {
+    "StableDiffusionXLPipeline": "sdxl.SdxlGenerator",
+    "StableDiffusionPipeline": "sd.SdGenerator",
+    "LatentConsistencyModelPipeline": "sd.LcmGenerator",
+    "StableDiffusion3Pipeline": "sd3.Sd3Generator",
+    "FluxPipeline": "flux.FluxGenerator",
+    "SanaSprintPipeline": "sana.SanaSprintGenerator",
+    "PixArtAlphaPipeline": "pixart.PixartGenerator",
+    "ZImagePipeline": "z_image.ZImageGenerator",
+}
 
 
-def find_family(model_id: str) -> tuple[type[Generator], str]:
+def find_family(model_id: str, options: LoadOptions) -> tuple[type[Generator], str]:
     """The class that loads ``model_id``, and what it is to load.
 
     Raises:
-        UserError: If ``model_id`` is python:module.Class[:MODEL], and there is no such generator.
+        UserError: If ``model_id`` is of a pipeline that no class reads, or is
+            python:module.Class[:MODEL], and there is no such generator.
     """
-    if not model_id.startswith("python:"):
-        return next((f for f in FAMILIES if f.reads(model_id)), FAMILIES[-1]), model_id
-    _, name, *model = model_id.split(":", 2)
-    family: Any = import_function(f"python:{name}", "generator")
-    if not (isinstance(family, type) and issubclass(family, Generator)):
-        raise ModelError(f"cannot use model {model_id}: {name} is no subclass of Generator")
-    return family, "".join(model)
+    if model_id.startswith("python:"):
+        _, name, *model = model_id.split(":", 2)
+        family: Any = import_function(f"python:{name}", "generator")
+        if not (isinstance(family, type) and issubclass(family, Generator)):
+            raise ModelError(f"cannot use model {model_id}: {name} is no subclass of Generator")
+        return family, "".join(model)
+    if ToyGenerator.reads(model_id):
+        return ToyGenerator, model_id
+    named = "StableDiffusionXLPipeline"
+    if model_id != "tiny" and not model_id.endswith(".safetensors"):
+        named = pipeline_of(model_id, options) or named  # no pipeline: refused where it is opened
+    if named not in PIPELINES:
+        raise ModelError(
+            f"cannot use model {model_id}: it is a {named}, and only these are known: "
+            + ", ".join(sorted(PIPELINES))
+        )
+    module, kind = PIPELINES[named].split(".")
+    found = getattr(importlib.import_module(f"oneshot_fast.generators.{module}"), kind)
+    return found, model_id
 
 
 def load_generator(
@@ -52,7 +75,7 @@ def load_generator(
         ModelError: If it cannot be loaded or is not a one-step model of a family that is known.
     """
     options = LoadOptions(_usable_device(device or _default_device()), dtype, **more)
-    family, source = find_family(str(model_id))
+    family, source = find_family(str(model_id), options)
     return family.load(source, options)
 
 

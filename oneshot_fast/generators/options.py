@@ -20,6 +20,9 @@ class ModelOptions:
     """Hub revision."""
     model_config: str | None = None
     """Folder or hub id with the pipeline's configs; only for a .safetensors file."""
+    timestep: float | None = None
+    """Timestep at which the one step begins, for a model that was distilled for another than the
+    noisiest (DMD2: 399, Hyper-SD: 800); known ones are recognised by their names."""
     device: str | None = None
     """cuda, cuda:1, cpu, ...; by default cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -68,6 +71,7 @@ class ModelOptions:
             variant=self.variant,
             revision=self.revision,
             model_config=self.model_config,
+            timestep=self.timestep,
         )
         dtype = None if self.decoder_dtype == "auto" else getattr(torch, self.decoder_dtype)
         tuned = self.decoder_id, dtype, self.decoder_checkpointing, self.decoder_tiling

@@ -2,13 +2,16 @@
 
 import copy
 import hashlib
+import json
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from oneshot_fast.embedded.pipeline import model_path
@@ -29,12 +32,14 @@ from oneshot_fast.generators.decoder import (
     load_tiny_decoder,
     update_digest,
 )  # fmt: skip
-from oneshot_fast.generators.precision import gradient_scale, scale_gradient
-from oneshot_fast.generators.pretrained import PipelineFolder, open_folder
+from oneshot_fast.generators.known import DISTILLED, is_base, known_start
+from oneshot_fast.generators.precision import gradient_scale, scale_gradient, widened
+from oneshot_fast.generators.pretrained import START_FILE, PipelineFolder, open_folder
 from oneshot_fast.generators.single_file import PipelineFile
 from oneshot_fast.generators.step import Step
 from oneshot_fast.runtime.files import write_folder
 from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.processes import is_main
 
 
 class PipelineGenerator(Generator):
@@ -42,12 +47,17 @@ class PipelineGenerator(Generator):
 
     pipeline: type[Any]  # diffusers' class
     parts: tuple[str, ...]  # its networks: denoiser, VAE, text encoders
+    optional: tuple[str, ...] = ()  # those that it may lack
+    by_estimate: bool = False  # it decodes the scheduler's estimate, not where the step ends
     prompts_kept = 4096  # encodings in memory
 
-    def __init__(self, pipe: Any, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self, pipe: Any, autocast: torch.dtype | None = None, start: float | None = None
+    ) -> None:
         """Wrap ``pipe``; its modules keep their device and dtype.
 
-        With ``autocast`` it computes in this type over float32 master weights.
+        With ``autocast`` it computes in this type over float32 master weights. Its step begins at
+        the timestep ``start``, by default at the noisiest.
 
         Raises:
             ModelError: If the pipeline is not a one-step generator of this family.
@@ -55,12 +65,15 @@ class PipelineGenerator(Generator):
         self.check(pipe)
         self.pipe = pipe
         self.autocast = vae_autocast = autocast
-        if pipe.vae.config.force_upcast:  # as diffusers does: SDXL's VAE overflows in float16
+        if getattr(
+            pipe.vae.config, "force_upcast", False
+        ):  # as diffusers does: SDXL's VAE overflows in float16
             if pipe.vae.dtype == torch.float16:
                 pipe.vae.to(torch.float32)
             if autocast == torch.float16:
                 vae_autocast = None
-        self.step = Step.from_scheduler(pipe.scheduler)
+        self.start = None if start is None else float(start)
+        self.step = self._read_step()
         for network in self.networks.values():
             network.requires_grad_(False).eval()
         pipe.set_progress_bar_config(disable=True)
@@ -71,7 +84,7 @@ class PipelineGenerator(Generator):
         # files of each network, and the type they were loaded in
         self._sources: dict[str, tuple[PipelineFolder | PipelineFile, torch.dtype]] = {}
         self._compiled: Callable[..., Any] | None = None
-        self.prompt_tokens = pipe.tokenizer.model_max_length
+        self.prompt_tokens = self._tokens_read()
         self._forget()
 
     def _forget(self) -> None:
@@ -84,8 +97,8 @@ class PipelineGenerator(Generator):
         """Raise ModelError unless ``pipe`` is of this family."""
         if not isinstance(pipe, cls.pipeline):
             raise ModelError(f"it is a {type(pipe).__name__}, not a {cls.pipeline.__name__}")
-        needed = (*cls.parts, "tokenizer", "scheduler")
-        missing = [name for name in needed if getattr(pipe, name, None) is None]
+        needed = {*cls.parts, "tokenizer", "scheduler"} - {*cls.optional}
+        missing = sorted(name for name in needed if getattr(pipe, name, None) is None)
         if missing:
             raise ModelError(f"the pipeline has no {', '.join(missing)}")
 
@@ -104,11 +117,16 @@ class PipelineGenerator(Generator):
                 source = open_folder(cls, place, options)
             pipe = source.read(weights)
             cls.adapt(pipe, source)
-            generator = cls(pipe, autocast=None if weights == dtype else dtype)
+            start = options.timestep or source.start or _recognised(model_id)
+            generator = cls(pipe, None if weights == dtype else dtype, start)
         except ModelError as error:
-            raise ModelError(f"cannot use model {model_id}: {error}") from None
-        generator._sources = dict.fromkeys(cls.parts, (source, weights))
-        pipe.to(options.device)
+            what = _OF_BASES if is_base([model_id]) else ""
+            raise ModelError(f"cannot use model {model_id}: {error}{what}") from None
+        if is_base([model_id]) and is_main():
+            say(f"warning: {model_id}, by its name{_OF_BASES}")
+        generator._sources = dict.fromkeys(generator.networks, (source, weights))
+        for network in generator.networks.values():
+            network.to(options.device)
         return generator
 
     @classmethod
@@ -126,17 +144,30 @@ class PipelineGenerator(Generator):
         other._forget()
         return other
 
+    def _read_step(self) -> Step:
+        """The single step, from ``start``."""
+        if self.start is not None and "timesteps" not in self._defaults:
+            raise ModelError(f"--timestep {self.start:g}: a {self.pipeline.__name__} takes none")
+        return Step.from_scheduler(self.pipe.scheduler, self.start, by_estimate=self.by_estimate)
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        """What a call of the pipeline takes, and its defaults."""
+        return {k: p.default for k, p in signature(self.pipeline.__call__).parameters.items()}
+
     @property
     def denoiser(self) -> Any:
         return getattr(self.pipe, self.parts[0])
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        return {name: getattr(self.pipe, name) for name in self.parts}
+        found = {name: getattr(self.pipe, name) for name in self.parts}
+        return {name: network for name, network in found.items() if network is not None}
 
     @property
     def image_size(self) -> int:
-        return self.denoiser.config.sample_size * self.latent_factor
+        native = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.sample_size
+        return native * self.latent_factor
 
     @property
     def latent_factor(self) -> int:
@@ -156,9 +187,23 @@ class PipelineGenerator(Generator):
         self._compiled = torch.compile(self.denoiser, mode=mode, dynamic=False)
         self.is_compiled = True
 
+    @property
+    def patch(self) -> int:
+        """Side in latent pixels of what the denoiser sees as one."""
+        return 1
+
+    @property
+    def tokenizer(self) -> str:
+        """What tells how long a prompt is."""
+        return "tokenizer"
+
+    @property
+    def size_multiple(self) -> int:
+        return self.latent_factor * self.patch
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         factor = self.latent_factor
-        return self.denoiser.config.in_channels, height // factor, width // factor
+        return self.pipe.vae.config.latent_channels, height // factor, width // factor
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """As the pipeline does, each distinct one once and by itself."""
@@ -180,7 +225,7 @@ class PipelineGenerator(Generator):
     def _cached_prompt(self, prompt: str) -> Conditioning:
         if self._cache is None:
             return self._encode_prompt(prompt)
-        encoders = self.parts[2:]
+        encoders = [*self.networks][2:]
         names = [name.replace("text_encoder", "tokenizer") for name in encoders]
         tokens = [getattr(self.pipe, name)(prompt, verbose=False).input_ids for name in names]
         key = ("prompt", self._encoder_key(*encoders), tokens)
@@ -189,6 +234,19 @@ class PipelineGenerator(Generator):
     @abstractmethod
     def _encode_prompt(self, prompt: str) -> Conditioning:
         """Conditioning of one prompt, on the CPU."""
+
+    @torch.no_grad()
+    def _told_by_pipeline(self, prompt: str, **how: Any) -> tuple[Any, ...]:
+        """What the pipeline's ``encode_prompt`` gives, tensors on the CPU."""
+        logger = logging.get_logger(type(self.pipe).__module__)
+        level = logger.level
+        logger.setLevel("ERROR")  # truncation is reported once, through is_truncated
+        try:
+            device = next([*self.networks.values()][2].parameters()).device
+            found = self.pipe.encode_prompt(prompt, device=device, **how)
+        finally:
+            logger.setLevel(level)
+        return tuple(value.cpu() if isinstance(value, Tensor) else value for value in found)
 
     @abstractmethod
     def _arguments(
@@ -199,8 +257,24 @@ class PipelineGenerator(Generator):
         The noises [B, C, h, w] tell size and device, the conditioning is of B prompts.
         """
 
+    def _evaluate(
+        self, run: Callable[..., Any], x: Tensor, timestep: Tensor, arguments: Mapping[str, Any]
+    ) -> Tensor:
+        """Output [B, C, h, w] of the denoiser, or what was compiled of it, ``run``.
+
+        Its input is ``x`` [B, C, h, w] and the 0-dimensional timestep; the arguments are those of
+        ``_arguments``.
+        """
+        return run(x, timestep, **arguments, return_dict=False)[0]
+
+    def _tokens_read(self) -> int:
+        """Tokens of a prompt that the model reads."""
+        most = self._defaults.get("max_sequence_length")
+        return most or getattr(self.pipe, self.tokenizer).model_max_length
+
     def is_truncated(self, prompt: str) -> bool:
-        return len(self.pipe.tokenizer(prompt, verbose=False).input_ids) > self.prompt_tokens
+        tokens = getattr(self.pipe, self.tokenizer)(prompt, verbose=False).input_ids
+        return len(tokens) > self.prompt_tokens
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor:
@@ -208,7 +282,8 @@ class PipelineGenerator(Generator):
         vae = self.pipe.vae
         x = (image[None] * 2 - 1).to(vae.device, next(vae.encoder.parameters()).dtype)
         with computing(vae.device, self._vae_autocast):
-            latent = vae.encode(x).latent_dist.mode().float()[0]
+            found = vae.encode(x, return_dict=False)[0]
+        latent = widened(found if isinstance(found, Tensor) else found.mode())[0]
         shift, scale = latent_affine(vae, latent)
         return (latent - shift) / scale
 
@@ -248,8 +323,8 @@ class PipelineGenerator(Generator):
         s = self._gradient_scale(dtype, eps[0].numel())
         with computing(eps.device, self.autocast):
             x = scale_gradient(eps * step.scale, 1 / s).to(dtype)
-            output = run(x, timestep, **arguments, return_dict=False)[0]
-        return Prediction(scale_gradient(output.float(), s), eps * step.skip, step.sigma)
+            output = self._evaluate(run, x, timestep, arguments)
+        return Prediction(scale_gradient(widened(output), s), eps * step.skip, step.sigma)
 
     def _constant(self, key: object, make: Callable[[], Tensor]) -> Tensor:
         """What ``make`` gives, made once: each copy to a GPU makes it wait."""
@@ -272,7 +347,7 @@ class PipelineGenerator(Generator):
         self, tiny: str | None, dtype: torch.dtype | None, checkpointing: bool, tile: int
     ) -> None:
         if tiny is not None:
-            channels, dtype = self.latent_shape(8, 8)[0], dtype or self.decoder.dtype
+            channels, dtype = self.pipe.vae.config.latent_channels, dtype or self.decoder.dtype
             self.decoder = load_tiny_decoder(tiny, self.device, dtype, channels)
         elif dtype is not None:
             self.decoder.set_dtype(dtype)
@@ -283,7 +358,7 @@ class PipelineGenerator(Generator):
 
     def encoders(self, keep_decoder: bool) -> dict[str, list[nn.Module]]:
         """With the whole VAE unless ``keep_decoder``."""
-        parts = {name: [self.networks[name]] for name in self.parts[1:]}
+        parts = {name: [network] for name, network in [*self.networks.items()][1:]}
         if keep_decoder:
             vae = self.pipe.vae
             names = ("encoder", "quant_conv")
@@ -295,10 +370,12 @@ class PipelineGenerator(Generator):
         # Tokenizers save how they were called last: a call makes equal files of equal models.
         self._encode_prompt("")
         whole = copy.copy(self.pipe)
-        for name, network in self._as_stored(*self.parts[1:]).items():
+        for name, network in self._as_stored(*[*self.networks][1:]).items():
             setattr(whole, name, network)
         with write_folder(folder) as temporary:
             whole.save_pretrained(temporary, safe_serialization=True)
+            if self.start is not None:
+                (temporary / START_FILE).write_text(json.dumps({"timestep": self.start}))
 
     def load_weights(self, folder: Path) -> None:
         part, denoiser = self.parts[0], self.denoiser
@@ -356,6 +433,36 @@ class PipelineGenerator(Generator):
         if set(precision) != {torch.float32}:
             digest.update(repr(precision).encode())
         return digest.hexdigest()[:16]
+
+
+class TransformerGenerator(PipelineGenerator):
+    """What the families with a transformer share."""
+
+    @property
+    def patch(self) -> int:
+        return self.denoiser.config.patch_size
+
+    def _guidance(self, eps: Tensor) -> Tensor:
+        """The pipeline's default guidance for each noise, [B], for a model that is told of it."""
+        scale = self._defaults["guidance_scale"]
+        row = self._constant(("guidance", eps.device), lambda: torch.tensor([scale]).to(eps.device))
+        return row.expand(len(eps))
+
+    def _evaluate(
+        self, run: Callable[..., Any], x: Tensor, timestep: Tensor, arguments: Mapping[str, Any]
+    ) -> Tensor:
+        return run(x, timestep=timestep.expand(len(x)), **arguments, return_dict=False)[0]
+
+
+_OF_BASES = f"; a base model makes nothing in one step, a distilled one does, such as {DISTILLED}"
+
+
+def _recognised(model_id: str) -> float | None:
+    """Timestep at which the step of a model that is known by its name begins."""
+    start = known_start([model_id])
+    if start is not None and is_main():
+        say(f"{model_id}: its one step begins at timestep {start:g}, by its name (--timestep)")
+    return start
 
 
 def _is_rounded(original: nn.Module, loaded: torch.dtype, network: nn.Module) -> bool:

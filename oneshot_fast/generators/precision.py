@@ -31,3 +31,8 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     if factor != 1 and scaled.requires_grad:
         scaled.register_hook(lambda gradient: gradient * factor)
     return scaled
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x`` in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

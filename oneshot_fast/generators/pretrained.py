@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from oneshot_fast.errors import ModelError, one_line, refused
@@ -15,6 +16,8 @@ from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.tensor_files import common_dtype, misfit, read_header
 
+START_FILE = "oneshot_fast.json"  # beside model_index.json: {"timestep": 399} of a saved model
+_NOT_READ = ("lm_head.weight",)  # of language models, which encode without it
 _WEIGHTS = ("diffusion_pytorch_model", "pytorch_model", "model")
 
 
@@ -23,6 +26,7 @@ class PipelineFolder:
 
     Attributes:
         stored: Type of each network's weights, by name; float32 where it is mixed or unknown.
+        start: Timestep at which the one step begins; None if the folder does not say.
     """
 
     def __init__(self, family: type[Any], folder: Path, variant: str | None = None) -> None:
@@ -37,10 +41,12 @@ class PipelineFolder:
             ModelError: If something is missing.
         """
         self.folder, self._family = folder, family
-        self._classes = {part: _class(folder, part) for part in family.parts}
-        weights = {part: _weights(folder / part, variant) for part in family.parts}
+        found = {part: _class(folder, part, part in family.optional) for part in family.parts}
+        self._classes = {part: kind for part, kind in found.items() if kind is not None}
+        weights = {part: _weights(folder / part, variant) for part in self._classes}
         self._variants = {part: chosen for part, (chosen, _) in weights.items()}
         self.stored = {part: dtype for part, (_, dtype) in weights.items()}
+        self.start = _start(folder)
         only = {part: v for part, v in self._variants.items() if v not in (variant, None)}
         if only and is_main():
             listed = ", ".join(f"{part} ({v})" for part, v in only.items())
@@ -95,7 +101,7 @@ def open_folder(family: type[Any], source: str, options: LoadOptions) -> Pipelin
     """
     folder = Path(source)
     refuse_dangling(folder)
-    if not (folder.is_absolute() or source.startswith(".") or folder.exists()):
+    if not _is_local(source):
         folder = _download(family.pipeline, source, options)
     elif not (folder / "model_index.json").is_file():
         raise ModelError("no model_index.json there; give a diffusers folder, a hub id or a file")
@@ -145,7 +151,8 @@ def load_network(
         network, info = kind.from_pretrained(
             folder, subfolder=part, output_loading_info=True, ignore_mismatched_sizes=True, **how
         )
-    wrong = misfit(info)
+    unknown = [key for key in info["unexpected_keys"] if key not in _NOT_READ]
+    wrong = misfit({**info, "unexpected_keys": unknown})
     if wrong is None:
         return network, None
     what = "incomplete" if wrong.startswith("no ") else "of another model"
@@ -162,13 +169,45 @@ def refuse_dangling(path: Path) -> None:
             )
 
 
-def _class(folder: Path, part: str) -> Any:
-    """Class of a network, as model_index.json names it."""
+def pipeline_of(source: str, options: LoadOptions) -> str | None:
+    """Name of the pipeline's class at a local folder or hub id; None if that cannot be told."""
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        library, name = index.get(part) or (None, None)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ModelError(f"model_index.json is damaged: {one_line(error)}") from None
+        if _is_local(source):
+            return _read_object(Path(source) / "model_index.json").get("_class_name")
+        named = DiffusionPipeline.load_config(
+            source, revision=options.revision, local_files_only=options.local_files_only
+        )
+        return str(named["_class_name"])
+    except Exception:  # what is wrong with it is said when it is opened
+        return None
+
+
+def _is_local(source: str) -> bool:
+    folder = Path(source)
+    return folder.is_absolute() or source.startswith(".") or folder.exists()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return dict(found.items())
+    except (AttributeError, ValueError) as error:
+        raise ModelError(f"{path.name} is damaged: {one_line(error)}") from None
+
+
+def _start(folder: Path) -> float | None:
+    path = folder / START_FILE
+    return _read_object(path).get("timestep") if path.is_file() else None
+
+
+def _class(folder: Path, part: str, is_optional: bool) -> Any:
+    """Class of a network, as model_index.json names it; None for one that is not there."""
+    entry = _read_object(folder / "model_index.json").get(part) or (None, None)
+    if not isinstance(entry, list | tuple) or len(entry) != 2:
+        raise ModelError(f"model_index.json is damaged: {part} is {one_line(entry)}")
+    library, name = entry
+    if name is None and is_optional:
+        return None
     if name is None:
         raise ModelError(f"the pipeline has no {part}")
     found = None

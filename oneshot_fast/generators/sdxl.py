@@ -4,17 +4,16 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from oneshot_fast.errors import ModelError
 from oneshot_fast.generators.base import Conditioning
-from oneshot_fast.generators.pipeline import PipelineGenerator
 from oneshot_fast.generators.pretrained import PipelineFolder
+from oneshot_fast.generators.sd import UNetGenerator
 from oneshot_fast.generators.single_file import PipelineFile, scheduler_of_file
 
 
-class SdxlGenerator(PipelineGenerator):
+class SdxlGenerator(UNetGenerator):
     """SDXL-Turbo and its like: noise in, latent out, in one evaluation of the UNet."""
 
     pipeline = StableDiffusionXLPipeline
@@ -27,16 +26,6 @@ class SdxlGenerator(PipelineGenerator):
         config = pipe.unet.config
         if config.addition_embed_type != "text_time":
             raise ModelError("its UNet has no text_time conditioning, so it is not of SDXL's shape")
-        if config.time_cond_proj_dim is not None:
-            raise ModelError(
-                "its UNet takes a guidance embedding, as LCMs do; that is not supported"
-            )
-        if config.in_channels != pipe.vae.config.latent_channels:
-            raise ModelError(
-                f"its UNet takes {config.in_channels} channels, its VAE has "
-                f"{pipe.vae.config.latent_channels}: inpainting and refiner models are not "
-                "supported"
-            )
 
     @classmethod
     def adapt(cls, pipe: Any, source: PipelineFolder | PipelineFile) -> None:
@@ -48,18 +37,9 @@ class SdxlGenerator(PipelineGenerator):
         pooled = self.pipe.text_encoder_2.config.projection_dim
         return Conditioning(torch.zeros(count, 77, width), torch.zeros(count, pooled))
 
-    @torch.no_grad()
     def _encode_prompt(self, prompt: str) -> Conditioning:
-        logger = diffusers_logging.get_logger(type(self.pipe).__module__)
-        level = logger.level
-        logger.setLevel("ERROR")  # truncation is reported once, through is_truncated
-        try:
-            embeds, _, pooled, _ = self.pipe.encode_prompt(
-                prompt, device=self.pipe.text_encoder.device, do_classifier_free_guidance=False
-            )
-        finally:
-            logger.setLevel(level)
-        return Conditioning(embeds.cpu(), pooled.cpu())
+        embeds, _, pooled, _ = self._told_by_pipeline(prompt, do_classifier_free_guidance=False)
+        return Conditioning(embeds, pooled)
 
     def _arguments(
         self, eps: Tensor, conditioning: Conditioning, dtype: torch.dtype
@@ -73,6 +53,7 @@ class SdxlGenerator(PipelineGenerator):
         )
         return {
             "encoder_hidden_states": conditioning.embeds.to(dtype),
+            "timestep_cond": self._guidance(eps, dtype),
             "added_cond_kwargs": {
                 "text_embeds": conditioning.pooled.to(dtype),
                 "time_ids": time_ids.expand(len(eps), -1),

@@ -31,10 +31,12 @@ class PipelineFile:
     """A pipeline in one file; its networks can be read again as they lie there.
 
     Attributes:
+        name: Of the file.
         stored: Type of each network's weights, by name; float32 where it is mixed or unknown.
         tensors: Type and shape of every tensor, by name.
         metadata: The file's header.
         model_config: Where the configs are; None takes those that diffusers knows.
+        start: As of ``PipelineFolder``.
     """
 
     def __init__(self, family: type[Any], path: Path, options: LoadOptions) -> None:
@@ -51,13 +53,19 @@ class PipelineFile:
         refuse_dangling(path)
         if not path.is_file():
             raise ModelError("no such file")
-        self._family, self._path = family, path
+        self._family, self._path, self.name = family, path, path.name
+        self.start = None  # such a file does not say
         self._known = {"local_files_only": options.local_files_only}
         self.model_config = options.model_config
         self.tensors, self.metadata = read_header(path)
         self.stored = {
             part: common_dtype(kind for kind, _ in self._of(part).values()) for part in family.parts
         }
+        if any(name.startswith("cond_stage_model.") for name in self.tensors):
+            raise ModelError(
+                "it is one file of Stable Diffusion 1 or 2; of these only folders are read: write "
+                "one with diffusers, StableDiffusionPipeline.from_single_file(...).save_pretrained"
+            )
         if self.model_config is not None:
             self._check_config(self.model_config)
 
@@ -143,8 +151,6 @@ def scheduler_of_file(source: PipelineFile, config: Any) -> Any:
     kind = source.metadata.get("modelspec.architecture", _ARCHITECTURE)
     if not kind.startswith(_ARCHITECTURE) or kind.endswith(("/lora", "refiner", "inpainting")):
         raise ModelError(f"its modelspec.architecture is {kind}, but {_ARCHITECTURE}-... is needed")
-    if not isinstance(config, EulerDiscreteScheduler | EulerAncestralDiscreteScheduler):
-        return config  # of --model_config, and refused
     said: dict[str, tuple[Any, str]] = {}
 
     def say(key: str, value: Any, where: str) -> None:
@@ -154,6 +160,8 @@ def scheduler_of_file(source: PipelineFile, config: Any) -> Any:
 
     if "v_pred" in source.tensors:
         say("prediction_type", "v_prediction", "its tensor v_pred")
+    if "1step_x0" in source.name:  # SDXL-Lightning's
+        say("prediction_type", "sample", "its name")
     if prediction := source.metadata.get("modelspec.prediction_type"):
         name = prediction.lower().replace("-", "_")
         name = {"v": "v_prediction", "v_pred": "v_prediction", "eps": "epsilon"}.get(name, name)
@@ -166,6 +174,9 @@ def scheduler_of_file(source: PipelineFile, config: Any) -> Any:
             if key not in config.config.get("_use_default_values", ()):
                 say(key, config.config[key], f"--model_config {source.model_config}")
     words = {key: value for key, (value, _) in said.items()}
-    return EulerAncestralDiscreteScheduler.from_config(
-        config.config, timestep_spacing="trailing", **words
-    )
+    if not isinstance(config, EulerDiscreteScheduler | EulerAncestralDiscreteScheduler):
+        return type(config).from_config(config.config, **words)
+    euler: Any = EulerAncestralDiscreteScheduler
+    if words.get("prediction_type") == "sample":  # which the ancestral one does not know
+        euler = EulerDiscreteScheduler
+    return euler.from_config(config.config, timestep_spacing="trailing", **words)

@@ -32,9 +32,9 @@ class TargetImages:
             resolution: Image side in pixels; default the generator's own.
 
         Raises:
-            UserError: If the resolution is not a multiple of the VAE's factor.
+            UserError: If the model makes no images of that side.
         """
-        factor = generator.latent_factor
+        factor = generator.size_multiple
         self.resolution = generator.image_size if resolution is None else resolution
         require(
             self.resolution > 0 and self.resolution % factor == 0,

@@ -123,8 +123,9 @@ class ToyGenerator(Generator):
     def load(cls, model_id: str | Path, options: LoadOptions = _ON_CPU) -> "ToyGenerator":
         """Read what ``save`` wrote."""
         folder = Path(model_id)
-        if options.dtype not in (None, torch.float32) or options.model_config is not None:
-            raise ModelError(f"model {folder} takes no --dtype and no --model_config")
+        given = options.model_config, options.timestep
+        if options.dtype not in (None, torch.float32) or given != (None, None):
+            raise ModelError(f"model {folder} takes no --dtype, --model_config or --timestep")
         try:
             found = _read_config(folder)
             C, h, w = found["noise_shape"]

@@ -201,11 +201,8 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "lora": (
         {"metadata": {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}}, {}, "/lora"
     ),
-    "sample": (
-        {"metadata": {"modelspec.prediction_type": "sample"}},
-        {"prediction_type": None}, "'sample': this model's step is not of this form",
-    ),
-    "LCM": ({}, {"_class_name": "LCMScheduler"}, "step is not of this form"),
+    "DDIM": ({}, {"_class_name": "DDIMScheduler", "clip_sample": True}, "DDIM.*clip_sample"),
+    "SD1.5": ({"cond_stage_model.transformer.logit_scale": MARK}, {}, "of these only folders"),
     "missing": (
         {"conditioner__embedders__1__model__text_projection": None}, {},
         "incomplete: text_encoder_2 has no text_projection.weight",
@@ -227,7 +224,7 @@ def test_a_file_that_contradicts_is_refused(forms: Forms, tmp_path: Path, name: 
     config = forms.config(tmp_path / "config", **scheduler)
     if "_class_name" in scheduler:
         index = tmp_path / "config/model_index.json"
-        said = {**json.loads(index.read_text()), "scheduler": ["diffusers", "LCMScheduler"]}
+        said = {**json.loads(index.read_text()), "scheduler": ["diffusers", "DDIMScheduler"]}
         index.write_text(json.dumps(said))
     file = forms.spoiled(tmp_path / "model.safetensors", **changes)
     with pytest.raises(ModelError, match=message) as caught:

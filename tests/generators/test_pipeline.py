@@ -14,10 +14,13 @@ from diffusers import (
 )
 from generator_samples import OneEncoder
 
+from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.errors import ModelError
 from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.generators.sd import SdGenerator
 from oneshot_fast.generators.target_images import TargetImages
 
+OUTSIDE = "python:generator_samples.OneEncoder"
 PROMPTS = ["a handwritten digit three", "the number 7 in blue ink"]
 
 
@@ -42,7 +45,7 @@ def folder(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_step_equals_the_pipeline(folder: Path) -> None:
-    generator = load_generator(f"python:generator_samples.OneEncoder:{folder}")
+    generator = load_generator(f"{OUTSIDE}:{folder}")
     assert isinstance(generator, OneEncoder) and generator.image_size == 64
     eps = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
@@ -58,10 +61,10 @@ def test_one_step_equals_the_pipeline(folder: Path) -> None:
 
 
 def test_encodings_are_kept_on_disk(folder: Path, small_data: Path, tmp_path: Path) -> None:
-    generator = load_generator(f"python:generator_samples.OneEncoder:{folder}")
+    generator = load_generator(f"{OUTSIDE}:{folder}")
     image, found = next((small_data / "images").iterdir()), []
     for cached in (False, True, True):
-        other = load_generator(f"python:generator_samples.OneEncoder:{folder}")
+        other = load_generator(f"{OUTSIDE}:{folder}")
         if cached:
             other.use_cache(tmp_path)
         latent = TargetImages(other).latent(image, "crop")
@@ -72,6 +75,8 @@ def test_encodings_are_kept_on_disk(folder: Path, small_data: Path, tmp_path: Pa
     assert other.fingerprint() == generator.fingerprint()
 
 
-def test_a_model_of_another_family_is_refused(folder: Path) -> None:
-    with pytest.raises(ModelError, match=rf"cannot use model {folder}: .*text_encoder_2"):
-        load_generator(folder)
+def test_ours_for_the_same_pipeline_gives_the_same(folder: Path) -> None:
+    ours, theirs = load_generator(folder), load_generator(f"{OUTSIDE}:{folder}")
+    assert type(ours) is SdGenerator and ours.fingerprint() == theirs.fingerprint()
+    with pytest.raises(ModelError, match="told of more than text"):
+        load_generator(f"python:oneshot_fast.generators.sd.SdGenerator:{model_path()}")

@@ -184,14 +184,21 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "sample prediction": (
         lambda f: edit(f / "scheduler/scheduler_config.json", prediction_type="sample"),
-        "'sample': this model's step is not of this form",
+        "whose single step cannot be taken: prediction_type not implemented yet: sample",
     ),
     "DDIM": (
         lambda f: edit(f / "model_index.json", scheduler=["diffusers", "DDIMScheduler"]),
-        "DDIMScheduler: this model's step is not of this form",
+        'DDIMScheduler, whose single step is not linear in noise and output \\("clip_sample": True',
     ),
-    "SD1.5": (drop_text_encoder, "text_encoder_2"),
-    "LCM": (lambda f: edit(f / "unet/config.json", time_cond_proj_dim=8), "guidance embedding"),
+    "SD1.5": (drop_text_encoder, "told of more than text"),
+    "LCM": (
+        lambda f: edit(f / "unet/config.json", time_cond_proj_dim=8),
+        "incomplete: unet has no time_embedding.cond_proj.weight",
+    ),
+    "another class": (
+        lambda f: edit(f / "model_index.json", _class_name="KandinskyPipeline"),
+        "it is a KandinskyPipeline, and only these are known: .*StableDiffusionXLPipeline",
+    ),
     "no text_time": (
         lambda f: edit(
             f / "unet/config.json", addition_embed_type=None, class_embed_type="identity"
@@ -205,12 +212,26 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: drop_weight(f / "unet/diffusion_pytorch_model.safetensors"),
         "incomplete: unet has no conv_out.bias",
     ),
-    "sigma_min": (
+    "noise": (
         lambda f: (
-            edit(f / "scheduler/scheduler_config.json", final_sigmas_type="sigma_min"),
-            edit(f / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"]),
+            edit(f / "scheduler/scheduler_config.json", variance_type="fixed_large"),
+            edit(f / "scheduler/scheduler_config.json", clip_sample=False),
+            edit(f / "model_index.json", scheduler=["diffusers", "DDPMScheduler"]),
         ),
-        "sigma above 0: this model's step is not of this form",
+        'DDPMScheduler, whose single step adds noise at its end \\("variance_type": fixed_large',
+    ),
+    "git-lfs": (
+        lambda f: (f / "unet/diffusion_pytorch_model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+        ),
+        "diffusion_pytorch_model.safetensors is a git-lfs pointer, .*git lfs pull",
+    ),
+    "HTML": (
+        lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_text("<!DOCTYPE html>\n"),
+        "diffusion_pytorch_model.safetensors is a web page",
+    ),
+    "cut off": (
+        lambda f: truncate(f / "vae/diffusion_pytorch_model.safetensors"), "cannot read .*vae/.*"
     ),
     "corrupt config": (lambda f: truncate(f / "unet/config.json"), "config"),
 }  # fmt: skip

@@ -83,10 +83,9 @@ class OneEncoder(PipelineGenerator):
     def blank_prompts(self, count: int) -> Conditioning:
         return Conditioning(torch.zeros(count, 77, self.denoiser.config.cross_attention_dim))
 
-    @torch.no_grad()
     def _encode_prompt(self, prompt: str) -> Conditioning:
-        device = self.pipe.text_encoder.device
-        return Conditioning(self.pipe.encode_prompt(prompt, device, 1, False)[0].cpu())
+        how = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        return Conditioning(self._told_by_pipeline(prompt, **how)[0])
 
     def _arguments(
         self, eps: Tensor, conditioning: Conditioning, dtype: torch.dtype

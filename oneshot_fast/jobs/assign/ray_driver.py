@@ -17,6 +17,7 @@ from typing import Any
 
 from oneshot_fast.data.sources import Batch, Source, pending
 from oneshot_fast.errors import UserError, require
+from oneshot_fast.generators.base import LoadOptions
 from oneshot_fast.generators.loading import find_family
 from oneshot_fast.jobs.assign.plan import fitting_batch_size
 from oneshot_fast.jobs.assign.ray_worker import EXPECTED, Actor, Job, Result
@@ -35,8 +36,9 @@ class RayRun(AssignRun):
         """Describe the run: what ``actors`` actors do, and the data set."""
         # its own generator tells weights and sizes, and needs no GPU for that
         dtype = job.model.dtype
-        if job.on_gpu and dtype == "auto" and find_family(job.model_id)[0].runs_in_half:
-            dtype = "bfloat16"
+        if job.on_gpu and dtype == "auto":
+            family, _ = find_family(job.model_id, LoadOptions(local_files_only=True))
+            dtype = "bfloat16" if family.runs_in_half else dtype
         model = dataclasses.replace(job.model, device="cpu", dtype=dtype, compile=False)
         model = dataclasses.replace(model, compile_mode="default")
         super().__init__(model.load(job.model_id), source, **job.arguments)

@@ -1,0 +1,41 @@
+"""What is known of published models by their names, where their files do not say it."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+_ONE_STEP = r".*(?<!\d)1[-_ ]?step"
+# models whose one step starts below the noisiest timestep: Yin et al. 2024 (arXiv 2405.14867),
+# Ren et al. 2024 (arXiv 2404.13686), and the example of diffusers' page on PixArt's distilled one
+_STARTS = {
+    rf"dmd2{_ONE_STEP}": 399.0,
+    rf"hyper[-_ ]?sd{_ONE_STEP}": 800.0,
+    r"pixart.*dmd": 400.0,
+}
+_BASES = (
+    r"xl[-_]base|stable-diffusion-v1|stable-diffusion-2|(sd|v)[-_]?1[-._]?[45]\b|"
+    r"stable-diffusion-3(\.5)?-(medium|large)|flux\.?1-dev|pixart-xl|z-image"
+)
+_DISTILLED = r"turbo|lightning|hyper|lcm|tcd|dmd|schnell|sprint|flash|step"
+DISTILLED = "SDXL-Turbo, SD-Turbo, Hyper-SD, DMD2, SDXL-Lightning or FLUX.1-schnell"
+
+
+def known_start(names: Iterable[str]) -> float | None:
+    """Timestep at which the one step of a known model begins; None for the noisiest.
+
+    Args:
+        names: Paths or hub ids of the model or of its files; what counts is their last part.
+    """
+    for name in names:
+        for pattern, timestep in _STARTS.items():
+            if re.search(pattern, Path(name).name, re.IGNORECASE):
+                return timestep
+    return None
+
+
+def is_base(names: Iterable[str]) -> bool:
+    """Whether a name is that of a model that was never distilled, and none of one that was."""
+    ends = " ".join(Path(name).name for name in names)
+    return bool(re.search(_BASES, ends, re.IGNORECASE)) and not re.search(
+        _DISTILLED, ends, re.IGNORECASE
+    )

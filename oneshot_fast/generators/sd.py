@@ -1,0 +1,78 @@
+"""Generators of the shape of Stable Diffusion 1 and 2: a UNet that one text encoder tells."""
+
+from typing import Any
+
+import torch
+from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
+from torch import Tensor
+
+from oneshot_fast.errors import ModelError
+from oneshot_fast.generators.base import Conditioning
+from oneshot_fast.generators.pipeline import PipelineGenerator
+
+
+class UNetGenerator(PipelineGenerator):
+    """What the families with a UNet share."""
+
+    @classmethod
+    def check(cls, pipe: Any) -> None:
+        """Raise ModelError unless the UNet makes latents of the VAE's shape."""
+        super().check(pipe)
+        taken, made = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+        if taken != made:
+            raise ModelError(
+                f"its UNet takes {taken} channels, its VAE has {made}: inpainting and refiner "
+                "models are not supported"
+            )
+
+    def _guidance(self, eps: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Embedding [B, E] of the pipeline's default guidance, which the UNets of LCMs take."""
+        width = self.pipe.unet.config.time_cond_proj_dim
+        if width is None:
+            return None
+        scale = torch.tensor([self._defaults["guidance_scale"] - 1.0])
+        row = self._constant(
+            ("guidance", eps.device, dtype),
+            lambda: self.pipe.get_guidance_scale_embedding(scale, width).to(eps.device, dtype),
+        )
+        return row.expand(len(eps), -1)
+
+
+class SdGenerator(UNetGenerator):
+    """SD-Turbo, Hyper-SD of SD1.5, and their like; prediction by epsilon or v."""
+
+    pipeline = StableDiffusionPipeline
+    parts = ("unet", "vae", "text_encoder")
+
+    @classmethod
+    def check(cls, pipe: Any) -> None:
+        """Raise ModelError if the UNet needs more than text."""
+        super().check(pipe)
+        config = pipe.unet.config
+        if config.addition_embed_type or config.class_embed_type:
+            raise ModelError("its UNet is told of more than text, so it is not of SD's shape")
+
+    def blank_prompts(self, count: int) -> Conditioning:
+        width = self.pipe.unet.config.cross_attention_dim
+        return Conditioning(torch.zeros(count, self.prompt_tokens, width))
+
+    def _encode_prompt(self, prompt: str) -> Conditioning:
+        embeds, _ = self._told_by_pipeline(
+            prompt, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return Conditioning(embeds)
+
+    def _arguments(
+        self, eps: Tensor, conditioning: Conditioning, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        return {
+            "encoder_hidden_states": conditioning.embeds.to(dtype),
+            "timestep_cond": self._guidance(eps, dtype),
+        }
+
+
+class LcmGenerator(SdGenerator):
+    """Latent consistency models (Luo et al. 2023, arXiv 2310.04378) in a pipeline of their own."""
+
+    pipeline = LatentConsistencyModelPipeline
+    by_estimate = True

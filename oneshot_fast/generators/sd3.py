@@ -1,0 +1,50 @@
+"""Generators of the shape of Stable Diffusion 3: a transformer, and a flow."""
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+from oneshot_fast.generators.base import Conditioning
+from oneshot_fast.generators.pipeline import TransformerGenerator
+
+_CLIP_TOKENS = 77
+
+
+class Sd3Generator(TransformerGenerator):
+    """SD3.5-Turbo and its like; without the third text encoder its tokens are zeros."""
+
+    pipeline = StableDiffusion3Pipeline
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    optional = ("text_encoder_3",)
+
+    @property
+    def tokenizer(self) -> str:
+        """T5's, which reads most."""
+        return "tokenizer" if self.pipe.text_encoder_3 is None else "tokenizer_3"
+
+    def _tokens_read(self) -> int:
+        return _CLIP_TOKENS if self.pipe.text_encoder_3 is None else super()._tokens_read()
+
+    def blank_prompts(self, count: int) -> Conditioning:
+        config, tokens = self.denoiser.config, _CLIP_TOKENS + super()._tokens_read()
+        return Conditioning(
+            torch.zeros(count, tokens, config.joint_attention_dim),
+            torch.zeros(count, config.pooled_projection_dim),
+        )
+
+    def _encode_prompt(self, prompt: str) -> Conditioning:
+        embeds, _, pooled, _ = self._told_by_pipeline(
+            prompt, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False
+        )
+        return Conditioning(embeds, pooled)
+
+    def _arguments(
+        self, eps: Tensor, conditioning: Conditioning, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        assert conditioning.pooled is not None
+        return {
+            "encoder_hidden_states": conditioning.embeds.to(dtype),
+            "pooled_projections": conditioning.pooled.to(dtype),
+        }

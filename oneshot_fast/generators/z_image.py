@@ -1,0 +1,72 @@
+"""Generators of the shape of Z-Image: one transformer of text and image together, and a flow."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import ZImagePipeline
+from torch import Tensor
+
+from oneshot_fast.generators.base import Conditioning
+from oneshot_fast.generators.pipeline import TransformerGenerator
+from oneshot_fast.generators.step import Step
+
+_FLOW_STEPS = 1000  # the pipeline's own number, whatever the scheduler says
+
+
+class ZImageGenerator(TransformerGenerator):
+    """Z-Image-Turbo and its like; without guidance, as ``pipe(guidance_scale=0)``."""
+
+    pipeline = ZImagePipeline
+    parts = ("transformer", "vae", "text_encoder")
+
+    @property
+    def patch(self) -> int:
+        return 2
+
+    @property
+    def image_size(self) -> int:
+        return 1024  # what the pipeline makes unless it is told otherwise
+
+    def _read_step(self) -> Step:
+        """Its time runs from 0 at the noise to 1, and its output points from the noise."""
+        step = super()._read_step()
+        time = (_FLOW_STEPS - step.timestep) / _FLOW_STEPS
+        return replace(step, timestep=time, sigma=-step.sigma)
+
+    def _templated(self, prompt: str) -> str:
+        """``prompt`` as the text encoder is asked it."""
+        chat = [{"role": "user", "content": prompt}]
+        return self.pipe.tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+
+    def is_truncated(self, prompt: str) -> bool:
+        return super().is_truncated(self._templated(prompt))
+
+    def blank_prompts(self, count: int) -> Conditioning:
+        width = self.denoiser.config.cap_feat_dim
+        return Conditioning(torch.zeros(count, self.prompt_tokens, width))
+
+    def _encode_prompt(self, prompt: str) -> Conditioning:
+        (found,), _ = self._told_by_pipeline(prompt, do_classifier_free_guidance=False)
+        padding = self.prompt_tokens - len(found)
+        mask = torch.tensor([[1] * len(found) + [0] * padding])
+        embeds = torch.nn.functional.pad(found.cpu(), (0, 0, 0, padding))
+        return Conditioning(embeds[None], mask=mask)
+
+    def _arguments(
+        self, eps: Tensor, conditioning: Conditioning, dtype: torch.dtype
+    ) -> dict[str, Any]:
+        """The tokens of each prompt, without padding."""
+        embeds, mask = conditioning.embeds.to(dtype), conditioning.mask
+        lengths = [embeds.shape[1]] * len(embeds) if mask is None else mask.sum(1).tolist()
+        return {"cap_feats": [row[:n] for row, n in zip(embeds, lengths, strict=True)]}
+
+    def _evaluate(
+        self, run: Callable[..., Any], x: Tensor, timestep: Tensor, arguments: Mapping[str, Any]
+    ) -> Tensor:
+        images = [*x[:, :, None].unbind()]  # each of one frame
+        found = run(images, timestep.expand(len(x)), **arguments, return_dict=False)[0]
+        return torch.stack(found)[:, :, 0]

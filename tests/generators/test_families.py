@@ -1,0 +1,142 @@
+"""Every family of pipelines: equal to diffusers' own call, differentiable, trained and saved."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from family_samples import CALLS, FAMILIES, SCHEDULERS, side_of, tiny_pipeline
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from oneshot_fast.data.images import to_pil
+from oneshot_fast.generators.loading import PIPELINES, load_generator
+from oneshot_fast.generators.pipeline import PipelineGenerator
+
+PROMPTS = ["a photo of paper", "thick white ink"]
+# the embedded model is of the shape of SDXL, and a pipeline of LCMs is one of SD
+ELSEWHERE = {"StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"}
+TRAINED = [name for name in FAMILIES if name not in ELSEWHERE]
+WITHOUT_ADAPTER = ("PixArtAlphaPipeline",)  # diffusers' class of its transformer takes none
+# these compute in float32 inside, whatever type they are given
+ROUNDED = ("StableDiffusion3Pipeline", "FluxPipeline", "SanaSprintPipeline", "ZImagePipeline")
+
+
+def family(name: str) -> type[PipelineGenerator]:
+    module, kind = PIPELINES[name].split(".")
+    return getattr(importlib.import_module(f"oneshot_fast.generators.{module}"), kind)
+
+
+def called(pipe: Any, eps: Tensor, **more: Any) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] that diffusers makes of noises in one step."""
+    name, side = type(pipe).__name__, side_of(type(pipe).__name__)
+    given = pipe._pack_latents(eps, *eps.shape) if name == "FluxPipeline" else eps.clone()
+    with torch.no_grad():
+        return pipe(
+            [*PROMPTS], num_inference_steps=1, latents=given, height=side, width=side,
+            output_type="pt", **CALLS[name], **more,
+        ).images  # fmt: skip
+
+
+def made(generator: PipelineGenerator, eps: Tensor) -> Tensor:
+    with torch.no_grad():
+        return generator.images(generator.latents(eps, generator.encode_prompts(PROMPTS)))
+
+
+def empty_figure(figure: Figure, to: Any, **_: Any) -> None:
+    if isinstance(to, Path):
+        to.touch()
+    else:
+        to.write("<svg></svg>")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline of every class, as diffusers saves it."""
+    root = tmp_path_factory.mktemp("families")
+    for name in FAMILIES:
+        tiny_pipeline(name).save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pairs, too few to hold some out."""
+    root = tmp_path_factory.mktemp("pairs")
+    rows = []
+    for k, prompt in enumerate(PROMPTS):
+        to_pil(torch.full((3, 32, 32), 0.3 + 0.4 * k)).save(root / f"{k}.png")
+        rows.append({"image": f"{k}.png", "prompt": f"{prompt}, or not"})
+    (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_step_equals_the_pipeline_with_every_scheduler(name: str) -> None:
+    pipe, side = tiny_pipeline(name), side_of(name)
+    for kind, config in SCHEDULERS[name]:
+        pipe.scheduler = tiny_pipeline(name, kind, **config).scheduler
+        generator = family(name)(pipe)
+        eps = torch.randn(2, *generator.latent_shape(side, side))
+        expected = called(pipe, eps)
+        assert expected.std() > 0.05
+        torch.testing.assert_close(made(generator, eps), expected, rtol=0, atol=1e-5)
+    conditioning, blank = generator.encode_prompts(PROMPTS), generator.blank_prompts(2)
+    for key, value in blank.tensors().items():
+        assert value.shape == conditioning.tensors()[key].shape
+    assert not generator.is_truncated(PROMPTS[0]) and generator.is_truncated("a digit " * 400)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_gradient_in_the_noise_is_that_of_the_step(name: str) -> None:
+    generator = family(name)(tiny_pipeline(name).to(torch.float64))
+    conditioning, side = generator.encode_prompts(PROMPTS[:1]), side_of(name)
+    eps = torch.randn(1, *generator.latent_shape(side, side), dtype=torch.float64)
+    bound = {"eps": 1e-3, "atol": 1e-2} if name in ROUNDED else {"eps": 1e-6, "atol": 1e-6}
+    assert torch.autograd.gradcheck(
+        lambda eps: generator.latents(eps, conditioning), eps.requires_grad_(), fast_mode=True,
+        **bound,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_all_commands_take_it_and_diffusers_reads_what_they_save(
+    folders: Path,
+    pairs: Path,
+    tmp_path: Path,
+    call: Any,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # pages are the same for all families, and to draw them takes longer than all the rest
+    monkeypatch.setattr(Figure, "savefig", empty_figure)
+    side, model = side_of(name), folders / name
+    given = f"--model_id {model} --resolution {side} --num_images 0"
+    adapter = "" if name in WITHOUT_ADAPTER else "--train_lora_rank 2"
+    commands = {
+        "em": f"--initial_model_id {model} --resolution {side} --data_root {pairs} "
+        f"--work_dir {tmp_path}/em --num_cycles 1 --assign_steps 1 --train_epochs 1 --num_images 0 "
+        f"--train_lr 0.1 --preserve_pool_size 2 --eval_samples 10 {adapter}",
+        "sft": f"--model_id {model} --manifest_path {tmp_path}/em/cycle-01/assign/manifest.jsonl "
+        f"--output_dir {tmp_path}/sft --epochs 1 --batch_size 2 --preserve_pool_size 2 --lr 0.01 "
+        "--gradient_checkpointing",
+        "optimize": f"{given} --output_dir {tmp_path}/best --steps 1 --prompt {PROMPTS[0]!r} "
+        "--reward python:optimize_samples.contrast",
+    }
+    for command, flags in commands.items():
+        ended = call(command, *shlex.split(flags))
+        assert ended.code == 0, ended.err
+    before = load_generator(model)
+    eps = torch.randn(2, *before.latent_shape(side, side))
+    for saved in (tmp_path / "sft/checkpoint-final", tmp_path / "em/checkpoint-final"):
+        pipe = DiffusionPipeline.from_pretrained(saved)
+        pipe.set_progress_bar_config(disable=True)
+        found = made(load_generator(saved), eps)
+        torch.testing.assert_close(found, called(pipe, eps), rtol=0, atol=1e-5)
+        assert (found - made(before, eps)).abs().max() > 1e-4
