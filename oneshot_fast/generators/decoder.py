@@ -60,8 +60,19 @@ class Decoder:
         update_digest(digest, "decoder", self._vae.decoder)
         return digest.hexdigest()
 
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether ``checkpoint`` is known to this VAE."""
+        return self._vae._supports_gradient_checkpointing
+
     def checkpoint(self) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
+        """Recompute activations in the backward pass instead of keeping them.
+
+        Raises:
+            UserError: If this VAE cannot.
+        """
+        kind = type(self._vae).__name__
+        require(self.can_checkpoint, f"decoder_checkpointing is not for an {kind}; leave it out")
         self._vae.enable_gradient_checkpointing()
 
     def tile(self, side: int) -> None:
@@ -79,7 +90,7 @@ class Decoder:
         require(not self.is_tiny, "decoder_tiling is not for a tiny decoder; leave one of them out")
         require(
             isinstance(self._vae, AutoencoderKL),
-            f"decoder_tiling is not for a {type(self._vae).__name__}; leave it out",
+            f"decoder_tiling is not for an {type(self._vae).__name__}; leave it out",
         )
         self._tile = side
         factor = 2 ** (len(self._vae.config.block_out_channels) - 1)

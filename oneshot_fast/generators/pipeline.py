@@ -340,7 +340,7 @@ class PipelineGenerator(Generator):
 
     def recompute(self, level: Recomputed) -> None:
         super().recompute(level)
-        if level != "none":
+        if level != "none" and self.decoder.can_checkpoint:
             self.decoder.checkpoint()
 
     def tune_decoder(

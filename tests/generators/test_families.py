@@ -16,8 +16,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from oneshot_fast.data.images import to_pil
+from oneshot_fast.errors import UserError
 from oneshot_fast.generators.loading import PIPELINES, load_generator
+from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.generators.pipeline import PipelineGenerator
+from oneshot_fast.planning.memory import fake_copy
 
 PROMPTS = ["a photo of paper", "thick white ink"]
 # the embedded model is of the shape of SDXL, and a pipeline of LCMs is one of SD
@@ -103,6 +106,17 @@ def test_the_gradient_in_the_noise_is_that_of_the_step(name: str) -> None:
         lambda eps: generator.latents(eps, conditioning), eps.requires_grad_(), fast_mode=True,
         **bound,
     )  # fmt: skip
+
+
+def test_what_a_decoder_cannot_do_is_refused_or_left_out(folders: Path) -> None:
+    for flag in ("decoder_checkpointing", "decoder_tiling"):
+        with pytest.raises(UserError, match=f"{flag} is not for an AutoencoderDC"):
+            ModelOptions(**{flag: 4}).load(str(folders / "SanaSprintPipeline"))
+    with fake_copy(load_generator(folders / "SanaSprintPipeline")) as fake:
+        fake.recompute("full")
+        eps = torch.randn(2, *fake.latent_shape(64, 64), requires_grad=True)
+        fake.images(fake.latents(eps, fake.blank_prompts(2))).mean().backward()
+        assert eps.grad is not None and eps.grad.shape == eps.shape
 
 
 @pytest.mark.parametrize("name", TRAINED)
