@@ -14,9 +14,10 @@ from oneshot_fast.errors import ModelError, one_line, refused
 from oneshot_fast.generators.base import LoadOptions
 from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main
-from oneshot_fast.runtime.tensor_files import common_dtype, misfit, read_header
+from oneshot_fast.runtime.tensor_files import common_dtype, misfit, read_header, refuse_text
 
-START_FILE = "oneshot_fast.json"  # beside model_index.json: {"timestep": 399} of a saved model
+# of a saved model that starts elsewhere, {"timestep": 399}; the hub's files in there all come along
+START_FILE = "scheduler/oneshot_fast.json"
 _NOT_READ = ("lm_head.weight",)  # of language models, which encode without it
 _WEIGHTS = ("diffusion_pytorch_model", "pytorch_model", "model")
 
@@ -229,5 +230,7 @@ def _weights(folder: Path, wanted: str | None) -> tuple[str | None, torch.dtype]
         raise ModelError(f"there are no weights of {folder.name}")
     named = sorted(filter(None, found))
     chosen = next(v for v in (wanted, None, "fp16", *named) if v in found)
+    for path in found[chosen]:
+        refuse_text(path)
     headers = [read_header(path)[0] for path in found[chosen] if path.suffix == ".safetensors"]
     return chosen, common_dtype(kind for header in headers for kind, _ in header.values())

@@ -19,7 +19,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: If it is damaged.
     """
-    _refuse_text(path)
+    refuse_text(path)
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -32,7 +32,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[str, list[int]]], dict[str,
     Raises:
         ModelError: If it is damaged.
     """
-    _refuse_text(path)
+    refuse_text(path)
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -42,7 +42,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[str, list[int]]], dict[str,
         raise ModelError(f"cannot read {path}: {one_line(error)}; download it anew") from None
 
 
-def _refuse_text(path: Path) -> None:
+def refuse_text(path: Path) -> None:
     """Raise ModelError for what is often found in a file's place: a pointer, or a web page."""
     with path.open("rb") as file:
         start = file.read(200).lstrip().lower()

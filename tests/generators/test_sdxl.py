@@ -221,10 +221,13 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         'DDPMScheduler, whose single step adds noise at its end \\("variance_type": fixed_large',
     ),
     "git-lfs": (
-        lambda f: (f / "unet/diffusion_pytorch_model.safetensors").write_text(
-            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+        lambda f: (
+            (f / "unet/diffusion_pytorch_model.safetensors").unlink(),
+            (f / "unet/diffusion_pytorch_model.bin").write_text(
+                "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+            ),
         ),
-        "diffusion_pytorch_model.safetensors is a git-lfs pointer, .*git lfs pull",
+        "diffusion_pytorch_model.bin is a git-lfs pointer, .*git lfs pull",
     ),
     "HTML": (
         lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_text("<!DOCTYPE html>\n"),
