@@ -4,11 +4,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import PixArtAlphaPipeline
+from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
+from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor
 
 from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.generators.pipeline import TransformerGenerator
+from oneshot_fast.generators.pretrained import PipelineFolder
+from oneshot_fast.generators.single_file import PipelineFile
+
+# its class in diffusers is the only one here that takes no LoRA; files name this one the same
+_Adaptable = type(
+    PixArtTransformer2DModel.__name__, (PeftAdapterMixin, PixArtTransformer2DModel), {}
+)
 
 
 class PixartGenerator(TransformerGenerator):
@@ -21,6 +29,10 @@ class PixartGenerator(TransformerGenerator):
     pipeline = PixArtAlphaPipeline
     parts = ("transformer", "vae", "text_encoder")
     by_estimate = True  # the pipeline's one step is the scheduler's estimate
+
+    @classmethod
+    def adapt(cls, pipe: Any, source: PipelineFolder | PipelineFile) -> None:
+        pipe.transformer.__class__ = _Adaptable
 
     def blank_prompts(self, count: int) -> Conditioning:
         width = self.denoiser.config.caption_channels

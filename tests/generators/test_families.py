@@ -26,7 +26,6 @@ PROMPTS = ["a photo of paper", "thick white ink"]
 # the embedded model is of the shape of SDXL, and a pipeline of LCMs is one of SD
 ELSEWHERE = {"StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"}
 TRAINED = [name for name in FAMILIES if name not in ELSEWHERE]
-WITHOUT_ADAPTER = ("PixArtAlphaPipeline",)  # diffusers' class of its transformer takes none
 # these compute in float32 inside, whatever type they are given
 ROUNDED = ("StableDiffusion3Pipeline", "FluxPipeline", "SanaSprintPipeline", "ZImagePipeline")
 
@@ -132,11 +131,10 @@ def test_all_commands_take_it_and_diffusers_reads_what_they_save(
     monkeypatch.setattr(Figure, "savefig", empty_figure)
     side, model = side_of(name), folders / name
     given = f"--model_id {model} --resolution {side} --num_images 0"
-    adapter = "" if name in WITHOUT_ADAPTER else "--train_lora_rank 2"
     commands = {
         "em": f"--initial_model_id {model} --resolution {side} --data_root {pairs} "
         f"--work_dir {tmp_path}/em --num_cycles 1 --assign_steps 1 --train_epochs 1 --num_images 0 "
-        f"--train_lr 0.1 --preserve_pool_size 2 --eval_samples 10 {adapter}",
+        "--train_lr 0.1 --preserve_pool_size 2 --eval_samples 10 --train_lora_rank 2",
         "sft": f"--model_id {model} --manifest_path {tmp_path}/em/cycle-01/assign/manifest.jsonl "
         f"--output_dir {tmp_path}/sft --epochs 1 --batch_size 2 --preserve_pool_size 2 --lr 0.01 "
         "--gradient_checkpointing",

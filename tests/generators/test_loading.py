@@ -182,6 +182,13 @@ def test_what_a_file_says_of_itself_is_used(
         torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_file_that_predicts_the_image_is_known_by_its_name(forms: Forms, tmp_path: Path) -> None:
+    file = forms.spoiled(tmp_path / "sdxl_lightning_1step_x0.safetensors", {})
+    silent = forms.config(tmp_path / "config", prediction_type=None)
+    step = load_generator(file, model_config=silent).step  # type: ignore[attr-defined]
+    assert (step.skip, step.sigma) == (0, -1)
+
+
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "v_pred": ({"v_pred": MARK}, {}, "tensor v_pred says .*v_prediction, and --model_config"),
     "header": ({"metadata": V}, {}, r"modelspec.prediction_type\) says .*, and --model_config "),
