@@ -44,6 +44,11 @@ class PipelineFolder:
         self.folder, self._family = folder, family
         found = {part: _class(folder, part, part in family.optional) for part in family.parts}
         self._classes = {part: kind for part, kind in found.items() if kind is not None}
+        # diffusers wants to be told of what is not there
+        absent = found.keys() - self._classes.keys()
+        index = _read_object(folder / "model_index.json")
+        tokenizers = {part.replace("text_encoder", "tokenizer") for part in absent}
+        self._absent = absent | {name for name in tokenizers if not any(index.get(name) or ())}
         weights = {part: _weights(folder / part, variant) for part in self._classes}
         self._variants = {part: chosen for part, (chosen, _) in weights.items()}
         self.stored = {part: dtype for part, (_, dtype) in weights.items()}
@@ -63,7 +68,7 @@ class PipelineFolder:
         Raises:
             ModelError: If it cannot be read, or a weight is missing, unknown or of another shape.
         """
-        networks, wrong = dict[str, Any](given), None
+        networks, wrong = dict[str, Any](given) | dict.fromkeys(self._absent), None
         for part in self._classes.keys() - given.keys():
             networks[part], misfit = self._load(part, dtype)
             wrong = wrong or misfit

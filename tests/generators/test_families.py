@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from family_samples import CALLS, FAMILIES, SCHEDULERS, side_of, tiny_pipeline
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -93,6 +93,23 @@ def test_one_step_equals_the_pipeline_with_every_scheduler(name: str) -> None:
     for key, value in blank.tensors().items():
         assert value.shape == conditioning.tensors()[key].shape
     assert not generator.is_truncated(PROMPTS[0]) and generator.is_truncated("a digit " * 400)
+
+
+def test_sd3_goes_without_its_third_text_encoder(folders: Path, tmp_path: Path) -> None:
+    whole = folders / "StableDiffusion3Pipeline"
+    pipe = StableDiffusion3Pipeline.from_pretrained(whole, text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(tmp_path / "less")
+    generator = load_generator(tmp_path / "less")
+    assert isinstance(generator, PipelineGenerator) and "text_encoder_3" not in generator.networks
+    eps = torch.randn(2, *generator.latent_shape(16, 16))
+    torch.testing.assert_close(made(generator, eps), called(pipe, eps), rtol=0, atol=1e-5)
+    assert generator.prompt_tokens == 77 and load_generator(whole).prompt_tokens == 256
+    shapes = [
+        c.embeds.shape for c in (generator.blank_prompts(2), generator.encode_prompts(PROMPTS))
+    ]
+    assert shapes[0] == shapes[1]
+    generator.save(tmp_path / "saved")
+    assert load_generator(tmp_path / "saved").fingerprint() == generator.fingerprint()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -204,12 +204,8 @@ def _sd3() -> dict[str, Any]:
     clip = transformers.CLIPTextModelWithProjection
     return {
         "transformer": transformer, "vae": _flow_vae(4), "text_encoder": _clip(clip),
-        "text_encoder_2": _clip(clip), "text_encoder_3": None, "tokenizer_3": None,
+        "text_encoder_2": _clip(clip), "text_encoder_3": _t5(2 * WIDTH),
     }  # fmt: skip
-
-
-def _sd3_with_t5() -> dict[str, Any]:
-    return {**_sd3(), "text_encoder_3": _t5(2 * WIDTH)}
 
 
 def _flux() -> dict[str, Any]:
@@ -264,7 +260,7 @@ _PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "StableDiffusionPipeline": _sd,
     "LatentConsistencyModelPipeline": lambda: _sd(time_cond_proj_dim=8),
     "StableDiffusionXLPipeline": _sdxl,
-    "StableDiffusion3Pipeline": _sd3_with_t5,
+    "StableDiffusion3Pipeline": _sd3,
     "FluxPipeline": _flux,
     "SanaSprintPipeline": _sana,
     "PixArtAlphaPipeline": _pixart,
