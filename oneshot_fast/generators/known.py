@@ -5,11 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _ONE_STEP = r".*(?<!\d)1[-_ ]?step"
-# models whose one step starts below the noisiest timestep: Yin et al. 2024 (arXiv 2405.14867),
-# Ren et al. 2024 (arXiv 2404.13686), and the example of diffusers' page on PixArt's distilled one
+# models whose one step starts below the noisiest timestep, as their own pages call them: DMD2 (Yin
+# et al. 2024, arXiv 2405.14867), the UNets of Hyper-SD (Ren et al. 2024, arXiv 2404.13686), whose
+# LoRAs start at the noisiest, and PixArt's DMD
 _STARTS = {
     rf"dmd2{_ONE_STEP}": 399.0,
-    rf"hyper[-_ ]?sd{_ONE_STEP}": 800.0,
+    rf"hyper[-_ ]?sd{_ONE_STEP}(?!.*lora)": 800.0,
     r"pixart.*dmd": 400.0,
 }
 _BASES = (

@@ -22,7 +22,7 @@ class ModelOptions:
     """Folder or hub id with the pipeline's configs; only for a .safetensors file."""
     timestep: float | None = None
     """Timestep at which the one step begins, for a model that was distilled for another than the
-    noisiest (DMD2: 399, Hyper-SD: 800); known ones are recognised by their names."""
+    noisiest (DMD2: 399, Hyper-SD's UNet: 800); known ones are recognised by their names."""
     device: str | None = None
     """cuda, cuda:1, cpu, ...; by default cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

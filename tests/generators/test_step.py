@@ -125,8 +125,8 @@ def test_known_models_are_told_by_their_names() -> None:
     for name, start in (
         ("tianweiy/dmd2_sdxl_1step_unet_fp16.bin", 399),
         ("dmd2_sdxl_4step_lora.safetensors", None),
-        ("models/Hyper-SDXL-1step-lora.safetensors", 800),
-        ("Hyper-SD15-1step-lora.safetensors", 800),
+        ("models/Hyper-SDXL-1step-Unet.safetensors", 800),
+        ("Hyper-SD15-1step-lora.safetensors", None),
         ("PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512", 400),
         ("stabilityai/sdxl-turbo", None),
         ("hyper-sd-1step/checkpoint-final", None),
