@@ -1,7 +1,6 @@
 """Generators of the shape of FLUX.1: a transformer of packed latents, and a flow."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from oneshot_fast.errors import ModelError
 from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.generators.pipeline import TransformerGenerator
-from oneshot_fast.generators.step import Step
 
 _FLOW_STEPS = 1000  # the pipeline's own number, whatever the scheduler says
 
@@ -42,10 +40,6 @@ class FluxGenerator(TransformerGenerator):
         taken, made = pipe.transformer.config.in_channels, pipe.vae.config.latent_channels
         if taken != 4 * made:
             raise ModelError(f"its transformer takes {taken} channels, not 4 x {made} of its VAE")
-
-    def _read_step(self) -> Step:
-        step = super()._read_step()
-        return replace(step, timestep=step.timestep / _FLOW_STEPS)
 
     def blank_prompts(self, count: int) -> Conditioning:
         config = self.denoiser.config
@@ -85,5 +79,6 @@ class FluxGenerator(TransformerGenerator):
     ) -> Tensor:
         B, C, h, w = x.shape
         packed = self.pipe._pack_latents(x.contiguous(), B, C, h, w)
-        output = super()._evaluate(run, packed, timestep.to(x.dtype), arguments)
+        time = (timestep / _FLOW_STEPS).to(x.dtype)
+        output = super()._evaluate(run, packed, time, arguments)
         return self.pipe._unpack_latents(output, h, w, 1)

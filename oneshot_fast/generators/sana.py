@@ -23,7 +23,7 @@ class SanaSprintGenerator(TransformerGenerator):
     parts = ("transformer", "vae", "text_encoder")
 
     def _read_step(self) -> Step:
-        """An angle on the scheduler's side, a flow's time s on the denoiser's.
+        """An angle on the scheduler's side, a flow's time s on the denoiser's, which is kept.
 
         With r = sqrt(s^2 + (1 - s)^2) its input is r eps, and the scheduler is given sigma_data
         ((1 - 2 s) r eps + r^2 output) / r.

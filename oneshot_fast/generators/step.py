@@ -26,7 +26,7 @@ class Step:
     """The scheduler's single step: x0 = ``skip`` * eps - ``sigma`` * output(``scale`` * eps).
 
     Attributes:
-        timestep: What the denoiser is told of the noise.
+        timestep: Where the step begins, as the scheduler has it.
         scale: Factor from N(0, 1) noise to the denoiser's input.
         skip: Factor from N(0, 1) noise to the step's first term.
         sigma: Factor of the denoiser's output.
@@ -44,7 +44,7 @@ class Step:
         """The coefficients of a step.
 
         Args:
-            timestep: For the denoiser.
+            timestep: Where it begins.
             evaluate: Gives its input and the clean latents for a noise and its output, each
                 [1, 1, 1, 1].
 

@@ -1,7 +1,6 @@
 """Generators of the shape of Z-Image: one transformer of text and image together, and a flow."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.generators.pipeline import TransformerGenerator
-from oneshot_fast.generators.step import Step
 
 _FLOW_STEPS = 1000  # the pipeline's own number, whatever the scheduler says
 
@@ -28,12 +26,6 @@ class ZImageGenerator(TransformerGenerator):
     @property
     def image_size(self) -> int:
         return 1024  # what the pipeline makes unless it is told otherwise
-
-    def _read_step(self) -> Step:
-        """Its time runs from 0 at the noise to 1, and its output points from the noise."""
-        step = super()._read_step()
-        time = (_FLOW_STEPS - step.timestep) / _FLOW_STEPS
-        return replace(step, timestep=time, sigma=-step.sigma)
 
     def _templated(self, prompt: str) -> str:
         """``prompt`` as the text encoder is asked it."""
@@ -67,6 +59,8 @@ class ZImageGenerator(TransformerGenerator):
     def _evaluate(
         self, run: Callable[..., Any], x: Tensor, timestep: Tensor, arguments: Mapping[str, Any]
     ) -> Tensor:
+        """Its time runs from 0 at the noise to 1, and its output points from the noise."""
         images = [*x[:, :, None].unbind()]  # each of one frame
-        found = run(images, timestep.expand(len(x)), **arguments, return_dict=False)[0]
-        return torch.stack(found)[:, :, 0]
+        time = ((_FLOW_STEPS - timestep) / _FLOW_STEPS).expand(len(x))
+        found = run(images, time, **arguments, return_dict=False)[0]
+        return -torch.stack(found)[:, :, 0]
