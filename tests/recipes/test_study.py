@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from oneshot_fast.recipes.study.cells import cells
+from oneshot_fast.recipes.study.outcome import ROWS, outcome_table
 from oneshot_fast.recipes.study.subjects import SUBJECTS
 from oneshot_fast.study import main
 
@@ -43,7 +44,39 @@ def test_the_quick_study_runs_and_is_kept(
     assert (tmp_path / "study" / "study.md").read_text(encoding="utf-8") == text
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+def test_whole_runs_are_judged_by_a_classifier_that_nothing_was_chosen_by(tmp_path: Path) -> None:
+    argv = ["--quick", "--outcome", "--datasets", "digits", "--output_dir", str(tmp_path)]
+    assert main(argv) == 0
+    found = json.loads((tmp_path / "outcome.json").read_text())["results"]["digits"]
+    text = (tmp_path / "outcome.md").read_text()
+    assert found["rows"].keys() == ROWS.keys()
+    for name, (run,) in found["rows"].items():
+        change = 100 * (run["frechet_distance"] / found["base"]["frechet_distance"] - 1)
+        assert f"| {name} | {change:+.0f} % | {change:+.0f} % |" in text
+    assert found["rows"]["em --recipe auto"][0]["recipe"]["trials"]
+    assert not [*(tmp_path / "digits" / "work").iterdir()]
+    made = (tmp_path / "outcome.json").stat().st_mtime_ns
+    assert main([*argv, "--data_seeds", "2"]) == 0  # quick takes one
+    assert (tmp_path / "outcome.json").stat().st_mtime_ns >= made
+
+
+def test_flags_without_an_effect_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--data_seeds", "2", "--output_dir", str(tmp_path)]) == 2
+    assert "--data_seeds has no effect without --outcome" in capsys.readouterr().err
+    assert main(["--outcome", "--budget", "200", "--output_dir", str(tmp_path)]) == 2
+    assert "--budget has no effect with --outcome" in capsys.readouterr().err
+
+
+def test_tables_have_intervals_over_all_runs_and_the_worst() -> None:
+    base = {"frechet_distance": 10.0, "accuracy": 0.5, "diversity": 0.2}
+    runs = [{**base, "frechet_distance": x, "best_cycle": k} for k, x in enumerate((8.0, 9.0))]
+    *_, row = outcome_table(base, {"em": runs})
+    assert row == "| em | -15 ± 64 % | -10 % | +0.000 ± 0.000 | +0.000 ± 0.000 | 1 of 2 |"
+
+
+@pytest.mark.parametrize("name", ["digits", "shapes"])
 def test_all_trainings_have_the_same_budget(name: str) -> None:
     found = cells(SUBJECTS[name], quick=False)
     assert len({cell.name for cell in found}) == len(found) > 20

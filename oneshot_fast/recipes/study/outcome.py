@@ -28,6 +28,7 @@ from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.recipes.study.run import kept
 from oneshot_fast.recipes.study.subjects import Subject
+from oneshot_fast.runtime.files import write_json, write_text
 from oneshot_fast.runtime.ledger import say
 
 TARGETS, HELD_OUT = 96, 48
@@ -195,24 +196,35 @@ def outcomes(
     return {"base": base, "rows": {row: [by_grid[at][row] for at in grid] for row in ROWS}}
 
 
+def write_outcomes(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Write outcome.json, and outcome.md with a table per subject."""
+    write_json(folder / "outcome.json", {"settings": settings, "results": found})
+    lines = [f"Settings: {', '.join(f'{k} {v}' for k, v in settings.items() if k != 'command')}."]
+    for name, results in found.items():
+        lines += ["", f"## {name}", "", *outcome_table(results["base"], results["rows"])]
+    write_text(folder / "outcome.md", "\n".join(lines) + "\n")
+
+
 def outcome_table(
     base: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[str]:
-    """Markdown: mean change against the base with the 95 % interval over all runs, and the worst.
+    """Markdown: mean change against the base, its 95 % interval, and the worst run's.
 
-    The interval is Student's, over data and run seeds alike.
+    The intervals are Student's, over data and run seeds alike.
     """
     lines = [
-        "| training | FD to base | worst run | accuracy | diversity |",
-        "| --- | --- | --- | --- | --- |",
-        f"| base model | {base['frechet_distance']:.2f} | | {base['accuracy']:.3f} | "
-        f"{base['diversity']:.3f} |",
+        "| training | FD to base | worst run | accuracy | diversity | base kept |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| base model: {base['frechet_distance']:.2f} | | | {base['accuracy']:.3f} | "
+        f"{base['diversity']:.3f} | |",
     ]
     for name, runs in rows.items():
         change = [100 * (run["frechet_distance"] / base["frechet_distance"] - 1) for run in runs]
         cells = [_interval(change, "{:+.0f}") + " %", f"{max(change):+.0f} %"]
         for key in ("accuracy", "diversity"):
             cells.append(_interval([run[key] - base[key] for run in runs], "{:+.3f}"))
+        kept = sum(run["best_cycle"] == 0 for run in runs if "best_cycle" in run)
+        cells.append(f"{kept} of {len(runs)}" if "best_cycle" in runs[0] else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
