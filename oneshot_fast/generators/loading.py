@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from oneshot_fast.errors import ModelError
+from oneshot_fast.errors import ModelError, refused
 from oneshot_fast.generators.base import Generator, LoadOptions
 from oneshot_fast.generators.pretrained import pipeline_of
 from oneshot_fast.generators.toy import ToyGenerator
@@ -50,7 +50,8 @@ def find_family(model_id: str, options: LoadOptions) -> tuple[type[Generator], s
             + ", ".join(sorted(PIPELINES))
         )
     module, kind = PIPELINES[named].split(".")
-    found = getattr(importlib.import_module(f"oneshot_fast.generators.{module}"), kind)
+    with refused(ModelError, f"cannot use model {model_id}: this diffusers lacks what it needs: "):
+        found = getattr(importlib.import_module(f"oneshot_fast.generators.{module}"), kind)
     return found, model_id
 
 

@@ -15,7 +15,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from oneshot_fast.embedded.pipeline import model_path
-from oneshot_fast.errors import ModelError
+from oneshot_fast.errors import ModelError, require
 from oneshot_fast.generators.adapters import write_adapter
 from oneshot_fast.generators.base import (
     Conditioning,
@@ -202,7 +202,9 @@ class PipelineGenerator(Generator):
         return self.latent_factor * self.patch
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        factor = self.latent_factor
+        factor, of = self.latent_factor, self.size_multiple
+        fits = height > 0 and width > 0 and height % of == width % of == 0
+        require(fits, f"a size of {width} x {height} pixels is not in multiples of {of}")
         return self.pipe.vae.config.latent_channels, height // factor, width // factor
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:

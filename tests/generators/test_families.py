@@ -89,6 +89,8 @@ def test_one_step_equals_the_pipeline_with_every_scheduler(name: str) -> None:
         expected = called(pipe, eps)
         assert expected.std() > 0.05
         torch.testing.assert_close(made(generator, eps), expected, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match=r"pixels is not in multiples of \d+$"):
+        generator.latent_shape(side, side + generator.size_multiple // 2)
     conditioning, blank = generator.encode_prompts(PROMPTS), generator.blank_prompts(2)
     for key, value in blank.tensors().items():
         assert value.shape == conditioning.tensors()[key].shape
