@@ -31,6 +31,10 @@ class SearchOptions:
     lr: float | Literal["auto"] = "auto"
     """Step size: radians by which a step turns the noise, where auto finds it while searching; of
     SGD its own, where auto is ReNO's 5."""
+    lr_unit: Literal["radians", "matrix"] = "radians"
+    """matrix: lr is that of Adam on the elements of a rotation's matrix, as usual workflows give it
+    (--rotation_optimizer raw_adam); radians are 2 sqrt(D - 1) times that, with patches of D
+    elements: 5e-4 and D = 16 are 0.0039 radians."""
     max_angle: float | None = None
     """Keep the noise within so many radians of its base noise; uncorrelated noises are pi/2 apart.
     For rotations, the RMS of the angles by which they turn."""
@@ -86,6 +90,11 @@ class SearchOptions:
         return 0 if self.mover is None else self.steps
 
     @property
+    def turns_a_matrix(self) -> bool:
+        """Whether Adam moves the elements of a matrix whose exponential rotates."""
+        return self.mover == "rotation" and self.rotation_optimizer == "raw_adam"
+
+    @property
     def norm_weight(self) -> float:
         """Weight of the prior on the norm."""
         if self.prior_weight is None:
@@ -119,6 +128,11 @@ class SearchOptions:
             ("stop_improvement", 0 <= self.stop_improvement < 1, "give a number from 0 to below 1"),
         ):
             require(fits, f"{name} is {getattr(self, name)}; {advice}")
+        require(
+            self.lr_unit == "radians" or (self.turns_a_matrix and lr != "auto"),
+            "lr_unit matrix is for the method rotation with rotation_optimizer raw_adam, and needs "
+            "a number as lr",
+        )
         for name, value in vars(self).items():
             require(
                 not name.endswith("_weight") or 0 <= (value or 0) < math.inf,

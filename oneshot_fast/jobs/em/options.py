@@ -63,6 +63,9 @@ class EmOptions:
     """E-step: gradient steps per target."""
     assign_lr: float | Literal["auto"] = "auto"
     """E-step: radians by which a gradient step turns the noise; auto: found on the way."""
+    assign_lr_unit: Literal["radians", "matrix"] = "radians"
+    """E-step: matrix takes assign_lr as Adam's on the elements of a rotation's matrix, see assign
+    --help."""
     max_angle: float | None = 0.6
     """E-step: keep noises within so many radians of their random base noises (None: anywhere). A
     noise that is pushed far is rare under the Gaussian, and what is learnt there does not reach

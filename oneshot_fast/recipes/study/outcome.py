@@ -99,7 +99,8 @@ def _rotation(setting: Setting, folder: Path) -> tuple[Generator, dict[str, Any]
     changes = {
         "assign_method": "rotation",
         "rotation_optimizer": "raw_adam",
-        "assign_lr": recipe.usual_step,
+        "assign_lr": 5e-4,
+        "assign_lr_unit": "matrix",
         "patch_size": recipe.patch_size,
         "max_angle": None,
     }

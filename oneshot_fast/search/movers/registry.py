@@ -15,8 +15,10 @@ from oneshot_fast.search.options import CHOICES, SearchOptions
 
 
 def _rotation(options: SearchOptions) -> Mover:
-    kind = RawRotation if options.rotation_optimizer == "raw_adam" else Rotation
-    return kind(options.patch_size, options.rotation_groups, options.max_angle)
+    given = options.patch_size, options.rotation_groups, options.max_angle
+    if options.rotation_optimizer == "raw_adam":
+        return RawRotation(*given, in_radians=options.lr_unit == "radians")
+    return Rotation(*given)
 
 
 def _sphere(options: SearchOptions, white: bool = False) -> Mover:

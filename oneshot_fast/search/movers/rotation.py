@@ -55,6 +55,17 @@ class RawRotation(Rotation):
     Source of the parametrisation: Lezcano-Casado and Martinez-Rubio 2019 (arXiv 1901.08428).
     """
 
+    def __init__(
+        self,
+        patch_size: int,
+        groups: int = 1,
+        max_angle: float | None = None,
+        in_radians: bool = True,
+    ) -> None:
+        """As ``Rotation``; steps are in radians, or in elements of a."""
+        super().__init__(patch_size, groups, max_angle)
+        self.in_radians = in_radians
+
     def start(self, eps: Tensor, at: Tensor | None = None) -> State:
         return adam.at_rest(torch.zeros_like(super().start(eps, at)["point"]))
 
@@ -65,10 +76,11 @@ class RawRotation(Rotation):
         return ops.skew_exp(point)
 
     def move(self, state: State, eps: Tensor, grad: Tensor, step: Tensor, rate: Tensor) -> State:
-        """A step of Adam; a - a^T moves by twice the elements of a."""
+        """A step of Adam; a - a^T moves by twice the elements of a, of which a row has D - 1."""
         found = adam.moments(state, grad, step)
-        D = grad.shape[-1]
-        lr = adam.per_row(rate, grad) / (2 * max(1, D - 1) ** 0.5)
+        D, lr = grad.shape[-1], adam.per_row(rate, grad)
+        if self.in_radians:
+            lr = lr / (2 * max(1, D - 1) ** 0.5)
         a = state["point"] - lr * adam.direction(found, step)
         if self.max_angle is not None:
             angle = torch.linalg.matrix_norm(a - a.mT)[..., None, None] / D**0.5
