@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oneshot_fast.errors import UserError
+from oneshot_fast.generators.lora_files import Adapter
 from oneshot_fast.runtime.files import write_folder
 
 # the attention projections that diffusers' own training scripts adapt
@@ -16,7 +17,9 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 _KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
-def add_adapter(denoiser: Any, rank: int, alpha: float | None, seed: int = 0) -> None:
+def add_adapter(
+    denoiser: Any, rank: int, alpha: float | None, seed: int = 0, start: Adapter | None = None
+) -> None:
     """Put a float32 adapter, the only trained part, on the attention projections of ``denoiser``.
 
     Its output is alpha / rank * B(A(x)); A is Gaussian and B zero, so that it begins as nothing.
@@ -26,6 +29,7 @@ def add_adapter(denoiser: Any, rank: int, alpha: float | None, seed: int = 0) ->
         rank: Rows of A.
         alpha: Its scale; None takes ``rank``.
         seed: Of A.
+        start: Instead: an adapter to go on with, on the modules that it adapts.
 
     Raises:
         UserError: If the module takes no adapter.
@@ -41,14 +45,19 @@ def add_adapter(denoiser: Any, rank: int, alpha: float | None, seed: int = 0) ->
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        denoiser.add_adapter(config)
+        denoiser.add_adapter(config if start is None else start.config)
     cast_training_params(denoiser, torch.float32)
+    if start is not None:
+        parameters = dict(denoiser.named_parameters())
+        with torch.no_grad():
+            for name, value in start.weights.items():
+                parameters[name].copy_(value)
 
 
 def write_adapter(
     part: str,
     weights: Mapping[str, Tensor],
-    scale: float,
+    scales: Mapping[str, float],
     folder: Path,
     kohya_name: Callable[[str], str] | None = None,
 ) -> None:
@@ -57,16 +66,16 @@ def write_adapter(
     Args:
         part: Name of the pipeline's network that it adapts.
         weights: The adapter's weights, by peft's names in the network.
-        scale: Factor of B A, alpha / rank. A file in peft's names has it in B: what else it may lie
-            in, peft's and ours, not all read.
+        scales: Factor of B A, alpha / rank, of every module. A file in peft's names has it in B:
+            what else it may lie in, peft's and ours, not all read.
         folder: Where pytorch_lora_weights.safetensors is written.
-        kohya_name: Names an adapted module for kohya's format, which has ``scale`` in a tensor
+        kohya_name: Names an adapted module for kohya's format, which has the scale in a tensor
             ``alpha``; None writes peft's names.
     """
     named: dict[str, Tensor] = {}
     for key, value in sorted(weights.items()):
         module, kind = key.removesuffix(".default.weight").rsplit(".", 1)
-        value = value.detach().cpu()
+        value, scale = value.detach().cpu(), scales[module]
         if kohya_name is None:
             value = value * scale if kind == "lora_B" and scale != 1 else value
             named[f"{part}.{module}.{kind}.weight"] = value.contiguous()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from oneshot_fast.data.images import to_pil
 from oneshot_fast.data.prompts import warn_of_cut
 from oneshot_fast.errors import UserError, require
+from oneshot_fast.generators.lora_files import Adapter, LoraFile
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
 Recomputed = Literal["none", "rewards", "full"]
@@ -89,6 +90,7 @@ class LoadOptions:
     model_config: str | None = None  # for a single file: folder or hub id with the configs
     local_files_only: bool = False  # never ask the hub
     timestep: float | None = None  # where the one step begins, if not at the noisiest timestep
+    lora: tuple[LoraFile, ...] = ()  # merged into the weights
 
 
 def unit_rgb(raw: Tensor) -> Tensor:
@@ -120,6 +122,8 @@ class Generator(ABC):
     autocast: torch.dtype | None = None  # of the arithmetic, over float32 weights
     is_compiled: bool = False  # then each batch size costs a compilation
     prompt_tokens: int = 77  # that the model reads, both ends included
+    takes_lora: bool = False  # whether ``load`` merges those that it is given
+    lora: tuple[LoraFile, ...] = ()  # merged when it was loaded
     _told: frozenset[str] = frozenset()  # prompts that were warned of
 
     @classmethod
@@ -333,6 +337,14 @@ class Generator(ABC):
         """
         raise UserError("this model takes no adapter; leave --lora_rank out")
 
+    def read_adapter(self, path: Path) -> Adapter:
+        """The denoiser's adapter in a LoRA file, to go on training it.
+
+        Raises:
+            UserError: If it is damaged, not for this model, or not for its denoiser alone.
+        """
+        raise UserError("this model takes no adapter; leave --lora_from out")
+
     @abstractmethod
     def fingerprint(self) -> str:
         """16 hex digits that change when what the model makes changes."""
@@ -340,4 +352,5 @@ class Generator(ABC):
     def settings(self, resolution: int) -> dict[str, Any]:
         """What the result of a run with images of this side depends on, seed and options aside."""
         model, device = self.fingerprint(), self.device.type
-        return {"resolution": resolution, "model": model, "device": device}
+        merged = {"lora": [lora.settings for lora in self.lora]} if self.lora else {}
+        return {"resolution": resolution, "model": model, "device": device, **merged}

@@ -77,6 +77,8 @@ def load_generator(
     """
     options = LoadOptions(_usable_device(device or _default_device()), dtype, **more)
     family, source = find_family(str(model_id), options)
+    if options.lora and not family.takes_lora:
+        raise ModelError(f"model {model_id} takes no LoRA; leave --lora out")
     return family.load(source, options)
 
 

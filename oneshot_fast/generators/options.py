@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from tyro.conf import UseAppendAction
+
 from oneshot_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +25,10 @@ class ModelOptions:
     timestep: float | None = None
     """Timestep at which the one step begins, for a model that was distilled for another than the
     noisiest (DMD2: 399, Hyper-SD's UNet: 800); known ones are recognised by their names."""
+    lora: UseAppendAction[tuple[str, ...]] = ()
+    """FILE or FILE:WEIGHT of a LoRA for this model (.safetensors of diffusers, peft or kohya's
+    scripts, or a folder that holds one), added to the weights in their files' type; may be given
+    several times."""
     device: str | None = None
     """cuda, cuda:1, cpu, ...; by default cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -58,6 +64,7 @@ class ModelOptions:
         import transformers
 
         from oneshot_fast.generators.loading import load_generator
+        from oneshot_fast.generators.lora_files import LoraFile
 
         if self.compile_mode != "default" and not self.compile:
             raise UserError("--compile_mode is for --compile; give both")
@@ -72,6 +79,7 @@ class ModelOptions:
             revision=self.revision,
             model_config=self.model_config,
             timestep=self.timestep,
+            lora=tuple(map(LoraFile.parse, self.lora)),
         )
         dtype = None if self.decoder_dtype == "auto" else getattr(torch, self.decoder_dtype)
         tuned = self.decoder_id, dtype, self.decoder_checkpointing, self.decoder_tiling

@@ -33,6 +33,12 @@ from oneshot_fast.generators.decoder import (
     update_digest,
 )  # fmt: skip
 from oneshot_fast.generators.known import DISTILLED, is_base, known_start
+from oneshot_fast.generators.lora_files import (
+    Adapter,
+    Adapters,
+    MergedSource,
+    weights_of,
+)  # fmt: skip
 from oneshot_fast.generators.precision import gradient_scale, scale_gradient, widened
 from oneshot_fast.generators.pretrained import START_FILE, PipelineFolder, open_folder
 from oneshot_fast.generators.single_file import PipelineFile
@@ -50,6 +56,7 @@ class PipelineGenerator(Generator):
     optional: tuple[str, ...] = ()  # those that it may lack
     by_estimate: bool = False  # it decodes the scheduler's estimate, not where the step ends
     prompts_kept = 4096  # encodings in memory
+    takes_lora = True
 
     def __init__(
         self, pipe: Any, autocast: torch.dtype | None = None, start: float | None = None
@@ -82,7 +89,8 @@ class PipelineGenerator(Generator):
         self._cache: EncodingCache | None = None
         self._encoders: dict[tuple[str, ...], str] = {}
         # files of each network, and the type they were loaded in
-        self._sources: dict[str, tuple[PipelineFolder | PipelineFile, torch.dtype]] = {}
+        self._sources: dict[str, tuple[PipelineFolder | PipelineFile | MergedSource, torch.dtype]]
+        self._sources = {}
         self._compiled: Callable[..., Any] | None = None
         self.prompt_tokens = self._tokens_read()
         self._forget()
@@ -107,6 +115,7 @@ class PipelineGenerator(Generator):
         """Load a folder in diffusers layout, a hub id, a .safetensors file, or "tiny"."""
         usual = torch.bfloat16 if options.device.type != "cpu" else torch.float32
         dtype = options.dtype or usual
+        names = [model_id, *(str(lora.path) for lora in options.lora)]
         weights = torch.float32 if options.master_weights else dtype
         try:
             source: PipelineFolder | PipelineFile
@@ -115,16 +124,20 @@ class PipelineGenerator(Generator):
             else:
                 place = str(model_path()) if model_id == "tiny" else model_id
                 source = open_folder(cls, place, options)
-            pipe = source.read(weights)
+            files: PipelineFolder | PipelineFile | MergedSource = source
+            if options.lora:
+                files = MergedSource(source, cls.parts, options.lora)
+            pipe = files.read(weights)
             cls.adapt(pipe, source)
-            start = options.timestep or source.start or _recognised(model_id)
+            start = options.timestep or source.start or _recognised(names)
             generator = cls(pipe, None if weights == dtype else dtype, start)
         except ModelError as error:
-            what = _OF_BASES if is_base([model_id]) else ""
+            what = _OF_BASES if is_base(names) else ""
             raise ModelError(f"cannot use model {model_id}: {error}{what}") from None
-        if is_base([model_id]) and is_main():
+        if is_base(names) and is_main():
             say(f"warning: {model_id}, by its name{_OF_BASES}")
-        generator._sources = dict.fromkeys(generator.networks, (source, weights))
+        generator._sources = dict.fromkeys(generator.networks, (files, weights))
+        generator.lora = options.lora
         for network in generator.networks.values():
             network.to(options.device)
         return generator
@@ -413,9 +426,13 @@ class PipelineGenerator(Generator):
     def save_adapter(
         self, weights: Mapping[str, Tensor], folder: Path, kohya: bool = False
     ) -> None:
-        config = self.denoiser.peft_config["default"]
-        name = self._kohya_name if kohya else None
-        write_adapter(self.parts[0], weights, config.lora_alpha / config.r, folder, name)
+        layers = self.denoiser.named_modules()
+        scales = {k: v.scaling["default"] for k, v in layers if hasattr(v, "scaling")}
+        write_adapter(self.parts[0], weights, scales, folder, self._kohya_name if kohya else None)
+
+    def read_adapter(self, path: Path) -> Adapter:
+        file = weights_of(path, f"--lora_from {path}")
+        return Adapters(self.pipe, self.parts, [file], "--lora_from").trainable(self.parts[0])
 
     def _kohya_name(self, module: str) -> str:
         """Name of one of the denoiser's modules in kohya's format; that of diffusers, mostly."""
@@ -459,12 +476,15 @@ class TransformerGenerator(PipelineGenerator):
 _OF_BASES = f"; a base model makes nothing in one step, a distilled one does, such as {DISTILLED}"
 
 
-def _recognised(model_id: str) -> float | None:
-    """Timestep at which the step of a model that is known by its name begins."""
-    start = known_start([model_id])
-    if start is not None and is_main():
-        say(f"{model_id}: its one step begins at timestep {start:g}, by its name (--timestep)")
-    return start
+def _recognised(names: Sequence[str]) -> float | None:
+    """Timestep at which the step of a model that is known by one of its names begins."""
+    for name in names:
+        start = known_start([name])
+        if start is not None:
+            if is_main():
+                say(f"{name}: its one step begins at timestep {start:g}, by its name (--timestep)")
+            return start
+    return None
 
 
 def _is_rounded(original: nn.Module, loaded: torch.dtype, network: nn.Module) -> bool:

@@ -1,10 +1,14 @@
 """How a training goes: the flags of every command that trains weights."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from oneshot_fast.data.image_refs import file_sha256
 from oneshot_fast.errors import need_package, require
+from oneshot_fast.generators.lora_files import weights_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class TrainOptions:
     to_out) of the denoiser; 0 trains all of its weights."""
     lora_alpha: float | None = None
     """The adapter is scaled by lora_alpha / lora_rank; by default lora_alpha is lora_rank."""
+    lora_from: Path | None = None
+    """Go on training the denoiser's adapter in this LoRA file, of any format that --lora reads,
+    with its rank, alpha and modules. The loss before, and what the preserve losses hold on to, are
+    still those of the model without it."""
     lora_format: Literal["diffusers", "kohya"] = "diffusers"
     """Names in the adapter's file: peft's, which diffusers writes, or kohya's with alpha, which
     ComfyUI and A1111 read, and diffusers, too."""
@@ -97,17 +105,18 @@ class TrainOptions:
             not (self.gradient_checkpointing and self.selective_checkpointing),
             "gradient_checkpointing recomputes all that selective_checkpointing does; give one",
         )
-        if self.lora_rank > 0:
+        adapts = self.lora_rank > 0 or self.lora_from is not None
+        if adapts:
             need_package("peft", "--lora_rank")
         if self.optimizer == "adamw8bit":
             need_package("torchao", "--optimizer adamw8bit")
         require(self.lora_rank >= 0, "lora_rank must not be negative; 0 trains all weights")
         require(
-            self.lora_alpha is None or (self.lora_rank > 0 and 0 < self.lora_alpha < math.inf),
+            self.lora_alpha is None or (adapts and 0 < self.lora_alpha < math.inf),
             "lora_alpha must be positive, and needs --lora_rank",
         )
         require(
-            self.weights_dtype == "float32" or self.optimizer == "adamw8bit" or self.lora_rank > 0,
+            self.weights_dtype == "float32" or self.optimizer == "adamw8bit" or adapts,
             "weights_dtype bfloat16 needs stochastic rounding; add --optimizer adamw8bit",
         )
         require(
@@ -115,6 +124,15 @@ class TrainOptions:
             "optimizer_in_backward keeps no gradient to add to; leave it or "
             "gradient_accumulation_steps out",
         )
+
+    def settings(self) -> dict[str, Any]:
+        """What a run notes of them, as JSON values."""
+        noted = dataclasses.asdict(self)
+        path = noted.pop("lora_from")
+        if path is None:
+            return noted
+        file = weights_of(path, f"--lora_from {path}")
+        return {**noted, "lora_from": file_sha256(file)}
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ What it learns from is said by a subclass, as the runs of jobs/sft: matched pair
 """
 
 import contextlib
+import dataclasses
 import math
 import re
 import time
@@ -101,6 +102,7 @@ class TrainingRun(ABC):
             generator.autocast != torch.float16,
             "float16 loses small gradients; train with --dtype bfloat16 or float32",
         )
+        options = _going_on(options, generator)
         self.generator, self.resolution, self.folder = generator, resolution, Path(folder)
         self.options, self.seed, self.save_minutes = options, seed, save_minutes
         self.trainees: dict[str, Trainee] = {STUDENT: generator}
@@ -330,3 +332,17 @@ class TrainingRun(ABC):
         generator.keep_prompts(sorted(needed))
         with offloaded(generator, keep_decoder=self.decodes):
             yield
+
+
+def _going_on(options: TrainOptions, generator: Generator) -> TrainOptions:
+    """Options with rank and alpha of the adapter that a training goes on with."""
+    if options.lora_from is None:
+        return options
+    start = generator.read_adapter(options.lora_from)
+    for name, given in (("rank", options.lora_rank or None), ("alpha", options.lora_alpha)):
+        found = getattr(start, name)
+        require(
+            given in (None, found),
+            f"--lora_from {options.lora_from} has {name} {found:g}; leave --lora_{name} out",
+        )
+    return dataclasses.replace(options, lora_rank=start.rank, lora_alpha=start.alpha)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.adapters import add_adapter
+from oneshot_fast.generators.lora_files import Adapter
 from oneshot_fast.runtime.processes import all_reduce, processes
 from oneshot_fast.runtime.seeds import derived_seed
 from oneshot_fast.training.batch import Batch
@@ -48,6 +49,9 @@ class Trainee(Protocol):
     ) -> None:
         """Write an adapter of ``module``, by its weights' names there, atomically."""
 
+    def read_adapter(self, path: Path) -> Adapter:
+        """The adapter of ``module`` in a LoRA file, to go on training it."""
+
     def fingerprint(self) -> str:
         """Changes when anything changes that results depend on."""
 
@@ -81,7 +85,9 @@ class Trainer:
         self.originals = trainee.originals() if options.lora_rank else {}
         module.to(getattr(torch, options.weights_dtype)).requires_grad_(not options.lora_rank)
         if options.lora_rank:
-            add_adapter(module, options.lora_rank, options.lora_alpha, derived_seed(seed, "lora"))
+            start = trainee.read_adapter(options.lora_from) if options.lora_from else None
+            drawn = derived_seed(seed, "lora")
+            add_adapter(module, options.lora_rank, options.lora_alpha, drawn, start)
         checkpoint_activations(module, options)
         self.parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self.optimizer = WeightOptimizer(self.parameters, options, steps, seed)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import random
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +250,7 @@ def test_equal_adapters_are_equal_files(tmp_path: Path) -> None:
         add_adapter(network, 4, None)
         weights = [(k, p) for k, p in network.named_parameters() if ".lora_" in k]
         random.Random(name).shuffle(weights)
-        write_adapter("unet", dict(weights), 1.0, tmp_path / name)
+        write_adapter("unet", dict(weights), defaultdict(lambda: 1.0), tmp_path / name)
     files = [(tmp_path / name / LORA_FILE).read_bytes() for name in ("1", "2")]
     assert files[0] == files[1]
 
@@ -262,6 +264,36 @@ def test_an_average_of_the_adapter_and_a_second_training_go_on(
     second = SftRun(generator, pairs, tmp_path / "2", options).run()
     assert second["matched_loss_before"] == pytest.approx(first["matched_loss_after"], rel=1e-4)
     assert json.loads((tmp_path / "2" / "summary.json").read_text())["steps"] == 2
+
+
+def test_a_training_goes_on_with_an_adapter(assigned: Path, tmp_path: Path) -> None:
+    train(assigned, tmp_path / "1", lora_alpha=2.0, lora_format="kohya", epochs=1)
+    path, pairs = tmp_path / "1" / "lora-final", read_manifest(assigned / "manifest.jsonl")[0]
+    options = SftOptions(lora_from=path, lr=5e-3, preserve_pool_size=4, epochs=1)
+    generator = load_generator("tiny", master_weights=True)
+    for wrong in ({"lora_rank": 8}, {"lora_alpha": 3.0}):
+        with pytest.raises(UserError, match=f"lora-final has .* leave --{next(iter(wrong))} out"):
+            SftRun(generator, pairs, tmp_path, replace(options, **wrong))
+    run = SftRun(generator, pairs, tmp_path / "2", options)
+    assert (run.options.lora_rank, run.options.lora_alpha) == (4, 2.0)
+    assert "trained parameters" in str(run.plan())
+    start = generator.read_adapter(path)
+    second = run.run()
+    noted = second["settings"]
+    assert len(noted["lora_from"]) == 64 and noted["lora_rank"] == 4
+    end = load_file(tmp_path / "2" / "lora-final" / LORA_FILE)
+    assert len(end) == len(start.weights)
+    for name, value in start.weights.items():
+        scale = 0.5 if "lora_B" in name else 1.0  # this file's format has the scale in B
+        change = end[f"unet.{name.replace('.default', '')}"] - scale * value
+        assert 0 < change.abs().max() < 0.05
+    losses = [json.loads((tmp_path / k / "history.jsonl").read_text())["matching"] for k in "12"]
+    assert losses[1] < 0.98 * losses[0]
+    base, final = load_generator("tiny"), load_generator(tmp_path / "2" / "checkpoint-final")
+    pipe = StableDiffusionXLPipeline.from_pretrained(model_path(), dtype=torch.float32)
+    pipe.load_lora_weights(tmp_path / "2" / "lora-final")
+    theirs = make(SdxlGenerator(pipe)) - make(base)
+    torch.testing.assert_close(make(final) - make(base), theirs, rtol=1e-2, atol=2e-3)
 
 
 def test_the_adapters_of_all_cycles_make_the_final_generator(

@@ -1,5 +1,6 @@
 """What a training will need, from a few timed passes; writes nothing."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from oneshot_fast.generators.adapters import add_adapter
 from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.lora_files import Adapter
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.planning import memory
 from oneshot_fast.planning.timing import Plan, shortest
@@ -80,8 +82,9 @@ def training_memory(
     What an allocator wastes and what libraries of the device take for themselves is not in it. With
     ``offloads`` what only encodes is off the device.
     """
+    start = None if options.lora_from is None else generator.read_adapter(options.lora_from)
     with memory.fake_copy(generator) as fake:
-        trained = _prepare(fake.denoiser, options)
+        trained = _prepare(fake.denoiser, options, start)
         batch = training_batch(fake, options, resolution, by_reward)
         rewards = None if by_reward is None else memory.fake_rewards(*by_reward, fake)
         networks = fake.networks | ({} if rewards is None else rewards.by_name)
@@ -142,13 +145,16 @@ def _drop_gradients(parameters: Iterable[nn.Parameter]) -> list[RemovableHandle]
     ]
 
 
-def _prepare(denoiser: nn.Module, options: SftOptions) -> list[nn.Parameter]:
+def _prepare(
+    denoiser: nn.Module, options: SftOptions, start: Adapter | None = None
+) -> list[nn.Parameter]:
     """Make ``denoiser`` as the training makes it; returns what is trained."""
     dtype, rank = getattr(torch, options.weights_dtype), options.lora_rank
     denoiser.requires_grad_(not rank)
     if rank:
         with unset_fake_temporarily():
-            add_adapter(denoiser, rank, options.lora_alpha)
+            adapter = None if start is None else dataclasses.replace(start, weights={})
+            add_adapter(denoiser, rank, options.lora_alpha, start=adapter)
     # Module.to swaps tensors, which fake ones do not allow; peft's adapter is real until here
     for module in denoiser.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -6,7 +6,6 @@ diversity and independent judges are measured at every epoch. The loss and its s
 training/losses/reward.py.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ class RewardRun(TrainingRun):
     """
 
     outputs = (*TrainingRun.outputs, "eval", "curves.png")
+    options: SftOptions
 
     def __init__(
         self,
@@ -88,7 +88,6 @@ class RewardRun(TrainingRun):
         require(not options.caption_dropout, "rewards need prompts; leave caption_dropout out")
         require(images_per_prompt >= 1, "images_per_prompt must be at least 1")
         require(eval_samples >= 10, "eval_samples must be at least 10")
-        self.options: SftOptions = options
         self.prompts, self.rewards, self.judge, self.names = prompts, rewards, judge, list(names)
         self.images_per_prompt, self.eval_samples = images_per_prompt, eval_samples
         self._examples = [prompt for prompt in prompts for _ in range(images_per_prompt)]
@@ -97,7 +96,7 @@ class RewardRun(TrainingRun):
         return {
             "command": "sft",
             "rewards": self.names,
-            **dataclasses.asdict(self.options),
+            **self.options.settings(),
             "seed": self.seed,
             **self.generator.settings(self.resolution),
             "images_per_prompt": self.images_per_prompt,

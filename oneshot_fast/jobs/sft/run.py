@@ -1,6 +1,5 @@
 """The M-step on one manifest of matched pairs."""
 
-import dataclasses
 import math
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ class SftRun(TrainingRun):
     """
 
     outputs = (*TrainingRun.outputs, CAPTIONS)
+    options: SftOptions
 
     def __init__(
         self,
@@ -73,7 +73,6 @@ class SftRun(TrainingRun):
         super().__init__(
             generator, loss or options.loss(), targets.resolution, folder, options, **more
         )
-        self.options: SftOptions = options
         self.pairs, self.targets, self.failures = pairs, targets, failures
         self._own_loss = None if loss is None else type(loss).__qualname__
         self._examples: Examples | None = None
@@ -90,7 +89,7 @@ class SftRun(TrainingRun):
 
         return {
             "command": "sft",
-            **dataclasses.asdict(self.options),
+            **self.options.settings(),
             **({"loss": self._own_loss} if self._own_loss else {}),
             "seed": self.seed,
             **self.generator.settings(self.resolution),
