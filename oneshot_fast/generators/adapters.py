@@ -89,13 +89,16 @@ def write_adapter(
 
 
 @torch.no_grad()
-def merge_adapter(denoiser: Any, originals: Mapping[str, Tensor]) -> None:
+def merge_adapter(
+    denoiser: Any, originals: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> None:
     """Take the adapter off, and put weights with it merged in on the CPU.
 
     Args:
         denoiser: A network of diffusers with an adapter.
         originals: Its weights before it was adapted, by name, and before they were rounded. The sum
             is formed in float32 and rounded once, to their type.
+        dtype: Instead of their type.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -106,5 +109,5 @@ def merge_adapter(denoiser: Any, originals: Mapping[str, Tensor]) -> None:
     for name, parameter in denoiser.named_parameters():
         value = originals[name]
         if name in added:
-            value = (value.float() + added[name].float()).to(value.dtype)
-        parameter.data = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            value = (value.float() + added[name].float()).to(dtype or value.dtype)
+        parameter.data = torch.empty_like(parameter, dtype=dtype or value.dtype).copy_(value)

@@ -317,6 +317,15 @@ class Generator(ABC):
     def save(self, folder: Path) -> None:
         """Write the whole model to ``folder``, atomically."""
 
+    @property
+    def save_dtype(self) -> torch.dtype | None:
+        """Type that the denoiser's weights are saved in; None: that of its files."""
+        return None
+
+    @save_dtype.setter
+    def save_dtype(self, dtype: torch.dtype | None) -> None:
+        require(dtype is None, "this model is saved as it is; leave --save_dtype out")
+
     @abstractmethod
     def load_weights(self, folder: Path) -> None:
         """Take over the denoiser's weights from a folder of ``save``."""

@@ -57,6 +57,7 @@ class PipelineGenerator(Generator):
     by_estimate: bool = False  # it decodes the scheduler's estimate, not where the step ends
     prompts_kept = 4096  # encodings in memory
     takes_lora = True
+    save_dtype: torch.dtype | None = None  # type: ignore[assignment]
 
     def __init__(
         self, pipe: Any, autocast: torch.dtype | None = None, start: float | None = None
@@ -381,12 +382,21 @@ class PipelineGenerator(Generator):
         return parts
 
     def save(self, folder: Path) -> None:
-        """As a complete diffusers pipeline (safetensors)."""
+        """As a complete diffusers pipeline (safetensors), each network in the type of its files."""
         # Tokenizers save how they were called last: a call makes equal files of equal models.
         self._encode_prompt("")
         whole = copy.copy(self.pipe)
         for name, network in self._as_stored(*[*self.networks][1:]).items():
             setattr(whole, name, network)
+        part, denoiser = self.parts[0], self.denoiser
+        dtype = self.save_dtype
+        if dtype is None and part in self._sources:
+            dtype = self._sources[part][0].stored[part]
+        if dtype not in (None, denoiser.dtype):
+            rounded = {
+                id(p): nn.Parameter(p.detach().to("cpu", dtype)) for p in denoiser.parameters()
+            }
+            setattr(whole, part, copy.deepcopy(denoiser, rounded))
         with write_folder(folder) as temporary:
             whole.save_pretrained(temporary, safe_serialization=True)
             if self.start is not None:

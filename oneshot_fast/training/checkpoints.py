@@ -67,7 +67,7 @@ class Checkpoints:
                 _save_adapter(trainer, final, self._folder / "lora-final")
             trainer.load_weights(final)
             # where there is room for the exact weights, which a GPU may not have
-            merge_adapter(module, trainer.originals)
+            merge_adapter(module, trainer.originals, trainee.save_dtype)
         else:
             if is_main():
                 trainer.load_weights(trainer.best)
@@ -76,9 +76,8 @@ class Checkpoints:
         if is_main():
             trainee.save(self._folder / "checkpoint-final")
         module.requires_grad_(False).to(home, trainer.initial_dtype)
-        if trainer.options.lora_rank:  # the next adapter adds to the weights in these files
-            barrier()
-            trainee.load_weights(self._folder / "checkpoint-final")
+        barrier()  # what follows goes on with the weights in these files, as a resumed run does
+        trainee.load_weights(self._folder / "checkpoint-final")
 
 
 def _save_adapter(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path) -> None:

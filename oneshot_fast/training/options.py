@@ -66,6 +66,9 @@ class TrainOptions:
     lora_format: Literal["diffusers", "kohya"] = "diffusers"
     """Names in the adapter's file: peft's, which diffusers writes, or kohya's with alpha, which
     ComfyUI and A1111 read, and diffusers, too."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the trained weights in checkpoints; auto: as the model's files have them. All else of
+    a checkpoint is as it came."""
     use_ema: bool = False
     """End with an exponential moving average of the weights."""
     ema_decay: float = 0.9999

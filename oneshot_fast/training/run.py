@@ -103,6 +103,8 @@ class TrainingRun(ABC):
             "float16 loses small gradients; train with --dtype bfloat16 or float32",
         )
         options = _going_on(options, generator)
+        dtype = options.save_dtype
+        generator.save_dtype = None if dtype == "auto" else getattr(torch, dtype)
         self.generator, self.resolution, self.folder = generator, resolution, Path(folder)
         self.options, self.seed, self.save_minutes = options, seed, save_minutes
         self.trainees: dict[str, Trainee] = {STUDENT: generator}

@@ -35,6 +35,10 @@ class Trainee(Protocol):
     def module(self) -> nn.Module:
         """Whose weights are trained."""
 
+    @property
+    def save_dtype(self) -> torch.dtype | None:
+        """Type of the weights that ``save`` writes; None: that of their files."""
+
     def save(self, folder: Path) -> None:
         """Write everything that ``load_weights``, or a user, needs, atomically."""
 

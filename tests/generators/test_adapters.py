@@ -187,13 +187,20 @@ def test_a_training_of_all_weights_leaves_the_other_parts_as_they_came(
         tmp_path / "half"
     )
     pairs, _ = read_manifest(assigned / "manifest.jsonl")
-    for base, more in (
-        (tmp_path / "half", {"master_weights": True}),
-        (model_path(), {"dtype": torch.bfloat16}),
+    options = SftOptions(epochs=1, preserve_pool_size=4)
+    for base, more, saved in (
+        (tmp_path / "half", {"master_weights": True}, "auto"),
+        (model_path(), {"dtype": torch.bfloat16}, "bfloat16"),
     ):
         generator = load_generator(base, **more)
         run = tmp_path / f"{base.name} run"
-        SftRun(generator, pairs, run, SftOptions(epochs=1, preserve_pool_size=4)).run()
+        SftRun(generator, pairs, run, replace(options, save_dtype=saved)).run()
+        for name in ("checkpoint-best", "checkpoint-final"):
+            kept = load_file(run / name / "unet" / UNET_FILE)
+            expected = torch.float16 if saved == "auto" else torch.bfloat16
+            assert {v.dtype for v in kept.values()} == {expected}
+        held = generator.denoiser.state_dict()  # what goes on is what was saved
+        assert all(torch.equal(held[k], v.to(held[k].dtype)) for k, v in kept.items())
         for part in ("vae", "text_encoder", "text_encoder_2"):
             (old,), (new,) = (
                 (f / part).glob("*.safetensors") for f in (base, run / "checkpoint-final")

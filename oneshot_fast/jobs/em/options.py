@@ -139,6 +139,9 @@ class EmOptions:
         "diffusers"
     )
     """M-step: names in the adapters' files; kohya's for ComfyUI and A1111."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """M-step: type of the trained weights in checkpoints; auto: as the model's files have them. The
+    next cycle goes on with what is saved."""
     train_caption_dropout: Annotated[float, arg(aliases=["--caption_dropout"])] = 0.0
     """M-step: probability, for each pair in each epoch, that the empty prompt replaces its own; the
     E-step keeps all prompts."""
