@@ -57,7 +57,7 @@ class PipelineGenerator(Generator):
     by_estimate: bool = False  # it decodes the scheduler's estimate, not where the step ends
     prompts_kept = 4096  # encodings in memory
     takes_lora = True
-    save_dtype: torch.dtype | None = None  # type: ignore[assignment]
+    save_dtype: torch.dtype | None = None
 
     def __init__(
         self, pipe: Any, autocast: torch.dtype | None = None, start: float | None = None

@@ -25,7 +25,10 @@ from oneshot_fast.errors import UserError
 from oneshot_fast.generators.adapters import TARGETS, add_adapter, write_adapter
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.generators.lora_files import LoraFile
 from oneshot_fast.generators.sdxl import SdxlGenerator
+from oneshot_fast.generators.toy import ToyGenerator
+from oneshot_fast.generators.toy_networks import ToyConfig
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime.seeds import gaussian
@@ -331,3 +334,14 @@ def test_bad_options_are_refused() -> None:
             options.check()
     with pytest.raises(UserError, match="takes no adapter"):
         add_adapter(nn.Linear(2, 2), 4, None)
+
+
+def test_a_small_generator_takes_none_of_it(tmp_path: Path) -> None:
+    toy = ToyGenerator(ToyConfig(("a",), 8, (3, 1, 1)))
+    with pytest.raises(UserError, match="leave --save_dtype out"):
+        toy.save_dtype = torch.float16
+    with pytest.raises(UserError, match="leave --lora_from out"):
+        toy.read_adapter(tmp_path)
+    toy.save(tmp_path / "toy")
+    with pytest.raises(UserError, match="takes no LoRA"):
+        load_generator(tmp_path / "toy", lora=(LoraFile(tmp_path),))
