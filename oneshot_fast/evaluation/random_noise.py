@@ -111,9 +111,8 @@ class RandomNoiseMeasure:
                 are measured, too.
         """
         self.prompts, self.labels = evaluated_prompts(prompts, samples, seed)
-        self.eps = gaussian(
-            [derived_seed(seed, "evaluated noise", k) for k in range(samples)], noise_shape
-        )
+        self.seeds = [derived_seed(seed, "evaluated noise", k) for k in range(samples)]
+        self.eps = gaussian(self.seeds, noise_shape)
         self.classifier, self.features, self.scores = classifier, features, scores
         self.seed = derived_seed(seed, "bootstrap")
         found = list(_features(features, real)) if features and real is not None else []
@@ -208,7 +207,7 @@ class RandomNoiseMeasure:
             for start in range(0, len(self.prompts), _AT_ONCE):
                 part = slice(start, start + _AT_ONCE)
                 prompts = self.prompts[part]
-                encoding = generator.encode_prompts(prompts)
+                encoding = generator.told(prompts, self.seeds[part])
                 latents = generator.latents(self.eps[part].to(generator.device), encoding)
                 full = generator.decode(latents)
                 new = {"latents": latents, "images": shrink(full, 64)}

@@ -27,11 +27,14 @@ class Conditioning:
         embeds: Hidden states of the text encoders, [B, T, E].
         pooled: Pooled embeddings, [B, P]; None for a model without.
         mask: 1 for each token of the prompt, 0 for padding, [B, T]; None if all count.
+        seeds: Of what a sampler of several steps draws after the first noise, [B] int64; None for
+            one that draws nothing.
     """
 
     embeds: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
+    seeds: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, [B, ...]; ``dataclasses.replace`` puts others in their place."""
@@ -203,6 +206,15 @@ class Generator(ABC):
         A row never depends on its neighbours.
         """
 
+    def told(self, prompts: Sequence[str], seeds: Sequence[int]) -> Conditioning:
+        """Conditioning of B prompts, for images whose later noises, if any, come of B seeds."""
+        return self.encode_prompts(prompts)
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether the sampler draws noise after the first one."""
+        return False
+
     @abstractmethod
     def blank_prompts(self, count: int) -> Conditioning:
         """Zeros of the shape of ``count`` prompts' conditioning, on torch's default device."""
@@ -266,7 +278,8 @@ class Generator(ABC):
         Args:
             prompts: The texts.
             noise: [B, C, h, w] float32, N(0, 1), such as one that was found; None draws it.
-            seed: Of the noise that is drawn, for images of ``image_size``.
+            seed: Of the noise that is drawn, for images of ``image_size``, and of what a sampler
+                of several steps draws later.
 
         Returns:
             B images, 8-bit RGB.
@@ -274,12 +287,12 @@ class Generator(ABC):
         Raises:
             UserError: If there are not as many noises as prompts.
         """
+        seeds = [derived_seed(seed, k) for k in range(len(prompts))]
         if noise is None:
-            shape = self.noise_shape(self.image_size, self.image_size)
-            noise = gaussian([derived_seed(seed, k) for k in range(len(prompts))], shape)
+            noise = gaussian(seeds, self.noise_shape(self.image_size, self.image_size))
         count = len(prompts)
         require(len(noise) == count, f"expected {count} noises, one per prompt, got {len(noise)}")
-        latents = self.latents(noise.to(self.device), self.encode_prompts(prompts))
+        latents = self.latents(noise.to(self.device), self.told(prompts, seeds))
         return [to_pil(image) for image in self.decode(latents)]
 
     def recompute(self, level: Recomputed) -> None:

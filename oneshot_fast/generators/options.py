@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import UseAppendAction
 
-from oneshot_fast.errors import UserError
+from oneshot_fast.errors import UserError, require
 
 if TYPE_CHECKING:
     from oneshot_fast.generators.base import Generator
@@ -29,6 +29,19 @@ class ModelOptions:
     """FILE or FILE:WEIGHT of a LoRA for this model (.safetensors of diffusers, peft or kohya's
     scripts, or a folder that holds one), added to the weights in their files' type; may be given
     several times."""
+    num_inference_steps: int = 1
+    """Denoising steps, by the pipeline's scheduler; one of Euler, EulerAncestral, LCM, DDIM, DDPM,
+    FlowMatchEuler or our CPS takes several. Noise that it draws in later ones is the same in all
+    runs for the same sample."""
+    guidance_scale: float = 1.0
+    """Several steps: classifier-free guidance; 1: none, as distilled models are used."""
+    backprop_steps: int | None = None
+    """Several steps: differentiate only the last so many evaluations, for less time; gradients pass
+    the others as if their output were given. By default all; each is computed again in the backward
+    pass, for little memory."""
+    cps_eta: float | Literal["ancestral"] | None = None
+    """Several steps: draw fresh noise by coefficients-preserving sampling at the noise levels of
+    the pipeline's scheduler, from 0 (none: Euler) to 1 (all, as LCM does), or ancestral."""
     device: str | None = None
     """cuda, cuda:1, cpu, ...; by default cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -66,6 +79,7 @@ class ModelOptions:
         from oneshot_fast.generators.loading import load_generator
         from oneshot_fast.generators.lora_files import LoraFile
 
+        self._check_steps()
         if self.compile_mode != "default" and not self.compile:
             raise UserError("--compile_mode is for --compile; give both")
         diffusers.utils.logging.disable_progress_bar()
@@ -81,6 +95,19 @@ class ModelOptions:
             timestep=self.timestep,
             lora=tuple(map(LoraFile.parse, self.lora)),
         )
+        if self.num_inference_steps > 1:
+            from oneshot_fast.generators.few_step import FewStepGenerator
+            from oneshot_fast.generators.pipeline import PipelineGenerator
+
+            if not isinstance(generator, PipelineGenerator):
+                raise UserError(f"{model_id} takes one step; leave --num_inference_steps out")
+            generator = FewStepGenerator.over(
+                generator,
+                self.num_inference_steps,
+                guidance_scale=self.guidance_scale,
+                backprop_steps=self.backprop_steps,
+                eta=self.cps_eta,
+            )
         dtype = None if self.decoder_dtype == "auto" else getattr(torch, self.decoder_dtype)
         tuned = self.decoder_id, dtype, self.decoder_checkpointing, self.decoder_tiling
         if any(tuned):
@@ -92,3 +119,21 @@ class ModelOptions:
         if self.compile:
             generator.compile(self.compile_mode)
         return generator
+
+    def _check_steps(self) -> None:
+        count = self.num_inference_steps
+        require(count >= 1, f"num_inference_steps is {count}; give at least 1")
+        for name in ("guidance_scale", "backprop_steps", "cps_eta"):
+            require(
+                count > 1 or getattr(self, name) == getattr(ModelOptions, name),
+                f"--{name} has no effect without --num_inference_steps above 1; give it, too",
+            )
+        require(
+            count == 1 or self.timestep is None,
+            "--timestep is where one step begins; leave it or --num_inference_steps out",
+        )
+        require(
+            count == 1 or self.compile_mode != "reduce-overhead",
+            "CUDA graphs keep the results of one evaluation; leave --compile_mode reduce-overhead "
+            "or --num_inference_steps out",
+        )

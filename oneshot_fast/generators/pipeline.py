@@ -100,6 +100,7 @@ class PipelineGenerator(Generator):
         """Drop the tensors that were made of the networks."""
         self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
         self._constants: dict[object, Tensor] = {}
+        self._blank: Conditioning | None = None  # what guidance leads away from
 
     @classmethod
     def check(cls, pipe: Any) -> None:
@@ -264,6 +265,10 @@ class PipelineGenerator(Generator):
             logger.setLevel(level)
         return tuple(value.cpu() if isinstance(value, Tensor) else value for value in found)
 
+    def _encode_blank(self) -> Conditioning:
+        """That of no prompt, which classifier-free guidance leads away from, on the CPU."""
+        return self._encode_prompt("")
+
     @abstractmethod
     def _arguments(
         self, eps: Tensor, conditioning: Conditioning, dtype: torch.dtype
@@ -330,17 +335,22 @@ class PipelineGenerator(Generator):
         return self.decoder.raw(latents)
 
     def predict(self, eps: Tensor, conditioning: Conditioning) -> Prediction:
-        run, dtype, step = self.denoiser, next(self.denoiser.parameters()).dtype, self.step
+        step = self.step
+        timestep = self._constant(("timestep", eps.device), lambda: step.timestep.to(eps.device))
+        output = self._denoise(eps * step.scale, timestep, conditioning)
+        return Prediction(output, eps * step.skip, step.sigma)
+
+    def _denoise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """The denoiser's output [B, C, h, w] float32 for its input, like it, and a timestep."""
+        run, dtype = self.denoiser, next(self.denoiser.parameters()).dtype
         if self._compiled is not None and torch.is_grad_enabled():
             torch.compiler.cudagraph_mark_step_begin()
             run = self._compiled
-        timestep = self._constant(("timestep", eps.device), lambda: step.timestep.to(eps.device))
-        arguments = self._arguments(eps, conditioning, dtype)
-        s = self._gradient_scale(dtype, eps[0].numel())
-        with computing(eps.device, self.autocast):
-            x = scale_gradient(eps * step.scale, 1 / s).to(dtype)
-            output = self._evaluate(run, x, timestep, arguments)
-        return Prediction(scale_gradient(widened(output), s), eps * step.skip, step.sigma)
+        arguments = self._arguments(x, conditioning, dtype)
+        s = self._gradient_scale(dtype, x[0].numel())
+        with computing(x.device, self.autocast):
+            output = self._evaluate(run, scale_gradient(x, 1 / s).to(dtype), timestep, arguments)
+        return scale_gradient(widened(output), s)
 
     def _constant(self, key: object, make: Callable[[], Tensor]) -> Tensor:
         """What ``make`` gives, made once: each copy to a GPU makes it wait."""

@@ -41,6 +41,11 @@ class SdxlGenerator(UNetGenerator):
         embeds, _, pooled, _ = self._told_by_pipeline(prompt, do_classifier_free_guidance=False)
         return Conditioning(embeds, pooled)
 
+    def _encode_blank(self) -> Conditioning:
+        if self.pipe.config.force_zeros_for_empty_prompt:
+            return self.blank_prompts(1)
+        return super()._encode_blank()
+
     def _arguments(
         self, eps: Tensor, conditioning: Conditioning, dtype: torch.dtype
     ) -> dict[str, Any]:

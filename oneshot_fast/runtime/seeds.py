@@ -13,6 +13,14 @@ def derived_seed(seed: int, *names: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def record_seed(name: str) -> int:
+    """Seed of what a sampler draws after the first noise, for the record with this id.
+
+    In all runs the same, so that a training draws what the assignment drew.
+    """
+    return derived_seed(0, "record", name)
+
+
 def content_id(*values: object) -> str:
     """Sixteen hex digits that change with any of ``values``, for a run's settings."""
     return f"{derived_seed(0, *values):016x}"

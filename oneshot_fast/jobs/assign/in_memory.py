@@ -15,7 +15,7 @@ from oneshot_fast.jobs.assign.features import target_features
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.search import TargetSearch
 from oneshot_fast.jobs.assign.targets import Target
-from oneshot_fast.runtime.seeds import derived_seed, gaussian
+from oneshot_fast.runtime.seeds import derived_seed, gaussian, record_seed
 from oneshot_fast.search.problem import Assignment
 from oneshot_fast.search.solver import in_order, stacked
 
@@ -103,7 +103,7 @@ def assign_noise(
                 "",
                 generator.is_truncated(prompt),
                 eps[k].to(device),
-                generator.encode_prompts([prompt]),
+                generator.told([prompt], [record_seed(str(k))]),
                 generator.encode_image(image).to(device),
                 image if options.pixel_l1_weight else None,
                 None if options.features is None else target_features(image, options.features),

@@ -15,7 +15,7 @@ from oneshot_fast.data.image_refs import file_sha256, image_text
 from oneshot_fast.data.images import MUCH, cut_warning, save_png
 from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.data.sources import Batch, FolderSource, Source, pending
-from oneshot_fast.errors import DataError, RunError
+from oneshot_fast.errors import DataError, RunError, require
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.options import AssignOptions
@@ -84,6 +84,11 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         self.targets = targets or TargetImages(generator, resolution)
         side = self.targets.resolution
         check_fits(options, generator.noise_shape(side, side))
+        require(
+            options.choice != "pool" or not generator.draws_noise,
+            "the noises of a pool serve any target, but this sampler draws others later, for each "
+            "target its own; use --method best_of_n",
+        )
         size = fitting_batch_size(generator, options, side) if batch_size == "auto" else batch_size
         each = options.gradient_steps + 1 + (options.draws if options.choice else 0)
         super().__init__(folder, size, self.source.total, each)

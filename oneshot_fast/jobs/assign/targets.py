@@ -18,7 +18,7 @@ from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.features import target_features
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.runtime.files import mend_jsonl
-from oneshot_fast.runtime.seeds import derived_seed, gaussian
+from oneshot_fast.runtime.seeds import derived_seed, gaussian, record_seed
 from oneshot_fast.search.problem import Problem
 
 
@@ -120,7 +120,7 @@ class Preparer:
             file_sha256(record.image_path),
             generator.is_truncated(record.prompt),
             eps,
-            generator.encode_prompts([record.prompt]),
+            generator.told([record.prompt], [record_seed(record.id)]),
             latent,
             image if options.pixel_l1_weight else None,
             features,

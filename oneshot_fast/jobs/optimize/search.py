@@ -14,7 +14,7 @@ from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.noise.rotation import angles_between
 from oneshot_fast.rewards import WeightedRewards
-from oneshot_fast.runtime.seeds import derived_seed, gaussian
+from oneshot_fast.runtime.seeds import derived_seed, gaussian, record_seed
 from oneshot_fast.search.candidates import best_of_n, drawing
 from oneshot_fast.search.gradient import Search
 from oneshot_fast.search.movers.registry import check_fits
@@ -172,7 +172,8 @@ class RewardSearch:
     def _problem(self, samples: Sequence[Sample]) -> Problem:
         prompts = [sample.prompt for sample in samples]
         eps = self._noises([sample.seed for sample in samples])
-        return Problem(eps, self.generator.encode_prompts(prompts), prompts)
+        later = [record_seed(sample.id) for sample in samples]
+        return Problem(eps, self.generator.told(prompts, later), prompts)
 
     def _seed_of(self, sample: Sample, k: int) -> int:
         """Of candidate ``k``; the first is the base noise."""

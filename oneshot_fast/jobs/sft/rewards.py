@@ -139,7 +139,7 @@ class RewardRun(TrainingRun):
         texts = [self._examples[k] for k in rows]
         seeds = [derived_seed(self.seed, "reward", step, k) for k in rows]
         noise = gaussian(seeds, self.noise_shape).to(self.generator.device)
-        made = Rows(noise, self.generator.encode_prompts(texts), {"texts": texts})
+        made = Rows(noise, self.generator.told(texts, seeds), {"texts": texts})
         return Batch(matching=made, **self.preserved(step))
 
     def after_epoch(self, epoch: int) -> dict[str, Any]:

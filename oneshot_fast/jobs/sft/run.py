@@ -20,7 +20,7 @@ from oneshot_fast.planning.timing import Plan
 from oneshot_fast.runtime.files import read_json, read_jsonl, write_json, write_jsonl
 from oneshot_fast.runtime.folder import list_settings
 from oneshot_fast.runtime.processes import barrier, is_main, map_over_processes
-from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
+from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian, record_seed
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.run import BEGUN, TrainingRun
@@ -164,16 +164,16 @@ class SftRun(TrainingRun):
     def batch(self, rows: list[int], step: int) -> Batch:
         assert self._examples is not None
         generator, pairs = self.generator, [self._examples.pairs[k] for k in rows]
-        noise = self._examples.noises[rows]
+        noise, later = self._examples.noises[rows], [record_seed(pair.id) for pair in pairs]
         if self.options.noise == "random":
-            seeds = [derived_seed(self.seed, "direct", step, pair.id) for pair in pairs]
+            seeds = later = [derived_seed(self.seed, "direct", step, pair.id) for pair in pairs]
             noise = gaussian(seeds, noise.shape[1:])
         extra = {"latents": self._examples.latents[rows].to(generator.device)}
         if self.options.pixel_l1_weight:
             places = [(pair.image_path, pair.resize_mode) for pair in pairs]
             extra["images"] = self.targets.images(places)
         epoch = step // math.ceil(len(self._examples.pairs) / self.options.batch_size)
-        prompts = generator.encode_prompts([self._prompt(pair, epoch) for pair in pairs])
+        prompts = generator.told([self._prompt(pair, epoch) for pair in pairs], later)
         learned = Rows(noise.to(generator.device), prompts, extra)
         return Batch(matching=learned, **self.preserved(step))
 
@@ -199,7 +199,9 @@ class SftRun(TrainingRun):
 
         def losses(k: int) -> torch.Tensor:
             part = slice(rows * k, rows * (k + 1))
-            prompts = generator.encode_prompts([pair.prompt for pair in examples.pairs[part]])
+            pairs = examples.pairs[part]
+            later = [record_seed(pair.id) for pair in pairs]
+            prompts = generator.told([pair.prompt for pair in pairs], later)
             made = generator.predict(examples.noises[part].to(generator.device), prompts)
             target = examples.latents[part].to(generator.device)
             return ops.latent_mse(made.output, made.x, target, made.sigma).cpu()

@@ -77,7 +77,7 @@ class PreservePool:
         def compute(k: int) -> Tensor:
             part = slice(_ROWS * k, _ROWS * (k + 1))
             eps = gaussian(seeds[part], shape).to(generator.device)
-            return generator.latents(eps, generator.encode_prompts(pool_prompts[part])).cpu()
+            return generator.latents(eps, generator.told(pool_prompts[part], seeds[part])).cpu()
 
         made = torch.cat(map_over_processes(compute, math.ceil(size / _ROWS)))
         if is_main():
@@ -89,7 +89,8 @@ class PreservePool:
         """``count`` different noises for ``Preserve``, or all if there are fewer, on its device."""
         draw = torch.Generator().manual_seed(seed)
         drawn = torch.randperm(len(self.seeds), generator=draw)[:count].tolist()
-        noise = gaussian([self.seeds[k] for k in drawn], self.noise_shape)
-        prompts = generator.encode_prompts([self.prompts[k] for k in drawn])
+        seeds = [self.seeds[k] for k in drawn]
+        noise = gaussian(seeds, self.noise_shape)
+        prompts = generator.told([self.prompts[k] for k in drawn], seeds)
         extra = {"latents": self.latents[drawn].to(generator.device)}
         return Rows(noise.to(generator.device), prompts, extra)

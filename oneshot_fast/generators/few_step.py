@@ -1,0 +1,331 @@
+"""Several denoising steps instead of one: the sampler of the pipeline's scheduler, differentiably.
+
+Each step of it is linear in its sample x, the network's output and fresh noise z in N(0, 1):
+
+    x0 = skip x - sigma output(scale x),   x' = keep x + change output + noise z
+
+and these numbers are found by asking the scheduler itself, so that all is as ``pipe(...)`` has it.
+"""
+
+import copy
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.checkpoint import checkpoint
+
+from oneshot_fast.errors import ModelError, UserError, refused, require
+from oneshot_fast.generators.base import Conditioning, Prediction
+from oneshot_fast.generators.pipeline import PipelineGenerator
+from oneshot_fast.generators.schedulers import CPSEulerScheduler, CPSScheduler, Eta
+from oneshot_fast.runtime.seeds import derived_seed, gaussian
+
+# schedulers whose steps are of this form, and know nothing of the steps before
+_KNOWN = (
+    EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+    LCMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+
+
+@dataclass(frozen=True)
+class SamplerStep:
+    """One step of a sampler; see the formula above. The first one takes N(0, 1) noise as x.
+
+    Attributes:
+        timestep: Training timestep that the denoiser is evaluated at.
+        scale: Factor from x to the denoiser's input.
+        skip: Factor of x in the estimate of the clean latents.
+        sigma: Factor of the output in it, with a minus.
+        keep: Factor of x in the next sample.
+        change: Factor of the output in it.
+        noise: Factor of the fresh noise in it.
+    """
+
+    timestep: Tensor
+    scale: float
+    skip: float
+    sigma: float
+    keep: float
+    change: float
+    noise: float
+
+
+def sampler_steps(scheduler: Any, count: int, **how: Any) -> list[SamplerStep]:
+    """The steps of ``pipe(num_inference_steps=count)``.
+
+    Args:
+        scheduler: Of diffusers; it stays as it is.
+        count: Number of steps.
+        **how: Also given to ``set_timesteps``.
+
+    Raises:
+        ModelError: If its steps are not of the form above.
+    """
+    name = type(scheduler).__name__
+    if not isinstance(scheduler, _KNOWN):
+        known = ", ".join(kind.__name__ for kind in _KNOWN)
+        raise ModelError(f"the scheduler is {name}; several steps are taken by {known}")
+    for key in ("clip_sample", "thresholding"):
+        if scheduler.config.get(key):
+            raise ModelError(f'the scheduler is {name} with "{key}", which is not linear')
+    scheduler = copy.deepcopy(scheduler)
+    with refused(ModelError, f"the scheduler is {name}: "):
+        scheduler.set_timesteps(count, **how)
+    if len(scheduler.timesteps) != count:
+        raise ModelError(f"the scheduler is {name}, which evaluates more than once a step")
+    steps = [_sampler_step(scheduler, k) for k in range(count)]
+    init, first = float(getattr(scheduler, "init_noise_sigma", 1.0)), steps[0]
+    steps[0] = replace(
+        first, scale=init * first.scale, skip=init * first.skip, keep=init * first.keep
+    )
+    return steps
+
+
+def _sampler_step(scheduler: Any, index: int) -> SamplerStep:
+    timestep = scheduler.timesteps[index]
+
+    def ask(x: float, output: float) -> tuple[Any, float]:
+        """What the scheduler makes of numbers, and its input to the denoiser."""
+        asked, shape = copy.deepcopy(scheduler), (1, 1, 1, 1)
+        asked.set_begin_index(index) if hasattr(asked, "set_begin_index") else None
+        given = torch.full(shape, float(x))
+        scaled = given
+        if hasattr(asked, "scale_model_input"):
+            scaled = asked.scale_model_input(given, timestep)
+        draw = torch.Generator().manual_seed(0)
+        found = asked.step(torch.full(shape, float(output)), timestep, given, generator=draw)
+        return found, float(scaled)
+
+    z = float(torch.randn(1, 1, 1, 1, generator=torch.Generator().manual_seed(0)))
+    rest = float(ask(0, 0)[0].prev_sample)
+    (at_x, scale), (at_output, _) = ask(1, 0), ask(0, 1)
+
+    def estimate(found: Any) -> float | None:
+        value = getattr(found, "pred_original_sample", None)
+        value = getattr(found, "denoised", value)
+        return None if value is None else float(value)
+
+    skip, slope = estimate(at_x), estimate(at_output)
+    if skip is None or slope is None:  # a flow
+        skip, slope = 1.0, -float(scheduler.sigmas[index])
+    numbers = (
+        scale,
+        skip,
+        -slope,
+        float(at_x.prev_sample) - rest,
+        float(at_output.prev_sample) - rest,
+        rest / z,
+    )
+    if not all(map(math.isfinite, numbers)):
+        raise ModelError(f"step {index + 1} of its {type(scheduler).__name__} is not finite")
+    return SamplerStep(timestep, *numbers)
+
+
+class FewStepGenerator(PipelineGenerator):
+    """A pipeline's generator that takes several steps; made by ``over``.
+
+    The noise that it is given is the first one. What a sampler draws later is a function of the
+    seeds in the conditioning and of the step, so that an image never depends on its batch.
+
+    Attributes:
+        num_inference_steps: How many.
+        guidance_scale: Of classifier-free guidance; 1 does without.
+        backprop_steps: The last so many evaluations are differentiated.
+    """
+
+    num_inference_steps: int
+    guidance_scale: float
+    backprop_steps: int
+    eta: Eta | None
+    _sampler: Any
+    _steps: list[SamplerStep] | None
+
+    @classmethod
+    def over(
+        cls,
+        generator: PipelineGenerator,
+        num_inference_steps: int,
+        *,
+        guidance_scale: float = 1.0,
+        backprop_steps: int | None = None,
+        eta: Eta | None = None,
+    ) -> "FewStepGenerator":
+        """The same generator, networks and all, with more steps.
+
+        Args:
+            generator: With one step.
+            num_inference_steps: How many denoising steps.
+            guidance_scale: Above 1: output = without + scale (with - without the prompt), both in
+                one batch.
+            backprop_steps: Differentiate only the last so many evaluations. The gradient passes
+                through the others as if their output were given; by default all.
+            eta: Sample with ``CPSScheduler``, by this eta, at the scheduler's noise levels.
+
+        Raises:
+            UserError: If a number makes no sense, or the scheduler's steps have another form.
+        """
+        count, last = num_inference_steps, backprop_steps
+        require(count >= 1, f"num_inference_steps is {count}; give at least 1")
+        require(
+            last is None or 1 <= last <= count,
+            f"backprop_steps is {last}; give 1 to {count}, the num_inference_steps",
+        )
+        require(
+            1 <= guidance_scale < math.inf,
+            f"guidance_scale is {guidance_scale}; give a number from 1, which is none",
+        )
+        kind = type(generator)
+        require(
+            kind._read_step is PipelineGenerator._read_step,
+            f"a {kind.pipeline.__name__} takes one step here; leave num_inference_steps out",
+        )
+        other: Any = copy.copy(generator)
+        other.__class__ = type(f"FewStep{kind.__name__}", (cls, kind), {})
+        other.num_inference_steps, other.guidance_scale = count, guidance_scale
+        other.backprop_steps = count if last is None else last
+        other.eta, other._sampler = eta, _with_eta(generator.pipe.scheduler, eta)
+        other._steps = None
+        other._forget()
+        other.steps  # noqa: B018 (refuses what it cannot take)
+        return other
+
+    @property
+    def steps(self) -> list[SamplerStep]:
+        """The sampler's steps."""
+        if self._steps is None:
+            how = self._schedule(self.num_inference_steps)
+            self._steps = sampler_steps(self._sampler, self.num_inference_steps, **how)
+        return self._steps
+
+    def _schedule(self, count: int) -> dict[str, Any]:
+        """What the pipeline tells its scheduler beside the number of steps."""
+        if self._sampler.config.get("use_dynamic_shifting"):
+            raise ModelError(
+                "its scheduler shifts by the image's size (use_dynamic_shifting), which is not "
+                "supported for several steps"
+            )
+        return {}
+
+    @property
+    def draws_noise(self) -> bool:
+        return any(step.noise for step in self.steps)
+
+    def blank_prompts(self, count: int) -> Conditioning:
+        found = super().blank_prompts(count)  # type: ignore[safe-super]
+        return replace(found, seeds=torch.zeros(count, dtype=torch.int64))
+
+    def told(self, prompts: Sequence[str], seeds: Sequence[int]) -> Conditioning:
+        found = self.encode_prompts(prompts)
+        return replace(found, seeds=torch.tensor([*seeds], device=self.device))
+
+    def predict(self, eps: Tensor, conditioning: Conditioning) -> Prediction:
+        """The last evaluation, after the others; its ``latents`` are what the sampler gives."""
+        if self.num_inference_steps == 1 and self.guidance_scale == 1:
+            return super().predict(eps, conditioning)
+        *first, last = self.steps
+        x = eps
+        for k, step in enumerate(first):
+            x = self._kept(k, x, conditioning) + step.change * self._output(k, x, conditioning)
+        output = self._guided(last, x, conditioning)
+        return Prediction(output, self._kept(len(first), x, conditioning), -last.change)
+
+    def estimates(self, eps: Tensor, conditioning: Conditioning) -> list[Tensor]:
+        """What each evaluation says of the clean latents: [B, C, h, w] float32, one per step.
+
+        The arguments are those of ``predict``; the mean of the clean latents given x, by Tweedie.
+        """
+        found, x = [], eps
+        for k, step in enumerate(self.steps):
+            output = self._guided(step, x, conditioning)
+            found.append(step.skip * x - step.sigma * output)
+            x = self._kept(k, x, conditioning) + step.change * output
+        return found
+
+    def _output(self, k: int, x: Tensor, told: Conditioning) -> Tensor:
+        """The output in step k; its activations are computed again in the backward pass."""
+        step = self.steps[k]
+        if k < self.num_inference_steps - self.backprop_steps:
+            with torch.no_grad():
+                return self._guided(step, x, told)
+        if not torch.is_grad_enabled():
+            return self._guided(step, x, told)
+        return checkpoint(
+            self._guided, step, x, told, use_reentrant=False, preserve_rng_state=False
+        )
+
+    def _kept(self, k: int, x: Tensor, told: Conditioning) -> Tensor:
+        """What comes after step k, without the part of the output: of x, and fresh noise."""
+        step = self.steps[k]
+        found = step.keep * x
+        return found if step.noise == 0 else found + step.noise * _later_noise(told, k, x)
+
+    def _guided(self, step: SamplerStep, x: Tensor, told: Conditioning) -> Tensor:
+        """The denoiser's output [B, C, h, w] float32, with guidance."""
+        timestep = self._constant(
+            ("timestep", float(step.timestep), x.device), lambda: step.timestep.to(x.device)
+        )
+        if self.guidance_scale == 1:
+            return self._denoise(x * step.scale, timestep, told)
+        without = self._unconditional(told)
+        both = Conditioning.cat([without, told])
+        output = self._denoise(torch.cat([x, x]) * step.scale, timestep, both)
+        off, on = output.chunk(2)
+        return off + self.guidance_scale * (on - off)
+
+    def _unconditional(self, told: Conditioning) -> Conditioning:
+        """That of no prompt, as the pipeline has it, for as many rows."""
+        if self._blank is None:
+            self._blank = self._encode_blank()
+        rows, count = self._blank.to(self.device).tensors(), len(told.embeds)
+        rows.pop("seeds", None)
+        return replace(told, **{k: v.expand(count, *v.shape[1:]) for k, v in rows.items()})
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(super().fingerprint().encode())
+        digest.update(repr((self.steps, self.guidance_scale)).encode())
+        return digest.hexdigest()[:16]
+
+    def settings(self, resolution: int) -> dict[str, Any]:
+        return super().settings(resolution) | {
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "backprop_steps": self.backprop_steps,
+            "cps_eta": self.eta,
+        }
+
+
+def _with_eta(scheduler: Any, eta: Eta | None) -> Any:
+    """The scheduler, or one with its settings that draws fresh noise by ``eta``."""
+    if eta is None:
+        return scheduler
+    is_flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    kind = CPSScheduler if is_flow else CPSEulerScheduler
+    with refused(UserError, "--cps_eta: "):
+        return kind.from_config(scheduler.config, eta=eta)
+
+
+def _later_noise(told: Conditioning, k: int, like: Tensor) -> Tensor:
+    """What is drawn in step k, N(0, 1), for each row."""
+    if isinstance(like, FakeTensor):  # of a plan
+        return torch.zeros_like(like)
+    if told.seeds is None:
+        raise UserError("this sampler draws noise in its steps; tell the seeds (Generator.told)")
+    seeds = [derived_seed(seed, "step", k) for seed in told.seeds.tolist()]
+    return gaussian(seeds, like.shape[1:]).to(like)

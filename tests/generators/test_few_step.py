@@ -1,0 +1,256 @@
+"""Several steps: as diffusers' pipelines take them, and differentiable."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
+from torch import Tensor
+
+from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.noise_files import read_noise
+from oneshot_fast.errors import ModelError, UserError
+from oneshot_fast.generators import few_step
+from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.generators.options import ModelOptions
+from oneshot_fast.generators.schedulers import CPSEulerScheduler, CPSScheduler
+from oneshot_fast.generators.sdxl import SdxlGenerator
+from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.runtime.seeds import derived_seed, gaussian, record_seed
+
+PROMPTS, SEEDS = ["a handwritten digit one", "a handwritten digit seven"], [5, 6]
+NAMES = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SHAPE = (4, 8, 8)
+
+
+class Flow(FlowMatchEulerDiscreteScheduler):
+    """What SDXL's pipeline asks a scheduler for beside: nothing of it is a flow's."""
+
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: Tensor, timestep: object) -> Tensor:
+        return sample
+
+
+class CPSFlow(CPSScheduler, Flow):
+    pass
+
+
+def trailing(kind: Any, **more: Any) -> Any:
+    return kind(**NAMES, timestep_spacing="trailing", **more)
+
+
+SCHEDULERS = {
+    "Euler": trailing(EulerDiscreteScheduler),
+    "Euler v": trailing(EulerDiscreteScheduler, prediction_type="v_prediction"),
+    "Karras": trailing(EulerDiscreteScheduler, use_karras_sigmas=True),
+    "EulerAncestral": trailing(EulerAncestralDiscreteScheduler),
+    "LCM": LCMScheduler(**NAMES),
+    "DDIM": trailing(DDIMScheduler, clip_sample=False, set_alpha_to_one=True),
+    "DDPM": trailing(DDPMScheduler, clip_sample=False),
+    "FlowMatchEuler": Flow(shift=3.0),
+    "CPS": CPSFlow(shift=3.0, eta=0.9),
+    "CPSEuler": trailing(CPSEulerScheduler, eta=[0.2, 0.5, 1.0, 0.0]),
+    "CPSEuler x0": trailing(CPSEulerScheduler, prediction_type="sample"),
+}
+
+
+@pytest.fixture
+def made(tiny: Any) -> Iterator[Callable[..., Any]]:
+    """The embedded generator with another scheduler and more steps."""
+    before = tiny.pipe.scheduler
+
+    def make(scheduler: Any, count: int = 4, **more: Any) -> FewStepGenerator:
+        tiny.pipe.scheduler = scheduler
+        return FewStepGenerator.over(tiny, count, **more)
+
+    yield make
+    tiny.pipe.scheduler = before
+
+
+def theirs(
+    monkeypatch: pytest.MonkeyPatch, pipe: Any, count: int, guidance: float
+) -> tuple[Tensor, list[Tensor]]:
+    """Latents of diffusers' own pipeline, which draws our later noises, and each step's samples."""
+
+    def draw(shape: Any, *_: object, **__: object) -> Tensor:
+        return gaussian([derived_seed(seed, "step", len(steps) - 1) for seed in SEEDS], shape[1:])
+
+    steps: list[Tensor] = []
+    own = type(pipe.scheduler).step
+
+    def step(self: Any, output: Tensor, t: Any, x: Tensor, *args: Any, **more: Any) -> Any:
+        steps.append(x)
+        return own(self, output, t, x, *args, **more)
+
+    for kind in type(pipe.scheduler).__mro__:
+        module = sys.modules[kind.__module__]
+        if hasattr(module, "randn_tensor"):
+            monkeypatch.setattr(module, "randn_tensor", draw)
+    monkeypatch.setattr(type(pipe.scheduler), "step", step)
+    latents = pipe(PROMPTS, num_inference_steps=count, guidance_scale=guidance,
+                   output_type="latent", latents=gaussian(SEEDS, SHAPE)).images  # fmt: skip
+    return latents, steps
+
+
+GUIDED = [(name, 2.5) for name in ("Euler", "FlowMatchEuler", "LCM")]
+
+
+@pytest.mark.parametrize(("name", "guidance"), [*((name, 1.0) for name in SCHEDULERS), *GUIDED])
+def test_four_steps_are_those_of_diffusers(
+    made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str, guidance: float
+) -> None:
+    ours = made(SCHEDULERS[name], guidance_scale=guidance)
+    with torch.no_grad():
+        latents = ours.latents(gaussian(SEEDS, SHAPE), ours.told(PROMPTS, SEEDS))
+    expected, states = theirs(monkeypatch, ours.pipe, 4, guidance)
+    scale = expected.abs().max().clamp(min=1)
+    torch.testing.assert_close(latents / scale, expected / scale, rtol=0, atol=1e-5)
+    assert (expected[0] - expected[1]).abs().max() > 0.01 and len(states) == 4
+
+
+def test_one_step_is_the_one_step_generator_bit_by_bit(tiny: Any) -> None:
+    few = FewStepGenerator.over(tiny, 1)
+    noise, told = gaussian(SEEDS, SHAPE), few.told(PROMPTS, SEEDS)
+    with torch.no_grad():
+        assert torch.equal(few.latents(noise, told), tiny.latents(noise, told))
+        torch.testing.assert_close(few.estimates(noise, told)[0], tiny.latents(noise, told))
+    assert isinstance(few, SdxlGenerator) and few.denoiser is tiny.denoiser
+
+
+def test_the_estimates_of_all_steps(made: Callable[..., Any]) -> None:
+    for name in ("EulerAncestral", "LCM", "FlowMatchEuler", "CPS"):
+        ours = made(SCHEDULERS[name])
+        noise, told = gaussian(SEEDS, SHAPE), ours.told(PROMPTS, SEEDS)
+        with torch.no_grad():
+            found = ours.estimates(noise, told)
+            torch.testing.assert_close(found[-1], ours.latents(noise, told), rtol=1e-5, atol=1e-5)
+        assert len(found) == 4 and (found[0] - found[-1]).abs().max() > 0.01
+
+
+def test_an_image_does_not_depend_on_its_batch(made: Callable[..., Any]) -> None:
+    ours = made(SCHEDULERS["CPSEuler"])
+    noise = gaussian(SEEDS, SHAPE)
+    with torch.no_grad():
+        both = ours.latents(noise, ours.told(PROMPTS, SEEDS))
+        alone = ours.latents(noise[1:], ours.told(PROMPTS[1:], SEEDS[1:]))
+        other = ours.latents(noise[1:], ours.told(PROMPTS[1:], [7]))
+    torch.testing.assert_close(both[1:], alone, rtol=1e-5, atol=1e-5)
+    assert (other - alone).abs().max() > 0.01
+    with pytest.raises(UserError, match="tell the seeds"):
+        ours.latents(noise, ours.encode_prompts(PROMPTS))
+    assert len(ours.generate(PROMPTS, seed=1)) == 2
+
+
+def test_gradients_pass_all_steps_or_the_last(made: Callable[..., Any]) -> None:
+    ours = made(SCHEDULERS["LCM"], 3)
+    told, weight = ours.told(PROMPTS, SEEDS), next(ours.denoiser.parameters())
+
+    def gradients(generator: FewStepGenerator, checkpoints: bool = True) -> list[Tensor]:
+        noise = gaussian(SEEDS, SHAPE).requires_grad_()
+        weight.requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            if not checkpoints:
+                patch.setattr(few_step, "checkpoint", lambda run, *args, **_: run(*args))
+            loss = generator.latents(noise, told).square().mean()
+        found = torch.autograd.grad(loss, [noise, weight])
+        weight.requires_grad_(False)
+        return [*found]
+
+    whole, kept = gradients(ours), gradients(ours, checkpoints=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole, kept, strict=True))
+
+    # against differences, along a direction
+    step, direction = 1e-3, gaussian([9, 10], SHAPE)
+    with torch.no_grad():
+        noise = gaussian(SEEDS, SHAPE)
+        ends = [ours.latents(noise + s * step * direction, told).square().mean() for s in (1, -1)]
+    slope = (ends[0] - ends[1]) / (2 * step)
+    torch.testing.assert_close((whole[0] * direction).sum(), slope, rtol=2e-2, atol=1e-4)
+
+    last = made(SCHEDULERS["LCM"], 3, backprop_steps=1)
+    truncated = gradients(last)
+    assert all(v.abs().max() > 0 for v in truncated)  # the noise's passes the sampler itself
+    assert not torch.allclose(truncated[1], whole[1], rtol=1e-2)
+    with torch.no_grad():
+        assert torch.equal(last.latents(noise, told), ours.latents(noise, told))
+
+
+def test_schedulers_of_another_form_are_refused(made: Callable[..., Any]) -> None:
+    for scheduler, message in (
+        (DPMSolverMultistepScheduler(), "DPMSolverMultistepScheduler; several steps are taken by"),
+        (trailing(DDIMScheduler, clip_sample=True), '"clip_sample"'),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            made(scheduler)
+    for more, message in (
+        ({"backprop_steps": 5}, "backprop_steps is 5"),
+        ({"guidance_scale": 0.5}, "guidance_scale is 0.5"),
+        ({"eta": 2.0}, "--cps_eta: eta is 2.0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            made(SCHEDULERS["Euler"], **more)
+
+
+def test_flags_without_effect_are_refused() -> None:
+    for flags in ("--guidance_scale 2", "--backprop_steps 1", "--cps_eta 0.5"):
+        with pytest.raises(UserError, match="without --num_inference_steps"):
+            name, value = flags.removeprefix("--").split()
+            ModelOptions(**{name: float(value)}).load("tiny")
+    with pytest.raises(UserError, match="num_inference_steps is 0"):
+        ModelOptions(num_inference_steps=0).load("tiny")
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_assigned_and_trained_through_the_loop(
+    tmp_path: Path, small_data: Path, call: Callable[..., Any]
+) -> None:
+    flags = ["--model_id", "tiny", "--num_inference_steps", 2, "--seed", 3]
+    search = ["--steps", 3, "--max_samples", 3, "--num_images", 1]
+    noises = tmp_path / "noises"
+    ended = call("assign", *flags, *search, "--data_root", small_data, "--output_dir", noises)
+    assert ended.code == 0, ended.err
+    rows = rows_of(noises / "manifest.jsonl")
+    assert all(row["best_loss"] < row["initial_loss"] for row in rows)
+    # the loss that was found is that of diffusers' steps with the record's noise
+    generator: Any = ModelOptions(num_inference_steps=2).load("tiny")
+    assert generator.draws_noise  # SDXL-Turbo's scheduler is ancestral
+    pair, row = read_manifest(noises / "manifest.jsonl")[0][0], rows[0]
+    target = TargetImages(generator).latent(pair.image_path, "crop")
+    noise = read_noise(pair.noise_path, pair.noise_index)[None]
+    with torch.no_grad():
+        made = generator.latents(noise, generator.told([pair.prompt], [record_seed(pair.id)]))
+    loss = (made[0] - target).square().mean().item()
+    assert loss == pytest.approx(row["best_loss"], rel=1e-4)
+    training = ["--manifest_path", noises / "manifest.jsonl", "--epochs", 3, "--lr", "1e-4"]
+    training += ["--preserve_pool_size", 4, "--output_dir"]
+    assert call("sft", *flags, *training, tmp_path / "trained").code == 0
+    summary = json.loads((tmp_path / "trained" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["matched_loss_after"] < summary["matched_loss_before"]
+    assert summary["settings"]["num_inference_steps"] == 2
+    mean = sum(row["best_loss"] for row in rows) / len(rows)
+    assert summary["matched_loss_before"] == pytest.approx(mean, rel=1e-4)
+    # the same folder with another number of steps is another run
+    other = call("sft", *flags[:2], "--num_inference_steps", 3, *training, tmp_path / "trained")
+    assert other.code == 2 and "num_inference_steps" in other.error
+    assert call("sft", *flags, *training[:-1], "--dry_run").code == 0
+    pool = call("assign", *flags, "--method", "pool", "--data_root", small_data, "--dry_run")
+    assert pool.code == 2 and "best_of_n" in pool.error
