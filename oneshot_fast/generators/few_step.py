@@ -243,8 +243,9 @@ class FewStepGenerator(PipelineGenerator):
         x = eps
         for k, step in enumerate(first):
             x = self._kept(k, x, conditioning) + step.change * self._output(k, x, conditioning)
-        output = self._guided(last, x, conditioning)
-        return Prediction(output, self._kept(len(first), x, conditioning), -last.change)
+        end = len(first)
+        output = self._guided(end, x, conditioning)
+        return Prediction(output, self._kept(end, x, conditioning), -last.change)
 
     def estimates(self, eps: Tensor, conditioning: Conditioning) -> list[Tensor]:
         """What each evaluation says of the clean latents: [B, C, h, w] float32, one per step.
@@ -253,22 +254,19 @@ class FewStepGenerator(PipelineGenerator):
         """
         found, x = [], eps
         for k, step in enumerate(self.steps):
-            output = self._guided(step, x, conditioning)
+            output = self._guided(k, x, conditioning)
             found.append(step.skip * x - step.sigma * output)
             x = self._kept(k, x, conditioning) + step.change * output
         return found
 
     def _output(self, k: int, x: Tensor, told: Conditioning) -> Tensor:
         """The output in step k; its activations are computed again in the backward pass."""
-        step = self.steps[k]
         if k < self.num_inference_steps - self.backprop_steps:
             with torch.no_grad():
-                return self._guided(step, x, told)
+                return self._guided(k, x, told)
         if not torch.is_grad_enabled():
-            return self._guided(step, x, told)
-        return checkpoint(
-            self._guided, step, x, told, use_reentrant=False, preserve_rng_state=False
-        )
+            return self._guided(k, x, told)
+        return checkpoint(self._guided, k, x, told, use_reentrant=False, preserve_rng_state=False)
 
     def _kept(self, k: int, x: Tensor, told: Conditioning) -> Tensor:
         """What comes after step k, without the part of the output: of x, and fresh noise."""
@@ -276,11 +274,10 @@ class FewStepGenerator(PipelineGenerator):
         found = step.keep * x
         return found if step.noise == 0 else found + step.noise * _later_noise(told, k, x)
 
-    def _guided(self, step: SamplerStep, x: Tensor, told: Conditioning) -> Tensor:
-        """The denoiser's output [B, C, h, w] float32, with guidance."""
-        timestep = self._constant(
-            ("timestep", float(step.timestep), x.device), lambda: step.timestep.to(x.device)
-        )
+    def _guided(self, k: int, x: Tensor, told: Conditioning) -> Tensor:
+        """The denoiser's output [B, C, h, w] float32 in step k, with guidance."""
+        step = self.steps[k]
+        timestep = self._constant(("timestep", k, x.device), lambda: step.timestep.to(x.device))
         if self.guidance_scale == 1:
             return self._denoise(x * step.scale, timestep, told)
         without = self._unconditional(told)
