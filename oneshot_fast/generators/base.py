@@ -127,6 +127,7 @@ class Generator(ABC):
     prompt_tokens: int = 77  # that the model reads, both ends included
     takes_lora: bool = False  # whether ``load`` merges those that it is given
     lora: tuple[LoraFile, ...] = ()  # merged when it was loaded
+    has_single_file: bool = False  # whether ``save_single_file`` can write one
     _told: frozenset[str] = frozenset()  # prompts that were warned of
 
     @classmethod
@@ -329,6 +330,10 @@ class Generator(ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the whole model to ``folder``, atomically."""
+
+    def save_single_file(self, folder: Path) -> None:
+        """Write what ``save`` wrote to ``folder`` as one file, folder.safetensors, or UserError."""
+        raise UserError("this model is no single file; leave --save_single_file out")
 
     @property
     def save_dtype(self) -> torch.dtype | None:

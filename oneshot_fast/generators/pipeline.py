@@ -412,6 +412,15 @@ class PipelineGenerator(Generator):
             if self.start is not None:
                 (temporary / START_FILE).write_text(json.dumps({"timestep": self.start}))
 
+    def save_single_file(self, folder: Path) -> None:
+        if not self.has_single_file:
+            super().save_single_file(folder)
+        pipe = open_folder(type(self), str(folder.absolute()), LoadOptions()).read(None)
+        self._write_single_file(pipe, folder.with_name(f"{folder.name}.safetensors"))
+
+    def _write_single_file(self, pipe: Any, path: Path) -> None:
+        """Write a pipeline as one file, in a family that has such a layout."""
+
     def load_weights(self, folder: Path) -> None:
         part, denoiser = self.parts[0], self.denoiser
         source = open_folder(type(self), str(folder.absolute()), LoadOptions())

@@ -1,5 +1,6 @@
 """Generators of SDXL's shape: a UNet that is told of text by two encoders, and of sizes."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from oneshot_fast.errors import ModelError
 from oneshot_fast.generators.base import Conditioning
+from oneshot_fast.generators.original_layout import unet_name, write_single_file
 from oneshot_fast.generators.pretrained import PipelineFolder
 from oneshot_fast.generators.sd import UNetGenerator
 from oneshot_fast.generators.single_file import PipelineFile, scheduler_of_file
@@ -18,6 +20,7 @@ class SdxlGenerator(UNetGenerator):
 
     pipeline = StableDiffusionXLPipeline
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    has_single_file = True
 
     @classmethod
     def check(cls, pipe: Any) -> None:
@@ -66,13 +69,8 @@ class SdxlGenerator(UNetGenerator):
         }
 
     def _kohya_name(self, module: str) -> str:
-        """Those of SDXL's own release: its blocks are numbered through."""
-        per = self.denoiser.config.layers_per_block + 1
-        block, number, kind, place, rest = module.replace("mid_block", "mid_block.0").split(".", 4)
-        assert kind == "attentions"  # what is adapted
-        if block == "mid_block":
-            return f"middle_block.1.{rest}"
-        at = int(number) * per + int(place)
-        if block == "down_blocks":
-            return f"input_blocks.{at + 1}.1.{rest}"
-        return f"output_blocks.{at}.1.{rest}"
+        """Those of SDXL's own release."""
+        return unet_name(module, self.denoiser)
+
+    def _write_single_file(self, pipe: Any, path: Path) -> None:
+        write_single_file(pipe, path)

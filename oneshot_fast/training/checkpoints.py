@@ -71,13 +71,18 @@ class Checkpoints:
         else:
             if is_main():
                 trainer.load_weights(trainer.best)
-                trainee.save(self._folder / "checkpoint-best")
+                self._save(trainer, "checkpoint-best")
             trainer.load_weights(final)
         if is_main():
-            trainee.save(self._folder / "checkpoint-final")
+            self._save(trainer, "checkpoint-final")
         module.requires_grad_(False).to(home, trainer.initial_dtype)
         barrier()  # what follows goes on with the weights in these files, as a resumed run does
         trainee.load_weights(self._folder / "checkpoint-final")
+
+    def _save(self, trainer: Trainer, name: str) -> None:
+        trainer.trainee.save(self._folder / name)
+        if trainer.options.save_single_file:
+            trainer.trainee.save_single_file(self._folder / name)
 
 
 def _save_adapter(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path) -> None:

@@ -69,6 +69,9 @@ class TrainOptions:
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the trained weights in checkpoints; auto: as the model's files have them. All else of
     a checkpoint is as it came."""
+    save_single_file: bool = False
+    """Also write each whole model as one file, checkpoint-final.safetensors, which ComfyUI and
+    A1111 read; of SDXL's shape."""
     use_ema: bool = False
     """End with an exponential moving average of the weights."""
     ema_decay: float = 0.9999

@@ -58,7 +58,8 @@ class TrainingRun(ABC):
     """
 
     outputs: tuple[str, ...] = (
-        "checkpoint-best", "checkpoint-final", "lora-best", "lora-final", "logs", "failures.jsonl",
+        "checkpoint-best", "checkpoint-final", "checkpoint-best.safetensors",
+        "checkpoint-final.safetensors", "lora-best", "lora-final", "logs", "failures.jsonl",
         "history.jsonl", POOL, "summary.json", "report.html",
         *_STATE,
     )  # fmt: skip
@@ -101,6 +102,10 @@ class TrainingRun(ABC):
         require(
             generator.autocast != torch.float16,
             "float16 loses small gradients; train with --dtype bfloat16 or float32",
+        )
+        require(
+            not options.save_single_file or generator.has_single_file,
+            "this model is no single file; leave --save_single_file out",
         )
         options = _going_on(options, generator)
         dtype = options.save_dtype

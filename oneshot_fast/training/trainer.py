@@ -42,6 +42,9 @@ class Trainee(Protocol):
     def save(self, folder: Path) -> None:
         """Write everything that ``load_weights``, or a user, needs, atomically."""
 
+    def save_single_file(self, folder: Path) -> None:
+        """Write what ``save`` wrote to ``folder`` as one file beside it."""
+
     def load_weights(self, folder: Path) -> None:
         """Take over the weights of ``module`` from a folder of ``save``."""
 

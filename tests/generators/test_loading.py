@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from transformers import CLIPTextModelWithProjection
 
 from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.errors import ModelError
+from oneshot_fast.generators import original_layout
 from oneshot_fast.generators.loading import load_generator
 
 
-def original_layout(pipe: StableDiffusionXLPipeline) -> dict[str, Tensor]:
+def in_original_layout(pipe: StableDiffusionXLPipeline) -> dict[str, Tensor]:
     """Weights under the names of SDXL's single-file release (generative-models, open_clip)."""
     unet = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
         "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
@@ -133,7 +135,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> Forms:
         **{**pipe.components, "unet": unet, "text_encoder_2": second.eval()}
     )
     wide.save_pretrained(place / "folder")
-    save_file(original_layout(wide), place / "model.safetensors")
+    save_file(in_original_layout(wide), place / "model.safetensors")
     return Forms(place / "folder", place / "model.safetensors")
 
 
@@ -154,6 +156,55 @@ def test_a_single_file_loads_like_the_folder(forms: Forms, tmp_path: Path) -> No
     cut.write_bytes(forms.file.read_bytes()[:-1000])
     with pytest.raises(ModelError, match=r"^cannot use model [^\n]+$"):
         load_generator(cut, model_config=str(forms.folder))
+
+
+def test_one_file_is_written_that_diffusers_reads_bit_by_bit(
+    forms: Forms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator: Any = load_generator(forms.folder)
+    generator.save_dtype = torch.float16
+    generator.save(tmp_path / "saved")
+    generator.save_single_file(tmp_path / "saved")
+    path = tmp_path / "saved.safetensors"
+    pipe = StableDiffusionXLPipeline.from_pretrained(forms.folder)
+    single = StableDiffusionXLPipeline.from_single_file(str(path), config=str(forms.folder))
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        old, new = (getattr(p, part).state_dict() for p in (pipe, single))
+        assert old.keys() == new.keys()
+        kind = torch.float16 if part == "unet" else torch.float32
+        assert all(torch.equal(old[k].to(kind).float(), new[k].float()) for k in old), part
+    tensors = load_file(path)
+    assert tensors.keys() == load_file(forms.file).keys()
+    assert {v.dtype for k, v in tensors.items() if "diffusion_model" in k} == {torch.float16}
+    assert {v.dtype for k, v in tensors.items() if "first_stage" in k} == {torch.float32}
+    ours = load_generator(path, model_config=str(forms.folder))
+    assert ours.fingerprint() == load_generator(tmp_path / "saved").fingerprint()
+    # it is not written where diffusers would read other weights
+    monkeypatch.setitem(original_layout._RESNET, "conv1", "in_layers.3")
+    with pytest.raises(ModelError, match=r"no place for its unet's .*conv1"):
+        generator.save_single_file(tmp_path / "saved")
+
+
+def test_v_prediction_is_written_in_the_one_file(forms: Forms, tmp_path: Path) -> None:
+    said = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    folder = Path(forms.config(tmp_path / "v", **said, timestep_spacing="trailing"))
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder)
+    original_layout.write_single_file(pipe, tmp_path / "v.safetensors")
+    silent = forms.config(tmp_path / "silent", prediction_type=None, rescale_betas_zero_snr=None)
+    read = load_generator(tmp_path / "v.safetensors", model_config=silent)
+    found: Any = read.pipe.scheduler.config  # type: ignore[attr-defined]
+    assert {key: found[key] for key in said} == said
+
+
+def test_training_writes_the_one_file(
+    forms: Forms, assigned: Path, tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    flags = ["--manifest_path", assigned / "manifest.jsonl", "--epochs", 1, "--save_single_file"]
+    flags += ["--preserve_pool_size", 4, "--output_dir", tmp_path / "run", "--model_id"]
+    assert call("sft", *flags, forms.folder).code == 0
+    for name in ("checkpoint-best", "checkpoint-final"):
+        one = load_generator(tmp_path / f"run/{name}.safetensors", model_config=str(forms.folder))
+        assert one.fingerprint() == load_generator(tmp_path / "run" / name).fingerprint()
 
 
 MARK = torch.tensor([])

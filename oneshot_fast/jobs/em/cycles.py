@@ -37,7 +37,8 @@ from oneshot_fast.training.losses.preserve import POOL, PreservePool
 
 _OUTPUTS = (
     "eval", "direct", "heldout-base", "heldout-final", "logs", POOL,
-    "checkpoint-best", "checkpoint-final", "failures.jsonl", "history.jsonl", "summary.json",
+    "checkpoint-best", "checkpoint-final", "checkpoint-best.safetensors",
+    "checkpoint-final.safetensors", "failures.jsonl", "history.jsonl", "summary.json",
     "report.html", "curves.png", "trials", "recipe.json",
 )  # fmt: skip
 
@@ -77,6 +78,10 @@ class Cycles(ABC):
         require(eval_samples >= 10, "eval_samples must be at least 10")
         self.asked = self.options = options.resolve(generator.width)
         self.options.check()
+        require(
+            not options.save_single_file or generator.has_single_file,
+            "this model is no single file; leave --save_single_file out",
+        )
         if self.options.train_caption_dropout:
             generator.encode_prompts([""])  # some models do not know it
         self.generator, self.prompts, self.folder = generator, list(prompts), Path(folder)
@@ -277,6 +282,8 @@ class Cycles(ABC):
                     files.copy_folder(source, target)
                 elif not (was_base and target.exists()):
                     self._save_base(target)
+                if self.options.save_single_file:
+                    self.generator.save_single_file(target)
             except OSError as error:  # all the rest is there
                 use = f": use {source}" if cycle else ""
                 said_why = f"no {target}, as it could not be written ({one_line(error)}){use}"

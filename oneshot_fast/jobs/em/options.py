@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import arg
 
@@ -142,6 +142,9 @@ class EmOptions:
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """M-step: type of the trained weights in checkpoints; auto: as the model's files have them. The
     next cycle goes on with what is saved."""
+    save_single_file: bool = False
+    """Also write the best and the final model as one file, checkpoint-final.safetensors, which
+    ComfyUI and A1111 read; of SDXL's shape."""
     train_caption_dropout: Annotated[float, arg(aliases=["--caption_dropout"])] = 0.0
     """M-step: probability, for each pair in each epoch, that the empty prompt replaces its own; the
     E-step keeps all prompts."""
@@ -246,4 +249,5 @@ class EmOptions:
     ) -> SftOptions:
         """Options of the M-steps of ``cycles``, from 1, all in one; resolved."""
         epochs = sum(self.schedule()[cycle - 1][1] for cycle in cycles)
-        return pick(SftOptions, self, "train_", epochs=epochs, noise=noise)
+        given: dict[str, Any] = {"epochs": epochs, "noise": noise, "save_single_file": False}
+        return pick(SftOptions, self, "train_", **given)
