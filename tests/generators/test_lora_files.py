@@ -239,7 +239,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, call: Callable[..
         "a.safetensors:nan": "the weight is nan",
         "a.bin": "no .safetensors file",
         "empty": "no .safetensors file",
-        "a.safetensors": "cannot read",
+        "a.safetensors": "is a git-lfs pointer",
     }.items():
         with pytest.raises(UserError, match=re.escape(message)) as caught:
             load_generator("tiny", lora=(LoraFile.parse(f"{tmp_path / name}"),))
