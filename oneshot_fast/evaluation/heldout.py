@@ -110,4 +110,6 @@ def measure_against(
     noise_shape = generator.noise_shape(side, side)
     measure = RandomNoiseMeasure(prompts, noise_shape, real=real, real_prompts=prompts, **more)
     measured = real_measures(torch.cat(images), prompts, more.get("classifier"))
-    return measure, finite(measured | measure.of_real(prompts)), reasons
+    more_of_real = measure.of_real(prompts)
+    errors = measured["errors"] | more_of_real.get("errors", {})
+    return measure, finite({**measured, **more_of_real, "errors": errors}), reasons

@@ -1,12 +1,13 @@
 """Measures of a set of samples: prompt accuracy, diversity and the Frechet distance."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from oneshot_fast.data.images import shrink
-from oneshot_fast.evaluation.distances import frechet
+from oneshot_fast.evaluation.distances import error_of, frechet, resamples
 from oneshot_fast.generators.base import Classifier
 
 
@@ -55,6 +56,17 @@ def pairwise_diversity(images: Tensor, labels: Tensor) -> float:
     return (torch.stack(distances).mean() / flat.shape[1] ** 0.5).item()
 
 
+def diversity_error(images: Tensor, labels: Tensor) -> float:
+    """Standard error of ``pairwise_diversity`` by a bootstrap over images; NaN without a pair."""
+    flat = images.detach().flatten(1).double() / images[0].numel() ** 0.5
+    weights, each = resamples(len(flat), seed=0), []
+    for label in labels.unique():
+        u, members = weights[:, labels == label], flat[labels == label]
+        pairs = u.sum(1).square() - u.square().sum(1)
+        each.append(((u @ torch.cdist(members, members)) * u).sum(1) / pairs)
+    return error_of(torch.stack(each).nanmean(0))
+
+
 def prompt_accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of images whose largest logit, of [N, K], is the prompted class, of [N] integers.
 
@@ -72,12 +84,16 @@ def prompt_accuracy(logits: Tensor, labels: Tensor) -> float:
 @torch.no_grad()
 def real_measures(
     images: Tensor, prompts: Sequence[str], classifier: Classifier | None
-) -> dict[str, float]:
-    """Diversity, and with a classifier accuracy, of real images [M, 3, H, W] with their prompts."""
+) -> dict[str, Any]:
+    """Diversity, and with a classifier accuracy, of real images [M, 3, H, W] with their prompts.
+
+    "errors" has the standard error of the diversity.
+    """
     images = shrink(images, 64)
     names = list(dict.fromkeys(prompts))
     labels = torch.tensor([names.index(prompt) for prompt in prompts])
-    result = {"diversity": pairwise_diversity(images, labels)}
+    result: dict[str, Any] = {"diversity": pairwise_diversity(images, labels)}
+    result["errors"] = {"diversity": diversity_error(images, labels)}
     if classifier is not None:
         named = torch.tensor([classifier.label_of(prompt) for prompt in prompts])
         result["accuracy"] = prompt_accuracy(classifier(images), named)

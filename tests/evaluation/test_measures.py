@@ -6,7 +6,12 @@ import pytest
 import scipy.linalg
 import torch
 
-from oneshot_fast.evaluation.measures import frechet_distance, pairwise_diversity, prompt_accuracy
+from oneshot_fast.evaluation.measures import (
+    diversity_error,
+    frechet_distance,
+    pairwise_diversity,
+    prompt_accuracy,
+)
 
 
 def test_frechet_distance_equals_the_formula_with_a_matrix_root():
@@ -54,3 +59,12 @@ def test_accuracy():
     assert prompt_accuracy(logits, torch.tensor([0, 1, 0, 1])) == 0.5
     with pytest.raises(ValueError, match="expected"):
         prompt_accuracy(logits, torch.tensor([1, 0]))
+
+
+def test_the_error_of_a_diversity_is_its_spread_over_draws():
+    labels = torch.arange(40) % 2
+    draws = [torch.randn(40, 1, 4, 4) for _ in range(40)]
+    spread = torch.tensor([pairwise_diversity(images, labels) for images in draws]).std().item()
+    found = sum(diversity_error(images, labels) for images in draws) / len(draws)
+    assert found == pytest.approx(spread, rel=0.4)
+    assert math.isnan(diversity_error(draws[0], torch.arange(40)))

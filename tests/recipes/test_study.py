@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from oneshot_fast.recipes.study.cells import cells
-from oneshot_fast.recipes.study.outcome import ROWS, outcome_table
+from oneshot_fast.recipes.study.outcome import BESIDE, ROWS, outcome_table
 from oneshot_fast.recipes.study.subjects import SUBJECTS
 from oneshot_fast.study import main
 
@@ -49,7 +49,7 @@ def test_whole_runs_are_judged_by_a_classifier_that_nothing_was_chosen_by(tmp_pa
     assert main(argv) == 0
     found = json.loads((tmp_path / "outcome.json").read_text())["results"]["digits"]
     text = (tmp_path / "outcome.md").read_text()
-    assert found["rows"].keys() == ROWS.keys()
+    assert found["rows"].keys() == {**ROWS, **BESIDE}.keys()
     for name, (run,) in found["rows"].items():
         change = 100 * (run["frechet_distance"] / found["base"]["frechet_distance"] - 1)
         assert f"| {name} | {change:+.0f} % | {change:+.0f} % |" in text

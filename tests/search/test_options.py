@@ -57,7 +57,10 @@ def test_the_usual_step_of_a_matrix_is_taken_as_it_is_or_refused() -> None:
         options.check()
         mover = mover_of(options)
         state, rate = mover.start(eps), torch.full((2,), float(options.lr))
-        grad, step = torch.randn(2, D, D, generator=torch.Generator().manual_seed(0)), torch.zeros(2)
+        grad, step = (
+            torch.randn(2, D, D, generator=torch.Generator().manual_seed(0)),
+            torch.zeros(2),
+        )
         moved.append(mover.move(state, eps, grad, step, rate)["point"])
     torch.testing.assert_close(*moved)
     assert moved[0].abs().max().item() == pytest.approx(5e-4, rel=1e-3)

@@ -153,14 +153,16 @@ def _on_random_noise(
 
 
 ROWS: Mapping[str, Row] = {
+    "em, its defaults": _em(),
+    "em --recipe auto": _em(recipe="auto"),
+}
+BESIDE: Mapping[str, Row] = {  # on each set of targets, with the first seed
+    "em, best of 32": _em(assign_method="best_of_n"),
+    "em, usual rotation": _rotation,
     "direct SFT": _direct,
     "self-training": _self_training,
-    "em, usual rotation": _rotation,
-    "em, its defaults": _em(),
-    "em, best of 32": _em(assign_method="best_of_n"),
     "em, sphere without a bound": _em(max_angle=None),
-    "em, preserve": _em(preserve_latent_weight=0.5, preserve_pixel_weight=0.05),
-    "em --recipe auto": _em(recipe="auto"),
+    "em, preserve losses": _em(preserve_latent_weight=0.5, preserve_pixel_weight=0.05),
 }
 
 
@@ -186,15 +188,18 @@ def outcomes(
     def run(row: str, data_seed: int, seed: int, label: str) -> dict[str, Any]:
         say(f"[{name}] {row}, data {data_seed}, seed {seed}")
         setting, work = Setting.of(subject, data_seed, seed, quick), folder / "work" / label
-        generator, found = ROWS[row](setting, work)
+        generator, found = {**ROWS, **BESIDE}[row](setting, work)
         judged = subject.judged(generator, samples)
         shutil.rmtree(work)
         return {**judged, **found}
 
     base = kept(folder / "outcome" / "base.json", lambda: subject.judged(subject.base(), samples))
-    grid = [(data_seed, seed) for data_seed in range(data_seeds) for seed in range(seeds)]
-    by_grid = {at: {row: trained(row, *at) for row in ROWS} for at in grid}
-    return {"base": base, "rows": {row: [by_grid[at][row] for at in grid] for row in ROWS}}
+    rows: dict[str, list[dict[str, Any]]] = {row: [] for row in (*ROWS, *BESIDE)}
+    for seed in range(seeds):
+        for data_seed in range(data_seeds):
+            for row in ROWS if seed else rows:
+                rows[row].append(trained(row, data_seed, seed))
+    return {"base": base, "rows": rows}
 
 
 def write_outcomes(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
