@@ -19,6 +19,7 @@ from oneshot_fast.runtime.tensor_files import common_dtype, misfit, read_header,
 # of a saved model that starts elsewhere, {"timestep": 399}; the hub's files in there all come along
 START_FILE = "scheduler/oneshot_fast.json"
 _NOT_READ = ("lm_head.weight",)  # of language models, which encode without it
+_KEPT = ("safety_checker", "image_encoder")  # of what pipelines have more, saved as they came
 _WEIGHTS = ("diffusion_pytorch_model", "pytorch_model", "model")
 
 
@@ -42,10 +43,11 @@ class PipelineFolder:
             ModelError: If something is missing.
         """
         self.folder, self._family = folder, family
-        found = {part: _class(folder, part, part in family.optional) for part in family.parts}
+        optional = {*family.optional, *_KEPT}
+        found = {k: _class(folder, k, k in optional) for k in (*family.parts, *_KEPT)}
         self._classes = {part: kind for part, kind in found.items() if kind is not None}
         # diffusers wants to be told of what is not there
-        absent = found.keys() - self._classes.keys()
+        absent = {*family.parts} - self._classes.keys()
         index = _read_object(folder / "model_index.json")
         tokenizers = {part.replace("text_encoder", "tokenizer") for part in absent}
         self._absent = absent | {name for name in tokenizers if not any(index.get(name) or ())}
@@ -70,8 +72,8 @@ class PipelineFolder:
         """
         networks, wrong = dict[str, Any](given) | dict.fromkeys(self._absent), None
         for part in self._classes.keys() - given.keys():
-            networks[part], misfit = self._load(part, dtype)
-            wrong = wrong or misfit
+            networks[part], misfit = self._load(part, None if part in _KEPT else dtype)
+            wrong = wrong or (None if part in _KEPT else misfit)
         with refused(ModelError):
             pipe = self._family.pipeline.from_pretrained(
                 self.folder, dtype=dtype or torch.float32, local_files_only=True, **networks
@@ -217,8 +219,9 @@ def _class(folder: Path, part: str, is_optional: bool) -> Any:
     if name is None:
         raise ModelError(f"the pipeline has no {part}")
     found = None
-    if library in ("diffusers", "transformers"):
-        found = getattr(importlib.import_module(library), str(name), None)
+    if library in ("diffusers", "transformers", "stable_diffusion"):
+        own = f"diffusers.pipelines.{library}" if library == "stable_diffusion" else library
+        found = getattr(importlib.import_module(own), str(name), None)
     if found is None:
         raise ModelError(f"its {part} is a {name} of {library}, which is not known here")
     return found

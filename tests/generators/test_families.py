@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from family_samples import CALLS, FAMILIES, SCHEDULERS, side_of, tiny_pipeline
 from matplotlib.figure import Figure
 from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from oneshot_fast.data.images import to_pil
 from oneshot_fast.errors import UserError
@@ -124,6 +126,21 @@ def test_the_gradient_in_the_noise_is_that_of_the_step(name: str) -> None:
         lambda eps: generator.latents(eps, conditioning), eps.requires_grad_(), fast_mode=True,
         **bound,
     )  # fmt: skip
+
+
+def test_a_safety_checker_leaves_with_the_bytes_it_came_with(tmp_path: Path) -> None:
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = CLIPConfig(
+        vision_config={**small, "num_attention_heads": 1, "image_size": 32, "patch_size": 16},
+        text_config={**small, "num_attention_heads": 1}, projection_dim=8,
+    )  # fmt: skip
+    judge = StableDiffusionSafetyChecker(config)
+    more = {"safety_checker": judge, "feature_extractor": CLIPImageProcessor()}
+    parts = tiny_pipeline("StableDiffusionPipeline").components
+    StableDiffusionPipeline(**{**parts, **more}).save_pretrained(tmp_path / "old")
+    load_generator(tmp_path / "old", dtype=torch.bfloat16).save(tmp_path / "new")
+    (old,), (new,) = (tmp_path.glob(f"{k}/safety_checker/*.safetensors") for k in ("old", "new"))
+    assert old.read_bytes() == new.read_bytes()
 
 
 def test_what_a_decoder_cannot_do_is_refused_or_left_out(folders: Path) -> None:
