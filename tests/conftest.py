@@ -8,11 +8,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # as the commands do, but
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 
+import figures
 import pytest
 import torch
 
@@ -54,6 +57,19 @@ def same_start() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def drawn() -> Callable[[], AbstractContextManager[object]]:
+    """In its context figures are drawn, which are blank elsewhere."""
+    return lambda: unittest.mock.patch.object(figures.Figure, "savefig", figures.DRAW)
+
+
+@pytest.fixture
+def plots(drawn: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """For a test which looks at what is drawn."""
+    with drawn():
+        yield
 
 
 @pytest.fixture
@@ -101,8 +117,24 @@ def interpreted_ops() -> Iterator[None]:
             op = getattr(torch.ops.oneshot_fast, name.split("::")[1]).default
             library.impl(name, functools.partial(op.redispatch, on_cuda), "CPU")
         patch.setattr(skew_exp_tiled, "_SQUARINGS", 7)
+        patch_language_once(patch)
         yield
     library._destroy()
+
+
+def patch_language_once(patch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter patches its language again for every function that a kernel calls."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_language = interpreter._patch_lang
+
+    def patch_unless_done(fn: Any) -> Any:
+        modules = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        todo = any(tl.core.is_builtin(module.load) for module in modules)
+        return patch_language(fn) if todo else interpreter._LangPatchScope()
+
+    patch.setattr(interpreter, "_patch_lang", patch_unless_done)
 
 
 @pytest.fixture
@@ -231,17 +263,19 @@ class Forks:
         at: int | str | None = None,
         signal_number: int = signal.SIGKILL,
         limit: int | None = None,
+        environment: dict[str, str] | None = None,
     ) -> tuple[int, Path]:
         """Start a command and return its pid, which is its process group, and its output's folder.
 
         Args:
-            command: assign, sft or em.
+            command: assign, sft, em, optimize, or a script's path.
             argv: Its flags.
             watch: Folder in which changes to the file system are counted.
             at: Just before this change (from 1, or the first to a path with this part), the child
                 gets ``signal_number``.
             signal_number: The signal.
             limit: Bytes beyond which the child can write no file, as on a full disk.
+            environment: Variables that the child has besides.
         """
         self._count += 1
         log = self._logs / str(self._count)
@@ -254,8 +288,27 @@ class Forks:
             "at": at,
             "signal": int(signal_number),
             "limit": limit,
+            "environment": environment or {},
         }
         return self._ask(request), log
+
+    def start_two(
+        self, command: str, argv: Sequence[object], watch: Path, **environment: str
+    ) -> list[tuple[int, Path]]:
+        """Start two processes on one job, with what a launcher tells them; as ``start``."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        environment |= {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
+        return [
+            self.start(command, argv, watch, environment=environment | {"RANK": k, "LOCAL_RANK": k})
+            for k in "01"
+        ]
+
+    def run_two(self, *job: Any, **environment: str) -> list[Ended]:
+        """Start two processes on one job and wait for their ends; arguments as in ``start_two``."""
+        return [self.wait(started) for started in self.start_two(*job, **environment)]
 
     def wait(self, started: tuple[int, Path]) -> Ended:
         """Wait for the end of a command."""

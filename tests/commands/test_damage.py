@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 from samples import PROMPTS
 
 from oneshot_fast.embedded.pipeline import model_path
@@ -151,16 +150,6 @@ def copy_before(patch: pytest.MonkeyPatch, folder: Path, moments: dict[str, Path
             return result
 
         patch.setattr(Path, name, moved)
-
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports without plots, which take longer than all the rest."""
-
-    def save(figure: Figure, target: Any, **_: Any) -> None:
-        target.write("<svg></svg>") if hasattr(target, "write") else Path(target).touch()
-
-    monkeypatch.setattr(Figure, "savefig", save)
 
 
 def kinds(folder: Path) -> list[list[Path]]:

@@ -1,7 +1,7 @@
 """Runs commands in forked children, with faults on order; the slow imports happen once.
 
-Reads one JSON request per line on stdin and answers on stdout with one JSON line: the pid for
-{"command", "argv", "watch", "log", "at", "signal", "limit"}, the exit status for {"wait": pid}.
+Reads one JSON request per line on stdin and answers on stdout with one JSON line: the pid for what
+``Forks.start`` asks, the exit status for {"wait": pid}.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import importlib
 import json
 import os
 import resource
+import runpy
 import signal
 import sys
 import traceback
 from typing import Any
 
+import figures  # noqa: F401
 import torch
 
 COMMANDS = {
@@ -30,6 +32,7 @@ for name in (
     "oneshot_fast.report.em",
     "oneshot_fast.generators.target_images",
     "oneshot_fast.embedded.classifier",
+    "peft",
 ):  # what the commands import only once they run
     importlib.import_module(name)
 
@@ -57,6 +60,7 @@ def watch(folder: str, at: int | str | None, signal_number: int) -> list[int]:
 def run_child(request: dict[str, Any]) -> int:
     """Run the command with its fault and return its exit code; output goes to files in ``log``."""
     os.setsid()
+    os.environ.update(request["environment"])
     for descriptor, name in ((1, "out"), (2, "err")):
         path = os.path.join(request["log"], name)
         os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), descriptor)
@@ -64,7 +68,12 @@ def run_child(request: dict[str, Any]) -> int:
     if request["limit"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], resource.RLIM_INFINITY))
     seen = watch(request["watch"], request["at"], request["signal"])
-    code = COMMANDS[request["command"]].main(request["argv"])
+    if request["command"] in COMMANDS:
+        code = COMMANDS[request["command"]].main(request["argv"])
+    else:
+        sys.argv = [request["command"], *request["argv"]]
+        runpy.run_path(request["command"], run_name="__main__")
+        code = 0
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     with open(os.path.join(request["log"], "changes"), "w", encoding="ascii") as file:
         file.write(str(seen[0]))

@@ -52,8 +52,9 @@ def test_value_and_gradients(spec, case, layout, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("spec", "case"), MORE_CASES)
 def test_value_and_gradients_of_larger_tensors(spec, case, dtype, device):
-    half_tiled = spec.name == "skew_exp" and case[0][-1] > 64 and dtype.itemsize == 2
-    if INTERPRETED and dtype is not torch.float32 and not half_tiled:
+    half_tiled = spec.name == "skew_exp" and case[0][-1] > 64 and dtype is torch.bfloat16
+    past_caches = spec.name == "pixel_l1" and case[0][-1] > 99
+    if INTERPRETED and (past_caches or (dtype is not torch.float32 and not half_tiled)):
         pytest.skip("the interpreter is slow, and small tensors take the same path")
     assert_value_and_gradients(spec, make(spec, case, dtype, device=device), dtype)
 
@@ -164,7 +165,7 @@ def test_every_instruction_set(isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_skew_exp_is_orthogonal(dtype, D, norm, device):
     tiled = D > 64 or (D > 32 and dtype is torch.float64)
-    if INTERPRETED and tiled and ((37 if dtype is torch.float64 else 72) != D or norm != 30):
+    if INTERPRETED and tiled:
         pytest.skip("the interpreter is slow")
     a = torch.randn(2, D, D, dtype=dtype)
     a *= norm / (a - a.mT).abs().sum(-1).max()

@@ -14,6 +14,7 @@ from oneshot_fast.study import main
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("plots")
 def test_the_quick_study_runs_and_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,6 +50,7 @@ def test_adapters(tmp_path: Path) -> None:
     assert found["rotations"] == 2 and outside(found["sets"]["fixed rotation"]) == set()
 
 
+@pytest.mark.usefixtures("plots")
 def test_command_with_assigned_noises(assigned: Path, tmp_path: Path, call: Call) -> None:
     folder = tmp_path / "theory"
     manifest = assigned / "manifest.jsonl"

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -25,7 +26,7 @@ def write_pairs(root: Path, prompts: list[str]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def em_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def em_run(tmp_path_factory: pytest.TempPathFactory, drawn: Any) -> Path:
     """A small em run on data that no classifier knows; tests must not change it."""
     from oneshot_fast.em import main
 
@@ -39,7 +40,8 @@ def em_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--initial_model_id tiny --num_cycles 2 --assign_steps 2 --train_epochs 2 "
         "--train_lr 1e-4 --preserve_pool_size 4 --eval_samples 10 --compare_direct"
     )
-    assert main(flags.split()) == 1  # one record fails
+    with drawn():
+        assert main(flags.split()) == 1  # one record fails
     return root / "run"
 
 

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +63,7 @@ LATE = """
 import os
 import signal
 import subprocess
+import sys
 import oneshot_fast.runtime.processes as runtime
 from oneshot_fast.errors import RunError
 
@@ -77,33 +80,13 @@ try:
         os.kill(pids[1], signal.SIGSTOP)
     runtime.gather_objects([me])
 except RunError as error:
-    os.kill(pids[1], signal.SIGCONT)  # the launcher would wait for it
-    raise SystemExit(f"refused: {error}")
+    os.kill(pids[1], signal.SIGCONT)  # or nobody could wait for its end
+    print(f"refused: {error}", file=sys.stderr)
 """
 EM = (
-    "--num_cycles 1 --assign_steps 2 --assign_batch_size 2 --train_epochs 1 --eval_samples 10 "
-    "--max_samples 10 --num_images 0 --train_lora_rank 2 --train_lr 5e-3"
+    "--initial_model_id tiny --num_cycles 1 --assign_steps 2 --assign_batch_size 2 "
+    "--train_epochs 1 --eval_samples 10 --num_images 0 --train_lora_rank 2 --train_lr 5e-3"
 )
-
-
-def start(processes: int, command: str, *flags: object) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m"]
-    if processes > 1:
-        launcher += ["torch.distributed.run", "--nproc_per_node", str(processes), "-m"]
-    return subprocess.Popen(
-        [*launcher, f"oneshot_fast.{command}", *map(str, flags)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def run(processes: int, command: str, *flags: object) -> str:
-    job = start(processes, command, *flags)
-    out, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, out[-4000:]
-    return out
 
 
 def results(folder: Path) -> list[tuple[object, ...]]:
@@ -141,38 +124,24 @@ def damaged(tmp_path: Path, assigned: Path, small_data: Path) -> Path:
     return manifest
 
 
-@pytest.mark.slow
-def test_a_process_that_stands_still_is_named_and_in_the_end_refused(tmp_path: Path) -> None:
+def test_a_process_that_stands_still_is_named_and_in_the_end_refused(
+    tmp_path: Path, forks: Any
+) -> None:
     script = tmp_path / "late.py"
     script.write_text(LATE)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    ended = subprocess.run(
-        [*launcher, str(script)],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_DEEPSPEED": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    said = ended.stderr.splitlines()
+    first, second = forks.run_two(str(script), [], tmp_path, ACCELERATE_USE_DEEPSPEED="true")
+    said = [*first.err.splitlines(), *second.err.splitlines()]
     assert said.count("process 0 waits for process 1") == 2
     assert said.count("note: of accelerate's config this is not used here: DeepSpeed") == 1
     (line,) = (line for line in said if line.startswith("refused"))
     assert "waited 0.0666667 minutes for process 1; end all and repeat" in line
 
 
-@pytest.mark.slow
-def test_each_process_encodes_its_part_and_knows_all(tmp_path, damaged, tiny, one_thread):
+def test_each_process_encodes_its_part_and_knows_all(tmp_path, damaged, tiny, forks, one_thread):
     script = tmp_path / "reader.py"
     script.write_text(READER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
-    ended = subprocess.run(
-        [*command, str(damaged), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    for ended in forks.run_two(str(script), [damaged, tmp_path], tmp_path):
+        assert ended.code == 0, ended.err
     pairs, failures = read_manifest(damaged)
     one = Examples.load(tiny, TargetImages(tiny), pairs, failures)
     assert len(one.pairs) == 4 and len(failures) == 2
@@ -190,22 +159,18 @@ def test_each_process_encodes_its_part_and_knows_all(tmp_path, damaged, tiny, on
         assert added[8] == [[0, 4], [2, 6]]
 
 
-@pytest.mark.slow
 def test_sft_with_two_processes_equals_one_and_goes_on_with_one(
-    tmp_path, damaged, call, one_thread
+    tmp_path, damaged, forks, one_thread
 ):
     fixed = "--model_id tiny --epochs 3 --batch_size 2 --preserve_pool_size 20"
-    flags = ["--manifest_path", damaged, *fixed.split(), "--save_minutes", "0"]
+    flags = ["--manifest_path", damaged, *fixed.split(), "--save_minutes", "0", "--output_dir"]
     one, two = tmp_path / "one", tmp_path / "two"
-    assert call("sft", *flags, "--output_dir", one).code == 1
-    job = start(2, "sft", *flags, "--output_dir", two)
-    deadline = time.monotonic() + 120
-    while not (two / "state.safetensors").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    kill_one_of(job)
-    out, _ = job.communicate(timeout=300)
-    assert job.returncode != 0 and not (two / "summary.json").exists(), out
-    assert call("sft", *flags, "--output_dir", two).code == 1
+    assert forks.run("sft", [*flags, one], one).code == 1
+    job = forks.start_two("sft", [*flags, two], two)
+    wait_for(lambda: (two / "state.safetensors").exists())
+    end(job, forks)
+    assert not (two / "summary.json").exists()
+    assert forks.run("sft", [*flags, two], two).code == 1
     for name in ("failures.jsonl", "preserve.safetensors"):
         assert (two / name).read_bytes() == (one / name).read_bytes()
     found = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
@@ -214,19 +179,28 @@ def test_sft_with_two_processes_equals_one_and_goes_on_with_one(
     assert found[1]["matched_loss_after"] == expected
 
 
-def kill_one_of(job: subprocess.Popen[str]) -> None:
-    """Kill the last process that the launcher ``job`` started."""
-    workers = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+def wait_for(happened: Callable[[], object]) -> None:
+    """Until then."""
+    deadline = time.monotonic() + 120
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
-@pytest.mark.slow
-def test_em_with_two_processes_equals_one(tmp_path, call, one_thread):
-    flags = EM.split()
-    assert call("em", "--work_dir", tmp_path / "one", *flags).code == 0
-    out = run(2, "em", "--work_dir", tmp_path / "two", *flags)
+def end(job: list[tuple[int, Path]], forks: Any) -> None:
+    """Kill the second process, and stop the first as a launcher then does."""
+    os.kill(job[1][0], signal.SIGKILL)
+    os.kill(job[0][0], signal.SIGTERM)
+    first, second = (forks.wait(started) for started in job)
+    assert second.code == -signal.SIGKILL and first.code not in (0, 1), first.err
+
+
+def test_em_with_two_processes_equals_one(tmp_path, small_data, forks, one_thread):
+    flags = [*EM.split(), "--data_root", small_data, "--work_dir"]
+    alone = forks.run("em", [*flags, tmp_path / "one"], tmp_path)
+    assert alone.code == 0, alone.err
+    first, second = forks.run_two("em", [*flags, tmp_path / "two"], tmp_path)
+    assert first.code == second.code == 0, first.err + second.err
+    out = first.out + second.out + first.err + second.err
     assert out.count("report: ") == 1  # one of them speaks
     cycle = Path("cycle-01") / "assign"
     assert results(tmp_path / "two" / cycle) == results(tmp_path / "one" / cycle)
@@ -236,39 +210,50 @@ def test_em_with_two_processes_equals_one(tmp_path, call, one_thread):
     assert ours["matched_loss_after"] < 0.99 * ours["matched_loss_before"]
     for key in ours:
         assert theirs[key] == pytest.approx(ours[key], rel=1e-4)
-    alone = call("em", "--work_dir", tmp_path / "two", *flags)
+    alone = forks.run("em", [*flags, tmp_path / "two"], tmp_path)
     assert alone.code == 0 and "no result" not in alone.out + alone.err
 
 
 @pytest.mark.slow
-def test_a_killed_worker_loses_nothing(tmp_path, small_data, call, one_thread):
-    flags = f"--data_root {small_data} --model_id tiny --num_images 0 --batch_size 1"
-    steps = ("--steps", 100)
-    one = call("assign", *flags.split(), *steps, "--output_root", tmp_path / "one")
-    assert one.code == 0, one.err
-    job = start(2, "assign", *flags.split(), *steps, "--output_root", tmp_path / "many")
-    noises = tmp_path / "many" / "noises"
-    deadline = time.monotonic() + 120
-    while not list(noises.glob("*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    kill_one_of(job)
+def test_a_killed_worker_loses_nothing(tmp_path, small_data, forks, one_thread):
+    """The first start is the one here by a launcher."""
+    flags = f"--data_root {small_data} --model_id tiny --num_images 0 --batch_size 1 --steps 20"
+    argv = [*flags.split(), "--output_root"]
+    one, many = tmp_path / "one", tmp_path / "many"
+    assert forks.run("assign", [*argv, one], one).code == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m"]
+    job = subprocess.Popen(
+        [*launcher, "oneshot_fast.assign", *argv, many],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for(lambda: [*many.glob("noises/*.safetensors")])
+    workers = ["ps", "-o", "pid=", "--ppid", str(job.pid)]
+    listed = subprocess.run(workers, capture_output=True, text=True).stdout.split()
+    os.kill(int(listed[-1]), signal.SIGKILL)
     out, _ = job.communicate(timeout=300)
     assert job.returncode != 0, out
-    left = len(list(noises.glob("*.safetensors")))
-    assert 0 < left < len(rows_of(tmp_path / "one" / "manifest.jsonl"))
-    run(2, "assign", *flags.split(), *steps, "--output_root", tmp_path / "many")
-    assert results(tmp_path / "many") == results(tmp_path / "one")
-    assert json.loads((tmp_path / "many" / "summary.json").read_text())["samples"] == 6
+    left = len([*many.glob("noises/*.safetensors")])
+    assert 0 < left < len(rows_of(one / "manifest.jsonl"))
+    for ended in forks.run_two("assign", [*argv, many], many):
+        assert ended.code == 0, ended.err
+    assert results(many) == results(one)
+    assert json.loads((many / "summary.json").read_text())["samples"] == 6
 
 
-@pytest.mark.slow
-def test_optimize_with_two_processes_equals_one(tmp_path, call, one_thread):
+def test_optimize_with_two_processes_equals_one(tmp_path, forks, one_thread):
     flags = ["--model_id", "tiny", "--reward", "digit", "--steps", "2"]
     flags += ["--batch_size", "1", "--num_images", "1"]
     flags += [f"--prompt=a photo of the digit {digit}" for digit in ("three", "seven", "zero")]
-    assert call("optimize", "--output_dir", tmp_path / "one", *flags).code == 0
+    alone = forks.run("optimize", [*flags, "--output_dir", tmp_path / "one"], tmp_path)
+    assert alone.code == 0, alone.err
     tracked = ["--report_to", "tensorboard"] if importlib.util.find_spec("tensorboard") else []
-    out = run(2, "optimize", "--output_dir", tmp_path / "two", *flags, *tracked)
+    argv = [*flags, *tracked, "--output_dir", tmp_path / "two"]
+    first, second = forks.run_two("optimize", argv, tmp_path)
+    assert first.code == second.code == 0, first.err + second.err
+    out = first.out + second.out + first.err + second.err
     assert out.count("report: ") == 1  # one of them speaks
     names = ("manifest.jsonl", "metrics_per_prompt.json", "pairs.jsonl", "failures.jsonl")
     files = [*names, *(f"noises/{k:08d}.safetensors" for k in range(3)), "images/00000-00-best.png"]
