@@ -34,10 +34,13 @@ check: build
 	$(PYTEST)
 	$(MAKE) .venv/.kernels
 
-# the GPU kernels for several architectures, compiled without a GPU; repeated only when they change
+# the GPU kernels, compiled without a GPU for an architecture of each size of shared memory, each
+# kernel of Triton's once: which instructions a dtype takes differs more than the architectures do;
+# the tools' defaults are all. Repeated only when they change
 .venv/.kernels: .venv/.built $(shell find csrc kernels -type f) tools/check_cuda.py tools/check_triton.py
-	$(BIN)/python tools/check_triton.py --arch 80 90 --dtype float32 bfloat16
-	$(BIN)/python tools/check_cuda.py --arch 86 90 100
+	$(BIN)/python tools/check_triton.py --arch 80 --dtype float32
+	$(BIN)/python tools/check_triton.py --arch 90 --dtype bfloat16
+	$(BIN)/python tools/check_cuda.py --arch 86 90
 	@touch $@
 
 bench: build
