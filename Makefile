@@ -14,6 +14,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # idle OpenMP threads sleep, so that two jobs on few cores do not slow each other down
 export OMP_WAIT_POLICY ?= passive
+# pip compiles every file of the packages, most of which are never imported
+export PIP_COMPILE ?= 0
 
 .PHONY: em test check bench build gpu sanitize clean
 em: build
