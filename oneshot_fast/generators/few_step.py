@@ -191,6 +191,11 @@ class FewStepGenerator(PipelineGenerator):
             1 <= guidance_scale < math.inf,
             f"guidance_scale is {guidance_scale}; give a number from 1, which is none",
         )
+        start = generator.start
+        require(
+            start is None or count == 1,
+            f"its one step begins at timestep {start}; leave num_inference_steps or timestep out",
+        )
         kind = type(generator)
         require(
             kind._read_step is PipelineGenerator._read_step,
@@ -221,7 +226,8 @@ class FewStepGenerator(PipelineGenerator):
                 "its scheduler shifts by the image's size (use_dynamic_shifting), which is not "
                 "supported for several steps"
             )
-        return {}
+        sigmas = self._sigmas(count)
+        return {} if sigmas is None else {"sigmas": sigmas}
 
     @property
     def draws_noise(self) -> bool:

@@ -41,6 +41,10 @@ class FluxGenerator(TransformerGenerator):
         if taken != 4 * made:
             raise ModelError(f"its transformer takes {taken} channels, not 4 x {made} of its VAE")
 
+    @staticmethod
+    def _sigmas(count: int) -> list[float]:
+        return torch.linspace(1, 1 / count, count).tolist()
+
     def blank_prompts(self, count: int) -> Conditioning:
         config = self.denoiser.config
         return Conditioning(

@@ -165,6 +165,11 @@ class PipelineGenerator(Generator):
             raise ModelError(f"--timestep {self.start:g}: a {self.pipeline.__name__} takes none")
         return Step.from_scheduler(self.pipe.scheduler, self.start, by_estimate=self.by_estimate)
 
+    @staticmethod
+    def _sigmas(count: int) -> list[float] | None:
+        """Noise levels of ``count`` steps that the pipeline tells its scheduler; None: it asks."""
+        return None
+
     @property
     def _defaults(self) -> dict[str, Any]:
         """What a call of the pipeline takes, and its defaults."""

@@ -37,6 +37,10 @@ class ZImageGenerator(TransformerGenerator):
     def is_truncated(self, prompt: str) -> bool:
         return super().is_truncated(self._templated(prompt))
 
+    @staticmethod
+    def _sigmas(count: int) -> list[float]:
+        return torch.linspace(1, 1 / count, count).tolist()
+
     def blank_prompts(self, count: int) -> Conditioning:
         width = self.denoiser.config.cap_feat_dim
         return Conditioning(torch.zeros(count, self.prompt_tokens, width))

@@ -20,7 +20,8 @@ from diffusers import (
 )
 from family_samples import tiny_pipeline
 
-from oneshot_fast.errors import ModelError
+from oneshot_fast.errors import ModelError, UserError
+from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.known import is_base, known_start
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.sdxl import SdxlGenerator
@@ -112,6 +113,9 @@ def test_a_start_is_taken_from_the_name_and_kept_with_the_model(
     again = load_generator(tmp_path / "saved")
     assert again.fingerprint() == generator.fingerprint()
     assert "begins" not in capfd.readouterr().err
+    assert isinstance(again, SdxlGenerator)
+    with pytest.raises(UserError, match=r"begins at timestep 399.0; leave num_inference_steps"):
+        FewStepGenerator.over(again, 4)
     other = load_generator(folder, timestep=999)
     assert other.step.timestep == 999  # type: ignore[attr-defined]
     assert other.fingerprint() != generator.fingerprint()
