@@ -156,17 +156,18 @@ class EmOptions:
     """Both steps: weight of the mean squared error between the latents."""
     pixel_l1_weight: float = 0.0
     """Both steps: weight of the mean absolute error between the images; 0 never decodes."""
-    preserve_latent_weight: float = 0.0
+    preserve_latent_weight: float | None = None
     """M-step: weight of the latent distance to the initial generator on random noise, against
-    drift; it also takes most of the gain, see docs/study.md."""
-    preserve_pixel_weight: float = 0.0
-    """M-step: the same in pixels; 0 never decodes."""
+    drift; by default 0, as matched noises drift little and it takes most of the gain, see
+    docs/study.md; with --reward 0.5, as rewards run away."""
+    preserve_pixel_weight: float | None = None
+    """M-step: the same in pixels, by default 0, with --reward 0.05; 0 never decodes."""
     preserve_batch_size: int | None = None
     """M-step: random noises per step for the preserve losses; by default train_batch_size."""
     preserve_pool_size: int = 512
     """M-step: random noises whose initial outputs are computed once."""
 
-    def resolve(self, width: int, embedded: bool = False) -> "EmOptions":
+    def resolve(self, width: int, embedded: bool = False, by_reward: bool = False) -> "EmOptions":
         """Fill in the defaults of the M-step.
 
         Large steps are as safe in wide networks as small ones divided by the width (Yang et al.
@@ -175,9 +176,16 @@ class EmOptions:
         Args:
             width: Of the denoiser, see ``Generator.width``.
             embedded: Whether the data are the embedded ones.
+            by_reward: Whether there are rewards in place of targets.
         """
-        lr = 0.0064 / width * (10 if self.train_lora_rank else 1)
-        scheduler = self.train_lr_scheduler or ("constant" if embedded else "linear")
+        defaults = {
+            "train_lr": 0.0064 / width * (10 if self.train_lora_rank else 1),
+            "train_lr_scheduler": "constant" if embedded else "linear",
+            "preserve_latent_weight": 0.5 if by_reward else 0.0,
+            "preserve_pixel_weight": 0.05 if by_reward else 0.0,
+        }
+        missing: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        return dataclasses.replace(self, **missing)
         return dataclasses.replace(
             self,
             train_lr=lr if self.train_lr is None else self.train_lr,
