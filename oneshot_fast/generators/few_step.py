@@ -24,7 +24,7 @@ from diffusers import (
     LCMScheduler,
 )
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
 
 from oneshot_fast.errors import ModelError, UserError, refused, require
@@ -67,13 +67,12 @@ class SamplerStep:
     noise: float
 
 
-def sampler_steps(scheduler: Any, count: int, **how: Any) -> list[SamplerStep]:
-    """The steps of ``pipe(num_inference_steps=count)``.
+def sampler_steps(scheduler: Any, **schedule: Any) -> list[SamplerStep]:
+    """The steps that a scheduler takes.
 
     Args:
         scheduler: Of diffusers; it stays as it is.
-        count: Number of steps.
-        **how: Also given to ``set_timesteps``.
+        **schedule: Arguments of its ``set_timesteps``.
 
     Raises:
         ModelError: If its steps are not of the form above.
@@ -87,10 +86,8 @@ def sampler_steps(scheduler: Any, count: int, **how: Any) -> list[SamplerStep]:
             raise ModelError(f'the scheduler is {name} with "{key}", which is not linear')
     scheduler = copy.deepcopy(scheduler)
     with refused(ModelError, f"the scheduler is {name}: "):
-        scheduler.set_timesteps(count, **how)
-    if len(scheduler.timesteps) != count:
-        raise ModelError(f"the scheduler is {name}, which evaluates more than once a step")
-    steps = [_sampler_step(scheduler, k) for k in range(count)]
+        scheduler.set_timesteps(**schedule)
+    steps = [_sampler_step(scheduler, k) for k in range(len(scheduler.timesteps))]
     init, first = float(getattr(scheduler, "init_noise_sigma", 1.0)), steps[0]
     steps[0] = replace(
         first, scale=init * first.scale, skip=init * first.skip, keep=init * first.keep
@@ -155,7 +152,7 @@ class FewStepGenerator(PipelineGenerator):
     backprop_steps: int
     eta: Eta | None
     _sampler: Any
-    _steps: list[SamplerStep] | None
+    _steps: dict[tuple[int, ...], list[SamplerStep]]
 
     @classmethod
     def over(
@@ -206,32 +203,29 @@ class FewStepGenerator(PipelineGenerator):
         other.num_inference_steps, other.guidance_scale = count, guidance_scale
         other.backprop_steps = count if last is None else last
         other.eta, other._sampler = eta, _with_eta(generator.pipe.scheduler, eta)
-        other._steps = None
+        other._steps = {}
         other._forget()
-        other.steps  # noqa: B018 (refuses what it cannot take)
+        other.draws_noise  # noqa: B018 (refuses what it cannot take)
         return other
 
-    @property
-    def steps(self) -> list[SamplerStep]:
-        """The sampler's steps."""
-        if self._steps is None:
-            how = self._schedule(self.num_inference_steps)
-            self._steps = sampler_steps(self._sampler, self.num_inference_steps, **how)
-        return self._steps
-
-    def _schedule(self, count: int) -> dict[str, Any]:
-        """What the pipeline tells its scheduler beside the number of steps."""
-        if self._sampler.config.get("use_dynamic_shifting"):
-            raise ModelError(
-                "its scheduler shifts by the image's size (use_dynamic_shifting), which is not "
-                "supported for several steps"
+    def steps(self, shape: Sequence[int]) -> list[SamplerStep]:
+        """The sampler's steps for latents of ``shape`` [C, h, w]: some shift by the size."""
+        key = tuple(shape)
+        if key not in self._steps:
+            with unset_fake_temporarily():  # of a plan
+                schedule = self._schedule(self.num_inference_steps, shape)
+                self._steps[key] = sampler_steps(self._sampler, **schedule)
+            require(
+                len(self._steps[key]) == self.num_inference_steps,
+                f"the scheduler is {type(self._sampler).__name__}, which makes "
+                f"{len(self._steps[key])} evaluations of {self.num_inference_steps} steps",
             )
-        sigmas = self._sigmas(count)
-        return {} if sigmas is None else {"sigmas": sigmas}
+        return self._steps[key]
 
     @property
     def draws_noise(self) -> bool:
-        return any(step.noise for step in self.steps)
+        shape = self.latent_shape(self.image_size, self.image_size)
+        return any(step.noise for step in self.steps(shape))
 
     def blank_prompts(self, count: int) -> Conditioning:
         found = super().blank_prompts(count)  # type: ignore[safe-super]
@@ -245,7 +239,7 @@ class FewStepGenerator(PipelineGenerator):
         """The last evaluation, after the others; its ``latents`` are what the sampler gives."""
         if self.num_inference_steps == 1 and self.guidance_scale == 1:
             return super().predict(eps, conditioning)
-        *first, last = self.steps
+        *first, last = self.steps(eps.shape[1:])
         x = eps
         for k, step in enumerate(first):
             x = self._kept(k, x, conditioning) + step.change * self._output(k, x, conditioning)
@@ -259,7 +253,7 @@ class FewStepGenerator(PipelineGenerator):
         The arguments are those of ``predict``; the mean of the clean latents given x, by Tweedie.
         """
         found, x = [], eps
-        for k, step in enumerate(self.steps):
+        for k, step in enumerate(self.steps(eps.shape[1:])):
             output = self._guided(k, x, conditioning)
             found.append(step.skip * x - step.sigma * output)
             x = self._kept(k, x, conditioning) + step.change * output
@@ -276,14 +270,15 @@ class FewStepGenerator(PipelineGenerator):
 
     def _kept(self, k: int, x: Tensor, told: Conditioning) -> Tensor:
         """What comes after step k, without the part of the output: of x, and fresh noise."""
-        step = self.steps[k]
+        step = self.steps(x.shape[1:])[k]
         found = step.keep * x
         return found if step.noise == 0 else found + step.noise * _later_noise(told, k, x)
 
     def _guided(self, k: int, x: Tensor, told: Conditioning) -> Tensor:
         """The denoiser's output [B, C, h, w] float32 in step k, with guidance."""
-        step = self.steps[k]
-        timestep = self._constant(("timestep", k, x.device), lambda: step.timestep.to(x.device))
+        step = self.steps(x.shape[1:])[k]
+        key = ("timestep", k, *x.shape[1:], x.device)
+        timestep = self._constant(key, lambda: step.timestep.to(x.device))
         if self.guidance_scale == 1:
             return self._denoise(x * step.scale, timestep, told)
         without = self._unconditional(told)
@@ -302,7 +297,8 @@ class FewStepGenerator(PipelineGenerator):
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(super().fingerprint().encode())
-        digest.update(repr((self.steps, self.guidance_scale)).encode())
+        sampler = type(self._sampler).__name__, sorted(self._sampler.config.items(), key=str)
+        digest.update(repr((self.num_inference_steps, self.guidance_scale, sampler)).encode())
         return digest.hexdigest()[:16]
 
     def settings(self, resolution: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import logging
 from torch import Tensor, nn
 
@@ -169,6 +171,21 @@ class PipelineGenerator(Generator):
     def _sigmas(count: int) -> list[float] | None:
         """Noise levels of ``count`` steps that the pipeline tells its scheduler; None: it asks."""
         return None
+
+    def _schedule(self, count: int, shape: Sequence[int]) -> dict[str, Any]:
+        """What the pipeline tells its scheduler for ``count`` steps of latents [C, h, w]."""
+        sigmas = self._sigmas(count)
+        levels = {"num_inference_steps": count} if sigmas is None else {"sigmas": sigmas}
+        return {**levels, **self._shift(shape)}
+
+    def _shift(self, shape: Sequence[int]) -> dict[str, float]:
+        """What a scheduler that shifts by the image's size is told of it."""
+        config = self.pipe.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return {}
+        ends = (config[f"{name}_image_seq_len"] for name in ("base", "max"))
+        tokens = math.prod(shape[1:]) // self.patch**2
+        return {"mu": calculate_shift(tokens, *ends, config.base_shift, config.max_shift)}
 
     @property
     def _defaults(self) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import family_samples
 import pytest
 import torch
 from diffusers import (
@@ -18,7 +20,9 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    TCDScheduler,
 )
+from family_samples import CALLS, FAMILIES, side_of, tiny_pipeline
 from torch import Tensor
 
 from oneshot_fast.data.manifests import read_manifest
@@ -26,10 +30,15 @@ from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.errors import ModelError, UserError
 from oneshot_fast.generators import few_step
 from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.generators.loading import PIPELINES
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.generators.schedulers import CPSEulerScheduler, CPSScheduler
 from oneshot_fast.generators.sdxl import SdxlGenerator
 from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.assign.options import AssignOptions
+from oneshot_fast.jobs.assign.run import AssignRun
+from oneshot_fast.jobs.sft.options import SftOptions
+from oneshot_fast.jobs.sft.plan import training_memory
 from oneshot_fast.runtime.seeds import derived_seed, gaussian, record_seed
 
 PROMPTS, SEEDS = ["a handwritten digit one", "a handwritten digit seven"], [5, 6]
@@ -83,9 +92,9 @@ def made(tiny: Any) -> Iterator[Callable[..., Any]]:
 
 
 def theirs(
-    monkeypatch: pytest.MonkeyPatch, pipe: Any, count: int, guidance: float
+    monkeypatch: pytest.MonkeyPatch, pipe: Any, count: int, **call: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    """Latents of diffusers' own pipeline, which draws our later noises, and each step's samples."""
+    """What diffusers' own pipeline makes, which draws our later noises, and each step's samples."""
 
     def draw(shape: Any, *_: object, **__: object) -> Tensor:
         return gaussian([derived_seed(seed, "step", len(steps) - 1) for seed in SEEDS], shape[1:])
@@ -102,9 +111,8 @@ def theirs(
         if hasattr(module, "randn_tensor"):
             monkeypatch.setattr(module, "randn_tensor", draw)
     monkeypatch.setattr(type(pipe.scheduler), "step", step)
-    latents = pipe(PROMPTS, num_inference_steps=count, guidance_scale=guidance,
-                   output_type="latent", latents=gaussian(SEEDS, SHAPE)).images  # fmt: skip
-    return latents, steps
+    with torch.no_grad():
+        return pipe([*PROMPTS], num_inference_steps=count, **call).images, steps
 
 
 GUIDED = [(name, 2.5) for name in ("Euler", "FlowMatchEuler", "LCM")]
@@ -117,10 +125,35 @@ def test_four_steps_are_those_of_diffusers(
     ours = made(SCHEDULERS[name], guidance_scale=guidance)
     with torch.no_grad():
         latents = ours.latents(gaussian(SEEDS, SHAPE), ours.told(PROMPTS, SEEDS))
-    expected, states = theirs(monkeypatch, ours.pipe, 4, guidance)
+    call = {"guidance_scale": guidance, "output_type": "latent", "latents": gaussian(SEEDS, SHAPE)}
+    expected, states = theirs(monkeypatch, ours.pipe, 4, **call)
     scale = expected.abs().max().clamp(min=1)
     torch.testing.assert_close(latents / scale, expected / scale, rtol=0, atol=1e-5)
     assert (expected[0] - expected[1]).abs().max() > 0.01 and len(states) == 4
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "XL" not in name])
+def test_three_steps_of_every_family(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    module, kind = PIPELINES[name].split(".")
+    family = getattr(importlib.import_module(f"oneshot_fast.generators.{module}"), kind)
+    side = side_of(name)
+    for scheduler, config in family_samples.SCHEDULERS[name]:
+        generator = family(tiny_pipeline(name, scheduler, **config))
+        if name == "SanaSprintPipeline" or scheduler is TCDScheduler:
+            with pytest.raises(UserError, match=r"takes one step|several steps are taken by"):
+                FewStepGenerator.over(generator, 3)
+            continue
+        ours, pipe = FewStepGenerator.over(generator, 3), generator.pipe
+        noise = gaussian(SEEDS, ours.latent_shape(side, side))
+        with torch.no_grad():
+            images = ours.images(ours.latents(noise, ours.told(PROMPTS, SEEDS)))
+        packed = name == "FluxPipeline"
+        given = pipe._pack_latents(noise, *noise.shape) if packed else noise.clone()
+        more = CALLS[name] | {"height": side, "width": side, "output_type": "pt"}
+        with monkeypatch.context() as patch:
+            expected, states = theirs(patch, pipe, 3, latents=given, **more)
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+        assert len(states) == 3
 
 
 def test_one_step_is_the_one_step_generator_bit_by_bit(tiny: Any) -> None:
@@ -194,7 +227,6 @@ def test_schedulers_of_another_form_are_refused(made: Callable[..., Any]) -> Non
     for scheduler, message in (
         (DPMSolverMultistepScheduler(), "DPMSolverMultistepScheduler; several steps are taken by"),
         (trailing(DDIMScheduler, clip_sample=True), '"clip_sample"'),
-        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting"),
     ):
         with pytest.raises(ModelError, match=message):
             made(scheduler)
@@ -240,7 +272,7 @@ def test_assigned_and_trained_through_the_loop(
         made = generator.latents(noise, generator.told([pair.prompt], [record_seed(pair.id)]))
     loss = (made[0] - target).square().mean().item()
     assert loss == pytest.approx(row["best_loss"], rel=1e-4)
-    training = ["--manifest_path", noises / "manifest.jsonl", "--epochs", 3, "--lr", "1e-4"]
+    training = ["--manifest_path", noises / "manifest.jsonl", "--epochs", 2, "--lr", "1e-4"]
     training += ["--preserve_pool_size", 4, "--output_dir"]
     assert call("sft", *flags, *training, tmp_path / "trained").code == 0
     summary = json.loads((tmp_path / "trained" / "summary.json").read_text(encoding="utf-8"))
@@ -251,6 +283,7 @@ def test_assigned_and_trained_through_the_loop(
     # the same folder with another number of steps is another run
     other = call("sft", *flags[:2], "--num_inference_steps", 3, *training, tmp_path / "trained")
     assert other.code == 2 and "num_inference_steps" in other.error
-    assert call("sft", *flags, *training[:-1], "--dry_run").code == 0
-    pool = call("assign", *flags, "--method", "pool", "--data_root", small_data, "--dry_run")
-    assert pool.code == 2 and "best_of_n" in pool.error
+    plan = training_memory(generator, SftOptions(batch_size=2), 64)
+    assert plan.held["gradients"] > 0
+    with pytest.raises(UserError, match="best_of_n"):
+        AssignRun(generator, [], tmp_path, AssignOptions(method="pool"))
