@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from family_samples import FAMILIES, tiny_pipeline
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -19,7 +21,7 @@ from torch import Tensor
 from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.errors import ModelError, UserError
 from oneshot_fast.generators.base import Generator
-from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.generators.loading import PIPELINES, load_generator
 from oneshot_fast.generators.lora_files import Adapters, LoraFile
 from oneshot_fast.generators.sdxl import SdxlGenerator
 from oneshot_fast.runtime.seeds import gaussian
@@ -97,6 +99,30 @@ def test_the_file_of_diffusers_is_read_with_its_alphas(
     assert all(torch.equal(have[k], expected[k]) for k in have)
     after = {k: v for n in tiny.networks.values() for k, v in n.state_dict().items()}
     assert all(torch.equal(v, weights[k]) for k, v in after.items()) and len(after) == len(weights)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "XL" not in name])
+def test_every_family_reads_what_its_pipeline_saves(name: str, tmp_path: Path) -> None:
+    module, kind = PIPELINES[name].split(".")
+    parts = getattr(importlib.import_module(f"oneshot_fast.generators.{module}"), kind).parts
+    pipe = tiny_pipeline(name)
+    if name == "PixArtAlphaPipeline":
+        with pytest.raises(ModelError, match="a PixArtAlphaPipeline takes no LoRA"):
+            Adapters(pipe, parts, [tmp_path], "--lora")
+        return
+    network = getattr(pipe, parts[0])
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    network.add_adapter(LoraConfig(r=2, lora_alpha=3, target_modules=targets))
+    given = {f"{parts[0]}_lora_layers": drawn(network)}
+    given[f"{parts[0]}_lora_adapter_metadata"] = network.peft_config["default"].to_dict()
+    pipe.save_lora_weights(tmp_path, **given)
+    expected = changes({parts[0]: network})
+    read = Adapters(tiny_pipeline(name), parts, [tmp_path / NAME], "--lora")
+    have = {f"{parts[0]}.{k}": v for k, v in read.change(parts[0], [1.0])}
+    assert have.keys() == expected.keys() and have
+    assert all(torch.equal(have[k], expected[k]) for k in have)
+    adapter = read.trainable(parts[0])
+    assert (adapter.rank, adapter.alpha) == (2, 3)
 
 
 @pytest.mark.parametrize("alpha", [lambda n: 2.0, lambda n: 1.0 + n % 5], ids=["one", "many"])

@@ -186,11 +186,6 @@ class EmOptions:
         }
         missing: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(self, k) is None}
         return dataclasses.replace(self, **missing)
-        return dataclasses.replace(
-            self,
-            train_lr=lr if self.train_lr is None else self.train_lr,
-            train_lr_scheduler=scheduler,
-        )
 
     def schedule(self) -> list[tuple[int, int]]:
         """Gradient steps or candidates of the E-step, and epochs of the M-step, of every cycle.
