@@ -508,6 +508,8 @@ class PipelineGenerator(Generator):
 class TransformerGenerator(PipelineGenerator):
     """What the families with a transformer share."""
 
+    prompts_kept = 512  # FLUX's take 4 MB each in bfloat16
+
     @property
     def patch(self) -> int:
         return self.denoiser.config.patch_size
