@@ -33,8 +33,8 @@ class EmOptions:
     "40:10,20:5,20:5", with E the gradient steps (best_of_n, pool: candidates) and M the epochs."""
     recipe: Literal["auto"] | None = None
     """auto: short trainings of assign_method and of best_of_n (or sphere), then of the better one
-    with other learning rates, are judged on held-out pairs first, and the best is taken. They need
-    at most a third of the time."""
+    with other learning rates, are judged on held-out pairs first, and the best is followed; what a
+    cheaper method saves goes into more cycles. The trials take a third of all evaluations."""
     patience: int = 0
     """Stop when random noises' images have come no nearer to the held-out ones (by the energy
     score, see docs/evaluate.md) for so many cycles; 0: never."""

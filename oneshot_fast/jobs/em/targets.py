@@ -215,7 +215,7 @@ class EmRun(Cycles):
                 files.write_json(path, found)
         barrier()
         self.summary["recipe"] = found = files.read_json(path)
-        self.options = follow(self.options, found["method"], found["lr"])
+        self.options = follow(self.asked, found["method"], found["lr"])
         if is_main():
             files.remove(trials)
             say(said_of_recipe(found))

@@ -69,12 +69,11 @@ def winner(trials: Sequence[Trial]) -> Trial:
 def follow(options: EmOptions, method: str, lr: float) -> EmOptions:
     """All cycles with another way to find noises and another learning rate, at the same cost.
 
-    What a cheaper E-step saves goes into epochs.
+    What a cheaper E-step saves goes into more cycles.
     """
     found = dataclasses.replace(options, assign_method=method, train_lr=lr)
-    saved = _e_step(options) - _e_step(found)
-    epochs = round(saved / _per_epoch(options)) + options.train_epochs
-    return dataclasses.replace(found, train_epochs=max(1, epochs))
+    cycles = round(options.num_cycles * _cycle(options) / _cycle(found))
+    return dataclasses.replace(found, num_cycles=max(1, cycles))
 
 
 def short(options: EmOptions, method: str, lr: float) -> EmOptions:
@@ -92,11 +91,10 @@ def trained_on(options: EmOptions, count: int) -> int:
 
     That is counted in evaluations of the denoiser, see ``evaluations``.
     """
-    cycle = _e_step(options) + options.train_epochs * _per_epoch(options)
     tried = [short(options, method, _rate(options)) for method in methods(options)]
     rounds = len(tried) + len(OTHER_RATES)
-    trials = sum(map(_e_step, tried)) + rounds * options.train_epochs * _per_epoch(options)
-    share = PART / (1 - PART) * options.num_cycles * cycle / trials
+    trials = sum(map(_e_step, tried)) + rounds * _m_step(options)
+    share = PART / (1 - PART) * options.num_cycles * _cycle(options) / trials
     return int(count * min(MOST, share))
 
 
@@ -109,8 +107,13 @@ def _e_step(options: EmOptions) -> float:
     return evaluations(options.assign())
 
 
-def _per_epoch(options: EmOptions) -> float:
-    return 3.0 * (2 if options.sft().preserves else 1)
+def _m_step(options: EmOptions) -> float:
+    training = options.sft()
+    return 3.0 * training.epochs * (2 if training.preserves else 1)
+
+
+def _cycle(options: EmOptions) -> float:
+    return _e_step(options) + _m_step(options)
 
 
 def _rate(options: EmOptions) -> float:
