@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("plots")
 def test_a_short_run(tmp_path):
     output, picture = tmp_path / "ops-here.json", tmp_path / "ops.png"
     few = ["--ops", "latent_mse", "--threads", 1, "--seconds", 0.01, "--compile", "none"]

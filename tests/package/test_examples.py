@@ -51,6 +51,7 @@ def test_optimise_then_pipeline(tmp_path):
     assert difference.abs().max() < 2.5 / 255
 
 
+@pytest.mark.usefixtures("plots")
 def test_reward_training(tmp_path):
     runs = example("reward_training").main(
         tmp_path / "picture.png",
