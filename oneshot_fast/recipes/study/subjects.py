@@ -114,10 +114,15 @@ class Subject:
         return read_pairs(folder)[0]
 
     def judged(self, generator: Generator, samples: int) -> dict[str, float]:
-        """Frechet distance, accuracy and diversity by ``judge``: means of five sets of noises."""
+        """Frechet distance, accuracy and diversity by ``judge``: means of five sets of noises.
+
+        The distance is to 1600 images of the targets' distribution that are no targets; that of
+        digits is of the training writers, whose digits are moved, as others write otherwise.
+        """
         judge, found = self.judge, []
+        others = self.train.sample(1600, len(self.train.images) - 1600)
         with torch.no_grad():
-            real = judge.features(self.real.images)
+            real = judge.features(others.images)
             for seed in range(5):
                 images, labels = self.samples(generator, samples, seed)
                 distance = frechet_distance(judge.features(images), real)
