@@ -12,10 +12,13 @@ import pytest
 
 from oneshot_fast.errors import UserError
 from oneshot_fast.evaluation.distances import Verdict
+from oneshot_fast.generators.toy import ToyGenerator
+from oneshot_fast.generators.toy_networks import ToyClassifier, ToyConfig, ToyNetwork
 from oneshot_fast.jobs.em import trials
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.targets import EmRun
 from oneshot_fast.jobs.em.trials import Trial, follow, run_trials, short, trained_on, winner
+from oneshot_fast.recipes.toy.data import shapes
 
 Call = Callable[..., Any]
 AUTO = EmOptions(recipe="auto").resolve(64)
@@ -71,21 +74,33 @@ def test_options_that_do_not_fit_both_methods_are_refused(flag: str) -> None:
 
 
 SHORT = (
-    "--recipe auto --max_samples 64 --num_cycles 2 --assign_steps 4 --train_epochs 4 "
-    "--eval_samples 20 --num_images 0"
+    "--recipe auto --num_cycles 2 --assign_steps 4 --train_epochs 4 --eval_samples 32 "
+    "--num_images 0 --train_lr 1e-4"
 )
-FLAGS = SHORT.split()
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Of a small generator of shapes, and 80 pairs."""
+    folder = tmp_path_factory.mktemp("shapes")
+    data = shapes("train", 80, 16)
+    data.write_pairs(folder / "pairs", 80)
+    config = ToyConfig(data.prompts, 16, (4, 8, 8), 8)
+    generator = ToyGenerator(config, ToyNetwork(config))
+    generator.classifier = ToyClassifier(data.prompts, 16)
+    generator.save(folder / "model")
+    return ["--data_root", folder / "pairs", "--initial_model_id", folder / "model", *SHORT.split()]
 
 
 def test_a_recipe_is_chosen_kept_and_reported(
-    tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+    flags: list[object], tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = call("em", "--work_dir", tmp_path / "whole", *FLAGS)
+    whole = call("em", "--work_dir", tmp_path / "whole", *flags)
     assert whole.code == 0, whole.err
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     found = summary["recipe"]
     assert len(found["trials"]) == 4 and not (tmp_path / "whole" / "trials").exists()
-    assert (found["trained_on"], found["judged_by"]) == (22, 48 + 42)
+    assert (found["trained_on"], found["judged_by"]) == (22, 16 + 42)
     rates = {row["lr"] for row in found["trials"]}
     assert len(rates) == 3 and found["lr"] in rates and found["seconds"] > 0
     trained = json.loads((tmp_path / "whole/cycle-01/sft/run.json").read_text())
@@ -106,14 +121,16 @@ def test_a_recipe_is_chosen_kept_and_reported(
     attempt = EmRun._try
     with monkeypatch.context() as patch:
         patch.setattr(EmRun, "_try", lambda *given: stop(*given))
-        assert call("em", "--work_dir", tmp_path / "killed", *FLAGS).code == 130
-    assert call("em", "--work_dir", tmp_path / "killed", *FLAGS).code == 0
+        assert call("em", "--work_dir", tmp_path / "killed", *flags).code == 130
+    assert call("em", "--work_dir", tmp_path / "killed", *flags).code == 0
     again = json.loads((tmp_path / "killed" / "summary.json").read_text())
     assert again["recipe"]["trials"] == found["trials"]
     assert again["random_noise"] == summary["random_noise"]
 
 
-def test_a_recipe_needs_held_out_pairs_and_enough_targets(tmp_path: Path, call: Call) -> None:
+def test_a_recipe_needs_held_out_pairs_and_enough_targets(
+    flags: list[object], tmp_path: Path, call: Call
+) -> None:
     for more in (["--heldout", 0], ["--max_samples", 20]):
-        ended = call("em", "--work_dir", tmp_path, *FLAGS, *more)
+        ended = call("em", "--work_dir", tmp_path, *flags, *more)
         assert ended.code == 2 and "--recipe auto judges by held-out pairs" in ended.err
