@@ -238,7 +238,7 @@ def test_a_changed_em_run_is_refused(
     flags += ["--preserve_pool_size", 4, "--num_cycles", 1, "--train_epochs", 1]
     assert forks.run("em", flags, folder, at="cycle-01/sft").code == -9
     ended = call("em", *flags, "--train_lr", "0.5")
-    assert ended.code == 2 and "train_lr: 1e-05 then, 0.5 now" in ended.error
+    assert ended.code == 2 and "train_lr: 0.0001 then, 0.5 now" in ended.error
     replace_image(data)
     ended = call("em", *flags)
     assert ended.code == 2 and "000_zero.png changed after its noise" in ended.err.splitlines()[-1]
