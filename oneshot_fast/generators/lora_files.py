@@ -137,6 +137,10 @@ class Adapters:
                     scale = scales.get(_content(layer.lora_A[name].weight))
                     layer.scaling[name] = layer.scaling[name] if scale is None else scale
 
+    def adapts(self, part: str) -> bool:
+        """Whether a weight of a network changes."""
+        return any(True for _ in _layers(self._networks[part]))
+
     def change(self, part: str, weights: Sequence[float]) -> Iterator[tuple[str, Tensor]]:
         """Names of the weights of a network that change, and by what, in float32.
 
@@ -234,12 +238,14 @@ class MergedSource:
         if self._adapters is None:
             files = [lora.path for lora in self._loras]
             self._adapters = Adapters(pipe, self._parts, files, "--lora")
+        merged = dict(given)
         for part in self._parts:
             network = getattr(pipe, part)
-            if part not in given and network is not None:
+            if part not in given and network is not None and self._adapters.adapts(part):
                 self._adapters.merge(part, network, [lora.weight for lora in self._loras])
-                network.to(dtype or self.stored[part])
-        return pipe
+                merged[part] = network.to(dtype or self.stored[part])
+        # the others in the types that they have without LoRAs
+        return pipe if dtype is None else self._source.read(dtype, **merged)
 
 
 def weights_of(path: Path, said: str) -> Path:

@@ -91,7 +91,7 @@ class PipelineFolder:
         return network
 
     def _load(self, part: str, dtype: torch.dtype | None) -> tuple[nn.Module, str | None]:
-        return load_network(
+        network, wrong = load_network(
             self._classes[part],
             self.folder,
             part,
@@ -99,6 +99,9 @@ class PipelineFolder:
             variant=self._variants[part],
             local_files_only=True,
         )
+        if dtype is None:  # transformers keeps a part of T5 in float32
+            network.to(self.stored[part])
+        return network, wrong
 
 
 def open_folder(family: type[Any], source: str, options: LoadOptions) -> PipelineFolder:

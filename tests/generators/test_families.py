@@ -12,13 +12,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-from family_samples import CALLS, FAMILIES, SCHEDULERS, side_of, tiny_pipeline
+from family_samples import CALLS, FAMILIES, SCHEDULERS, WIDTH, side_of, tiny_pipeline
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from oneshot_fast.data.images import to_pil
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.loading import PIPELINES, load_generator
+from oneshot_fast.generators.lora_files import LoraFile
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.generators.pipeline import PipelineGenerator
 from oneshot_fast.planning.memory import fake_copy
@@ -133,6 +135,28 @@ def test_a_safety_checker_leaves_with_the_bytes_it_came_with(tmp_path: Path) -> 
     load_generator(tmp_path / "old", dtype=torch.bfloat16).save(tmp_path / "new")
     (old,), (new,) = (tmp_path.glob(f"{k}/safety_checker/*.safetensors") for k in ("old", "new"))
     assert old.read_bytes() == new.read_bytes()
+
+
+def test_a_float16_t5_leaves_with_the_bytes_it_came_with(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    tiny_pipeline("StableDiffusion3Pipeline").to(torch.float16).save_pretrained(old)
+    rows = {"lora_A": torch.ones(2, WIDTH), "lora_B": torch.ones(WIDTH, 2)}
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    save_file({f"{name}.{k}.weight": v for k, v in rows.items()}, tmp_path / "lora.safetensors")
+    more = {"lora": (LoraFile(tmp_path / "lora.safetensors"),)}
+    for dtype in (torch.float32, torch.float16):
+        kinds = []
+        for k, lora in enumerate(({}, more)):
+            generator: Any = load_generator(old, dtype=dtype, **lora)
+            held = generator.networks["text_encoder_3"].named_parameters()
+            kinds.append({name: p.dtype for name, p in held})
+            new = tmp_path / f"{dtype} {k}"
+            generator.save(new)
+            for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "vae"):
+                (a,), (b,) = (f.glob(f"{part}/*.safetensors") for f in (old, new))
+                assert a.read_bytes() == b.read_bytes()
+        assert kinds[0] == kinds[1]  # transformers keeps a part of it in float32
+    assert {*kinds[0].values()} == {torch.float16, torch.float32}
 
 
 def test_what_a_decoder_cannot_do_is_refused_or_left_out(folders: Path) -> None:
