@@ -127,7 +127,6 @@ class Generator(ABC):
     prompt_tokens: int = 77  # that the model reads, both ends included
     takes_lora: bool = False  # whether ``load`` merges those that it is given
     lora: tuple[LoraFile, ...] = ()  # merged when it was loaded
-    has_single_file: bool = False  # whether ``save_single_file`` can write one
     _told: frozenset[str] = frozenset()  # prompts that were warned of
 
     @classmethod
@@ -331,9 +330,13 @@ class Generator(ABC):
     def save(self, folder: Path) -> None:
         """Write the whole model to ``folder``, atomically."""
 
+    def check_single_file(self) -> None:
+        """Raise UserError unless ``save_single_file`` can write this model."""
+        raise UserError("this model is no single file; leave --save_single_file out")
+
     def save_single_file(self, folder: Path) -> None:
         """Write what ``save`` wrote to ``folder`` as one file, folder.safetensors, or UserError."""
-        raise UserError("this model is no single file; leave --save_single_file out")
+        self.check_single_file()
 
     @property
     def save_dtype(self) -> torch.dtype | None:

@@ -10,7 +10,7 @@ and these numbers are found by asking the scheduler itself, so that all is as ``
 import copy
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,9 +78,7 @@ def sampler_steps(scheduler: Any, **schedule: Any) -> list[SamplerStep]:
         ModelError: If its steps are not of the form above.
     """
     name = type(scheduler).__name__
-    if not isinstance(scheduler, _KNOWN):
-        known = ", ".join(kind.__name__ for kind in _KNOWN)
-        raise ModelError(f"the scheduler is {name}; several steps are taken by {known}")
+    _check_known(scheduler)
     for key in ("clip_sample", "thresholding"):
         if scheduler.config.get(key):
             raise ModelError(f'the scheduler is {name} with "{key}", which is not linear')
@@ -93,6 +91,13 @@ def sampler_steps(scheduler: Any, **schedule: Any) -> list[SamplerStep]:
         first, scale=init * first.scale, skip=init * first.skip, keep=init * first.keep
     )
     return steps
+
+
+def _check_known(scheduler: Any) -> None:
+    if not isinstance(scheduler, _KNOWN):
+        known = ", ".join(kind.__name__ for kind in _KNOWN)
+        name = type(scheduler).__name__
+        raise ModelError(f"the scheduler is {name}; several steps are taken by {known}")
 
 
 def _sampler_step(scheduler: Any, index: int) -> SamplerStep:
@@ -214,13 +219,37 @@ class FewStepGenerator(PipelineGenerator):
         if key not in self._steps:
             with unset_fake_temporarily():  # of a plan
                 schedule = self._schedule(self.num_inference_steps, shape)
-                self._steps[key] = sampler_steps(self._sampler, **schedule)
+                steps = sampler_steps(self._sampler, **self._levels(schedule))
+                self._check_levels(steps, schedule)
+                self._steps[key] = steps
             require(
                 len(self._steps[key]) == self.num_inference_steps,
                 f"the scheduler is {type(self._sampler).__name__}, which makes "
                 f"{len(self._steps[key])} evaluations of {self.num_inference_steps} steps",
             )
         return self._steps[key]
+
+    def _levels(self, schedule: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What tells the sampler of the noise levels of the pipeline's own scheduler."""
+        own = copy.deepcopy(self.pipe.scheduler)
+        is_flow = isinstance(own, FlowMatchEulerDiscreteScheduler)
+        if self.eta is None or not (is_flow or isinstance(own, LCMScheduler)):
+            return schedule
+        own.set_timesteps(**schedule)
+        return {"sigmas": own.sigmas[:-1]} if is_flow else {"timesteps": own.timesteps.tolist()}
+
+    def _check_levels(self, steps: Sequence[SamplerStep], schedule: Mapping[str, Any]) -> None:
+        """Raise UserError unless they are at the timesteps of the pipeline's own scheduler."""
+        own = self.pipe.scheduler
+        if self.eta is None:
+            return
+        expected = [float(step.timestep) for step in sampler_steps(own, **schedule)]
+        found = [float(step.timestep) for step in steps]
+        require(
+            found == expected,
+            f"--cps_eta: with it the {len(found)} steps are at {_listed(found)}, and those of its "
+            f"{type(own).__name__} at {_listed(expected)}; leave --cps_eta out",
+        )
 
     @property
     def draws_noise(self) -> bool:
@@ -285,7 +314,7 @@ class FewStepGenerator(PipelineGenerator):
         both = Conditioning.cat([without, told])
         output = self._denoise(torch.cat([x, x]) * step.scale, timestep, both)
         off, on = output.chunk(2)
-        return off + self.guidance_scale * (on - off)
+        return off + (self.guidance_scale + self.guidance_from) * (on - off)
 
     def _unconditional(self, told: Conditioning) -> Conditioning:
         """That of no prompt, as the pipeline has it, for as many rows."""
@@ -314,10 +343,15 @@ def _with_eta(scheduler: Any, eta: Eta | None) -> Any:
     """The scheduler, or one with its settings that draws fresh noise by ``eta``."""
     if eta is None:
         return scheduler
+    _check_known(scheduler)
     is_flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
     kind = CPSScheduler if is_flow else CPSEulerScheduler
     with refused(UserError, "--cps_eta: "):
         return kind.from_config(scheduler.config, eta=eta)
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
 
 
 def _later_noise(told: Conditioning, k: int, like: Tensor) -> Tensor:

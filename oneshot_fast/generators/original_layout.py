@@ -7,13 +7,16 @@ conversion has to give every weight back, or the file is not written.
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers import EulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch import Tensor
 
 from oneshot_fast.errors import ModelError
+from oneshot_fast.generators.single_file import scheduler_of_file
 from oneshot_fast.runtime.files import replacing
 
 _TOP = {
@@ -110,16 +113,32 @@ def write_single_file(pipe: Any, path: Path) -> None:
     second = _open_clip(pipe.text_encoder_2.state_dict())
     tensors |= {f"conditioner.embedders.1.model.{k}": v for k, v in second.items()}
     _check(pipe, tensors)
-    config, header = pipe.scheduler.config, {"format": "pt"}
-    is_v = config.get("prediction_type") == "v_prediction"
-    header["modelspec.architecture"] = "stable-diffusion-xl-v1-base"
-    header["modelspec.prediction_type"] = "v" if is_v else "epsilon"
-    if is_v:
-        tensors["v_pred"] = torch.zeros(0)
-        if config.get("rescale_betas_zero_snr"):
-            tensors["ztsnr"] = torch.zeros(0)
+    header, marks = _words(pipe.scheduler.config)
+    tensors |= {name: torch.zeros(0) for name in marks}
     with replacing(path) as temporary:
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, header)
+
+
+def _words(config: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """What a file's header says of a scheduler, and the names of its marks."""
+    is_v = config.get("prediction_type") == "v_prediction"
+    header = {
+        "format": "pt",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base",
+        "modelspec.prediction_type": "v" if is_v else "epsilon",
+    }
+    marks = ["v_pred", *(["ztsnr"] if config.get("rescale_betas_zero_snr") else [])]
+    return header, marks if is_v else []
+
+
+def scheduler_written(scheduler: Any) -> Any:
+    """The scheduler that a reader makes of what ``write_single_file`` says of ``scheduler``."""
+    header, marks = _words(scheduler.config)
+    said: Any = SimpleNamespace(name="", tensors=marks, metadata=header, model_config=None)
+    base = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    )  # of SDXL base
+    return scheduler_of_file(said, base)
 
 
 def _vae(vae: Any) -> dict[str, Tensor]:

@@ -59,6 +59,7 @@ class PipelineGenerator(Generator):
     by_estimate: bool = False  # it decodes the scheduler's estimate, not where the step ends
     prompts_kept = 4096  # encodings in memory
     takes_lora = True
+    guidance_from = 0.0  # added to its pipeline's guidance_scale in off + scale (on - off)
     save_dtype: torch.dtype | None = None
 
     def __init__(
@@ -435,8 +436,7 @@ class PipelineGenerator(Generator):
                 (temporary / START_FILE).write_text(json.dumps({"timestep": self.start}))
 
     def save_single_file(self, folder: Path) -> None:
-        if not self.has_single_file:
-            super().save_single_file(folder)
+        self.check_single_file()
         pipe = open_folder(type(self), str(folder.absolute()), LoadOptions()).read(None)
         self._write_single_file(pipe, folder.with_name(f"{folder.name}.safetensors"))
 

@@ -7,12 +7,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from oneshot_fast.errors import ModelError
+from oneshot_fast.errors import ModelError, require
 from oneshot_fast.generators.base import Conditioning
-from oneshot_fast.generators.original_layout import unet_name, write_single_file
+from oneshot_fast.generators.original_layout import scheduler_written, unet_name, write_single_file
 from oneshot_fast.generators.pretrained import PipelineFolder
 from oneshot_fast.generators.sd import UNetGenerator
 from oneshot_fast.generators.single_file import PipelineFile, scheduler_of_file
+from oneshot_fast.generators.step import Step
 
 
 class SdxlGenerator(UNetGenerator):
@@ -20,7 +21,6 @@ class SdxlGenerator(UNetGenerator):
 
     pipeline = StableDiffusionXLPipeline
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
-    has_single_file = True
 
     @classmethod
     def check(cls, pipe: Any) -> None:
@@ -71,6 +71,24 @@ class SdxlGenerator(UNetGenerator):
     def _kohya_name(self, module: str) -> str:
         """Those of SDXL's own release."""
         return unet_name(module, self.denoiser)
+
+    def check_single_file(self) -> None:
+        left_out = "; leave --save_single_file out"
+        one, two = (
+            e.config.hidden_size for e in (self.pipe.text_encoder, self.pipe.text_encoder_2)
+        )
+        require(
+            one != two,
+            f"its text encoders are both {one} wide, by which those of one file are told apart"
+            + left_out,
+        )
+        read = Step.from_scheduler(scheduler_written(self.pipe.scheduler))
+        require(
+            self.step.is_close(read),
+            f"one file has no scheduler, and is read with Euler's step from the noisiest timestep, "
+            f"not with that of its {type(self.pipe.scheduler).__name__} from "
+            f"{float(self.step.timestep):g}" + left_out,
+        )
 
     def _write_single_file(self, pipe: Any, path: Path) -> None:
         write_single_file(pipe, path)

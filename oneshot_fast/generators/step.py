@@ -37,6 +37,11 @@ class Step:
     skip: float
     sigma: float
 
+    def is_close(self, other: "Step") -> bool:
+        """Whether all numbers are those of ``other``, to 1e-4."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return all(math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4) for a, b in pairs)
+
     @classmethod
     def of(
         cls, timestep: Tensor, evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -18,6 +18,7 @@ class ZImageGenerator(TransformerGenerator):
 
     pipeline = ZImagePipeline
     parts = ("transformer", "vae", "text_encoder")
+    guidance_from = 1.0  # the pipeline's formula is on + scale (on - off)
 
     @property
     def patch(self) -> int:

@@ -103,10 +103,8 @@ class TrainingRun(ABC):
             generator.autocast != torch.float16,
             "float16 loses small gradients; train with --dtype bfloat16 or float32",
         )
-        require(
-            not options.save_single_file or generator.has_single_file,
-            "this model is no single file; leave --save_single_file out",
-        )
+        if options.save_single_file:
+            generator.check_single_file()
         options = _going_on(options, generator)
         dtype = options.save_dtype
         generator.save_dtype = None if dtype == "auto" else getattr(torch, dtype)

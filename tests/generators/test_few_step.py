@@ -115,6 +115,11 @@ def theirs(
         return pipe([*PROMPTS], num_inference_steps=count, **call).images, steps
 
 
+def family_of(name: str) -> Any:
+    module, kind = PIPELINES[name].split(".")
+    return getattr(importlib.import_module(f"oneshot_fast.generators.{module}"), kind)
+
+
 GUIDED = [(name, 2.5) for name in ("Euler", "FlowMatchEuler", "LCM")]
 
 
@@ -134,9 +139,7 @@ def test_four_steps_are_those_of_diffusers(
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if "XL" not in name])
 def test_three_steps_of_every_family(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    module, kind = PIPELINES[name].split(".")
-    family = getattr(importlib.import_module(f"oneshot_fast.generators.{module}"), kind)
-    side = side_of(name)
+    family, side = family_of(name), side_of(name)
     for scheduler, config in family_samples.SCHEDULERS[name]:
         generator = family(tiny_pipeline(name, scheduler, **config))
         if name == "SanaSprintPipeline" or scheduler is TCDScheduler:
@@ -151,9 +154,20 @@ def test_three_steps_of_every_family(monkeypatch: pytest.MonkeyPatch, name: str)
         given = pipe._pack_latents(noise, *noise.shape) if packed else noise.clone()
         more = CALLS[name] | {"height": side, "width": side, "output_type": "pt"}
         with monkeypatch.context() as patch:
-            expected, states = theirs(patch, pipe, 3, latents=given, **more)
+            expected, states = theirs(patch, pipe, 3, latents=given.clone(), **more)
         torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
         assert len(states) == 3
+    if name in ("SanaSprintPipeline", "LatentConsistencyModelPipeline"):  # guidance is told them
+        return
+    ours = FewStepGenerator.over(generator, 3, guidance_scale=2.5)
+    with torch.no_grad():
+        images = ours.images(ours.latents(noise, ours.told(PROMPTS, SEEDS)))
+    scale = "true_cfg_scale" if packed else "guidance_scale"
+    more |= {scale: 2.5, "negative_prompt": ["", ""]}
+    with monkeypatch.context() as patch:
+        guided, _ = theirs(patch, pipe, 3, latents=given.clone(), **more)
+    torch.testing.assert_close(images, guided, rtol=0, atol=1e-5)
+    assert (guided - expected).abs().max() > 1e-3
 
 
 def test_one_step_is_the_one_step_generator_bit_by_bit(tiny: Any) -> None:
@@ -237,6 +251,30 @@ def test_schedulers_of_another_form_are_refused(made: Callable[..., Any]) -> Non
     ):
         with pytest.raises(UserError, match=message):
             made(SCHEDULERS["Euler"], **more)
+
+
+def test_fresh_noise_is_drawn_at_the_timesteps_of_the_scheduler(
+    made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("Euler", "Karras", "LCM", "DDIM", "FlowMatchEuler"):
+        plain, fresh = (made(SCHEDULERS[name], eta=eta).steps(SHAPE) for eta in (None, 0.9))
+        assert [step.timestep for step in fresh] == [step.timestep for step in plain]
+        assert all(step.noise > 0 for step in fresh[:-1]) and fresh[-1].noise == 0
+    assert [int(step.timestep) for step in made(SCHEDULERS["LCM"], eta=0.9).steps(SHAPE)] == [
+        999, 759, 499, 259
+    ]  # fmt: skip
+    # it tells its scheduler levels, which are shifted
+    pipe = tiny_pipeline("FluxPipeline", FlowMatchEulerDiscreteScheduler, shift=3.0)
+    generator = family_of("FluxPipeline")(pipe)
+    plain, fresh = (
+        FewStepGenerator.over(generator, 3, eta=eta).steps(SHAPE) for eta in (None, 0.9)
+    )
+    assert [step.timestep for step in fresh] == [step.timestep for step in plain]
+    with pytest.raises(ModelError, match="several steps are taken by"):
+        made(DPMSolverMultistepScheduler(), eta=0.9)
+    monkeypatch.setattr(FewStepGenerator, "_levels", lambda _, schedule: schedule)
+    with pytest.raises(UserError, match=r"at 999, 666, 333, 0, and those of its LCMScheduler at"):
+        made(SCHEDULERS["LCM"], eta=0.9)
 
 
 def test_flags_without_effect_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -12,15 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection
 
 from oneshot_fast.embedded.pipeline import model_path
-from oneshot_fast.errors import ModelError
+from oneshot_fast.errors import ModelError, UserError
 from oneshot_fast.generators import original_layout
 from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.generators.sdxl import SdxlGenerator
+from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.sft.options import SftOptions
+from oneshot_fast.jobs.sft.run import SftRun
 
 
 def in_original_layout(pipe: StableDiffusionXLPipeline) -> dict[str, Tensor]:
@@ -194,6 +204,27 @@ def test_v_prediction_is_written_in_the_one_file(forms: Forms, tmp_path: Path) -
     read = load_generator(tmp_path / "v.safetensors", model_config=silent)
     found: Any = read.pipe.scheduler.config  # type: ignore[attr-defined]
     assert {key: found[key] for key in said} == said
+
+
+def test_one_file_is_refused_where_it_would_be_read_as_another_model(
+    forms: Forms, tmp_path: Path, tiny: Any
+) -> None:
+    with pytest.raises(UserError, match="encoders are both 32 wide"):
+        tiny.check_single_file()
+    before = load_generator(forms.folder)
+    before.check_single_file()
+    for kind, config, start in (
+        (EulerDiscreteScheduler, {"prediction_type": "sample"}, None),
+        (EulerDiscreteScheduler, {"rescale_betas_zero_snr": True}, None),
+        (LCMScheduler, {}, None),
+        (LCMScheduler, {}, 399.0),
+    ):
+        pipe = copy.copy(before.pipe)  # type: ignore[attr-defined]
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **config)
+        generator = SdxlGenerator(pipe, start=start)
+        target = TargetImages(generator, 64)
+        with pytest.raises(UserError, match=f"with that of its {kind.__name__}.*leave --save_sing"):
+            SftRun(generator, [], tmp_path, SftOptions(save_single_file=True), targets=target)
 
 
 def test_training_writes_the_one_file(

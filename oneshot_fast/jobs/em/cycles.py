@@ -78,10 +78,8 @@ class Cycles(ABC):
         require(eval_samples >= 10, "eval_samples must be at least 10")
         self.asked = self.options = options.resolve(generator.width)
         self.options.check()
-        require(
-            not options.save_single_file or generator.has_single_file,
-            "this model is no single file; leave --save_single_file out",
-        )
+        if options.save_single_file:
+            generator.check_single_file()
         if self.options.train_caption_dropout:
             generator.encode_prompts([""])  # some models do not know it
         self.generator, self.prompts, self.folder = generator, list(prompts), Path(folder)
