@@ -55,6 +55,11 @@ def execute(command: StudyCommand) -> int:
             getattr(command, name) == getattr(StudyCommand, name),
             f"--{name} has no effect {'with' if command.outcome else 'without'} --outcome",
         )
+    for name in ("seeds", "data_seeds", "samples") if command.quick else ():
+        require(
+            getattr(command, name) == getattr(StudyCommand, name),
+            f"--{name} has no effect with --quick",
+        )
     if command.quick:
         command = dataclasses.replace(command, seeds=1, data_seeds=1, samples=200)
 

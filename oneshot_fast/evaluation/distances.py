@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HEADLINE = "energy_score"  # it decides: proper, and sure of itself with few images (docs/study.md)
+HEADLINE = "energy_score"  # it decides: a proper score, for any number of images from two on
 LOWER_IS_BETTER = ("energy_score", "frechet_distance", "kid", "mmd")
 NEITHER = ("prompt_diversity",)  # that of real images is the best
 RESAMPLES = 200
+_MANY = 8  # images of a prompt
 CMMD_SIGMA = 10.0
 _SURE = 1.96  # standard errors: 95 % of a normal distribution
 
@@ -29,6 +30,28 @@ def resamples(count: int, seed: int, rows: int = RESAMPLES) -> Tensor:
     weights = torch.zeros(rows, count, dtype=torch.float64)
     weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
     return torch.cat((torch.ones(1, count, dtype=torch.float64), weights))
+
+
+def prompt_resamples(labels: Tensor, real_labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Weights of generated [1 + R, N] and of real images [1 + R, M], for measures of each prompt.
+
+    Where a prompt has many images, they are drawn for each prompt by itself, and the real ones all
+    together. Where it has few, whose pairs a draw would mostly lose, whole prompts are drawn.
+
+    Args:
+        labels: Number of the prompt of each generated image, [N], from 0.
+        real_labels: Of each real one, [M]; -1: none of these.
+        seed: Of the draws.
+    """
+    prompts = int(labels.max()) + 1
+    if len(labels) < _MANY * prompts:
+        drawn = resamples(prompts, seed)
+        return drawn[:, labels], drawn[:, real_labels.clamp_min(0)] * (real_labels >= 0)
+    weights = torch.ones(1 + RESAMPLES, len(labels), dtype=torch.float64)
+    for prompt in range(prompts):
+        members = labels == prompt
+        weights[:, members] = resamples(int(members.sum()), seed + prompt)
+    return weights, resamples(len(real_labels), seed - 1)
 
 
 def frechet(a: Tensor, b: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -223,7 +246,8 @@ def replicates(
     b = real.double()
     v = resamples(len(b), seed + 1)
     if real_labels is not None and len(real_labels):
-        found["energy_score"] = energy_score(a, labels, b, real_labels, u, v)
+        drawn = prompt_resamples(labels, real_labels, seed + 2)
+        found["energy_score"] = energy_score(a, labels, b, real_labels, *drawn)
     found |= {"frechet_distance": frechet(a, b, u, v), "kid": kid(a, b, u, v)}
     found["mmd"] = mmd(a, b, u, v, sigma or median_distance(b))
     for name, values in neighbours(a, b).items():

@@ -138,7 +138,7 @@ def trials_section(summary: Json) -> Section | None:
     for trial in found["trials"]:
         name = f"{trial['method']}, {trial['lr']:.2g}"
         if trial["verdict"] is None:
-            rows.append(page.row(name, ("", "", "broke off")))
+            rows.append(page.row(name, ("", "", "", trial["reason"])))
             continue
         verdict = verdict_of(trial["verdict"])
         change, word = percent(verdict.after, verdict.before), verdict.word

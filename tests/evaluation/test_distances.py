@@ -131,9 +131,13 @@ def test_verdicts_in_pairs() -> None:
 
 
 def test_a_collapsed_generator_is_worse_by_what_decides() -> None:
-    """Of 16 images the Frechet distance calls half the spread better; the unbiased MMD does not."""
+    """Of 16 images the Frechet distance calls half the spread better; what is unbiased does not."""
     noise, real = torch.randn(64, 64), torch.randn(16, 64)
-    found = judged(noise + 0.1, noise / 2 + 0.1, real)
+    labels, of_real = torch.arange(64) % 4, torch.arange(16) % 4
+    found = verdicts(
+        *(replicates(x + 0.1, labels, real, of_real, seed=0) for x in (noise, noise / 2))
+    )
+    assert found["energy_score"].word == "worse"
     assert found["frechet_distance"].word == "better"
     assert found["mmd"].word == found["recall"].word == "worse"
     assert found["prompt_diversity"].word == "lower"
@@ -187,6 +191,26 @@ def test_energy_scores_are_means_over_pairs_of_one_prompt() -> None:
     assert found.tolist() == pytest.approx([expected])
     alone = energy_score(a[:2], torch.tensor([0, 1]), b, labels_b, *ones(a[:2], b))
     assert alone.isnan().all()
+
+
+@pytest.mark.parametrize(("prompts", "images", "real"), [(40, 2, 40), (5, 20, 20)])
+def test_errors_of_energy_scores_are_those_of_other_draws(prompts, images, real) -> None:
+    """Of unique captions with two images each, and of few prompts with many."""
+    labels, real_labels = torch.arange(prompts * images) % prompts, torch.arange(real) % prompts
+    gains, errors = [], []
+    for seed in range(40):
+        centres = 2 * torch.randn(prompts, 8)
+        noise = torch.randn(len(labels), 8)
+        y = centres[real_labels] + torch.randn(real, 8)
+        before, after = (
+            replicates(centres[labels] + by * noise, labels, y, real_labels, seed=seed)
+            for by in (1.5, 1.2)
+        )
+        found = verdicts(before, after)["energy_score"]
+        gains.append(found.gain)
+        errors.append(found.error)
+    ratio = np.mean(errors) / np.std(gains, ddof=1)
+    assert 0.65 < ratio < 1.5, ratio
 
 
 def test_energy_scores_see_a_wrong_prompt_and_a_lack_of_spread_in_few_images() -> None:

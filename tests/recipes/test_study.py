@@ -56,9 +56,9 @@ def test_whole_runs_are_judged_by_a_classifier_that_nothing_was_chosen_by(tmp_pa
         assert f"| {name} | {change:+.0f} % | {change:+.0f} % |" in text
     assert found["rows"]["em --recipe auto"][0]["recipe"]["trials"]
     assert not [*(tmp_path / "digits" / "work").iterdir()]
-    made = (tmp_path / "outcome.json").stat().st_mtime_ns
-    assert main([*argv, "--data_seeds", "2"]) == 0  # quick takes one
-    assert (tmp_path / "outcome.json").stat().st_mtime_ns >= made
+    kept = [*(tmp_path / "digits" / "outcome").iterdir()]
+    made = [path.stat().st_mtime_ns for path in kept]
+    assert main(argv) == 0 and made == [path.stat().st_mtime_ns for path in kept]
 
 
 def test_flags_without_an_effect_are_refused(
@@ -66,15 +66,20 @@ def test_flags_without_an_effect_are_refused(
 ) -> None:
     assert main(["--data_seeds", "2", "--output_dir", str(tmp_path)]) == 2
     assert "--data_seeds has no effect without --outcome" in capsys.readouterr().err
+    assert main(["--quick", "--seeds", "2", "--output_dir", str(tmp_path)]) == 2
+    assert "--seeds has no effect with --quick" in capsys.readouterr().err
     assert main(["--outcome", "--budget", "200", "--output_dir", str(tmp_path)]) == 2
     assert "--budget has no effect with --outcome" in capsys.readouterr().err
 
 
 def test_tables_have_intervals_over_all_runs_and_the_worst() -> None:
     base = {"frechet_distance": 10.0, "accuracy": 0.5, "diversity": 0.2}
-    runs = [{**base, "frechet_distance": x, "best_cycle": k} for k, x in enumerate((8.0, 9.0))]
+    runs = [
+        {**base, "frechet_distance": x, "best_cycle": k, "data_seed": k % 2}
+        for k, x in enumerate((7.0, 8.5, 9.0, 9.5))
+    ]
     *_, row = outcome_table(base, {"em": runs})
-    assert row == "| em | -15 ± 64 % | -10 % | +0.000 ± 0.000 | +0.000 ± 0.000 | 1 of 2 |"
+    assert row == "| em | -15 ± 64 % | -5 % | +0.000 ± 0.000 | +0.000 ± 0.000 | 1 of 4 |"
 
 
 @pytest.mark.parametrize("name", ["digits", "shapes"])

@@ -138,6 +138,7 @@ class Cycles(ABC):
         return (
             f"E-step\n{e_step}\n\nM-step\n{m_step}\n\n"
             f"in all, {cycles} cycles: {needed}, without the evaluations"
+            + (", and half as much for the trials of --recipe auto" if self.options.recipe else "")
         )
 
     def run(
@@ -257,7 +258,7 @@ class Cycles(ABC):
         noise["final"], path = noise[name_of(last)], self.folder / "summary.json"
         # without held-out images nothing here tells better from worse, so the last one is taken
         verdicts = [self.verdicts.get(name_of(k), {}).get(HEADLINE) for k in range(1, last + 1)]
-        best = best_of(verdicts) if is_measured else last
+        best = best_of(verdicts) if is_measured and any(verdicts) else last
         was_base = path.exists() and files.read_json(path)["best_cycle"] == 0
         folders = [f"{name_of(last)}/assign", "heldout-base"]
         failures = [

@@ -32,9 +32,11 @@ class EmOptions:
     """Instead of num_cycles, assign_steps and train_epochs: E:M of every cycle, as in
     "40:10,20:5,20:5", with E the gradient steps (best_of_n, pool: candidates) and M the epochs."""
     recipe: Literal["auto"] | None = None
-    """auto: short trainings of assign_method and of best_of_n (or sphere), then of the better one
-    with other learning rates, are judged on held-out pairs first, and the best is followed; what a
-    cheaper method saves goes into more cycles. The trials take a third of all evaluations."""
+    """auto: first short trainings of assign_method and of best_of_n (or sphere), then of the better
+    one with other learning rates, on two thirds of the targets at most. The rest and the held-out
+    pairs judge them; the best is followed where it is better than your own by more than its error,
+    and what a cheaper method saves goes into more cycles. Trials take a third of what E- and
+    M-steps take in all; their measuring comes on top."""
     patience: int = 0
     """Stop when random noises' images have come no nearer to the held-out ones (by the energy
     score, see docs/evaluate.md) for so many cycles; 0: never."""
@@ -65,7 +67,7 @@ class EmOptions:
     """E-step: radians by which a gradient step turns the noise; auto: found on the way."""
     assign_lr_unit: Literal["radians", "matrix"] = "radians"
     """E-step: matrix takes assign_lr as Adam's on the elements of a rotation's matrix, see assign
-    --help."""
+    --help; the usual script has no --max_angle (None), either."""
     max_angle: float | None = 0.6
     """E-step: keep noises within so many radians of their random base noises (None: anywhere). A
     noise that is pushed far is rare under the Gaussian, and what is learnt there does not reach
@@ -211,11 +213,15 @@ class EmOptions:
         require(0 < self.assign_fraction <= 1, "assign_fraction must be above 0 and at most 1")
         require(self.patience >= 0, "patience must not be negative")
         require(self.pool_refresh >= 0, "pool_refresh must not be negative")
-        for name in ("em_schedule", "warm_start", "assign_candidates") if self.recipe else ():
+        flags = ("em_schedule", "warm_start", "assign_candidates", "assign_fraction")
+        for name in flags if self.recipe else ():
             require(
                 getattr(self, name) == getattr(EmOptions, name),
                 f"--{name} does not fit all that --recipe auto tries; leave one of the two out",
             )
+        if self.recipe:
+            other = "best_of_n" if self.assign().mover else "sphere"
+            dataclasses.replace(self, recipe=None, assign_method=other).check()
         for cycle in range(1, len(self.schedule()) + 1):
             self.assign(cycle).check()
             self.sft(cycles=[cycle]).check()

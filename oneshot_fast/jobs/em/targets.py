@@ -27,7 +27,9 @@ from oneshot_fast.jobs.em.schedule import turn
 from oneshot_fast.jobs.em.trials import (
     FEWEST,
     MOST_JUDGES,
+    Trial,
     follow,
+    name_of_trial,
     run_trials,
     said_of_recipe,
     short,
@@ -104,10 +106,14 @@ class EmRun(Cycles):
             self.features = load_features(self.options.features, generator, self.classifier, setup)
         if self.options.recipe:
             require(
-                bool(self.heldout) and trained_on(self.options, len(self.records)) >= FEWEST,
-                "--recipe auto judges by held-out pairs, and needs some, and "
-                f"{FEWEST} targets for its trials (here {len(self.records)} targets, "
-                f"{len(self.heldout)} held-out pairs); leave it out",
+                bool(self.heldout), "--recipe auto judges by held-out pairs, and there are none"
+            )
+            count = trained_on(self.options, len(self.records))
+            require(
+                count >= FEWEST,
+                f"--recipe auto: its trials, a third of the effort, would train on {count} of "
+                f"{len(self.records)} targets, fewer than {FEWEST}; leave it out, or give more "
+                "targets, num_cycles or assign_steps",
             )
         if self.records:
             self.targets.warn_of_size(self.records[0].image_path)
@@ -200,18 +206,19 @@ class EmRun(Cycles):
             self._measure_trial(measure, "base")
             chosen = [self.items[k] for k in sorted(order[:count])]
             tried = run_trials(self.options, partial(self._try, measure, chosen))
-            best = winner(tried)
-            history = files.mend_jsonl(self.folder / "history.jsonl")
-            took = [row["seconds"] for row in history if row["stage"].startswith("trials/")]
-            found = {
-                "method": best.method,
-                "lr": best.lr,
-                "trained_on": count,
-                "judged_by": len(self.heldout) + len(judges),
-                "seconds": round(sum(took), 1),
-                "trials": [trial.row for trial in tried],
-            }
+            best = winner(tried, self._between)
             if is_main():
+                history = files.mend_jsonl(self.folder / "history.jsonl")
+                took = [row["seconds"] for row in history if row["stage"].startswith("trials/")]
+                found = {
+                    "method": best.method,
+                    "lr": best.lr,
+                    "num_cycles": follow(self.asked, best.method, best.lr).num_cycles,
+                    "trained_on": count,
+                    "judged_by": len(self.heldout) + len(judges),
+                    "seconds": round(sum(took), 1),
+                    "trials": [trial.row for trial in tried],
+                }
                 files.write_json(path, found)
         barrier()
         self.summary["recipe"] = found = files.read_json(path)
@@ -223,25 +230,44 @@ class EmRun(Cycles):
 
     def _try(
         self, measure: RandomNoiseMeasure, items: list[Record | Failure], method: str, lr: float
-    ) -> Verdict | None:
-        """Train from the base on some of the targets, and judge; the base's weights come back."""
-        name, folder, options = f"{method}-{lr:g}", self.folder / "trials", self.asked
+    ) -> Verdict | str:
+        """Train from the base on some of the targets, and judge; the base's weights come back.
+
+        A verdict against the base, or why there is none.
+        """
+        folder, options = self.folder / "trials", short(self.asked, method, lr)
+        name = name_of_trial(method, lr)
         if measure.kept(folder / "eval" / name) is None:
-            options = short(options, method, lr)
             assigner = self._assigner(_split(items)[0], folder / method, self.seed, options=options)
             self.complete(assigner)
+            manifest, reason = folder / method / "manifest.jsonl", ""
             try:
-                manifest = folder / method / "manifest.jsonl"
                 self.train(f"trials/{name}", manifest, options.sft(), self.seed)
                 self._measure_trial(measure, name)
             except BadStepsError as error:
-                say(f"trial {name}: {one_line(error)}")
-                return None
-            finally:
-                self.generator.denoiser.load_state_dict(self.initial)
-                if is_main():
-                    files.remove(folder / name)
-        return compare(folder / "eval" / "base", folder / "eval" / name).get(HEADLINE)
+                reason = one_line(error)
+            self._restore()
+            if is_main():
+                files.remove(folder / name)
+            if reason:
+                return reason
+        found = compare(folder / "eval" / "base", folder / "eval" / name)
+        return found.get(HEADLINE, "no held-out image has a prompt with two images")
+
+    def _between(self, before: Trial, after: Trial) -> Verdict | None:
+        """What one trial is against another, in pairs."""
+        paths = (
+            self.folder / "trials/eval" / name_of_trial(t.method, t.lr) for t in (before, after)
+        )
+        return compare(*paths).get(HEADLINE)
+
+    def _restore(self) -> None:
+        """The base's weights, in their type, also after a training that broke off."""
+        denoiser = self.generator.denoiser
+        if getattr(denoiser, "peft_config", None):
+            denoiser.unload_lora()
+        denoiser.to(next(iter(self.initial.values())).dtype)
+        denoiser.load_state_dict(self.initial)
 
     def _measure_trial(self, measure: RandomNoiseMeasure, name: str) -> None:
         with self.stage(f"trials/eval/{name}") as path:

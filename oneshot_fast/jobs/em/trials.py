@@ -27,23 +27,30 @@ class Trial:
     Attributes:
         method: How its noises were found, as --assign_method.
         lr: Its learning rate.
-        verdict: What it is against the base; None if it broke, or cannot be measured.
+        verdict: What it is against the base, or why that is not known.
     """
 
     method: str
     lr: float
-    verdict: Verdict | None
+    verdict: Verdict | str
 
     @property
     def gain(self) -> float:
         """How much better than the base it is."""
-        return -float("inf") if self.verdict is None else self.verdict.gain
+        return -float("inf") if isinstance(self.verdict, str) else self.verdict.gain
 
     @property
     def row(self) -> dict[str, Any]:
         """As a JSON value."""
-        said = self.verdict and dataclasses.asdict(self.verdict) | {"word": self.verdict.word}
-        return {"method": self.method, "lr": self.lr, "verdict": said}
+        found = {"method": self.method, "lr": self.lr}
+        if isinstance(self.verdict, str):
+            return {**found, "verdict": None, "reason": self.verdict}
+        return {**found, "verdict": dataclasses.asdict(self.verdict) | {"word": self.verdict.word}}
+
+
+def name_of_trial(method: str, lr: float) -> str:
+    """Of its files."""
+    return f"{method}-{lr:g}"
 
 
 def methods(options: EmOptions) -> tuple[str, str]:
@@ -52,7 +59,7 @@ def methods(options: EmOptions) -> tuple[str, str]:
     return own, "best_of_n" if options.assign().mover else "sphere"
 
 
-def run_trials(options: EmOptions, attempt: Callable[[str, float], Verdict | None]) -> list[Trial]:
+def run_trials(options: EmOptions, attempt: Callable[[str, float], Verdict | str]) -> list[Trial]:
     """All trials; ``attempt`` trains with a method and a learning rate, and judges."""
     lr = _rate(options)
     first = [Trial(method, lr, attempt(method, lr)) for method in methods(options)]
@@ -60,10 +67,23 @@ def run_trials(options: EmOptions, attempt: Callable[[str, float], Verdict | Non
     return first + [Trial(method, k * lr, attempt(method, k * lr)) for k in OTHER_RATES]
 
 
-def winner(trials: Sequence[Trial]) -> Trial:
-    """The trial that gained most; where none gained, the first: the user's own options."""
-    best = max(trials, key=lambda trial: trial.gain)
-    return best if best.gain > 0 else trials[0]
+def winner(trials: Sequence[Trial], between: Callable[[Trial, Trial], Verdict | None]) -> Trial:
+    """The trial that gained most, if it is better than the first by more than a standard error.
+
+    The first has the user's own options, which else stay. The base is a candidate at the end of all
+    cycles again: ``checkpoint-best`` is the base where none of them beat it.
+
+    Args:
+        trials: At least one.
+        between: A verdict on two of them, in pairs.
+    """
+    own, best = trials[0], max(trials, key=lambda trial: trial.gain)
+    if isinstance(best.verdict, str) or best.gain <= 0 or best is own:
+        return own
+    if isinstance(own.verdict, str):
+        return best
+    found = between(own, best)
+    return best if found and found.gain > found.error else own
 
 
 def follow(options: EmOptions, method: str, lr: float) -> EmOptions:
@@ -89,7 +109,8 @@ def short(options: EmOptions, method: str, lr: float) -> EmOptions:
 def trained_on(options: EmOptions, count: int) -> int:
     """How many of ``count`` targets trials train on: with so many they take ``PART`` of all.
 
-    That is counted in evaluations of the denoiser, see ``evaluations``.
+    That is counted in evaluations of the denoiser by E- and M-steps, see ``evaluations``; what is
+    drawn to be measured comes on top.
     """
     tried = [short(options, method, _rate(options)) for method in methods(options)]
     rounds = len(tried) + len(OTHER_RATES)
@@ -123,4 +144,7 @@ def _rate(options: EmOptions) -> float:
 
 def said_of_recipe(found: Mapping[str, Any]) -> str:
     """The decision of recipe.json, in a line."""
-    return f"recipe: assign_method {found['method']}, train_lr {found['lr']:.2g}"
+    return (
+        f"recipe: assign_method {found['method']}, train_lr {found['lr']:.2g}, "
+        f"num_cycles {found['num_cycles']}"
+    )

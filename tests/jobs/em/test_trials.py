@@ -34,19 +34,28 @@ def test_the_better_method_is_tried_with_other_learning_rates() -> None:
     assert [(trial.method, pytest.approx(trial.lr)) for trial in tried] == [
         ("sphere", 1e-4), ("best_of_n", 1e-4), ("best_of_n", 3e-5), ("best_of_n", 3e-4),
     ]  # fmt: skip
-    best = winner(tried)
-    assert best.lr == pytest.approx(3e-4)
+    assert max(tried, key=lambda trial: trial.gain).lr == pytest.approx(3e-4)
     own = dataclasses.replace(AUTO, assign_method="pool")
-    assert [trial.method for trial in run_trials(own, lambda *_: None)][:2] == ["pool", "sphere"]
+    assert [trial.method for trial in run_trials(own, lambda *_: "broke off")][:2] == [
+        "pool",
+        "sphere",
+    ]
 
 
-def test_where_no_trial_gains_the_own_options_stay() -> None:
-    def tried(*after: float | None) -> list[Trial]:
-        return [Trial(str(k), 1.0, None if x is None else verdict(x)) for k, x in enumerate(after)]
+def test_another_trial_wins_only_beyond_the_error_of_their_difference() -> None:
+    def chosen(*after: float | str, error: float = 1.0) -> str:
+        tried = [
+            Trial(str(k), 1.0, x if isinstance(x, str) else verdict(x)) for k, x in enumerate(after)
+        ]
 
-    assert [winner(tried(*x)).method for x in ((11, 10.5, None), (None, None), (12, 9, 9.5))] == [
-        "0", "0", "1"
-    ]  # fmt: skip
+        def between(one: Trial, other: Trial) -> Verdict:
+            return Verdict("energy_score", 10 - one.gain, 10 - other.gain, error)
+
+        return winner(tried, between).method
+
+    assert chosen(11, 10.5, "broke off") == chosen("broke off", "broke off") == "0"
+    assert chosen(12, 9, 9.5) == "1" and chosen("broke off", 9.9) == "1"
+    assert chosen(9, 8.5) == "0" and chosen(9, 8.5, error=0.4) == "1"
 
 
 def test_trials_take_a_third_of_the_whole_effort_and_both_methods_the_same() -> None:
@@ -66,9 +75,21 @@ def test_trials_take_a_third_of_the_whole_effort_and_both_methods_the_same() -> 
         assert part <= 1 / 3 + 1e-9 and (share == pytest.approx(2 / 3, abs=1e-4) or part > 0.33)
 
 
-@pytest.mark.parametrize("flag", ["em_schedule", "warm_start", "assign_candidates"])
+def test_options_of_one_method_alone_are_refused_at_once() -> None:
+    rotation = {"assign_method": "rotation", "rotation_optimizer": "raw_adam"}
+    with pytest.raises(UserError, match="lr_unit matrix is for the method rotation"):
+        dataclasses.replace(
+            AUTO, **rotation, assign_lr=5e-4, assign_lr_unit="matrix", max_angle=None
+        ).check()
+
+
+@pytest.mark.parametrize(
+    "flag", ["em_schedule", "warm_start", "assign_candidates", "assign_fraction"]
+)
 def test_options_that_do_not_fit_both_methods_are_refused(flag: str) -> None:
-    value = {"em_schedule": "4:1", "warm_start": True, "assign_candidates": 8}[flag]
+    value = {
+        "em_schedule": "4:1", "warm_start": True, "assign_candidates": 8, "assign_fraction": 0.5,
+    }[flag]  # fmt: skip
     with pytest.raises(UserError, match=f"--{flag} does not fit"):
         dataclasses.replace(AUTO, **{flag: value}).check()
 
@@ -110,7 +131,7 @@ def test_a_recipe_is_chosen_kept_and_reported(
     assert f"recipe: assign_method {found['method']}" in whole.out
     assert "Which recipe" in (tmp_path / "whole" / "report.html").read_text()
 
-    done = []
+    done = []  # of the second call
 
     def stop(*given: Any) -> Verdict | None:  # killed in the third trial
         done.append(given)
@@ -131,6 +152,9 @@ def test_a_recipe_is_chosen_kept_and_reported(
 def test_a_recipe_needs_held_out_pairs_and_enough_targets(
     flags: list[object], tmp_path: Path, call: Call
 ) -> None:
-    for more in (["--heldout", 0], ["--max_samples", 20]):
+    for more, said in (
+        (["--heldout", 0], "judges by held-out pairs, and there are none"),
+        (["--num_cycles", 1], "would train on 11 of 64 targets, fewer than 16"),
+    ):
         ended = call("em", "--work_dir", tmp_path, *flags, *more)
-        assert ended.code == 2 and "--recipe auto judges by held-out pairs" in ended.err
+        assert ended.code == 2 and said in ended.err, ended.err
