@@ -21,10 +21,10 @@ from oneshot_fast.runtime.options import RunOptions
 class EvaluateCommand:
     """Measure how good one-step generators are on fresh noise, against held-out images.
 
-    No classifier of yours is needed: Frechet distance, KID, MMD (CMMD), precision, recall, density,
-    coverage, prompt alignment and diversity within a prompt, with standard errors. Each model is
-    compared with the first one on the same noises: better, worse, or cannot be told apart. An
-    interrupted run resumes when the same command is repeated.
+    No classifier of yours is needed: energy score, Frechet distance, KID, MMD (CMMD), precision,
+    recall, density, coverage, prompt alignment and diversity within a prompt, with standard errors.
+    Each model is compared with the first one on the same noises: better, worse, or cannot be told
+    apart. An interrupted run resumes when the same command is repeated.
     """
 
     model_id: tuple[str, ...] = ()

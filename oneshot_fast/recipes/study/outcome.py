@@ -1,9 +1,9 @@
 """What a user gets: whole runs of `em` and of what it is compared with, over data and run seeds.
 
 Every row trains on 96 targets. Those of ``BESIDE``, but for preserve losses, take as many
-evaluations of the denoiser as `em` with its defaults, or less; the trials of `--recipe auto` come on top. A
-classifier that no training has seen judges fresh noise against 1600 images of the targets'
-distribution that are no targets: base generator and judge were trained on them and on the targets.
+evaluations of the denoiser as `em` with its defaults, or less; the trials of `--recipe auto` come
+on top. A classifier that no training has seen judges fresh noise against 1600 images of the
+targets' distribution that are no targets: base and judge were trained on them, as on the targets.
 """
 
 import dataclasses
