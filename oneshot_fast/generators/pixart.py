@@ -13,9 +13,12 @@ from oneshot_fast.generators.pipeline import TransformerGenerator
 from oneshot_fast.generators.pretrained import PipelineFolder
 from oneshot_fast.generators.single_file import PipelineFile
 
-# its class in diffusers is the only one here that takes no LoRA; files name this one the same
+# its class in diffusers is the only one here that takes no LoRA; files name this one the same,
+# with its module
 _Adaptable = type(
-    PixArtTransformer2DModel.__name__, (PeftAdapterMixin, PixArtTransformer2DModel), {}
+    PixArtTransformer2DModel.__name__,
+    (PeftAdapterMixin, PixArtTransformer2DModel),
+    {"__module__": PixArtTransformer2DModel.__module__},
 )
 
 

@@ -21,6 +21,8 @@ START_FILE = "scheduler/oneshot_fast.json"
 _NOT_READ = ("lm_head.weight",)  # of language models, which encode without it
 _KEPT = ("safety_checker", "image_encoder")  # of what pipelines have more, saved as they came
 _WEIGHTS = ("diffusion_pytorch_model", "pytorch_model", "model")
+# of a tokenizer; transformers makes an empty one where there is none of them
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
 class PipelineFolder:
@@ -49,6 +51,10 @@ class PipelineFolder:
         # diffusers wants to be told of what is not there
         absent = {*family.parts} - self._classes.keys()
         index = _read_object(folder / "model_index.json")
+        named = [name for name in index if name.startswith("tokenizer") and any(index[name] or ())]
+        for name in named:
+            if not any((folder / name / file).is_file() for file in _VOCABULARIES):
+                raise ModelError(f"there is no {name}/tokenizer.json, nor another vocabulary")
         tokenizers = {part.replace("text_encoder", "tokenizer") for part in absent}
         self._absent = absent | {name for name in tokenizers if not any(index.get(name) or ())}
         weights = {part: _weights(folder / part, variant) for part in self._classes}

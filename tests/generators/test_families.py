@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from oneshot_fast.data.images import to_pil
-from oneshot_fast.errors import UserError
+from oneshot_fast.errors import ModelError, UserError
 from oneshot_fast.generators.loading import PIPELINES, load_generator
 from oneshot_fast.generators.lora_files import LoraFile
 from oneshot_fast.generators.options import ModelOptions
@@ -157,6 +158,22 @@ def test_a_float16_t5_leaves_with_the_bytes_it_came_with(tmp_path: Path) -> None
                 assert a.read_bytes() == b.read_bytes()
         assert kinds[0] == kinds[1]  # transformers keeps a part of it in float32
     assert {*kinds[0].values()} == {torch.float16, torch.float32}
+
+
+def test_bfloat16_files_are_read_again_where_a_class_is_ours(tmp_path: Path) -> None:
+    tiny_pipeline("PixArtAlphaPipeline").to(torch.bfloat16).save_pretrained(tmp_path / "old")
+    load_generator(tmp_path / "old").save(tmp_path / "new")
+    load_generator(tmp_path / "new")
+    old, new = (json.loads((tmp_path / k / "model_index.json").read_text()) for k in ("old", "new"))
+    assert old["transformer"] == new["transformer"]
+
+
+def test_a_missing_tokenizer_is_refused(folders: Path, tmp_path: Path) -> None:
+    for name, gone in (("StableDiffusionPipeline", "tokenizer"), ("FluxPipeline", "tokenizer_2")):
+        folder = shutil.copytree(folders / name, tmp_path / name)
+        (folder / gone / "tokenizer.json").unlink()
+        with pytest.raises(ModelError, match=f"there is no {gone}/tokenizer.json"):
+            load_generator(folder)
 
 
 def test_what_a_decoder_cannot_do_is_refused_or_left_out(folders: Path) -> None:
