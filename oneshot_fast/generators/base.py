@@ -125,6 +125,7 @@ class Generator(ABC):
     autocast: torch.dtype | None = None  # of the arithmetic, over float32 weights
     is_compiled: bool = False  # then each batch size costs a compilation
     prompt_tokens: int = 77  # that the model reads, both ends included
+    backprop_steps: int = 1  # evaluations of the denoiser that are differentiated
     takes_lora: bool = False  # whether ``load`` merges those that it is given
     lora: tuple[LoraFile, ...] = ()  # merged when it was loaded
     _told: frozenset[str] = frozenset()  # prompts that were warned of
@@ -366,6 +367,13 @@ class Generator(ABC):
         It is written atomically; ``kohya`` is the format that ComfyUI and A1111 read.
         """
         raise UserError("this model takes no adapter; leave --lora_rank out")
+
+    def check_kohya(self) -> None:
+        """Raise UserError unless what ``save_adapter`` writes in kohya's names is read again."""
+        raise UserError(
+            "kohya's names of this model's weights are read by nothing here; leave --lora_format "
+            "kohya out"
+        )
 
     def read_adapter(self, path: Path) -> Adapter:
         """The denoiser's adapter in a LoRA file, to go on training it.

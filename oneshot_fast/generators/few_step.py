@@ -318,6 +318,8 @@ class FewStepGenerator(PipelineGenerator):
 
     def _unconditional(self, told: Conditioning) -> Conditioning:
         """That of no prompt, as the pipeline has it, for as many rows."""
+        if isinstance(told.embeds, FakeTensor):  # of a plan, where nothing is encoded
+            return told
         if self._blank is None:
             self._blank = self._encode_blank()
         rows, count = self._blank.to(self.device).tensors(), len(told.embeds)

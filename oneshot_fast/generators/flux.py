@@ -41,6 +41,9 @@ class FluxGenerator(TransformerGenerator):
         if taken != 4 * made:
             raise ModelError(f"its transformer takes {taken} channels, not 4 x {made} of its VAE")
 
+    def check_kohya(self) -> None:
+        """Its names are among those that the converter of diffusers knows."""
+
     @staticmethod
     def _sigmas(count: int) -> list[float]:
         return torch.linspace(1, 1 / count, count).tolist()

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from oneshot_fast.errors import ModelError, UserError, one_line, refused, requir
 from oneshot_fast.runtime.tensor_files import read_header, read_safetensors
 
 _OURS, _PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
-_PEFT_PREFIX = "base_model.model."
+_PEFT_PREFIX, _PEFT_CONFIG = "base_model.model.", "adapter_config.json"
 # how torch and transformers name a weight of another shape
 _MISFIT = re.compile(r"size mismatch for (\S+):|^(\S*\.lora_\S+) *\| *MISMATCH", re.MULTILINE)
 _UNSUPPORTED = {
@@ -65,7 +65,7 @@ class LoraFile:
     @property
     def settings(self) -> dict[str, Any]:
         """What a run notes of it."""
-        return {"file": self.path.name, "sha256": file_sha256(self.path), "weight": self.weight}
+        return {"file": self.path.name, "sha256": lora_sha256(self.path), "weight": self.weight}
 
 
 class Adapters:
@@ -130,11 +130,12 @@ class Adapters:
         if key := _unused(raw, converted, added, told):
             raise ModelError(f"{said}it is not for this model, which has no use for {key}")
         # diffusers loses kohya's alphas of attention where they differ
-        scales = _scales(raw)
+        scales = _scales(raw, said)
         for network in self._networks.values():
             for _, layer in _layers(network):
                 if name in layer.scaling:
-                    scale = scales.get(_content(layer.lora_A[name].weight))
+                    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+                    scale = scales.get((_content(A), _content(B)))
                     layer.scaling[name] = layer.scaling[name] if scale is None else scale
 
     def adapts(self, part: str) -> bool:
@@ -190,9 +191,9 @@ class Adapters:
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,
-            target_modules=list(layers),
-            rank_pattern={f"^{name}": r for name, r in ranks.items() if r != rank},
-            alpha_pattern={f"^{name}": a for name, a in alphas.items() if a != alpha},
+            target_modules="|".join(map(re.escape, layers)),  # matched as a whole, as no list is
+            rank_pattern={f"^{re.escape(k)}": r for k, r in ranks.items() if r != rank},
+            alpha_pattern={f"^{re.escape(k)}": a for k, a in alphas.items() if a != alpha},
         )
         weights = {
             f"{name}.{kind}.default.weight": getattr(layer, kind)["0"].weight.detach()
@@ -265,6 +266,19 @@ def weights_of(path: Path, said: str) -> Path:
     return path
 
 
+def lora_sha256(path: Path) -> str:
+    """sha256 of a LoRA file, or of it and peft's configuration beside it, where that counts."""
+    digest, config = file_sha256(path), path.parent / _PEFT_CONFIG
+    if not _is_pefts(read_header(path)[0]) or not config.is_file():
+        return digest
+    return hashlib.sha256(f"{digest} {file_sha256(config)}".encode()).hexdigest()
+
+
+def _is_pefts(names: Iterable[str]) -> bool:
+    """Whether a file is one of peft's own, which has a configuration beside it."""
+    return next(iter(names), "").startswith(_PEFT_PREFIX)
+
+
 def _read_file(path: Path, denoiser: str, said: str) -> tuple[dict[str, Tensor], Any]:
     """Tensors of a LoRA in float32, by name, and peft's configuration of its networks, or None."""
     try:
@@ -274,15 +288,18 @@ def _read_file(path: Path, denoiser: str, said: str) -> tuple[dict[str, Tensor],
         raise ModelError(f"{said}{error}") from None
     if not tensors:
         raise ModelError(f"{said}it holds no tensors")
-    if not next(iter(tensors)).startswith(_PEFT_PREFIX):
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise ModelError(f"{said}{key} has values that are NaN or infinite")
+    if not _is_pefts(tensors):
         text = header.get("lora_adapter_metadata")
         return tensors, None if text is None else json.loads(text)
 
     from peft import LoraConfig
 
-    if not (path.parent / "adapter_config.json").is_file():
-        raise ModelError(f"{said}peft's adapter_config.json is not beside it; copy it there")
-    with refused(ModelError, f"{said}adapter_config.json: "):
+    if not (path.parent / _PEFT_CONFIG).is_file():
+        raise ModelError(f"{said}peft's {_PEFT_CONFIG} is not beside it; copy it there")
+    with refused(ModelError, f"{said}{_PEFT_CONFIG}: "):
         known = LoraConfig.from_pretrained(str(path.parent)).to_dict()
     known.pop("peft_type")
     names = {key: f"{denoiser}.{key.removeprefix(_PEFT_PREFIX)}" for key in tensors}
@@ -344,14 +361,17 @@ def _unused(
     return next((key for key in wanted if any(key in message for message in told)), None)
 
 
-def _scales(raw: Mapping[str, Tensor]) -> dict[object, float]:
-    """Alpha / rank by the content of A, of the modules that have an alpha in the file."""
+def _scales(raw: Mapping[str, Tensor], said: str) -> dict[object, float]:
+    """Alpha / rank by the content of A and B, of the modules that have an alpha in the file."""
     found = dict[object, float]()
     for key, alpha in raw.items():
         module = key.removesuffix(".alpha")
-        down = raw.get(f"{module}.lora_down.weight")
-        if module != key and down is not None:
-            found[_content(down)] = alpha.item() / len(down)
+        down, up = (raw.get(f"{module}.lora_{kind}.weight") for kind in ("down", "up"))
+        if module == key or down is None or up is None:
+            continue
+        scale = alpha.item() / len(down)
+        if found.setdefault((_content(down), _content(up)), scale) != scale:
+            raise ModelError(f"{said}{key} differs from that of another module of equal weights")
     return found
 
 

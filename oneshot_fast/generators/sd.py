@@ -25,6 +25,9 @@ class UNetGenerator(PipelineGenerator):
                 "models are not supported"
             )
 
+    def check_kohya(self) -> None:
+        """Its names are those of kohya's scripts."""
+
     def _guidance(self, eps: Tensor, dtype: torch.dtype) -> Tensor | None:
         """Embedding [B, E] of the pipeline's default guidance, which the UNets of LCMs take."""
         width = self.pipe.unet.config.time_cond_proj_dim

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from oneshot_fast.data.image_refs import file_sha256
 from oneshot_fast.errors import need_package, require
-from oneshot_fast.generators.lora_files import weights_of
+from oneshot_fast.generators.lora_files import lora_sha256, weights_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class TrainOptions:
     almost no memory. One process and one part per batch; a bad gradient skips its own weight."""
     lora_rank: int = 0
     """Train only a LoRA adapter of this rank on the attention projections (to_q, to_k, to_v,
-    to_out) of the denoiser; 0 trains all of its weights."""
+    to_out) of the denoiser; 0 trains all of its weights. PixArt's is read by neither diffusers nor
+    --lora: take checkpoint-final, which has it merged in."""
     lora_alpha: float | None = None
     """The adapter is scaled by lora_alpha / lora_rank; by default lora_alpha is lora_rank."""
     lora_from: Path | None = None
@@ -65,7 +65,7 @@ class TrainOptions:
     still those of the model without it."""
     lora_format: Literal["diffusers", "kohya"] = "diffusers"
     """Names in the adapter's file: peft's, which diffusers writes, or kohya's with alpha, which
-    ComfyUI and A1111 read, and diffusers, too."""
+    ComfyUI and A1111 read, and diffusers, too; of SD, SDXL, LCM and FLUX.1."""
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the trained weights in checkpoints; auto: as the model's files have them. All else of
     a checkpoint is as it came."""
@@ -122,6 +122,10 @@ class TrainOptions:
             "lora_alpha must be positive, and needs --lora_rank",
         )
         require(
+            self.lora_format == "diffusers" or adapts,
+            "lora_format kohya is of an adapter's file, and needs --lora_rank",
+        )
+        require(
             self.weights_dtype == "float32" or self.optimizer == "adamw8bit" or adapts,
             "weights_dtype bfloat16 needs stochastic rounding; add --optimizer adamw8bit",
         )
@@ -138,7 +142,7 @@ class TrainOptions:
         if path is None:
             return noted
         file = weights_of(path, f"--lora_from {path}")
-        return {**noted, "lora_from": file_sha256(file)}
+        return {**noted, "lora_from": lora_sha256(file)}
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -98,6 +98,11 @@ class TrainingRun(ABC):
             not options.optimizer_in_backward or processes().num_processes == 1,
             "optimizer_in_backward cannot add up the gradients of several processes; leave it out",
         )
+        require(
+            not options.optimizer_in_backward or generator.backprop_steps == 1,
+            "optimizer_in_backward keeps every gradient until the first of several steps has added "
+            "to it; leave it out, or give --backprop_steps 1",
+        )
         require(keep_checkpoints >= 0, "keep_checkpoints must not be negative")
         require(
             generator.autocast != torch.float16,
@@ -105,6 +110,8 @@ class TrainingRun(ABC):
         )
         if options.save_single_file:
             generator.check_single_file()
+        if options.lora_format == "kohya":
+            generator.check_kohya()
         options = _going_on(options, generator)
         dtype = options.save_dtype
         generator.save_dtype = None if dtype == "auto" else getattr(torch, dtype)

@@ -329,6 +329,7 @@ def test_bad_options_are_refused() -> None:
         SftOptions(lora_rank=-1),
         SftOptions(lora_alpha=4.0),
         SftOptions(lora_rank=4, lora_alpha=0.0),
+        SftOptions(lora_format="kohya"),
     ):
         with pytest.raises(UserError, match="lora"):
             options.check()

@@ -39,6 +39,7 @@ from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.plan import training_memory
+from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime.seeds import derived_seed, gaussian, record_seed
 
 PROMPTS, SEEDS = ["a handwritten digit one", "a handwritten digit seven"], [5, 6]
@@ -277,7 +278,12 @@ def test_fresh_noise_is_drawn_at_the_timesteps_of_the_scheduler(
         made(SCHEDULERS["LCM"], eta=0.9)
 
 
-def test_flags_without_effect_are_refused() -> None:
+def test_flags_without_effect_are_refused(made: Callable[..., Any], tmp_path: Path) -> None:
+    options, few = SftOptions(optimizer_in_backward=True), made(SCHEDULERS["LCM"], 2)
+    with pytest.raises(UserError, match="optimizer_in_backward keeps every gradient"):
+        SftRun(few, [], tmp_path, options, targets=TargetImages(few, 64))
+    last = made(SCHEDULERS["LCM"], 2, backprop_steps=1)
+    SftRun(last, [], tmp_path, options, targets=TargetImages(last, 64))
     for flags in ("--guidance_scale 2", "--backprop_steps 1", "--cps_eta 0.5"):
         with pytest.raises(UserError, match="without --num_inference_steps"):
             name, value = flags.removeprefix("--").split()
@@ -323,5 +329,8 @@ def test_assigned_and_trained_through_the_loop(
     assert other.code == 2 and "num_inference_steps" in other.error
     plan = training_memory(generator, SftOptions(batch_size=2), 64)
     assert plan.held["gradients"] > 0
+    other = family_of("ZImagePipeline")(tiny_pipeline("ZImagePipeline"))
+    guided = FewStepGenerator.over(other, 2, guidance_scale=2.0)
+    assert training_memory(guided, SftOptions(batch_size=2), 16).held["activations"] > 0
     with pytest.raises(UserError, match="best_of_n"):
         AssignRun(generator, [], tmp_path, AssignOptions(method="pool"))

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.errors import ModelError, UserError
+from oneshot_fast.generators.adapters import add_adapter
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import PIPELINES, load_generator
 from oneshot_fast.generators.lora_files import Adapters, LoraFile
 from oneshot_fast.generators.sdxl import SdxlGenerator
+from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.runtime.seeds import gaussian
 
 NAME, PROMPT = "pytorch_lora_weights.safetensors", "a handwritten digit one"
@@ -104,7 +106,8 @@ def test_the_file_of_diffusers_is_read_with_its_alphas(
 @pytest.mark.parametrize("name", [name for name in FAMILIES if "XL" not in name])
 def test_every_family_reads_what_its_pipeline_saves(name: str, tmp_path: Path) -> None:
     module, kind = PIPELINES[name].split(".")
-    parts = getattr(importlib.import_module(f"oneshot_fast.generators.{module}"), kind).parts
+    family = getattr(importlib.import_module(f"oneshot_fast.generators.{module}"), kind)
+    parts = family.parts
     pipe = tiny_pipeline(name)
     if name == "PixArtAlphaPipeline":
         with pytest.raises(ModelError, match="a PixArtAlphaPipeline takes no LoRA"):
@@ -123,6 +126,55 @@ def test_every_family_reads_what_its_pipeline_saves(name: str, tmp_path: Path) -
     assert all(torch.equal(have[k], expected[k]) for k in have)
     adapter = read.trainable(parts[0])
     assert (adapter.rank, adapter.alpha) == (2, 3)
+    other = tiny_pipeline(name)
+    add_adapter(getattr(other, parts[0]), 2, 3, start=adapter)
+    again = changes({parts[0]: getattr(other, parts[0])})
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(again[k], expected[k]) for k in again)
+    # kohya's names are written where they are read
+    generator = family(other)
+    try:
+        generator.check_kohya()
+    except UserError:
+        assert name in ("StableDiffusion3Pipeline", "SanaSprintPipeline", "ZImagePipeline")
+        return
+    generator.save_adapter(adapter.weights, tmp_path / "kohya", kohya=True)
+    back = Adapters(tiny_pipeline(name), parts, [tmp_path / "kohya" / NAME], "--lora")
+    have = {f"{parts[0]}.{k}": v for k, v in back.change(parts[0], [1.0])}
+    assert have.keys() == expected.keys()
+    for k, v in have.items():
+        torch.testing.assert_close(v, expected[k])
+
+
+def test_an_adapter_goes_on_with_its_own_modules_alone(tmp_path: Path) -> None:
+    rows = {"lora_A": torch.ones(2, 16), "lora_B": torch.ones(16, 2)}
+    tensors = {f"transformer.proj_out.{k}.weight": v for k, v in rows.items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    pipe = tiny_pipeline("FluxPipeline")
+    read = Adapters(pipe, ["transformer"], [tmp_path / "lora.safetensors"], "--lora_from")
+    add_adapter(pipe.transformer, 2, 2, start=read.trainable("transformer"))
+    assert changes({"transformer": pipe.transformer}).keys() == {"transformer.proj_out.weight"}
+    assert any(k.endswith("0.proj_out") for k, _ in pipe.transformer.named_modules())
+
+
+def test_equal_downs_keep_their_own_alphas(
+    tiny: Generator, adapted: tuple[Path, Changes], tmp_path: Path
+) -> None:
+    tensors = kohya(adapted[0] / NAME, lambda n: 2.0)
+    one, two = [k.split(".")[0] for k in tensors if "attn1_to_q.lora_down" in k][:2]
+    tensors[f"{two}.lora_down.weight"] = tensors[f"{one}.lora_down.weight"].clone()
+    tensors[f"{one}.alpha"], tensors[f"{two}.alpha"] = torch.tensor(1.0), torch.tensor(4.0)
+    path = tmp_path / "kohya.safetensors"
+    save_file(tensors, path)
+    found = of(tiny, path).items()
+    have = {f"lora_{k.removesuffix('.weight')}".replace(".", "_"): v for k, v in found}
+    for name, alpha in ((one, 1.0), (two, 4.0)):
+        down, up = (tensors[f"{name}.lora_{kind}.weight"] for kind in ("down", "up"))
+        torch.testing.assert_close(have[name], alpha / len(down) * up @ down)
+    tensors[f"{two}.lora_up.weight"] = tensors[f"{one}.lora_up.weight"].clone()
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match=f"{two}.alpha differs from that of another module"):
+        of(tiny, path)
 
 
 @pytest.mark.parametrize("alpha", [lambda n: 2.0, lambda n: 1.0 + n % 5], ids=["one", "many"])
@@ -155,7 +207,11 @@ def test_pefts_folder_is_read(tiny: Generator, tmp_path: Path) -> None:
     have, expected = of(tiny, LoraFile.parse(f"{tmp_path}").path), changes({"unet": model})
     assert have.keys() == expected.keys()
     assert all(torch.equal(have[k], expected[k]) for k in have)
-    (tmp_path / "adapter_config.json").unlink()
+    noted, config = LoraFile.parse(f"{tmp_path}").settings, tmp_path / "adapter_config.json"
+    assert SftOptions(lora_from=tmp_path).settings()["lora_from"] == noted["sha256"]
+    config.write_text(config.read_text().replace('"lora_alpha": 3', '"lora_alpha": 5'))
+    assert LoraFile.parse(f"{tmp_path}").settings != noted
+    config.unlink()
     with pytest.raises(ModelError, match=r"adapter_config\.json is not beside it"):
         of(tiny, tmp_path / "adapter_model.safetensors")
 
@@ -204,6 +260,7 @@ def test_makes_what_diffusers_makes(adapted: tuple[Path, Changes], tmp_path: Pat
 def broken(path: Path) -> Iterator[tuple[str, dict[str, Tensor], str]]:
     """Files that are not for this model, and what is said of them."""
     raw, scripts = load_file(path / NAME), kohya(path / NAME, lambda n: 2.0)
+    yield "NaN", scripts | {"a": torch.tensor([1.0, torch.nan])}, "a has values that are NaN"
     first = next(k for k in raw if "unet" in k and "lora_A" in k)
     down = next(k for k in scripts if "unet" in k and "down" in k)
     yield (

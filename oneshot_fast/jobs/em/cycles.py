@@ -80,6 +80,8 @@ class Cycles(ABC):
         self.options.check()
         if options.save_single_file:
             generator.check_single_file()
+        if options.train_lora_format == "kohya":
+            generator.check_kohya()
         if self.options.train_caption_dropout:
             generator.encode_prompts([""])  # some models do not know it
         self.generator, self.prompts, self.folder = generator, list(prompts), Path(folder)
