@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,8 +176,12 @@ def test_three_steps_of_every_family(monkeypatch: pytest.MonkeyPatch, name: str)
 def test_one_step_is_the_one_step_generator_bit_by_bit(tiny: Any) -> None:
     few = FewStepGenerator.over(tiny, 1)
     noise, told = gaussian(SEEDS, SHAPE), few.told(PROMPTS, SEEDS)
+    looped = copy.copy(few)  # the loop itself, which one step goes round
+    looped.guidance_scale = 1.0 + 1e-12
     with torch.no_grad():
-        assert torch.equal(few.latents(noise, told), tiny.latents(noise, told))
+        expected = tiny.latents(noise, told)
+        assert torch.equal(few.latents(noise, told), expected)
+        torch.testing.assert_close(looped.latents(noise, told), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(few.estimates(noise, told)[0], tiny.latents(noise, told))
     assert isinstance(few, SdxlGenerator) and few.denoiser is tiny.denoiser
 
@@ -238,6 +244,26 @@ def test_gradients_pass_all_steps_or_the_last(made: Callable[..., Any]) -> None:
         assert torch.equal(last.latents(noise, told), ours.latents(noise, told))
 
 
+def test_more_steps_keep_only_small_samples_more(made: Callable[..., Any]) -> None:
+    def saved(count: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        ours = made(SCHEDULERS["Euler"], count)
+        told, noise = ours.told(PROMPTS, SEEDS), gaussian(SEEDS, SHAPE).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            ours.latents(noise, told)
+        return sum(sizes.values())
+
+    two, six = saved(2), saved(6)
+    sample = 4 * math.prod((len(SEEDS), *SHAPE))
+    assert two > 100 * sample and six - two <= 4 * 4 * sample
+
+
 def test_schedulers_of_another_form_are_refused(made: Callable[..., Any]) -> None:
     for scheduler, message in (
         (DPMSolverMultistepScheduler(), "DPMSolverMultistepScheduler; several steps are taken by"),
@@ -297,7 +323,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_assigned_and_trained_through_the_loop(
-    tmp_path: Path, small_data: Path, call: Callable[..., Any]
+    tmp_path: Path, small_data: Path, call: Callable[..., Any], forks: Any
 ) -> None:
     flags = ["--model_id", "tiny", "--num_inference_steps", 2, "--seed", 3]
     search = ["--steps", 3, "--max_samples", 3, "--num_images", 1]
@@ -324,6 +350,13 @@ def test_assigned_and_trained_through_the_loop(
     assert summary["settings"]["num_inference_steps"] == 2
     mean = sum(row["best_loss"] for row in rows) / len(rows)
     assert summary["matched_loss_before"] == pytest.approx(mean, rel=1e-4)
+    # killed after an epoch and resumed it ends with the same weights
+    killed = [*flags, *training, tmp_path / "killed", "--save_minutes", 0]
+    assert forks.run("sft", killed, tmp_path / "killed", at="history.jsonl").code == -9
+    assert forks.run("sft", killed, tmp_path / "killed").code == 0
+    file = "checkpoint-final/unet/diffusion_pytorch_model.safetensors"
+    whole, resumed = ((tmp_path / name / file).read_bytes() for name in ("trained", "killed"))
+    assert whole == resumed
     # the same folder with another number of steps is another run
     other = call("sft", *flags[:2], "--num_inference_steps", 3, *training, tmp_path / "trained")
     assert other.code == 2 and "num_inference_steps" in other.error
