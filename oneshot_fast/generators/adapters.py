@@ -12,7 +12,7 @@ from oneshot_fast.errors import UserError
 from oneshot_fast.generators.lora_files import Adapter
 from oneshot_fast.runtime.files import write_folder
 
-# the attention projections that diffusers' own training scripts adapt
+# attention projections; those that diffusers' training scripts for SD and SDXL adapt
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 _KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 

@@ -162,7 +162,8 @@ class Generator(ABC):
     @property
     def width(self) -> int:
         """Channels that the denoiser's first layer makes: 320 in SDXL."""
-        return next(p.shape[0] for p in self.denoiser.parameters() if p.ndim > 1)
+        kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+        return next(m.weight.shape[0] for m in self.denoiser.modules() if isinstance(m, kinds))
 
     @property
     @abstractmethod

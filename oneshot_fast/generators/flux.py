@@ -12,6 +12,7 @@ from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.generators.pipeline import TransformerGenerator
 
 _FLOW_STEPS = 1000  # the pipeline's own number, whatever the scheduler says
+_SCHNELL_TOKENS = 256  # the most that a model without guidance takes, by diffusers' documentation
 
 
 class FluxGenerator(TransformerGenerator):
@@ -23,6 +24,7 @@ class FluxGenerator(TransformerGenerator):
 
     pipeline = FluxPipeline
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    is_flow = True
 
     @property
     def patch(self) -> int:
@@ -44,6 +46,9 @@ class FluxGenerator(TransformerGenerator):
     def check_kohya(self) -> None:
         """Its names are among those that the converter of diffusers knows."""
 
+    def _tokens_read(self) -> int:
+        return super()._tokens_read() if self.denoiser.config.guidance_embeds else _SCHNELL_TOKENS
+
     @staticmethod
     def _sigmas(count: int) -> list[float]:
         return torch.linspace(1, 1 / count, count).tolist()
@@ -56,7 +61,7 @@ class FluxGenerator(TransformerGenerator):
         )
 
     def _encode_prompt(self, prompt: str) -> Conditioning:
-        embeds, pooled, _ = self._told_by_pipeline(prompt)
+        embeds, pooled, _ = self._told_by_pipeline(prompt, max_sequence_length=self.prompt_tokens)
         return Conditioning(embeds, pooled)
 
     def _arguments(

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-_ONE_STEP = r".*(?<!\d)1[-_ ]?step"
+_ONE_STEP = r".*(?<![a-z\d])1[-_ ]?step(?!s?[-_ ]?\d)"
 # models whose one step starts below the noisiest timestep, as their own pages call them: DMD2 (Yin
 # et al. 2024, arXiv 2405.14867), the UNets of Hyper-SD (Ren et al. 2024, arXiv 2404.13686), whose
 # LoRAs start at the noisiest, and PixArt's DMD

@@ -56,6 +56,7 @@ class PipelineGenerator(Generator):
     pipeline: type[Any]  # diffusers' class
     parts: tuple[str, ...]  # its networks: denoiser, VAE, text encoders
     optional: tuple[str, ...] = ()  # those that it may lack
+    is_flow: bool = False  # its step can only be x0 = eps - output
     by_estimate: bool = False  # it decodes the scheduler's estimate, not where the step ends
     prompts_kept = 4096  # encodings in memory
     takes_lora = True
@@ -134,8 +135,18 @@ class PipelineGenerator(Generator):
                 files = MergedSource(source, cls.parts, options.lora)
             pipe = files.read(weights)
             cls.adapt(pipe, source)
-            start = options.timestep or source.start or _recognised(names)
-            generator = cls(pipe, None if weights == dtype else dtype, start)
+            start = source.start if options.timestep is None else options.timestep
+            of_name = _recognised(names) if start is None else None
+            try:
+                autocast = None if weights == dtype else dtype
+                generator = cls(pipe, autocast, of_name if start is None else start)
+            except ModelError as error:
+                if of_name is None or "--timestep" not in str(error):
+                    raise
+                noisiest = pipe.scheduler.config.num_train_timesteps - 1
+                raise ModelError(
+                    f"by its name {error}; or give --timestep {noisiest} for the noisiest"
+                ) from None
         except ModelError as error:
             what = _OF_BASES if is_base(names) else ""
             raise ModelError(f"cannot use model {model_id}: {error}{what}") from None
@@ -166,7 +177,15 @@ class PipelineGenerator(Generator):
         """The single step, from ``start``."""
         if self.start is not None and "timesteps" not in self._defaults:
             raise ModelError(f"--timestep {self.start:g}: a {self.pipeline.__name__} takes none")
-        return Step.from_scheduler(self.pipe.scheduler, self.start, by_estimate=self.by_estimate)
+        scheduler = self.pipe.scheduler
+        step = Step.from_scheduler(scheduler, self.start, by_estimate=self.by_estimate)
+        if self.is_flow and max(abs(v - 1) for v in (step.scale, step.skip, step.sigma)) > 1e-6:
+            raise ModelError(
+                f"the scheduler is {type(scheduler).__name__}, whose single step is not that of a "
+                "flow; name another one, such as FlowMatchEulerDiscreteScheduler, in "
+                "model_index.json"
+            )
+        return step
 
     @staticmethod
     def _sigmas(count: int) -> list[float] | None:
@@ -268,7 +287,7 @@ class PipelineGenerator(Generator):
         encoders = [*self.networks][2:]
         names = [name.replace("text_encoder", "tokenizer") for name in encoders]
         tokens = [getattr(self.pipe, name)(prompt, verbose=False).input_ids for name in names]
-        key = ("prompt", self._encoder_key(*encoders), tokens)
+        key = ("prompt", self._encoder_key(*encoders), tokens, self.prompt_tokens)
         return Conditioning(**self._cache.get(key, lambda: self._encode_prompt(prompt).tensors()))
 
     @abstractmethod

@@ -214,7 +214,12 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _start(folder: Path) -> float | None:
     path = folder / START_FILE
-    return _read_object(path).get("timestep") if path.is_file() else None
+    if not path.is_file():
+        return None
+    start = _read_object(path).get("timestep")
+    if isinstance(start, bool) or not isinstance(start, int | float):
+        raise ModelError(f"{START_FILE} is damaged: timestep is {one_line(start)}, not a number")
+    return start
 
 
 def _class(folder: Path, part: str, is_optional: bool) -> Any:

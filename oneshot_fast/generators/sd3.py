@@ -6,6 +6,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.generators.pipeline import TransformerGenerator
 
@@ -18,11 +19,18 @@ class Sd3Generator(TransformerGenerator):
     pipeline = StableDiffusion3Pipeline
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     optional = ("text_encoder_3",)
+    is_flow = True
 
     @property
     def tokenizer(self) -> str:
         """T5's, which reads most."""
         return "tokenizer" if self.pipe.text_encoder_3 is None else "tokenizer_3"
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        most = self.denoiser.config.pos_embed_max_size * self.size_multiple
+        fits = max(height, width) <= most
+        require(fits, f"a size of {width} x {height} pixels is above {most}, the model's largest")
+        return super().latent_shape(height, width)
 
     def _tokens_read(self) -> int:
         return _CLIP_TOKENS if self.pipe.text_encoder_3 is None else super()._tokens_read()

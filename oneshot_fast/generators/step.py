@@ -88,11 +88,16 @@ class Step:
             by_estimate: The pipeline decodes the scheduler's estimate, not where the step ends.
 
         Raises:
-            ModelError: If that step is not of this form, or does not begin at the noisiest timestep
-                and ``start`` is None.
+            ModelError: If that step is not of this form, or does not begin at ``start``, or at the
+                noisiest timestep where that is None.
         """
+        noisiest = scheduler.config["num_train_timesteps"] - 1
+        if start == noisiest and not _takes_timesteps(scheduler):
+            start = None
         trial = Trial(scheduler, _schedule(scheduler, start))
-        noisiest = trial.config["num_train_timesteps"] - 1
+        if start is not None and trial.timestep != start:
+            begins = f"{type(scheduler).__name__} begins at {float(trial.timestep):g} instead"
+            raise ModelError(f"--timestep {start:g}: the scheduler {begins}")
         if start is None and trial.timestep < 0.9 * noisiest:
             raise ModelError(
                 f"its single step starts at timestep {int(trial.timestep)}, not at the noisiest "
@@ -179,19 +184,23 @@ class _Exact(Tensor):
         return self
 
 
+def _takes_timesteps(scheduler: Any) -> bool:
+    return "timesteps" in inspect.signature(scheduler.set_timesteps).parameters
+
+
 def _schedule(scheduler: Any, start: float | None) -> dict[str, Any]:
     """How the step is set: at the noisiest timestep, or at ``start``."""
-    takes = inspect.signature(scheduler.set_timesteps).parameters
     if start is None:
+        takes = inspect.signature(scheduler.set_timesteps).parameters
         # at sigma 1, where a flow starts, every shift is the same
         shifts = "mu" in takes and scheduler.config.get("use_dynamic_shifting")
         return {"num_inference_steps": 1, **({"mu": 1.0} if shifts else {})}
     count = scheduler.config.num_train_timesteps
     if not 0 < start < count:
         raise ModelError(f"--timestep {start:g} is not between 0 and {count}")
-    if "timesteps" not in takes:
+    if not _takes_timesteps(scheduler):
         raise ModelError(
-            f"--timestep {start:g}: a {type(scheduler).__name__} takes none; name another one, "
-            "such as LCMScheduler, in model_index.json"
+            f"--timestep {start:g}: the scheduler {type(scheduler).__name__} takes none; name "
+            "another one, such as LCMScheduler, in model_index.json"
         )
     return {"timesteps": [int(start) if start.is_integer() else start]}

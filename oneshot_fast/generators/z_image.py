@@ -7,6 +7,7 @@ import torch
 from diffusers import ZImagePipeline
 from torch import Tensor
 
+from oneshot_fast.errors import UserError
 from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.generators.pipeline import TransformerGenerator
 
@@ -18,7 +19,12 @@ class ZImageGenerator(TransformerGenerator):
 
     pipeline = ZImagePipeline
     parts = ("transformer", "vae", "text_encoder")
+    is_flow = True
     guidance_from = 1.0  # the pipeline's formula is on + scale (on - off)
+
+    def compile(self, mode: str = "default") -> None:
+        """Raise UserError: each length of a prompt, which is not padded, would be compiled anew."""
+        raise UserError("Z-Image is compiled anew for each length of a prompt; leave --compile out")
 
     @property
     def patch(self) -> int:

@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    LCMScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from family_samples import CALLS, FAMILIES, SCHEDULERS, WIDTH, side_of, tiny_pipeline
 from safetensors.torch import save_file
@@ -92,6 +97,39 @@ def test_one_step_equals_the_pipeline_with_every_scheduler(name: str) -> None:
     for key, value in blank.tensors().items():
         assert value.shape == conditioning.tensors()[key].shape
     assert not generator.is_truncated(PROMPTS[0]) and generator.is_truncated("a digit " * 400)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if family(name).is_flow])
+def test_a_flow_takes_no_other_scheduler(name: str) -> None:
+    pipe = tiny_pipeline(name, LCMScheduler, timestep_spacing="trailing")
+    with pytest.raises(ModelError, match="is LCMScheduler, whose single step is not that of a fl"):
+        family(name)(pipe)
+
+
+def test_flux_without_guidance_reads_256_tokens() -> None:
+    pipe = tiny_pipeline("FluxPipeline")
+    assert family("FluxPipeline")(pipe).prompt_tokens == 512
+    pipe.transformer.register_to_config(guidance_embeds=False)
+    generator: Any = family("FluxPipeline")(pipe)
+    assert generator.prompt_tokens == 256
+    assert generator.encode_prompts(PROMPTS).embeds.shape[1] == 256
+    assert generator.blank_prompts(2).embeds.shape[1] == 256
+
+
+def test_width_is_that_of_the_first_layer() -> None:
+    widths = {name: family(name)(tiny_pipeline(name)).width for name in FAMILIES}
+    convolved = {name for name in FAMILIES if hasattr(tiny_pipeline(name), "unet")}
+    assert widths == {name: 8 if name in convolved else WIDTH for name in FAMILIES}
+    assert load_generator("tiny").width == 64
+
+
+def test_sizes_and_flags_that_a_family_cannot_take_are_refused() -> None:
+    sd3 = family("StableDiffusion3Pipeline")(tiny_pipeline("StableDiffusion3Pipeline"))
+    assert sd3.latent_shape(64, 64) == (4, 32, 32)
+    with pytest.raises(UserError, match="a size of 68 x 64 pixels is above 64, the model's"):
+        sd3.latent_shape(64, 68)
+    with pytest.raises(UserError, match=r"Z-Image is compiled anew .*; leave --compile out"):
+        family("ZImagePipeline")(tiny_pipeline("ZImagePipeline")).compile()
 
 
 def test_sd3_goes_without_its_third_text_encoder(folders: Path, tmp_path: Path) -> None:

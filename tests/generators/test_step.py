@@ -85,7 +85,9 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], float | None, str]] = {
     "spacing": (
         DDIMScheduler, {"timestep_spacing": "leading"}, None, "starts at timestep 0, .*--timestep"
     ),
-    "DDIM": (DDIMScheduler, {}, 399.0, "--timestep 399: a DDIMScheduler takes none"),
+    "DDIM": (DDIMScheduler, {}, 399.0, "--timestep 399: the scheduler DDIMScheduler takes"),
+    "half": (LCMScheduler, {}, 399.5, "--timestep 399.5: the scheduler LCM.* begins at 399 inst"),
+    "zero": (LCMScheduler, {}, 0.0, "--timestep 0 is not between 0 and 1000"),
     "range": (LCMScheduler, {}, 1000.0, "--timestep 1000 is not between 0 and 1000"),
     "karras": (
         EulerDiscreteScheduler, {"use_karras_sigmas": True}, 399.0, "cannot be set: .*karras"
@@ -125,6 +127,21 @@ def test_a_start_is_taken_from_the_name_and_kept_with_the_model(
         load_generator(flow, timestep=399)
 
 
+def test_a_start_of_the_name_gives_way_to_the_noisiest(tmp_path: Path) -> None:
+    folder = tmp_path / "Hyper-SDXL-1step"
+    tiny_pipeline("StableDiffusionXLPipeline").save_pretrained(folder)
+    with pytest.raises(
+        ModelError, match=r"by its name --timestep 800: .*--timestep 999 for the no"
+    ):
+        load_generator(folder)
+    assert load_generator(folder, timestep=999).step.timestep == 999  # type: ignore[attr-defined]
+    with pytest.raises(ModelError, match="--timestep 0 is not between"):
+        load_generator(folder, timestep=0)
+    (folder / "scheduler/oneshot_fast.json").write_text('{"timestep": "399"}')
+    with pytest.raises(ModelError, match=r"oneshot_fast.json is damaged: timestep is 399, not"):
+        load_generator(folder)
+
+
 def test_known_models_are_told_by_their_names() -> None:
     for name, start in (
         ("tianweiy/dmd2_sdxl_1step_unet_fp16.bin", 399),
@@ -134,6 +151,8 @@ def test_known_models_are_told_by_their_names() -> None:
         ("PixArt-alpha/PixArt-Alpha-DMD-XL-2-512x512", 400),
         ("stabilityai/sdxl-turbo", None),
         ("hyper-sd-1step/checkpoint-final", None),
+        ("dmd2_mix_v1-step00002000", None),
+        ("hyper-sdxl-run1_step500.safetensors", None),
     ):
         assert known_start([name]) == start, name
     for name in (
