@@ -66,6 +66,12 @@ class PipelineFile:
                 "it is one file of Stable Diffusion 1 or 2; of these only folders are read: write "
                 "one with diffusers, StableDiffusionPipeline.from_single_file(...).save_pretrained"
             )
+        for start in ("model.diffusion_model.", "conditioner.embedders."):
+            if not any(name.startswith(start) for name in self.tensors):
+                raise ModelError(
+                    f"nothing in it is called {start}*: of single files only SDXL's whole ones are "
+                    "read; a transformer or UNet alone goes into a folder, see docs/models.md"
+                )
         if self.model_config is not None:
             self._check_config(self.model_config)
 

@@ -15,6 +15,8 @@ from oneshot_fast.runtime.ledger import NAME, Ledger, ledger_of, listing, say, s
 
 # outputs that are written after the run, or by a tracker
 _BY_OTHERS = {"logs", "report.html", "curves.png", "diagnostics.json"}
+# settings that folders of before lack, and the value that computes what theirs do
+_SINCE = {"lr_unit": "radians"}
 
 
 class RunFolder:
@@ -213,5 +215,6 @@ def list_settings(
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    old = {**{key: value for key, value in _SINCE.items() if key in new}, **old}
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)} then, {new.get(key)} now" for key in keys]

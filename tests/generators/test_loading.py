@@ -307,6 +307,16 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "key", ["double_blocks.0.img_attn.qkv.weight", "model.diffusion_model.joint_blocks.0.x"]
+)
+def test_a_file_of_another_kind_is_refused_by_its_names(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({key: torch.ones(1)}, file)
+    with pytest.raises(ModelError, match=r"nothing in it is called .*: of single files only SDXL"):
+        load_generator(file)
+
+
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_a_file_that_contradicts_is_refused(forms: Forms, tmp_path: Path, name: str) -> None:
     changes, scheduler, message = CONTRADICTIONS[name]

@@ -32,6 +32,18 @@ def test_other_settings_are_named_and_refused(tmp_path: Path) -> None:
     assert (tmp_path / "results").exists()
 
 
+def test_a_folder_of_before_goes_on_where_a_new_setting_is_as_it_was(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, {"lr": 0.1}, OUTPUTS):
+        pass
+    with RunFolder(tmp_path, {"lr": 0.1, "lr_unit": "radians"}, OUTPUTS):
+        pass
+    with (
+        pytest.raises(RunError, match="lr_unit: radians then, matrix now"),
+        RunFolder(tmp_path, {"lr": 0.1, "lr_unit": "matrix"}, OUTPUTS),
+    ):
+        pass
+
+
 def test_overwrite_removes_what_the_run_wrote_and_nothing_else(tmp_path: Path) -> None:
     run, inner = tmp_path / "run", tmp_path / "run" / "results" / "inner"
     run.mkdir()
