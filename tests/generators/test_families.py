@@ -112,6 +112,7 @@ def test_flux_without_guidance_reads_256_tokens() -> None:
     pipe.transformer.register_to_config(guidance_embeds=False)
     generator: Any = family("FluxPipeline")(pipe)
     assert generator.prompt_tokens == 256
+    assert generator.is_truncated("a digit " * 200)
     assert generator.encode_prompts(PROMPTS).embeds.shape[1] == 256
     assert generator.blank_prompts(2).embeds.shape[1] == 256
 
