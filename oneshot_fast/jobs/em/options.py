@@ -189,6 +189,11 @@ class EmOptions:
         missing: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(self, k) is None}
         return dataclasses.replace(self, **missing)
 
+    @property
+    def methods(self) -> tuple[str, str]:
+        """assign_method, and what recipe auto tries beside it: one that chooses, or that moves."""
+        return self.assign_method, "best_of_n" if self.assign().mover else "sphere"
+
     def schedule(self) -> list[tuple[int, int]]:
         """Gradient steps or candidates of the E-step, and epochs of the M-step, of every cycle.
 
@@ -220,8 +225,7 @@ class EmOptions:
                 f"--{name} does not fit all that --recipe auto tries; leave one of the two out",
             )
         if self.recipe:
-            other = "best_of_n" if self.assign().mover else "sphere"
-            dataclasses.replace(self, recipe=None, assign_method=other).check()
+            dataclasses.replace(self, recipe=None, assign_method=self.methods[1]).check()
         for cycle in range(1, len(self.schedule()) + 1):
             self.assign(cycle).check()
             self.sft(cycles=[cycle]).check()

@@ -53,16 +53,10 @@ def name_of_trial(method: str, lr: float) -> str:
     return f"{method}-{lr:g}"
 
 
-def methods(options: EmOptions) -> tuple[str, str]:
-    """Ways to find noises: the user's own, and one that chooses instead of moving, or moves."""
-    own = options.assign_method
-    return own, "best_of_n" if options.assign().mover else "sphere"
-
-
 def run_trials(options: EmOptions, attempt: Callable[[str, float], Verdict | str]) -> list[Trial]:
     """All trials; ``attempt`` trains with a method and a learning rate, and judges."""
     lr = _rate(options)
-    first = [Trial(method, lr, attempt(method, lr)) for method in methods(options)]
+    first = [Trial(method, lr, attempt(method, lr)) for method in options.methods]
     method = max(first, key=lambda trial: trial.gain).method
     return first + [Trial(method, k * lr, attempt(method, k * lr)) for k in OTHER_RATES]
 
@@ -112,7 +106,7 @@ def trained_on(options: EmOptions, count: int) -> int:
     That is counted in evaluations of the denoiser by E- and M-steps, see ``evaluations``; what is
     drawn to be measured comes on top.
     """
-    tried = [short(options, method, _rate(options)) for method in methods(options)]
+    tried = [short(options, method, _rate(options)) for method in options.methods]
     rounds = len(tried) + len(OTHER_RATES)
     trials = sum(map(_e_step, tried)) + rounds * _m_step(options)
     share = PART / (1 - PART) * options.num_cycles * _cycle(options) / trials

@@ -120,7 +120,7 @@ class Subject:
         digits is of the training writers, whose digits are moved, as others write otherwise.
         """
         judge, found = self.judge, []
-        others = self.train.sample(1600, len(self.train.images) - 1600)
+        others = self.train.sample(1600, max(0, len(self.train.images) - 1600))
         with torch.no_grad():
             real = judge.features(others.images)
             for seed in range(5):
