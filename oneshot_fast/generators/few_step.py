@@ -10,7 +10,7 @@ and these numbers are found by asking the scheduler itself, so that all is as ``
 import copy
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,6 +65,31 @@ class SamplerStep:
     keep: float
     change: float
     noise: float
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What one step of a sampler draws: mean + std z with z in N(0, 1).
+
+    Attributes:
+        mean: [B, C, h, w] float32.
+        std: The same for all; 0 for a step that draws nothing.
+    """
+
+    mean: Tensor
+    std: float
+
+    def log_probability(self, found: Tensor) -> Tensor:
+        """Of samples [B, C, h, w] that were drawn, in nats, [B], without its constants.
+
+            -sum (found - mean)^2 / (2 std^2)
+
+        Raises:
+            ValueError: If the step draws nothing, and so has no probability.
+        """
+        if self.std == 0:
+            raise ValueError("a step that draws nothing has no log-probability")
+        return -((found - self.mean) / self.std).square().flatten(1).sum(1) / 2
 
 
 def sampler_steps(scheduler: Any, **schedule: Any) -> list[SamplerStep]:
@@ -286,6 +311,40 @@ class FewStepGenerator(PipelineGenerator):
             output = self._guided(k, x, conditioning)
             found.append(step.skip * x - step.sigma * output)
             x = self._kept(k, x, conditioning) + step.change * output
+        return found
+
+    def transition(self, k: int, x: Tensor, told: Conditioning) -> Transition:
+        """What step ``k``, from 0, draws of samples x [B, C, h, w], differentiable."""
+        step = self.steps(x.shape[1:])[k]
+        return Transition(step.keep * x + step.change * self._guided(k, x, told), step.noise)
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        eps: Tensor,
+        told: Conditioning,
+        draw: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> list[Tensor]:
+        """All samples of a run of the sampler, from the first noise to the clean latents.
+
+        Args:
+            eps: [B, C, h, w] float32, N(0, 1).
+            told: Conditioning of B prompts, with the seeds of later noises.
+            draw: Gives the noise of a step, from 0, for samples like its second argument, instead
+                of the one of the seeds.
+
+        Returns:
+            One more than steps, [B, C, h, w] float32 each.
+        """
+        found = [eps]
+        for k in range(self.num_inference_steps):
+            x = found[-1]
+            made = self.transition(k, x, told)
+            after = made.mean
+            if made.std:
+                z = _later_noise(told, k, x) if draw is None else draw(k, x)
+                after = after + made.std * z
+            found.append(after)
         return found
 
     def _output(self, k: int, x: Tensor, told: Conditioning) -> Tensor:

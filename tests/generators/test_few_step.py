@@ -31,7 +31,7 @@ from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.errors import ModelError, UserError
 from oneshot_fast.generators import few_step
-from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.generators.few_step import FewStepGenerator, Transition
 from oneshot_fast.generators.loading import PIPELINES
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.generators.schedulers import CPSEulerScheduler, CPSScheduler
@@ -47,6 +47,7 @@ from oneshot_fast.runtime.seeds import derived_seed, gaussian, record_seed
 PROMPTS, SEEDS = ["a handwritten digit one", "a handwritten digit seven"], [5, 6]
 NAMES = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SHAPE = (4, 8, 8)
+VECTORS = "rtdmd_vectors.json"  # of https://github.com/Harahan/RTDMD (Apache-2.0), run
 
 
 class Flow(FlowMatchEulerDiscreteScheduler):
@@ -194,6 +195,40 @@ def test_the_estimates_of_all_steps(made: Callable[..., Any]) -> None:
             found = ours.estimates(noise, told)
             torch.testing.assert_close(found[-1], ours.latents(noise, told), rtol=1e-5, atol=1e-5)
         assert len(found) == 4 and (found[0] - found[-1]).abs().max() > 0.01
+
+
+def test_samples_of_all_steps_and_their_log_probabilities(made: Callable[..., Any]) -> None:
+    noise = gaussian(SEEDS, SHAPE)
+    for name in ("Euler", "EulerAncestral", "LCM", "CPS"):
+        ours = made(SCHEDULERS[name])
+        told = ours.told(PROMPTS, SEEDS)
+        with torch.no_grad():
+            found = ours.rollout(noise, told)
+            torch.testing.assert_close(found[-1], ours.latents(noise, told), rtol=1e-5, atol=1e-5)
+            shared = ours.rollout(noise, told, lambda k, x: torch.full_like(x, k + 1.0))
+            first = ours.transition(0, noise, told)
+        assert len(found) == 5 and found[0] is noise
+        torch.testing.assert_close(shared[1], first.mean + first.std)
+        if name == "Euler":
+            with pytest.raises(ValueError, match="draws nothing"):
+                first.log_probability(found[1])
+            continue
+        normal = torch.distributions.Normal(first.mean, first.std)
+        full = normal.log_prob(found[1]) - normal.log_prob(first.mean)
+        expected = full.flatten(1).sum(1)
+        torch.testing.assert_close(first.log_probability(found[1]), expected, rtol=1e-5, atol=0)
+
+
+def test_log_probabilities_of_the_authors_code() -> None:
+    vectors = json.loads((Path(family_samples.__file__).parent / VECTORS).read_text())
+    for step in vectors["cps_logprob"]["steps"]:
+        mean, found = (torch.tensor(step[name]) for name in ("mean", "prev"))
+        std = step["std"][0]
+        if not std:
+            continue
+        ours = Transition(mean, std).log_probability(found)
+        theirs = torch.tensor(step["log_prob"]) * mean[0].numel() / (2 * std**2)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_an_image_does_not_depend_on_its_batch(made: Callable[..., Any]) -> None:
