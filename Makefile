@@ -27,7 +27,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 test: build
 	$(PYTEST)
 
-check: build
+check: build .venv/.kernels
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
@@ -35,7 +35,6 @@ check: build
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(PYTEST)
-	$(MAKE) .venv/.kernels
 
 # the GPU kernels, compiled without a GPU for an architecture of each size of shared memory, each
 # kernel of Triton's once: which instructions a dtype takes differs more than the architectures do;

@@ -31,7 +31,7 @@ import pytest
 import torch
 
 with contextlib.suppress(ImportError):  # the tests on a GPU do without matplotlib
-    import figures
+    import shortcuts
 
 for number, usual in (
     (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL),
@@ -65,7 +65,7 @@ def same_start() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def drawn() -> Callable[[], AbstractContextManager[object]]:
     """In its context figures are drawn, which are blank elsewhere."""
-    return lambda: unittest.mock.patch.object(figures.Figure, "savefig", figures.DRAW)
+    return lambda: unittest.mock.patch.object(shortcuts.Figure, "savefig", shortcuts.DRAW)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import sys
 import traceback
 from typing import Any
 
-import figures  # noqa: F401
+import shortcuts  # noqa: F401
 import torch
 
 COMMANDS = {
