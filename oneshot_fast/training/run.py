@@ -149,6 +149,10 @@ class TrainingRun(ABC):
         """Let the trainers whose turn it is take a step; the student has one each time."""
         self.trainers[STUDENT](self.batch(rows, step))
 
+    def is_over(self) -> bool:
+        """Whether the training ends with the step that was just taken."""
+        return False
+
     def after_epoch(self, epoch: int) -> dict[str, Any]:
         """What is measured after an epoch, for its row of the history."""
         return {}
@@ -296,12 +300,15 @@ class TrainingRun(ABC):
                 except BadStepsError:
                     self._save()
                     raise
-                if student.step % per_epoch == 0:
-                    row = self._end_epoch(student.step // per_epoch)
+                over = self.is_over()
+                if student.step % per_epoch == 0 or over:
+                    row = self._end_epoch(math.ceil(student.step / per_epoch))
                     if row is not None:
                         row |= self.after_epoch(row["epoch"])
                         bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                         self.tracker.log(row, step=student.step)
+                if over:  # not saved before, so that a resumed run ends here, too
+                    return
                 stopped = largest(interrupts.pending)  # all processes end after the same step
                 if stopped or time.monotonic() - saved >= 60 * self.save_minutes:
                     self._save()

@@ -100,8 +100,10 @@ class Trainer:
         self.optimizer = WeightOptimizer(self.parameters, options, steps, seed)
         self.step = self.skipped = self.bad_in_a_row = self.good_in_epoch = 0
         device = next(module.parameters()).device
-        self.sums = torch.zeros(len(loss.parts) + 1, device=device)  # and the gradient's norm
-        self.losses = torch.zeros(len(loss.parts), device=device)
+        self.columns = (*loss.parts, *getattr(loss, "measures", ()))
+        self.sums = torch.zeros(len(self.columns) + 1, device=device)  # and the gradient's norm
+        self.losses = torch.zeros(len(self.columns), device=device)
+        self.last: dict[str, float] = {}  # parts and measures of the last good step
         self.history: list[dict[str, Any]] = []
         self.best_loss = math.inf
         self.best: dict[str, Tensor] = {}
@@ -171,9 +173,9 @@ class Trainer:
 
     def add(self, losses: dict[str, Tensor]) -> None:
         """Add the gradients of a batch, or of a part of it, to those of this step."""
-        parts = dict.fromkeys(self.loss.parts, self.losses.new_zeros(())) | losses
-        loss = total(parts)
-        self.losses = self.losses + torch.stack([part.detach() for part in parts.values()])
+        found = dict.fromkeys(self.columns, self.losses.new_zeros(())) | losses
+        loss = total({name: found[name] for name in self.loss.parts})
+        self.losses = self.losses + torch.stack([found[name].detach() for name in self.columns])
         if self.options.optimizer_in_backward:
             if not torch.isfinite(loss):
                 return
@@ -212,6 +214,7 @@ class Trainer:
         if torch.isfinite(seen).all():
             self.optimizer.apply()
             self.sums += seen
+            self.last = dict(zip(self.columns, seen.tolist(), strict=False))
             self.good_in_epoch += 1
             self.bad_in_a_row = 0
             if self.ema is not None:
@@ -241,10 +244,12 @@ class Trainer:
         good, self.good_in_epoch = self.good_in_epoch, 0
         if not good:
             return None
-        *losses, norm = (self.sums / good).tolist()
+        *means, norm = (self.sums / good).tolist()
         self.sums.zero_()
-        row = {"epoch": epoch, "step": self.step, "loss": sum(losses)}
-        row |= dict(zip(self.loss.parts, losses, strict=True)) | {"gradient_norm": norm}
+        found = dict(zip(self.columns, means, strict=True))
+        row = {"epoch": epoch, "step": self.step}
+        row["loss"] = sum(found[name] for name in self.loss.parts)
+        row |= found | {"gradient_norm": norm}
         self.history.append(row)
         if self.chooses and row["loss"] < self.best_loss:
             self.keep_best(row["loss"])

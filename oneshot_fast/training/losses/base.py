@@ -17,6 +17,8 @@ from oneshot_fast.training.batch import Batch, Rows
 class Loss(Protocol):
     """What a step lowers.
 
+    It may have ``measures``, names of more columns of history.jsonl: values that are not lowered.
+
     Attributes:
         parts: Names of its parts, the columns of history.jsonl.
     """
@@ -32,8 +34,8 @@ class Loss(Protocol):
             batch: Where a batch is split, groups without a row in this part of it are missing.
 
         Returns:
-            Weighted scalars by part, differentiable. Each is a mean over the rows of the group of
-            its name, or over all; parts without rows may be missing.
+            Weighted scalars by part, differentiable, and by measure. Each is a mean over the rows
+            of the group of its name, or over all; parts without rows may be missing.
         """
 
 

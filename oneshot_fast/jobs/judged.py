@@ -1,0 +1,115 @@
+"""A training on images of prompts that is measured by rewards and judges as it goes.
+
+A reward that is only raised is over-optimised: images drift away, grow alike, and other judges like
+them less. So drift, diversity and independent judges are measured at every epoch.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from oneshot_fast.errors import require
+from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, all_scores, classifier_for
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.rewards import WeightedRewards
+from oneshot_fast.runtime.processes import main_first
+from oneshot_fast.training.checkpoints import STUDENT, ended
+from oneshot_fast.training.losses.base import Loss
+from oneshot_fast.training.options import TrainOptions
+from oneshot_fast.training.run import TrainingRun
+
+
+class JudgedRun(TrainingRun):
+    """Training on images of prompts, into one folder.
+
+    The summary's ``base`` and ``final`` hold what was measured before and at the end: ``reward``,
+    every reward's mean by name, those of the judges as ``judge NAME``, ``drift`` (RMS latent
+    distance to the base) and ``diversity`` (mean pixel distance within a prompt). The rows of
+    history.jsonl have the same of every epoch.
+    """
+
+    outputs = (*TrainingRun.outputs, "eval", "curves.png")
+
+    def __init__(
+        self,
+        generator: Generator,
+        loss: Loss,
+        prompts: Sequence[str],
+        folder: Path,
+        options: TrainOptions,
+        *,
+        rewards: WeightedRewards | None = None,
+        judge: WeightedRewards | None = None,
+        resolution: int | None = None,
+        eval_samples: int = 64,
+        names: Sequence[str] = (),
+        **more: Any,
+    ) -> None:
+        """Describe the run.
+
+        Args:
+            generator: The generator to train, in place; float32 weights.
+            loss: What it lowers.
+            prompts: Of the images.
+            folder: Where everything is written.
+            options: Schedule.
+            rewards: What is raised.
+            judge: Rewards that are measured, too, but not trained on.
+            resolution: Image side in pixels; by default the generator's own.
+            eval_samples: Noises that are not trained on, on which all is measured before training
+                and after every epoch.
+            names: How rewards and judges were named, for the run's settings.
+            **more: As for ``TrainingRun``.
+
+        Raises:
+            UserError: If an option makes no sense.
+        """
+        side = TargetImages(generator, resolution).resolution  # checks it
+        super().__init__(generator, loss, side, folder, options, **more)
+        require(bool(prompts), "there is no prompt")
+        require(eval_samples >= 10, "eval_samples must be at least 10")
+        self.prompts, self.rewards, self.judge, self.names = prompts, rewards, judge, list(names)
+        self.eval_samples = eval_samples
+
+    def learn_from(self, count: int) -> dict[str, Any]:
+        """Measure the base and train on ``count`` examples an epoch; returns the summary."""
+        self.make_pool(self.prompts)
+        for rewards in filter(None, (self.rewards, self.judge)):
+            rewards.warn_of_cut(self.prompts)
+        base = self._measured("base")
+        self.tracker.log(base, step=0)
+        return {"base": base, **self.train(count, self.prompts), "failed": 0}
+
+    @functools.cached_property
+    def _measure(self) -> RandomNoiseMeasure:
+        return RandomNoiseMeasure(
+            self.prompts,
+            self.noise_shape,
+            samples=self.eval_samples,
+            seed=self.seed,
+            classifier=classifier_for(self.generator, self.prompts),
+            scores=all_scores(self.rewards, self.judge),
+        )
+
+    def after_epoch(self, epoch: int) -> dict[str, Any]:
+        with ended(self.trainers[STUDENT]):
+            return self._measured(f"epoch-{epoch:03d}")
+
+    def at_end(self) -> dict[str, Any]:
+        last = self.trainers[STUDENT].history[-1]["epoch"]
+        return {"final": self._measured(f"epoch-{last:03d}")}
+
+    @property
+    def decodes(self) -> bool:
+        return True  # rewards see images
+
+    def _measured(self, name: str) -> dict[str, float]:
+        """Of the generator as it is now, unless it was measured before."""
+        path = self.folder / "eval" / name
+        found = main_first(lambda: self._measure.measure(self.generator, path))
+        trainer = self.trainers.get(STUDENT)
+        step = trainer.step if trainer else 0
+        self.tracker.images([path.with_name(f"{name}.png")], step)
+        return {key: value for key, value in found.items() if key not in ("samples", "errors")}

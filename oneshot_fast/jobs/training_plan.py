@@ -1,0 +1,225 @@
+"""What any training will need, from a few timed passes; writes nothing."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils.hooks import RemovableHandle
+
+from oneshot_fast.generators.adapters import add_adapter
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.lora_files import Adapter
+from oneshot_fast.planning import memory
+from oneshot_fast.planning.timing import Plan, shortest
+from oneshot_fast.rewards import WeightedRewards
+from oneshot_fast.runtime.units import count_text, duration, size_text
+from oneshot_fast.training.batch import Batch, Rows
+from oneshot_fast.training.losses.base import Loss, shared_losses, total
+from oneshot_fast.training.memory import checkpoint_activations
+from oneshot_fast.training.options import TrainOptions
+
+# torchao keeps the moments of smaller tensors, and of those not of whole blocks, as they are
+_BLOCK, _SMALL = 256, 4096
+_AVERAGE = "average of the weights"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is trained on, of any training.
+
+    Attributes:
+        loss: What a generator, and a copy of ``rewards``, are trained by.
+        batch: A batch of zeros, of the training's sizes, on torch's default device.
+        decodes: Whether the decoder is needed.
+        unit: What a batch has ``TrainOptions.batch_size`` of, such as "pairs".
+        rewards: That the loss evaluates; None: it has none.
+        prompt: An example of a prompt.
+    """
+
+    loss: Callable[[Generator, WeightedRewards | None], Loss]
+    batch: Callable[[Generator], Batch]
+    decodes: bool
+    unit: str = "images"
+    rewards: WeightedRewards | None = None
+    prompt: str = ""
+
+
+def training_plan(
+    generator: Generator,
+    options: TrainOptions,
+    kind: Kind,
+    *,
+    resolution: int,
+    samples: int,
+    offload_encoders: bool | None = None,
+) -> Plan:
+    """Parameters, memory by part, disk and time of a training on ``samples`` of its units.
+
+    Memory is found on tensors without data, time from forward and backward passes on random data
+    that keep no gradient: the weights stay as they are.
+    """
+    on_gpu = generator.device.type != "cpu"
+    offloads = on_gpu if offload_encoders is None else offload_encoders
+    needed = memory_of(generator, options, kind, offloads)
+    lines = [
+        *memory.parameter_lines(generator.networks),
+        f"trained parameters: {count_text(needed.trained)}",
+        *needed.lines(f"{options.batch_size} {kind.unit}"),
+    ]
+    seconds = _training_seconds(generator, options, kind)
+    lines += memory.peak_lines(generator.device)
+    per_epoch = math.ceil(samples / options.batch_size)
+    steps = per_epoch * options.epochs
+    pipeline = sum(memory.bytes_of(network.parameters()) for network in generator.networks.values())
+    checkpoints = 2 * needed.trained_bytes + pipeline if options.lora_rank else 2 * pipeline
+    best = needed.kept[_AVERAGE] or needed.trained_bytes
+    state = needed.trained_bytes + sum(needed.kept.values()) + best
+    latent = 4 * math.prod(generator.latent_shape(resolution, resolution))
+    pool = latent * options.preserve_pool_size if options.preserves else 0
+    size = f"{options.batch_size} {kind.unit}"
+    lines += [
+        f"disk: {size_text(checkpoints)} for the checkpoints, {size_text(state)} for the training "
+        f"state (twice that while it is replaced), {size_text(pool)} for the preserve pool",
+        f"time: {duration(seconds)} per step of {size}, optimiser not counted",
+        f"in all, for {samples} {kind.unit} and {steps} steps: {duration(seconds * steps)}",
+    ]
+    return Plan(lines, seconds * steps)
+
+
+def memory_of(
+    generator: Generator, options: TrainOptions, kind: Kind, offloads: bool = False
+) -> memory.StepMemory:
+    """Memory of a training step, from a run of its forward and backward pass on fake tensors.
+
+    What an allocator wastes and what libraries of the device take for themselves is not in it. With
+    ``offloads`` what only encodes is off the device.
+    """
+    start = None if options.lora_from is None else generator.read_adapter(options.lora_from)
+    with memory.fake_copy(generator) as fake:
+        trained = _prepare(fake.denoiser, options, start)
+        batch = kind.batch(fake)
+        rewards = kind.rewards and memory.fake_rewards(kind.rewards, kind.prompt, fake)
+        networks = fake.networks | ({} if rewards is None else rewards.by_name)
+        loss = kind.loss(fake, rewards)
+        kept, held = _passes(fake, options, trained, batch, loss, memory.tensors_of(networks))
+        weights = memory.weights_by_part(networks)
+        if offloads:
+            for name, gone in fake.encoders(kind.decodes).items():
+                weights[name] -= sum(memory.bytes_of(module.parameters()) for module in gone)
+    count, size = sum(p.numel() for p in trained), memory.bytes_of(trained)
+    foreach = generator.device.type == "cuda" and options.optimizer == "adamw"
+    # torch's AdamW takes the roots of all second moments at once on a GPU
+    updating = 0 if options.optimizer_in_backward else size * (2 if foreach else 1)
+    gradients = max(p.nbytes for p in trained) if options.optimizer_in_backward else size
+    return memory.StepMemory(
+        weights,
+        {
+            "optimiser's moments": sum(_moment_bytes(p, options) for p in trained),
+            _AVERAGE: 4 * count if options.use_ema else 0,
+        },
+        {"gradients": gradients, "activations": kept},
+        max(held, updating),
+        count,
+        size,
+    )
+
+
+def _passes(
+    generator: Generator,
+    options: TrainOptions,
+    trained: Sequence[nn.Parameter],
+    batch: Batch,
+    loss: Loss,
+    known: Sequence[Tensor],
+) -> tuple[int, int]:
+    """Bytes that forward passes keep, and the most that forward and backward passes hold."""
+    if options.optimizer_in_backward:
+        _drop_gradients(trained)
+    parts = batch.split(options.gradient_accumulation_steps)
+    kept = 0
+    with memory.LiveMemory(known) as live:
+        # from the second part on, all gradients are there already
+        for part in parts[:2]:
+            value = total(shared_losses(loss, generator, part))
+            gradients = memory.bytes_of(p.grad for p in trained if p.grad is not None)
+            kept = max(kept, live.live - gradients)
+            value.backward()
+            del value
+    return kept, live.peak
+
+
+def _drop_gradients(parameters: Iterable[nn.Parameter]) -> list[RemovableHandle]:
+    """Free each gradient as soon as it is there."""
+    return [
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        for p in parameters
+        if p.requires_grad
+    ]
+
+
+def _prepare(
+    denoiser: nn.Module, options: TrainOptions, start: Adapter | None = None
+) -> list[nn.Parameter]:
+    """Make ``denoiser`` as the training makes it; returns what is trained."""
+    dtype, rank = getattr(torch, options.weights_dtype), options.lora_rank
+    denoiser.requires_grad_(not rank)
+    if rank:
+        with unset_fake_temporarily():
+            adapter = None if start is None else dataclasses.replace(start, weights={})
+            add_adapter(denoiser, rank, options.lora_alpha, start=adapter)
+    # Module.to swaps tensors, which fake ones do not allow; peft's adapter is real until here
+    for module in denoiser.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            trained = parameter.requires_grad
+            kind = torch.float32 if rank and trained else dtype
+            value = torch.zeros(parameter.shape, dtype=kind, device=parameter.device)
+            module.register_parameter(name, nn.Parameter(value, requires_grad=trained))
+    checkpoint_activations(denoiser, options)
+    return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+
+
+def blank_rows(generator: Generator, resolution: int, count: int, **extra: Any) -> Rows:
+    """Rows of zeros, with latents of zeros besides what else is given."""
+    noise = torch.zeros(count, *generator.noise_shape(resolution, resolution))
+    latents = torch.zeros(count, *generator.latent_shape(resolution, resolution))
+    return Rows(noise, generator.blank_prompts(count), {"latents": latents, **extra})
+
+
+def _training_seconds(generator: Generator, options: TrainOptions, kind: Kind) -> float:
+    """Shortest of a few forward and backward passes of a whole batch."""
+    denoiser, rank = generator.denoiser, options.lora_rank
+    loss = kind.loss(generator, kind.rewards)
+    with torch.device(generator.device):
+        batch = kind.batch(generator)
+    for rows in batch.values():
+        rows.noise.requires_grad_(bool(rank))
+    denoiser.requires_grad_(not rank)
+    hooks = _drop_gradients(denoiser.parameters())
+    checkpoint_activations(denoiser, options)
+
+    def run() -> None:
+        for part in batch.split(options.gradient_accumulation_steps):
+            value = total(shared_losses(loss, generator, part))
+            value.backward()
+        value.detach().cpu()
+
+    try:
+        return shortest(run)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        denoiser.disable_gradient_checkpointing()
+        denoiser.requires_grad_(False)
+
+
+def _moment_bytes(parameter: Tensor, options: TrainOptions) -> int:
+    """Bytes of both moments of ``parameter``."""
+    n = parameter.numel()
+    if options.optimizer == "adamw8bit" and n >= _SMALL and n % _BLOCK == 0:
+        return 2 * (n + 4 * n // _BLOCK)
+    return 2 * parameter.nbytes

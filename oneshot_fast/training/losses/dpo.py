@@ -1,0 +1,72 @@
+"""DPO of generators: the winner becomes closer, compared to the base generator, than the loser.
+
+    L = -log sigmoid(-(beta / 2) [(l_w - l_l) - (l_w,base - l_l,base)])
+
+Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908; DPO: Rafailov et al. 2023, arXiv 2305.18290)
+takes l = mean_D (e(x_t, t) - e)^2 with the same t and noise e for winner and loser. At the first
+step of a generator with zero terminal SNR inputs and targets of both are the same noise: the loss
+is log 2 and its gradient 0. In clean latents, l = mean_D (x0(z) - target)^2, it is trained there,
+too; with the same random z every noise is driven to the same winners, so that winner and loser each
+get the noise that was assigned to them.
+
+The one-step baseline of DrPO (arXiv 2606.02521) has no pairs but a group: with s(X, T) = -mean over
+all x, t of mean_D (x - t)^2 and W and L the better and the worse half of the group itself,
+
+    L = -log sigmoid(beta [(s(X, W) - s(X, L)) - (s(X_base, W) - s(X_base, L))]).
+
+|x|^2 cancels: all samples are pushed along one vector, mean W - mean L, without bound.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from oneshot_fast.training.losses.preference import Extra, Found
+
+
+def dpo_loss(l: Tensor, base: Tensor, beta: float, loser: float = 1.0) -> tuple[Tensor, Tensor]:  # noqa: E741
+    """Loss and logit of each pair.
+
+    Args:
+        l: Of the policy, [..., 2], winner first.
+        base: Of the base generator.
+        beta: Per unit of them.
+        loser: Factor of the loser's part; 1 as published, less in PSO.
+    """
+    gap = l - base
+    logit = -(beta / 2) * (gap[..., 0] - loser * gap[..., 1])
+    return -F.logsigmoid(logit), logit
+
+
+def group_gap(x: Tensor, better: Tensor, worse: Tensor) -> Tensor:
+    """s(X, W) - s(X, L) of each group: [G, K, ...], [G, P, ...], [G, N, ...] -> [G]."""
+
+    def closeness(goal: Tensor) -> Tensor:
+        apart = (x[:, :, None] - goal[:, None]).flatten(3).square()
+        return -apart.mean((1, 2, 3))
+
+    return closeness(better) - closeness(worse)
+
+
+@dataclass(frozen=True)
+class GroupDPO:
+    """On a group's better and worse half; ``extra`` has its "rewards" [G, K].
+
+    Attributes:
+        beta: Per squared deviation of the latents.
+    """
+
+    beta: float = 30.0
+    measures = ("preferred",)
+
+    def __call__(self, x0: Tensor, base: Tensor, extra: Extra) -> Found:
+        """See ``Objective``."""
+        half = x0.shape[1] // 2
+        order = extra["rewards"].nan_to_num(-3e38, posinf=-3e38, neginf=-3e38).argsort(1)
+        shape = (*order.shape, *[1] * (x0.ndim - 2))
+        ranked = x0.detach().gather(1, order.view(shape).expand_as(x0))
+        worse, better = ranked[:, :half], ranked[:, -half:]
+        gap = group_gap(x0, better, worse) - group_gap(base, better, worse)
+        told = extra["ties"] < 1
+        return -F.logsigmoid(self.beta * gap) * told, {"preferred": (gap.detach() > 0).float()}
