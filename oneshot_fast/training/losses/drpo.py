@@ -51,8 +51,8 @@ def drift_loss(
     known = torch.cat((new, negative.detach(), positive.detach()), 1)
     many, few = negative.shape[1], positive.shape[1]
     ones = x.new_ones(groups, count)
-    weight = [ones, _rows(weights[1], ones, many), _rows(weights[0], ones, few)]
-    weight = torch.cat(weight, 1)[:, None]
+    of = (ones, _rows(weights[1], ones, many), _rows(weights[0], ones, few))
+    weight = torch.cat(of, 1)[:, None]
     distance = torch.cdist(new, known, compute_mode="donot_use_mm_for_euclid_dist")
     distance = distance.clamp(min=_NEAREST)
     scale = ((distance * weight).mean((1, 2)) / weight.mean((1, 2))).clamp(min=_SMALLEST)
