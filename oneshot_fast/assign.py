@@ -33,7 +33,8 @@ class AssignCommand:
     target_image_path: Path | None = None
     """Image of a single target."""
     model_id: str = "stabilityai/sdxl-turbo"
-    """One-step generator: folder in diffusers layout, hub id, .safetensors file, or "tiny"."""
+    """Generator: folder in diffusers layout, hub id, .safetensors file, "tiny" or "tiny-teacher",
+    which takes several steps."""
     output_dir: Annotated[Path | None, arg(aliases=["--output_root"])] = None
     """Folder of the results."""
     batch_size: int | Literal["auto"] = "auto"

@@ -35,8 +35,9 @@ class EmCommand:
     work_dir: Path = Path("runs/em")
     """Folder of everything the run writes."""
     initial_model_id: str | None = None
-    """Generator to align: folder in diffusers layout, hub id, .safetensors file, or "tiny". By
-    default stabilityai/sdxl-turbo for your own data or prompts, "tiny" without."""
+    """Generator to align: folder in diffusers layout, hub id, .safetensors file, "tiny" or
+    "tiny-teacher", which takes several steps. By default stabilityai/sdxl-turbo for your own data
+    or prompts, "tiny" without."""
     heldout_root: Path | None = None
     """Pairs never trained on, in the format of data_root: what the generator is measured against,
     and assigned with the first and the last one, with equal effort."""

@@ -28,8 +28,8 @@ class EvaluateCommand:
     """
 
     model_id: tuple[str, ...] = ()
-    """One or more generators: folder in diffusers layout, hub id, .safetensors file, or "tiny"; the
-    others are compared with the first."""
+    """One or more generators: folder in diffusers layout, hub id, .safetensors file, "tiny" or
+    "tiny-teacher" (which takes several steps); the others are compared with the first."""
     output_dir: Path | None = None
     """Folder of the results."""
     eval_samples: int = 500

@@ -40,7 +40,8 @@ class OptimizeCommand:
     prompt_field: str | None = None
     """Column or field of prompt_file; by default the first of prompt, text and caption."""
     model_id: str = "stabilityai/sdxl-turbo"
-    """One-step generator: folder in diffusers layout, hub id, .safetensors file, or "tiny"."""
+    """Generator: folder in diffusers layout, hub id, .safetensors file, "tiny" or "tiny-teacher",
+    which takes several steps."""
     num_images_per_prompt: int = 1
     """Images of each prompt, each from a noise of its own."""
     seeds: tuple[int, ...] = ()

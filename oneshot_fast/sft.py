@@ -37,7 +37,8 @@ class SftCommand:
     """manifest.jsonl of an assignment (or of the reference workflow), or training/manifest.jsonl of
     python -m oneshot_fast.optimize."""
     model_id: str = "stabilityai/sdxl-turbo"
-    """One-step generator: folder in diffusers layout, hub id, .safetensors file, or "tiny"."""
+    """Generator: folder in diffusers layout, hub id, .safetensors file, "tiny" or "tiny-teacher",
+    which takes several steps."""
     output_dir: Path | None = None
     """Folder of the results."""
     save_minutes: float = 5.0

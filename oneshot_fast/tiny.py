@@ -1,7 +1,8 @@
-"""`python -m oneshot_fast.tiny train | evaluate | dataset`: make and judge the embedded default."""
+"""`python -m oneshot_fast.tiny train | evaluate | dataset`: make and judge the embedded models."""
 
 import functools
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,20 @@ from typing import Annotated
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
 from oneshot_fast.cli import OK, run_command
+from oneshot_fast.errors import require
 from oneshot_fast.recipes.tiny.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Measure accuracy and diversity of one-step samples; print them and write JSON."""
+    """Measure accuracy and diversity of samples; print them and write JSON."""
 
-    model_id: Path | None = None
-    """Folder of the pipeline; by default the packaged one."""
+    model_id: str = "tiny"
+    """Folder of the pipeline, "tiny" or "tiny-teacher"."""
+    num_inference_steps: int = 1
+    """Denoising steps; the teacher's are 20."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1: none. The teacher's is 2."""
     classifier: Path | None = None
     """Weights of the judge; by default the packaged ones."""
     output: Path | None = None
@@ -69,19 +75,23 @@ def execute(command: TinyCommand) -> int:
 def evaluate(config: EvaluateConfig) -> None:
     """Measure a generator and write what was asked for."""
     import torch
-    from diffusers import StableDiffusionXLPipeline
 
     from oneshot_fast.data.images import save_png, tile
     from oneshot_fast.embedded.classifier import load_classifier
-    from oneshot_fast.embedded.pipeline import model_path
+    from oneshot_fast.generators.base import LoadOptions
+    from oneshot_fast.generators.sdxl import SdxlGenerator
     from oneshot_fast.recipes.tiny.evaluate import measure
     from oneshot_fast.runtime.files import write_text
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        config.model_id or model_path(), dtype=torch.float32
-    )
+    for name in ("num_inference_steps", "guidance_scale", "samples_per_digit"):
+        value = getattr(config, name)
+        require(1 <= value < math.inf, f"{name} is {value}; give at least 1")
+    pipeline = SdxlGenerator.load(config.model_id, LoadOptions(torch.device("cpu"))).pipe
     classifier = load_classifier(config.classifier)
-    measures, samples = measure(pipeline, classifier, config.samples_per_digit, config.seed)
+    sampler = config.num_inference_steps, config.guidance_scale
+    measures, samples = measure(
+        pipeline, classifier, config.samples_per_digit, config.seed, *sampler
+    )
     text = json.dumps(measures, indent=2)
     print(text)
     if config.output is not None:

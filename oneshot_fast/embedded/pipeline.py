@@ -34,6 +34,11 @@ def model_path() -> Path:
     return Path(__file__).parent / "weights"
 
 
+def teacher_path() -> Path:
+    """UNet and scheduler of the packaged teacher, whose other parts are those of `model_path`."""
+    return Path(__file__).parent / "teacher"
+
+
 def build_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Byte-level BPE in which each known word is one token and any other text falls into bytes.
 

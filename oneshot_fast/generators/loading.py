@@ -8,7 +8,7 @@ import torch
 
 from oneshot_fast.errors import ModelError, refused
 from oneshot_fast.generators.base import Generator, LoadOptions
-from oneshot_fast.generators.pretrained import pipeline_of
+from oneshot_fast.generators.pretrained import PACKAGED, pipeline_of
 from oneshot_fast.generators.toy import ToyGenerator
 from oneshot_fast.runtime.processes import processes
 from oneshot_fast.runtime.user_functions import import_function
@@ -42,7 +42,7 @@ def find_family(model_id: str, options: LoadOptions) -> tuple[type[Generator], s
     if ToyGenerator.reads(model_id):
         return ToyGenerator, model_id
     named = "StableDiffusionXLPipeline"
-    if model_id != "tiny" and not model_id.endswith(".safetensors"):
+    if model_id not in PACKAGED and not model_id.endswith(".safetensors"):
         named = pipeline_of(model_id, options) or named  # no pipeline: refused where it is opened
     if named not in PIPELINES:
         raise ModelError(
@@ -65,9 +65,9 @@ def load_generator(
     """Load a one-step generator.
 
     Args:
-        model_id: Folder in diffusers layout, hub id, a single .safetensors file, "tiny" for the
-            embedded model, a folder of oneshot_fast.toy, which computes in float32, or
-            python:module.Class[:MODEL] for a subclass of ``Generator`` of your own.
+        model_id: Folder in diffusers layout, hub id, a single .safetensors file, "tiny" or
+            "tiny-teacher" for the embedded models, a folder of oneshot_fast.toy, which computes in
+            float32, or python:module.Class[:MODEL] for a subclass of ``Generator`` of your own.
         device: Default: cuda where there is one, else cpu.
         dtype: Compute type; default bfloat16 on cuda, float32 on cpu.
         **more: As in ``LoadOptions``: master_weights, variant, revision, ...

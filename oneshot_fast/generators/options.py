@@ -68,7 +68,7 @@ class ModelOptions:
     runs and commands too; by default each run encodes them anew."""
 
     def load(self, model_id: str, master_weights: bool = False) -> "Generator":
-        """Load a generator: a folder in diffusers layout, hub id, .safetensors file, or "tiny".
+        """Load a generator: a diffusers folder, hub id, .safetensors file or packaged model.
 
         With ``master_weights`` it keeps float32 weights and computes in ``dtype`` by autocast.
         """

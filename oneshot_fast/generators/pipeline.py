@@ -16,7 +16,6 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.errors import ModelError, require
 from oneshot_fast.generators.adapters import write_adapter
 from oneshot_fast.generators.base import (
@@ -118,7 +117,7 @@ class PipelineGenerator(Generator):
 
     @classmethod
     def load(cls, model_id: str, options: LoadOptions) -> "PipelineGenerator":
-        """Load a folder in diffusers layout, a hub id, a .safetensors file, or "tiny"."""
+        """Load a folder in diffusers layout, a hub id, a .safetensors file, or a packaged one."""
         usual = torch.bfloat16 if options.device.type != "cpu" else torch.float32
         dtype = options.dtype or usual
         names = [model_id, *(str(lora.path) for lora in options.lora)]
@@ -128,8 +127,7 @@ class PipelineGenerator(Generator):
             if model_id.endswith(".safetensors"):
                 source = PipelineFile(cls, Path(model_id), options)
             else:
-                place = str(model_path()) if model_id == "tiny" else model_id
-                source = open_folder(cls, place, options)
+                source = open_folder(cls, model_id, options)
             files: PipelineFolder | PipelineFile | MergedSource = source
             if options.lora:
                 files = MergedSource(source, cls.parts, options.lora)

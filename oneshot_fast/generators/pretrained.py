@@ -6,16 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from oneshot_fast.embedded.pipeline import model_path, teacher_path
 from oneshot_fast.errors import ModelError, one_line, refused
 from oneshot_fast.generators.base import LoadOptions
 from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.tensor_files import common_dtype, misfit, read_header, refuse_text
 
+# models in the package, by name, and what replaces parts of the first
+PACKAGED = {"tiny": None, "tiny-teacher": teacher_path()}
 # of a saved model that starts elsewhere, {"timestep": 399}; the hub's files in there all come along
 START_FILE = "scheduler/oneshot_fast.json"
 _NOT_READ = ("lm_head.weight",)  # of language models, which encode without it
@@ -33,18 +37,21 @@ class PipelineFolder:
         start: Timestep at which the one step begins; None if the folder does not say.
     """
 
-    def __init__(self, family: type[Any], folder: Path, variant: str | None = None) -> None:
+    def __init__(
+        self, family: type[Any], folder: Path, variant: str | None = None, own: Path | None = None
+    ) -> None:
         """Choose the files of each network.
 
         Args:
             family: Subclass of PipelineGenerator that it is read for.
             folder: Where its networks are, in diffusers layout.
             variant: Of the files; plain ones serve where a network lacks it, and else what it has.
+            own: Folder of a scheduler and of networks that are read instead of those in ``folder``.
 
         Raises:
             ModelError: If something is missing.
         """
-        self.folder, self._family = folder, family
+        self.folder, self._family, self._own = folder, family, own
         optional = {*family.optional, *_KEPT}
         found = {k: _class(folder, k, k in optional) for k in (*family.parts, *_KEPT)}
         self._classes = {part: kind for part, kind in found.items() if kind is not None}
@@ -57,7 +64,7 @@ class PipelineFolder:
                 raise ModelError(f"there is no {name}/tokenizer.json, nor another vocabulary")
         tokenizers = {part.replace("text_encoder", "tokenizer") for part in absent}
         self._absent = absent | {name for name in tokenizers if not any(index.get(name) or ())}
-        weights = {part: _weights(folder / part, variant) for part in self._classes}
+        weights = {part: _weights(self._place(part) / part, variant) for part in self._classes}
         self._variants = {part: chosen for part, (chosen, _) in weights.items()}
         self.stored = {part: dtype for part, (_, dtype) in weights.items()}
         self.start = _start(folder)
@@ -80,6 +87,10 @@ class PipelineFolder:
         for part in self._classes.keys() - given.keys():
             networks[part], misfit = self._load(part, None if part in _KEPT else dtype)
             wrong = wrong or (None if part in _KEPT else misfit)
+        if self._own is not None:
+            named = _read_object(self._own / "scheduler" / "scheduler_config.json")["_class_name"]
+            kind = getattr(diffusers, named)
+            networks["scheduler"] = kind.from_pretrained(self._own, subfolder="scheduler")
         with refused(ModelError):
             pipe = self._family.pipeline.from_pretrained(
                 self.folder, dtype=dtype or torch.float32, local_files_only=True, **networks
@@ -96,10 +107,14 @@ class PipelineFolder:
             raise ModelError(wrong)
         return network
 
+    def _place(self, part: str) -> Path:
+        own = self._own
+        return own if own is not None and (own / part).is_dir() else self.folder
+
     def _load(self, part: str, dtype: torch.dtype | None) -> tuple[nn.Module, str | None]:
         network, wrong = load_network(
             self._classes[part],
-            self.folder,
+            self._place(part),
             part,
             dtype=dtype or self.stored[part],
             variant=self._variants[part],
@@ -111,11 +126,13 @@ class PipelineFolder:
 
 
 def open_folder(family: type[Any], source: str, options: LoadOptions) -> PipelineFolder:
-    """The pipeline at ``source``, a local folder or a hub id, which is downloaded.
+    """The pipeline at ``source``: packaged, a local folder or a hub id, which is downloaded.
 
     Raises:
         ModelError: If it is not there, or something of it is missing.
     """
+    if source in PACKAGED:
+        return PipelineFolder(family, model_path(), options.variant, PACKAGED[source])
     folder = Path(source)
     refuse_dangling(folder)
     if not _is_local(source):

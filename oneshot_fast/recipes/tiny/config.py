@@ -11,8 +11,9 @@ class TrainConfig:
 
     output_dir: Path
     """Folder of the stages' files and of the finished pipeline."""
-    stage: Literal["vae", "teacher", "distill", "classifier", "all"] = "all"
-    """Run up to this stage of vae, teacher, distill (the classifier stands alone)."""
+    stage: Literal["vae", "teacher", "distill", "classifier", "packaged_teacher", "all"] = "all"
+    """Run up to this stage of vae, teacher, distill. Two stand alone: classifier, and
+    packaged_teacher, which gives the packaged VAE and text encoders a UNet ("tiny-teacher")."""
     seed: int = 0
     """Seed of the initial weights and of all data."""
     threads: int = 1

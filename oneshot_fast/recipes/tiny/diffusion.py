@@ -41,7 +41,10 @@ def predict_noise(
 def train_teacher(
     config: TrainConfig, pipeline: StableDiffusionXLPipeline, material: Material
 ) -> None:
-    """Train UNet and text encoders to predict the noise (epsilon) at uniform timesteps, by MSE."""
+    """Train UNet and text encoders to predict the noise (epsilon) at uniform timesteps, by MSE.
+
+    Modules without gradients are kept as they are.
+    """
     draw = torch.Generator().manual_seed(config.seed + 1)
     parts = material.base(config.latent_copies, config.seed + 1)
     latents, labels = base_latents(pipeline.vae, parts)
@@ -64,7 +67,7 @@ def train_teacher(
 
     start_near_linear(pipeline.unet)
     modules = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
-    parameters = [p for module in modules for p in module.parameters()]
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     fit("teacher", parameters, loss_of_step, config.teacher_steps, lr=8e-4, ema_decay=0.998)
 
 

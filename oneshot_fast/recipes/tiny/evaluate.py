@@ -10,16 +10,25 @@ from oneshot_fast.embedded.digits import BASE_STYLE, TARGET_STYLE, load_digits, 
 from oneshot_fast.evaluation.measures import frechet_distance, pairwise_diversity, prompt_accuracy
 
 
-def sample_digits(pipeline: StableDiffusionXLPipeline, labels: Tensor, seed: int) -> Tensor:
-    """Images [N, 3, 64, 64] in [0, 1] of digits ``labels`` [N] by the one-step pipeline itself."""
+def sample_digits(
+    pipeline: StableDiffusionXLPipeline,
+    labels: Tensor,
+    seed: int,
+    steps: int = 1,
+    guidance: float = 1.0,
+) -> Tensor:
+    """Images [N, 3, 64, 64] in [0, 1] of digits ``labels`` [N] by the pipeline itself.
+
+    It takes so many ``steps``, with classifier-free ``guidance``; 1 is none.
+    """
     draw = torch.Generator().manual_seed(seed)
     pipeline.set_progress_bar_config(disable=True)
     parts = []
     for first in trange(0, len(labels), 50, desc="sample"):
         images = pipeline(
             [prompt_of(digit) for digit in labels[first : first + 50].tolist()],
-            num_inference_steps=1,
-            guidance_scale=0.0,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
             generator=draw,
             output_type="pt",
         ).images
@@ -38,7 +47,12 @@ def reconstruction_psnr(vae: AutoencoderKL, images: Tensor) -> float:
 
 @torch.no_grad()
 def measure(
-    pipeline: StableDiffusionXLPipeline, classifier: DigitClassifier, per_digit: int, seed: int
+    pipeline: StableDiffusionXLPipeline,
+    classifier: DigitClassifier,
+    per_digit: int,
+    seed: int,
+    steps: int = 1,
+    guidance: float = 1.0,
 ) -> tuple[dict[str, float], Tensor]:
     """Accuracy, diversity and Frechet distances of samples beside those of real digits.
 
@@ -46,7 +60,7 @@ def measure(
         The measures by name, and the samples [10 per_digit, 3, 64, 64] (digits 0 to 9 in turn).
     """
     labels = torch.arange(10).repeat(per_digit)
-    samples = sample_digits(pipeline, labels, seed)
+    samples = sample_digits(pipeline, labels, seed, steps, guidance)
     digits, real_labels = load_digits("heldout")
     base, target = render(digits, BASE_STYLE), render(digits, TARGET_STYLE)
     features = classifier.features(samples)

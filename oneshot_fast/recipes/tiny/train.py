@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from oneshot_fast.embedded.classifier import DigitClassifier
 from oneshot_fast.embedded.digits import load_digits, random_affine, random_style, render
-from oneshot_fast.embedded.pipeline import random_pipeline
+from oneshot_fast.embedded.pipeline import model_path, random_pipeline
 from oneshot_fast.recipes.tiny.autoencoder import set_scaling_factor, train_vae
 from oneshot_fast.recipes.tiny.config import TrainConfig
 from oneshot_fast.recipes.tiny.diffusion import make_pairs, train_student, train_teacher
@@ -80,8 +80,22 @@ def train(config: TrainConfig) -> None:
         path = config.output_dir / "classifier.safetensors"
         if not path.is_file():
             write_safetensors(path, train_classifier(config).state_dict(), {})
-    if config.stage != "classifier":
+    if config.stage == "packaged_teacher":
+        train_packaged_teacher(config)
+    elif config.stage != "classifier":
         train_pipeline(config, Digits())
+
+
+def train_packaged_teacher(config: TrainConfig) -> None:
+    """Train a teacher's UNet for the packaged VAE and text encoders and write `unet/`, in fp16."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model_path(), dtype=torch.float32)
+    pipeline.unet = random_pipeline(config.seed).unet
+    for module in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        module.requires_grad_(False)
+    unet = nn.ModuleDict({"unet": pipeline.unet})
+    stage = config.output_dir / "packaged_teacher.safetensors"
+    run_stage(stage, unet, lambda: train_teacher(config, pipeline, Digits()))
+    pipeline.unet.half().save_pretrained(config.output_dir / "unet")
 
 
 def train_pipeline(config: TrainConfig, material: Material) -> None:
