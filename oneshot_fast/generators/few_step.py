@@ -175,12 +175,14 @@ class FewStepGenerator(PipelineGenerator):
         num_inference_steps: How many.
         guidance_scale: Of classifier-free guidance; 1 does without.
         backprop_steps: The last so many evaluations are differentiated.
+        step_list: Timesteps that the steps begin at; empty for the scheduler's own.
     """
 
     num_inference_steps: int
     guidance_scale: float
     backprop_steps: int
     eta: Eta | None
+    step_list: tuple[float, ...]
     _sampler: Any
     _steps: dict[tuple[int, ...], list[SamplerStep]]
 
@@ -193,6 +195,7 @@ class FewStepGenerator(PipelineGenerator):
         guidance_scale: float = 1.0,
         backprop_steps: int | None = None,
         eta: Eta | None = None,
+        step_list: Sequence[float] = (),
     ) -> "FewStepGenerator":
         """The same generator, networks and all, with more steps.
 
@@ -204,6 +207,8 @@ class FewStepGenerator(PipelineGenerator):
             backprop_steps: Differentiate only the last so many evaluations. The gradient passes
                 through the others as if their output were given; by default all.
             eta: Sample with ``CPSScheduler``, by this eta, at the scheduler's noise levels.
+            step_list: Timesteps that the steps begin at, falling, of a flow before its scheduler
+                shifts them; of a longer list the first. Empty for the scheduler's own.
 
         Raises:
             UserError: If a number makes no sense, or the scheduler's steps have another form.
@@ -217,6 +222,16 @@ class FewStepGenerator(PipelineGenerator):
         require(
             1 <= guidance_scale < math.inf,
             f"guidance_scale is {guidance_scale}; give a number from 1, which is none",
+        )
+        most = generator.pipe.scheduler.config.num_train_timesteps
+        falls = all(a > b for a, b in zip(step_list, [*step_list[1:], 0], strict=True))
+        require(
+            falls and all(t <= most for t in step_list),
+            f"step_list is {_listed(step_list)}; give falling timesteps, from {most} to above 0",
+        )
+        require(
+            not step_list or count <= len(step_list),
+            f"num_inference_steps is {count}, but step_list has {len(step_list)} timesteps",
         )
         start = generator.start
         require(
@@ -233,7 +248,7 @@ class FewStepGenerator(PipelineGenerator):
         other.num_inference_steps, other.guidance_scale = count, guidance_scale
         other.backprop_steps = count if last is None else last
         other.eta, other._sampler = eta, _with_eta(generator.pipe.scheduler, eta)
-        other._steps = {}
+        other.step_list, other._steps = tuple(step_list[:count]), {}
         other._forget()
         other.draws_noise  # noqa: B018 (refuses what it cannot take)
         return other
@@ -243,7 +258,7 @@ class FewStepGenerator(PipelineGenerator):
         key = tuple(shape)
         if key not in self._steps:
             with unset_fake_temporarily():  # of a plan
-                schedule = self._schedule(self.num_inference_steps, shape)
+                schedule = self._told_schedule(shape)
                 steps = sampler_steps(self._sampler, **self._levels(schedule))
                 self._check_levels(steps, schedule)
                 self._steps[key] = steps
@@ -253,6 +268,16 @@ class FewStepGenerator(PipelineGenerator):
                 f"{len(self._steps[key])} evaluations of {self.num_inference_steps} steps",
             )
         return self._steps[key]
+
+    def _told_schedule(self, shape: Sequence[int]) -> dict[str, Any]:
+        """What the scheduler is told: as by the pipeline, or where the steps begin."""
+        if not self.step_list:
+            return self._schedule(self.num_inference_steps, shape)
+        scheduler = self.pipe.scheduler
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            return {"timesteps": [int(t) for t in self.step_list]}
+        most = scheduler.config.num_train_timesteps
+        return {"sigmas": [t / most for t in self.step_list], **self._shift(shape)}
 
     def _levels(self, schedule: Mapping[str, Any]) -> Mapping[str, Any]:
         """What tells the sampler of the noise levels of the pipeline's own scheduler."""
@@ -389,6 +414,7 @@ class FewStepGenerator(PipelineGenerator):
         digest = hashlib.sha256(super().fingerprint().encode())
         sampler = type(self._sampler).__name__, sorted(self._sampler.config.items(), key=str)
         digest.update(repr((self.num_inference_steps, self.guidance_scale, sampler)).encode())
+        digest.update(repr(self.step_list).encode() if self.step_list else b"")
         return digest.hexdigest()[:16]
 
     def settings(self, resolution: int) -> dict[str, Any]:
@@ -397,6 +423,7 @@ class FewStepGenerator(PipelineGenerator):
             "guidance_scale": self.guidance_scale,
             "backprop_steps": self.backprop_steps,
             "cps_eta": self.eta,
+            **({"step_list": self.step_list} if self.step_list else {}),
         }
 
 
@@ -412,6 +439,7 @@ def _with_eta(scheduler: Any, eta: Eta | None) -> Any:
 
 
 def _listed(numbers: Sequence[float]) -> str:
+    """Numbers in a message."""
     return ", ".join(f"{number:g}" for number in numbers)
 
 

@@ -1,4 +1,8 @@
-"""LoRA files of diffusers, peft and kohya's scripts, read by diffusers' own loaders and merged."""
+"""LoRA files of diffusers, peft, kohya's scripts and RTDMD, merged, or given another form.
+
+All are read by diffusers' own loaders. RTDMD (https://github.com/Harahan/RTDMD) saves a trained
+generator with torch.save: ``<module>.lora_A.default.weight`` and the same of B, without alpha.
+"""
 
 import copy
 import hashlib
@@ -19,10 +23,15 @@ from torch import Tensor, nn
 
 from oneshot_fast.data.image_refs import file_sha256
 from oneshot_fast.errors import ModelError, UserError, one_line, refused, require
-from oneshot_fast.runtime.tensor_files import read_header, read_safetensors
+from oneshot_fast.runtime.files import write_folder
+from oneshot_fast.runtime.tensor_files import read_header, read_pickle, read_safetensors
 
 _OURS, _PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 _PEFT_PREFIX, _PEFT_CONFIG = "base_model.model.", "adapter_config.json"
+_TORCH = (".pt", ".pth")  # files of torch.save, as RTDMD's generator_ema.pt
+_TORCH_KEY = re.compile(
+    r"(?:module\.|_orig_mod\.|base_model\.model\.)*(.+)\.lora_([AB])\.default\.weight"
+)
 # how torch and transformers name a weight of another shape
 _MISFIT = re.compile(r"size mismatch for (\S+):|^(\S*\.lora_\S+) *\| *MISMATCH", re.MULTILINE)
 _UNSUPPORTED = {
@@ -37,15 +46,18 @@ class LoraFile:
     """A LoRA that is merged when a generator is loaded.
 
     Attributes:
-        path: A .safetensors file, or a folder that holds one.
+        path: A .safetensors file, or RTDMD's .pt file.
         weight: Factor of its change of the weights.
+        alpha: Scale times rank of a .pt file that has no adapter_config.json beside it, which says
+            it; None is twice the rank.
     """
 
     path: Path
     weight: float = 1.0
+    alpha: float | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "LoraFile":
+    def parse(cls, text: str, alpha: float | None = None) -> "LoraFile":
         """Read FILE or FILE:WEIGHT, as on the command line.
 
         Raises:
@@ -53,31 +65,43 @@ class LoraFile:
         """
         name, _, number = text.rpartition(":")
         if not name or Path(text).exists():
-            return cls(weights_of(Path(text), f"--lora {text}"))
+            return cls(weights_of(Path(text), f"--lora {text}"), alpha=alpha)
         try:
             weight = float(number)
         except ValueError:
             raise UserError(f"--lora {text}: no such file; give FILE or FILE:WEIGHT") from None
         usable = math.isfinite(weight) and weight != 0
         require(usable, f"--lora {text}: the weight is {number}; give a finite number other than 0")
-        return cls(weights_of(Path(name), f"--lora {text}"), weight)
+        return cls(weights_of(Path(name), f"--lora {text}"), weight, alpha)
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether the file, or the one beside it, says its alpha."""
+        return self.path.suffix not in _TORCH or (self.path.parent / _PEFT_CONFIG).is_file()
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a run notes of it."""
-        return {"file": self.path.name, "sha256": lora_sha256(self.path), "weight": self.weight}
+        noted = {"file": self.path.name, "sha256": lora_sha256(self.path), "weight": self.weight}
+        return noted if self.has_alpha else noted | {"alpha": self.alpha}
 
 
 class Adapters:
     """LoRAs of a pipeline's networks, beside copies of these that have no weights of their own."""
 
-    def __init__(self, pipe: Any, parts: Sequence[str], files: Sequence[Path], flag: str) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        parts: Sequence[str],
+        files: Sequence[Path | LoraFile],
+        flag: str,
+    ) -> None:
         """Read ``files`` for a pipeline of diffusers, whose networks stay as they are.
 
         Args:
             pipe: The pipeline.
             parts: Names of its networks; the first is the denoiser.
-            files: .safetensors files.
+            files: What to read.
             flag: What named them, for messages.
 
         Raises:
@@ -90,13 +114,14 @@ class Adapters:
         for part in parts:
             setattr(shadow, part, _shadow(getattr(pipe, part)))
         self._networks = {part: getattr(shadow, part) for part in parts}
-        self._said = f"{flag} {files[0]}: "
-        for k, path in enumerate(files):
+        loras = [file if isinstance(file, LoraFile) else LoraFile(file) for file in files]
+        self._said = f"{flag} {loras[0].path}: "
+        for k, lora in enumerate(loras):
             with torch.random.fork_rng(devices=[]):  # adapters are drawn before they are read
-                self._read(shadow, parts[0], path, str(k), f"{flag} {path}: ")
+                self._read(shadow, parts[0], lora, str(k), f"{flag} {lora.path}: ")
 
-    def _read(self, pipe: Any, denoiser: str, path: Path, name: str, said: str) -> None:
-        raw, metadata = _read_file(path, denoiser, said)
+    def _read(self, pipe: Any, denoiser: str, lora: LoraFile, name: str, said: str) -> None:
+        raw, metadata = _read_file(lora, denoiser, said)
         for part, what in _UNSUPPORTED.items():
             key = next((key for key in raw if key.endswith(part) or f"{part}." in key), None)
             if key is not None:
@@ -137,13 +162,15 @@ class Adapters:
                     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
                     scale = scales.get((_content(A), _content(B)))
                     layer.scaling[name] = layer.scaling[name] if scale is None else scale
+        for value in _adapters(self._networks).values():
+            value.data = value.data.double()
 
     def adapts(self, part: str) -> bool:
         """Whether a weight of a network changes."""
         return any(True for _ in _layers(self._networks[part]))
 
     def change(self, part: str, weights: Sequence[float]) -> Iterator[tuple[str, Tensor]]:
-        """Names of the weights of a network that change, and by what, in float32.
+        """Names of the weights of a network that change, and by what, in float64.
 
         Each file's change is multiplied by its number in ``weights``.
         """
@@ -151,18 +178,18 @@ class Adapters:
             total: Tensor | None = None
             for k, weight in enumerate(weights):
                 if str(k) in layer.scaling:
-                    delta = weight * layer.get_delta_weight(str(k)).float()
+                    delta = weight * layer.get_delta_weight(str(k))
                     total = delta if total is None else total + delta
             if total is not None:
                 yield f"{module}.weight", total
 
     @torch.no_grad()
     def merge(self, part: str, network: nn.Module, weights: Sequence[float]) -> None:
-        """Add the changes to a network: in float32, and rounded once to the type it has."""
+        """Add the changes to a network: in float64, and rounded once to the type it has."""
         parameters = dict(network.named_parameters())
         for name, delta in self.change(part, weights):
             value = parameters[name]
-            value.copy_((value.float() + delta.to(value.device)).to(value.dtype))
+            value.copy_((value.double() + delta.to(value.device)).to(value.dtype))
 
     def trainable(self, part: str) -> "Adapter":
         """The first file's adapter of a network.
@@ -196,7 +223,7 @@ class Adapters:
             alpha_pattern={f"^{re.escape(k)}": a for k, a in alphas.items() if a != alpha},
         )
         weights = {
-            f"{name}.{kind}.default.weight": getattr(layer, kind)["0"].weight.detach()
+            f"{name}.{kind}.default.weight": getattr(layer, kind)["0"].weight.detach().float()
             for name, layer in layers.items()
             for kind in ("lora_A", "lora_B")
         }
@@ -237,8 +264,7 @@ class MergedSource:
         """As ``PipelineFolder.read``; networks that are given stay as they are."""
         pipe = self._source.read(None, **given)
         if self._adapters is None:
-            files = [lora.path for lora in self._loras]
-            self._adapters = Adapters(pipe, self._parts, files, "--lora")
+            self._adapters = Adapters(pipe, self._parts, self._loras, "--lora")
         merged = dict(given)
         for part in self._parts:
             network = getattr(pipe, part)
@@ -249,10 +275,19 @@ class MergedSource:
         return pipe if dtype is None else self._source.read(dtype, **merged)
 
 
+def check_alpha(alpha: float | None, files: Sequence[LoraFile]) -> None:
+    """Raise UserError if ``alpha`` is no positive number, or all ``files`` say their own."""
+    require(alpha is None or 0 < alpha < math.inf, f"lora_alpha is {alpha}; give a positive number")
+    require(
+        alpha is None or not all(file.has_alpha for file in files),
+        "--lora_alpha has no effect: it is of RTDMD's .pt files, and here is none; leave it out",
+    )
+
+
 def weights_of(path: Path, said: str) -> Path:
-    """The .safetensors file at ``path``, or in this folder."""
+    """The .safetensors or .pt file at ``path``, or in this folder."""
     if path.is_dir():
-        found = sorted(path.glob("*.safetensors"))
+        found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pt"))
         named = [p for p in found if p.name in (_OURS, _PEFT)] or found
         require(
             len(named) == 1,
@@ -262,14 +297,16 @@ def weights_of(path: Path, said: str) -> Path:
         )
         return named[0]
     require(path.is_file(), f"{said}: no such file")
-    require(path.suffix == ".safetensors", f"{said}: it is no .safetensors file; convert it first")
+    is_known = path.suffix in (".safetensors", *_TORCH)
+    require(is_known, f"{said}: it is no .safetensors file, nor .pt; convert it first")
     return path
 
 
 def lora_sha256(path: Path) -> str:
     """sha256 of a LoRA file, or of it and peft's configuration beside it, where that counts."""
     digest, config = file_sha256(path), path.parent / _PEFT_CONFIG
-    if not _is_pefts(read_header(path)[0]) or not config.is_file():
+    has_config = path.suffix in _TORCH or _is_pefts(read_header(path)[0])
+    if not has_config or not config.is_file():
         return digest
     return hashlib.sha256(f"{digest} {file_sha256(config)}".encode()).hexdigest()
 
@@ -279,8 +316,13 @@ def _is_pefts(names: Iterable[str]) -> bool:
     return next(iter(names), "").startswith(_PEFT_PREFIX)
 
 
-def _read_file(path: Path, denoiser: str, said: str) -> tuple[dict[str, Tensor], Any]:
+def _read_file(lora: LoraFile, denoiser: str, said: str) -> tuple[dict[str, Tensor], Any]:
     """Tensors of a LoRA in float32, by name, and peft's configuration of its networks, or None."""
+    path = lora.path
+    if path.suffix in _TORCH:
+        pairs, config = read_torch(lora, said)
+        found = {f"{denoiser}.{key}": value for key, value in pairs.items()}
+        return found, {f"{denoiser}.{key}": value for key, value in config.items()}
     try:
         header = read_header(path)[1]
         tensors = {key: value.float() for key, value in read_safetensors(path).items()}
@@ -295,16 +337,117 @@ def _read_file(path: Path, denoiser: str, said: str) -> tuple[dict[str, Tensor],
         text = header.get("lora_adapter_metadata")
         return tensors, None if text is None else json.loads(text)
 
-    from peft import LoraConfig
-
     if not (path.parent / _PEFT_CONFIG).is_file():
         raise ModelError(f"{said}peft's {_PEFT_CONFIG} is not beside it; copy it there")
-    with refused(ModelError, f"{said}{_PEFT_CONFIG}: "):
-        known = LoraConfig.from_pretrained(str(path.parent)).to_dict()
-    known.pop("peft_type")
+    known = _beside(path, said)
     names = {key: f"{denoiser}.{key.removeprefix(_PEFT_PREFIX)}" for key in tensors}
     found = {names[key]: value for key, value in tensors.items()}
     return found, {f"{denoiser}.{key}": value for key, value in known.items()}
+
+
+def _beside(path: Path, said: str) -> dict[str, Any]:
+    """What peft's configuration beside a file says."""
+    from peft import LoraConfig
+
+    with refused(ModelError, f"{said}{_PEFT_CONFIG}: "):
+        known: dict[str, Any] = LoraConfig.from_pretrained(str(path.parent)).to_dict()
+    known.pop("peft_type")
+    return known
+
+
+def read_torch(lora: LoraFile, said: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A denoiser's LoRA in a file of RTDMD; code in a pickle is never run.
+
+    Args:
+        lora: The file, and its alpha.
+        said: How messages begin.
+
+    Returns:
+        MODULE.lora_A.weight [r, in] and MODULE.lora_B.weight [out, r] by name, float32, and the
+        arguments of peft's LoraConfig.
+
+    Raises:
+        ModelError: If it is damaged, holds anything else, or lacks a half of a pair.
+    """
+    from peft import LoraConfig
+
+    try:
+        raw = read_pickle(lora.path, mmap=True)
+    except ModelError as error:
+        raise ModelError(f"{said}{error}") from None
+    tensors, ranks = dict[str, Tensor](), dict[str, int]()
+    for key, value in raw.items():
+        named = _TORCH_KEY.fullmatch(key)
+        if named is None or value.ndim != 2 or not value.is_floating_point():
+            raise ModelError(f"{said}{key} is no MODULE.lora_A.default.weight or lora_B, a matrix")
+        name = f"{named[1]}.lora_{named[2]}.weight"
+        if name in tensors:
+            raise ModelError(f"{said}{key} is there twice, under another prefix")
+        tensors[name] = value.to(torch.float32, copy=True)  # away from the file
+        if not tensors[name].isfinite().all():
+            raise ModelError(f"{said}{key} has values that are NaN or infinite")
+    if not tensors:
+        raise ModelError(f"{said}it holds no tensors")
+    for name, value in tensors.items():
+        module, kind = name[:-14], name[-8]
+        other = tensors.get(f"{module}.lora_{'B' if kind == 'A' else 'A'}.weight")
+        if other is None:
+            raise ModelError(f"{said}{module} has lora_{kind} alone; its other half is missing")
+        rank = value.shape[0 if kind == "A" else 1]
+        if other.shape[1 if kind == "A" else 0] != rank:
+            shapes = f"{list(value.shape)} and {list(other.shape)}"
+            raise ModelError(f"{said}{module} has lora_A and lora_B of shapes {shapes}")
+        ranks[module] = rank
+    modules = "|".join(map(re.escape, ranks))
+    if (lora.path.parent / _PEFT_CONFIG).is_file():
+        return tensors, _beside(lora.path, said) | {"target_modules": modules}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = 2.0 * usual if lora.alpha is None else lora.alpha
+    config: Any = LoraConfig(
+        r=usual,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # it computes with floats
+        target_modules=modules,
+        rank_pattern={f"^{re.escape(k)}": r for k, r in ranks.items() if r != usual},
+        alpha_pattern={
+            f"^{re.escape(k)}": 2.0 * r
+            for k, r in ranks.items()
+            if r != usual and lora.alpha is None
+        },
+    )
+    return tensors, {k: v for k, v in config.to_dict().items() if k != "peft_type"}
+
+
+def convert_torch(lora: LoraFile, part: str, folder: Path) -> int:
+    """Write a LoRA of RTDMD as files that others read.
+
+    ``folder`` has pytorch_lora_weights.safetensors for ``pipe.load_lora_weights(folder)`` and, in
+    peft/, what ``PeftModel.from_pretrained`` reads; alpha is in both.
+
+    Args:
+        lora: The file.
+        part: Name of the pipeline's network that it adapts: transformer or unet.
+        folder: Where to; replaced as a whole.
+
+    Returns:
+        How many modules it adapts.
+
+    Raises:
+        ModelError: See ``read_torch``.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    tensors, config = read_torch(lora, f"{lora.path}: ")
+    metadata = {f"{part}.{key}": value for key, value in config.items()}
+    text = json.dumps(metadata, indent=2, sort_keys=True, default=sorted)
+    with write_folder(folder) as temporary:
+        named = {f"{part}.{key}": value for key, value in tensors.items()}
+        save_file(named, temporary / _OURS, {"format": "pt", "lora_adapter_metadata": text})
+        prefixed = {_PEFT_PREFIX + key: value for key, value in tensors.items()}
+        (temporary / "peft").mkdir()
+        save_file(prefixed, temporary / "peft" / _PEFT, {"format": "pt"})
+        LoraConfig(**config).save_pretrained(str(temporary / "peft"))
+    return len(tensors) // 2
 
 
 def _shadow(network: nn.Module) -> nn.Module:

@@ -27,12 +27,15 @@ class ModelOptions:
     noisiest (DMD2: 399, Hyper-SD's UNet: 800); known ones are recognised by their names."""
     lora: UseAppendAction[tuple[str, ...]] = ()
     """FILE or FILE:WEIGHT of a LoRA for this model (.safetensors of diffusers, peft or kohya's
-    scripts, or a folder that holds one), added to the weights in their files' type; may be given
-    several times."""
+    scripts, RTDMD's generator_ema.pt, or a folder that holds one), added to the weights in their
+    files' type; may be given several times."""
     num_inference_steps: int = 1
     """Denoising steps, by the pipeline's scheduler; one of Euler, EulerAncestral, LCM, DDIM, DDPM,
     FlowMatchEuler or our CPS takes several. Noise that it draws in later ones is the same in all
     runs for the same sample."""
+    step_list: tuple[float, ...] = ()
+    """Several steps: the timesteps that they begin at, such as 1000 750 500 250, of a flow before
+    its scheduler shifts them; of a longer list the first are taken. By default the scheduler's."""
     guidance_scale: float = 1.0
     """Several steps: classifier-free guidance; 1: none, as distilled models are used."""
     backprop_steps: int | None = None
@@ -67,10 +70,13 @@ class ModelOptions:
     """Folder that keeps encoded prompts and target images (safetensors, named by content) for other
     runs and commands too; by default each run encodes them anew."""
 
-    def load(self, model_id: str, master_weights: bool = False) -> "Generator":
+    def load(
+        self, model_id: str, master_weights: bool = False, lora_alpha: float | None = None
+    ) -> "Generator":
         """Load a generator: a diffusers folder, hub id, .safetensors file or packaged model.
 
-        With ``master_weights`` it keeps float32 weights and computes in ``dtype`` by autocast.
+        With ``master_weights`` it keeps float32 weights and computes in ``dtype`` by autocast;
+        ``lora_alpha`` is that of LoRA files that do not say it.
         """
         import diffusers
         import torch
@@ -93,7 +99,7 @@ class ModelOptions:
             revision=self.revision,
             model_config=self.model_config,
             timestep=self.timestep,
-            lora=tuple(map(LoraFile.parse, self.lora)),
+            lora=tuple(LoraFile.parse(text, lora_alpha) for text in self.lora),
         )
         if self.num_inference_steps > 1:
             from oneshot_fast.generators.few_step import FewStepGenerator
@@ -107,6 +113,7 @@ class ModelOptions:
                 guidance_scale=self.guidance_scale,
                 backprop_steps=self.backprop_steps,
                 eta=self.cps_eta,
+                step_list=self.step_list,
             )
         dtype = None if self.decoder_dtype == "auto" else getattr(torch, self.decoder_dtype)
         tuned = self.decoder_id, dtype, self.decoder_checkpointing, self.decoder_tiling
@@ -123,7 +130,7 @@ class ModelOptions:
     def _check_steps(self) -> None:
         count = self.num_inference_steps
         require(count >= 1, f"num_inference_steps is {count}; give at least 1")
-        for name in ("guidance_scale", "backprop_steps", "cps_eta"):
+        for name in ("guidance_scale", "backprop_steps", "cps_eta", "step_list"):
             require(
                 count > 1 or getattr(self, name) == getattr(ModelOptions, name),
                 f"--{name} has no effect without --num_inference_steps above 1; give it, too",

@@ -1,5 +1,6 @@
 """Tensors of files that others wrote; code in a pickle is never run."""
 
+import errno
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -75,18 +76,20 @@ def misfit(info: Mapping[str, Any]) -> str | None:
     return (wrong[0] + (f" and {len(wrong) - 1} more" if wrong[1:] else "")) if wrong else None
 
 
-def load_tensors(path: Path) -> Any:
+def load_tensors(path: Path, mmap: bool = False) -> Any:
     """What a .pt file of torch.save holds, on the CPU; code in a pickle is never run.
+
+    With ``mmap`` its tensors stay in the file until they are read.
 
     Raises:
         ValueError: If it claims more bytes than the file has, by compression or strides.
         Exception: torch raises many types for a broken file.
     """
-    size = path.stat().st_size
-    if zipfile.is_zipfile(path):
+    size, is_zip = path.stat().st_size, zipfile.is_zipfile(path)
+    if is_zip:
         with zipfile.ZipFile(path) as archive:
             _check_claim(sum(entry.file_size for entry in archive.infolist()), size)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     for value in _tensors_in(loaded):
         _check_claim(value.numel() * value.element_size(), size)
     return loaded
@@ -106,8 +109,10 @@ def _check_claim(claimed: int, size: int) -> None:
         raise ValueError(f"it claims {claimed:,} bytes, the file has {size:,}")
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path, mmap: bool = False) -> dict[str, Tensor]:
     """Tensors of a .pt or .pth file, on the CPU; code in the file is never run.
+
+    With ``mmap`` they stay in the file until they are read.
 
     Returns:
         The tensors by key; those under ``state_dict`` where the file has that.
@@ -116,10 +121,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         ModelError: If the file is damaged or holds more than tensors.
     """
     try:
-        loaded = load_tensors(path)
-    except OSError:
-        raise
+        loaded = load_tensors(path, mmap)
     except Exception as error:  # torch raises many types for a broken file
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a place before its start
+            raise
         raise ModelError(
             f"cannot read the tensors of {path}, damaged or more than tensors: {one_line(error)}"
         ) from None

@@ -1,0 +1,155 @@
+"""Images of prompts, each from a noise of its own, into one folder."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oneshot_fast.data.images import save_png, shrink, tile
+from oneshot_fast.errors import require
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.rewards import WeightedRewards
+from oneshot_fast.runtime.concurrency import Interrupts, stop
+from oneshot_fast.runtime.files import read_json, read_jsonl, write_json, write_jsonl
+from oneshot_fast.runtime.folder import RunFolder
+from oneshot_fast.runtime.progress import progress
+from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
+
+SAMPLES = "samples.jsonl"
+_SHOWN = 64  # images of grid.png
+
+
+class SampleRun:
+    """Images that a generator makes of prompts; what is there already is not made again.
+
+    An image is a function of the seed, its prompt's place in the list, and its number among those
+    of the prompt: never of the batch. ``samples.jsonl`` has a row for each.
+    """
+
+    outputs = ("images", SAMPLES, "grid.png", "summary.json")
+
+    def __init__(
+        self,
+        generator: Generator,
+        prompts: Sequence[str],
+        folder: Path,
+        *,
+        images_per_prompt: int = 1,
+        resolution: int | None = None,
+        batch_size: int = 4,
+        rewards: WeightedRewards | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Describe the run.
+
+        Args:
+            generator: What makes them.
+            prompts: N texts.
+            folder: Where everything is written.
+            images_per_prompt: M, each from another noise.
+            resolution: Image side in pixels; by default the generator's own.
+            batch_size: Images that are made at once.
+            rewards: Scores of the images, which the rows have, too.
+            seed: Of the noises.
+
+        Raises:
+            UserError: If a number makes no sense, or the model does not make this size.
+        """
+        require(bool(prompts), "there is no prompt")
+        require(images_per_prompt >= 1, "images_per_prompt must be at least 1")
+        require(batch_size >= 1, "batch_size must be at least 1")
+        self.generator, self.folder, self.rewards = generator, Path(folder), rewards
+        self.prompts, self.images_per_prompt = list(prompts), images_per_prompt
+        self.batch_size, self.seed = batch_size, seed
+        self.resolution = resolution or generator.image_size
+        self.noise_shape = generator.noise_shape(self.resolution, self.resolution)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything the result depends on."""
+        return {
+            "command": "sample",
+            "seed": self.seed,
+            **self.generator.settings(self.resolution),
+            "samples": len(self.prompts),
+            "prompts": content_id(*self.prompts),
+            "images_per_prompt": self.images_per_prompt,
+            "rewards": sorted(self.rewards.weights) if self.rewards is not None else [],
+        }
+
+    def run(self, *, overwrite: bool = False, verify: bool = False) -> dict[str, Any]:
+        """Make the images that are not there; returns the summary, as in summary.json."""
+        self.generator.warn_of_cut(self.prompts)
+        folder = RunFolder(self.folder, self.settings(), self.outputs, overwrite, verify)
+        with folder, Interrupts() as interrupts:
+            folder.reopen("summary.json")
+            path = self.folder / "summary.json"
+            if path.exists():
+                return dict(read_json(path))
+            (self.folder / "images").mkdir(exist_ok=True)
+            rows = {row["image"]: row for row in read_jsonl(self.folder / SAMPLES)}
+            wanted = [
+                (n, k) for n in range(len(self.prompts)) for k in range(self.images_per_prompt)
+            ]
+            left = [at for at in wanted if not self._is_there(_name(*at), rows)]
+            started = time.perf_counter()
+            with progress(len(wanted), "sample", "image") as bar:
+                bar.update(len(wanted) - len(left))
+                for start in range(0, len(left), self.batch_size):
+                    part = left[start : start + self.batch_size]
+                    rows |= {row["image"]: row for row in self._make(part)}
+                    names = (_name(*at) for at in wanted)
+                    write_jsonl(self.folder / SAMPLES, [rows[n] for n in names if n in rows])
+                    bar.update(len(part))
+                    if interrupts.pending:
+                        stop(interrupts.pending)
+            self._write_grid([_name(*at) for at in wanted])
+            summary = {
+                "samples": len(wanted),
+                "means": self._means([*rows.values()]),
+                "seconds": round(time.perf_counter() - started, 1),
+                "failed": 0,
+                "settings": self.settings(),
+            }
+            write_json(path, summary)
+            return summary
+
+    def _is_there(self, name: str, rows: dict[str, Any]) -> bool:
+        return name in rows and (self.folder / name).is_file()
+
+    @torch.no_grad()
+    def _make(self, places: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+        """Make and write the images at (prompt, number); rows of samples.jsonl."""
+        prompts = [self.prompts[n] for n, _ in places]
+        seeds = [derived_seed(self.seed, "sample", n, k) for n, k in places]
+        noise = gaussian(seeds, self.noise_shape).to(self.generator.device)
+        images = self.generator.decode(
+            self.generator.latents(noise, self.generator.told(prompts, seeds))
+        )
+        scores = self.rewards.scores(images, prompts) if self.rewards is not None else {}
+        rows = []
+        for i, (place, prompt, seed) in enumerate(zip(places, prompts, seeds, strict=True)):
+            save_png(self.folder / _name(*place), images[i])
+            values = {name: found[i].item() for name, found in scores.items()}
+            rows.append({"image": _name(*place), "prompt": prompt, "seed": seed, **values})
+        return rows
+
+    def _write_grid(self, names: Sequence[str]) -> None:
+        """The first images, the ones of a prompt side by side."""
+        from oneshot_fast.data.images import load_image
+
+        columns = self.images_per_prompt if self.images_per_prompt > 1 else 8
+        side = min(self.resolution, 256)
+        paths = (self.folder / name for name in names[:_SHOWN])
+        images = [load_image(path, self.resolution, self.resolution) for path in paths]
+        save_png(self.folder / "grid.png", tile(shrink(torch.stack(images), side), columns))
+
+    @staticmethod
+    def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+        names = [key for key in rows[0] if key not in ("image", "prompt", "seed")]
+        return {name: sum(row[name] for row in rows) / len(rows) for name in names}
+
+
+def _name(prompt: int, number: int) -> str:
+    return f"images/{prompt:05d}-{number:02d}.png"

@@ -1,0 +1,162 @@
+"""Images by the command: of any generator, and of RTDMD's YAML file with its LoRA files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from family_samples import tiny_pipeline
+from PIL import Image
+
+from oneshot_fast.data.images import load_image
+from oneshot_fast.errors import UserError
+from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.generators.lora_files import LoraFile
+from oneshot_fast.generators.sd3 import Sd3Generator
+from oneshot_fast.jobs.sample.config import read_config
+from oneshot_fast.jobs.sample.run import SampleRun
+from oneshot_fast.runtime.files import read_jsonl
+from oneshot_fast.runtime.seeds import derived_seed, gaussian
+
+PROMPTS = [f"a handwritten digit {word}" for word in ("one", "seven", "three")]
+
+
+def lora(path: Path, transformer: Any, seed: int) -> None:
+    """A file as RTDMD leaves it, rank 4."""
+    draw = torch.Generator().manual_seed(seed)
+    found = {}
+    for key in ("to_q", "to_out.0", "add_k_proj"):
+        module = transformer.transformer_blocks[0].attn.get_submodule(key)
+        name = f"transformer_blocks.0.attn.{key}"
+        A = torch.randn(4, module.in_features, generator=draw)
+        found[f"{name}.lora_A.default.weight"] = 0.1 * A
+        B = torch.randn(module.out_features, 4, generator=draw)
+        found[f"{name}.lora_B.default.weight"] = 0.1 * B
+    torch.save(found, path)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model, two LoRA files, and the YAML file that names them."""
+    folder = tmp_path_factory.mktemp("published")
+    pipe = tiny_pipeline("StableDiffusion3Pipeline")
+    pipe.save_pretrained(folder / "base")
+    for k, name in enumerate(("cold_start", "rtdmd")):
+        (folder / name).mkdir()
+        lora(folder / name / "generator_ema.pt", pipe.transformer, k)
+    (folder / "dataset/drawbench").mkdir(parents=True)
+    (folder / "dataset/drawbench/test.txt").write_text("\n".join(PROMPTS))
+    config = {
+        "pretrained_path": f"{folder / 'base'}", "model_type": "sd35", "dtype": "fp32",
+        "image_resolution": 16, "mode": "distilled",
+        "lora_paths": [f"{folder / name}/generator_ema.pt" for name in ("cold_start", "rtdmd")],
+        "lora_rank": 4, "lora_alpha": 8, "num_steps": 4,
+        "denoising_step_list": [1000, 750, 500, 250], "cps_eta": 0.9, "guidance_scale": 1.0,
+        "seed": 42, "batch_size": 4, "eval_prompt_source": "dataset", "dataset": "drawbench",
+        "dataset_path": f"{folder / 'dataset'}", "output_dir": f"{folder / 'images'}",
+        "eval_reward": True, "preload_reward_models": True, "num_media_images": 64,
+        "reward_fn": {"pickscore": 1.0, "geneval": 1.0}, "reward_dataset_map": {"geneval": "x"},
+        "reward_ckpt_path": "/path", "distributed": False, "strategy": "fsdp",
+    }  # fmt: skip
+    (folder / "sd35m.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_the_published_yaml_makes_images(published: Path, call: Callable[..., Any]) -> None:
+    flags = ["--config", published / "sd35m.yaml", "--override"]
+    ended = call("sample", *flags, "eval_reward=false")
+    assert ended.code == 0 and "not used here: preload_reward_models" in ended.err, ended
+    rows = read_jsonl(published / "images/samples.jsonl")
+    assert [row["prompt"] for row in rows] == PROMPTS
+    # the same by hand: base, both files, alpha 2 x rank, the steps' levels, no guidance
+    files = [published / name / "generator_ema.pt" for name in ("cold_start", "rtdmd")]
+    base: Any = load_generator(published / "base", lora=tuple(map(LoraFile, files)))
+    few = FewStepGenerator.over(base, 4, eta=0.9, step_list=[1000, 750, 500, 250])
+    assert [round(float(step.timestep)) for step in few.steps((4, 8, 8))] == [1000, 900, 750, 500]
+    seeds = [derived_seed(42, "sample", n, 0) for n in range(3)]
+    with torch.no_grad():
+        latents = few.latents(gaussian(seeds, (4, 8, 8)), few.told(PROMPTS, seeds))
+    for row, image in zip(rows, few.decode(latents), strict=True):
+        found = load_image(published / "images" / row["image"], 16, 16)
+        torch.testing.assert_close(found, image, rtol=0, atol=1.5 / 255)
+    # fewer steps are the first of the list and 0; an image does not depend on the others
+    more = ["num_steps=2", "--override", "eval_reward=false", "--output_dir", published / "two"]
+    assert call("sample", *flags, *more, "--prompt", PROMPTS[0]).code == 0
+    two = FewStepGenerator.over(base, 2, eta=0.9, step_list=[1000, 750, 500, 250])
+    with torch.no_grad():
+        latents = two.latents(gaussian(seeds[:1], (4, 8, 8)), two.told(PROMPTS[:1], seeds[:1]))
+    found = load_image(published / "two/images/00000-00.png", 16, 16)
+    torch.testing.assert_close(found, two.decode(latents)[0], rtol=0, atol=1.5 / 255)
+    assert not torch.equal(found, load_image(published / "images/images/00000-00.png", 16, 16))
+
+
+def test_what_a_yaml_file_cannot_say(
+    published: Path, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = published / "sd35m.yaml"
+    for overrides, message in (
+        (["step=3"], "unknown key step"),
+        (["eval_reward=true"], "geneval are not here"),
+        (["eval_reward=false", "num_steps=5"], "denoising_step_list has 4"),
+        (["eval_reward=false", "model_type=flux2_klein"], "only these are read: sd35, flux"),
+        (["eval_reward=false", "lora_rank=32"], "generator_ema.pt has 4"),
+        (["eval_reward=false", "lora_paths=none.pt"], "no such file"),
+        (["eval_reward=false", "dataset=other"], "has none of test.txt"),
+        (["mode=fast"], "give distilled or normal"),
+        (["seed"], "give KEY=VALUE"),
+        (["seed=[1"], "--override seed="),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            read_config(path, overrides)
+        assert "\n" not in str(caught.value)
+    found = read_config(path, ["mode=normal", "num_steps=20", "eval_reward=false", "lora_paths="])
+    assert found.model["num_inference_steps"] == 20 and not found.model["lora"]
+    assert "cps_eta" not in found.model and found.prompts == PROMPTS
+    found = read_config(path, ["reward_fn={clipscore: 2}"], ["mine"])
+    assert found.rewards == ("clip:2.0",) and found.prompts == ["mine"]
+    for flags, message in (
+        (["--config", path, "--model_id", "tiny"], "--model_id: with --config give --override"),
+        (["--config", path, "--cps_eta", 0.5], "--cps_eta: with --config give --override"),
+        (["--config", path, "--seed", 3], "--override seed=N"),
+        (["--config", path, "--override", "eval_reward=no", "--override", "model_type=flux"],
+         "is a StableDiffusion3Pipeline, not a FluxPipeline"),
+        (["--override", "a=b"], "no effect without --config"),
+        (["--model_id", "tiny", "--output_dir", tmp_path], "give --prompt TEXT"),
+        (["--model_id", "tiny", "--output_dir", tmp_path, "--prompt", "x", "--lora_alpha", 3],
+         "--lora_alpha has no effect"),
+        (["--model_id", "tiny", "--output_dir", tmp_path, "--prompt", "x", "--step_list", 999],
+         "--step_list has no effect"),
+    ):  # fmt: skip
+        ended = call("sample", *flags)
+        assert ended.code == 2 and message in ended.err, ended
+
+
+def test_step_lists_that_make_no_sense() -> None:
+    generator = Sd3Generator(tiny_pipeline("StableDiffusion3Pipeline"))
+    for steps, count in (([500, 750], 2), ([1001, 500], 2), ([500, 0], 2), ([1000], 2)):
+        with pytest.raises(UserError, match=r"give falling timesteps|has 1 timesteps"):
+            FewStepGenerator.over(generator, count, step_list=steps)
+
+
+def test_images_go_on_and_have_scores(tiny: Any, tmp_path: Path) -> None:
+    from oneshot_fast.rewards import load_rewards
+
+    def run() -> SampleRun:
+        rewards = load_rewards(["thickness"])
+        return SampleRun(tiny, PROMPTS, tmp_path, images_per_prompt=2, rewards=rewards, seed=3)
+
+    summary = run().run()
+    rows = read_jsonl(tmp_path / "samples.jsonl")
+    assert len(rows) == 6 and summary["means"]["thickness"] > 0
+    path = tmp_path / rows[3]["image"]
+    before = path.read_bytes()
+    path.unlink()
+    (tmp_path / "summary.json").unlink()
+    assert run().run()["samples"] == 6
+    assert path.read_bytes() == before  # alone in its batch
+    assert Image.open(tmp_path / "grid.png").size == (128, 192)
