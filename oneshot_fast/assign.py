@@ -77,6 +77,7 @@ def execute(command: AssignCommand) -> int:
     if folder is None and not command.dry_run:
         raise UserError("give --output_dir DIR")
     command.search.check()
+    command.data.check()
     source = open_data(command)
     more: dict[str, Any] = {
         "folder": folder or Path(),
@@ -84,7 +85,8 @@ def execute(command: AssignCommand) -> int:
         "seed": command.run.seed,
         "batch_size": command.batch_size,
         "resize_mode": command.data.resize_mode,
-        "resolution": command.data.resolution,
+        "bucket_step": command.data.bucket_step,
+        "resolution": command.data.size,
         "num_images": command.num_images,
     }
     if folder is None or command.dry_run or command.engine == "local":

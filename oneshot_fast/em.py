@@ -71,6 +71,7 @@ def execute(command: EmCommand) -> int:
     own_data = command.data.data_root is not None or by_reward
     model_id = command.initial_model_id or ("stabilityai/sdxl-turbo" if own_data else "tiny")
     command.em.resolve(width=320).check()  # before any model is loaded
+    command.data.check()
     command = dataclasses.replace(command, initial_model_id=model_id)
     run = _on_rewards(command) if by_reward else _on_targets(command)
     if command.dry_run:
@@ -120,6 +121,7 @@ def _on_targets(command: EmCommand) -> EmRun:
             judge=command.rewards.judges(device, judges),
             setup=command.rewards.setup(device),
             resize_mode=command.data.resize_mode,
+            bucket_step=command.data.bucket_step,
             num_images=command.num_images,
             compare_direct=command.compare_direct,
             note=note,
@@ -135,7 +137,10 @@ def _on_rewards(command: EmCommand) -> RewardEmRun:
     without_targets = dataclasses.replace(
         command,
         data=DataOptions(
-            resolution=command.data.resolution, prompt_field=command.data.prompt_field
+            resolution=command.data.resolution,
+            width=command.data.width,
+            height=command.data.height,
+            prompt_field=command.data.prompt_field,
         ),
         heldout_root=None,
         heldout=None,
@@ -171,7 +176,7 @@ def _more(command: EmCommand) -> dict[str, Any]:
         "folder": command.work_dir,
         "options": command.em.resolve(generator.width, embedded=not own_data),
         "seed": command.run.seed,
-        "resolution": command.data.resolution,
+        "resolution": command.data.size,
         "eval_samples": command.eval_samples,
         "save_minutes": command.save_minutes,
         "keep_checkpoints": command.train_keep_checkpoints,

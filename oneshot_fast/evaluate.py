@@ -57,6 +57,10 @@ def execute(command: EvaluateCommand) -> int:
     require(not doubled, f"model {', '.join(doubled[:1])} is named twice; name it once")
     if command.data.data_root is None or not (command.output_dir or command.dry_run):
         raise UserError("give --data_root DIR of held-out images and --output_dir DIR")
+    require(
+        command.data.resize_mode != "bucket",
+        "--resize_mode bucket: images are compared at one size; use crop, squash or pad",
+    )
     pairs = [*open_pairs(command.data.data_root, command.data)]
 
     import torch
@@ -75,7 +79,7 @@ def execute(command: EvaluateCommand) -> int:
         judge=command.judges.judges(device, command.judge),
         setup=command.judges.setup(device),
         eval_samples=command.eval_samples,
-        resolution=command.data.resolution,
+        resolution=command.data.size,
         resize_mode=command.data.resize_mode,
         seed=command.run.seed,
     )

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tyro.conf import UseAppendAction
 
 from oneshot_fast.cli import OK, finish, run_command
+from oneshot_fast.data.options import SizeOptions
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.data.records import text_field
 from oneshot_fast.errors import UserError, require
@@ -47,8 +48,6 @@ class OptimizeCommand:
     seeds: tuple[int, ...] = ()
     """Instead: the seeds of each prompt's base noises, as torch.Generator().manual_seed takes
     them."""
-    resolution: int | None = None
-    """Image side in pixels; by default the model's own (512 for SDXL-Turbo)."""
     batch_size: int | Literal["auto"] = "auto"
     """Images optimised at once; a result does not depend on it beyond rounding. auto is the largest
     power of two that fits on a GPU, and 16 on the CPU."""
@@ -58,6 +57,7 @@ class OptimizeCommand:
     """Images that are saved, in order; -1 for all."""
     dry_run: bool = False
     """Print the memory by part and the time needed, from a few timed steps; nothing is written."""
+    size: SizeOptions = SizeOptions()
     search: OptimizeOptions = OptimizeOptions()
     rewards: RewardOptions = RewardOptions()
     model: ModelOptions = ModelOptions()
@@ -90,7 +90,7 @@ def execute(command: OptimizeCommand) -> int:
     last = command.search.gradient_steps
     for step in command.save_steps:
         require(0 <= step <= last, f"save_steps names step {step}; there are 0 to {last}")
-    prompts = prompts_of(command)
+    prompts, size = prompts_of(command), command.size.size
 
     generator = command.model.load(command.model_id)
     generator.recompute(command.rewards.recomputed(generator.device))
@@ -105,7 +105,7 @@ def execute(command: OptimizeCommand) -> int:
         seeds=command.seeds,
         seed=command.run.seed,
         batch_size=command.batch_size,
-        resolution=command.resolution,
+        resolution=size,
         save_steps=command.save_steps,
         num_images=command.num_images,
     )

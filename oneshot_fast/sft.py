@@ -128,6 +128,7 @@ def _on_rewards(command: SftCommand) -> RewardRun:
     if options.prompt_file is None or not (command.output_dir or command.dry_run):
         raise UserError("with --reward, give --prompt_file FILE and --output_dir DIR")
     options.check(rewards.reward)
+    size = options.size
     command.training.check()
     require(
         rewards.checkpointing != "full" or not command.training.selective_checkpointing,
@@ -141,7 +142,7 @@ def _on_rewards(command: SftCommand) -> RewardRun:
         prompts=prompts,
         rewards=rewards.rewards(generator.device),
         judge=rewards.judges(generator.device, options.judge),
-        resolution=options.resolution,
+        resolution=size,
         images_per_prompt=options.images_per_prompt,
         eval_samples=options.eval_samples,
         names=[*rewards.names, *(f"judge {name}" for name in options.judge)],

@@ -3,16 +3,18 @@
 import contextlib
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from oneshot_fast.data.image_refs import ImageRef, Member
+from oneshot_fast.data.sizes import Size, part_cut
 from oneshot_fast.errors import DataError, refused
 from oneshot_fast.runtime.files import replacing
 
@@ -20,6 +22,7 @@ from oneshot_fast.runtime.files import replacing
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 MUCH = 1 / 3  # of a picture: if a crop takes more away, the user is told
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_LYING = range(5, 9)  # EXIF orientations of pictures whose sides are exchanged
 
 
 def load_image(path: ImageRef, height: int, width: int, resize_mode: str = "crop") -> Tensor:
@@ -74,33 +77,42 @@ def resized(image: Image.Image, height: int, width: int, resize_mode: str = "cro
     return pixels.permute(2, 0, 1).div(255).contiguous()
 
 
-def crop_loss(image: ImageRef | Image.Image | str) -> float:
-    """Part of a picture that is cut away where it becomes square; of files the header is read.
+def crop_loss(image: ImageRef | Image.Image | str, size: Size = (1, 1)) -> float:
+    """Part of a picture that is cut away where a crop brings it to ``size``.
 
     Raises:
         DataError: the file cannot be read.
     """
-    sides = sides_of(image)
-    return 1 - min(sides) / max(sides)
+    return part_cut(size_in(image, upright=size[0] != size[1]), size)
 
 
-def sides_of(image: ImageRef | Image.Image | str) -> tuple[int, int]:
-    """Width and height of a picture, pixels; of files the header is read.
+def size_in(image: ImageRef | Image.Image | str, upright: bool = True) -> Size:
+    """Height and width of a picture; of files the header is read.
+
+    Where it shall be ``upright``, PNG files are read as a whole: their EXIF block may be the end.
 
     Raises:
         DataError: the file cannot be read.
     """
     if isinstance(image, Image.Image):
-        return image.size
+        return image.height, image.width
     with refused(DataError, f"{image}: cannot be decoded: "):
         source = io.BytesIO(image.read()) if isinstance(image, Member) else image
         with Image.open(source, formats=_FORMATS) as opened:
-            return opened.size
+            width, height = opened.size
+            with contextlib.suppress(Exception):  # as where it is decoded
+                if upright and opened.getexif().get(ExifTags.Base.Orientation) in _LYING:
+                    return width, height
+            return height, width
 
 
-def cut_warning(count: int, first: object, remedy: str = "--resize_mode pad") -> str:
-    """What the user is told of ``count`` images of which a crop leaves too little."""
-    return f"{count} images lose more than a third, the first: {first}; {remedy} keeps all of them"
+def cut_warning(cut: Sequence[tuple[object, float]], remedy: str) -> str | None:
+    """What the user is told of images and the parts of them that a crop took; None: nothing."""
+    much = [one for one in cut if one[1] > MUCH]
+    if not much:
+        return None
+    worst, part = max(much, key=lambda one: one[1])
+    return f"{len(much)} images lose more than a third, most {worst} ({part:.0%}); {remedy}"
 
 
 def _decode(path: ImageRef) -> Image.Image:
@@ -152,10 +164,18 @@ def save_png(path: Path, image: Tensor) -> None:
 
 
 def shrink(images: Tensor, side: int) -> Tensor:
-    """Images [B, 3, H, W] averaged down to at most ``side`` pixels a side."""
-    if images.shape[-1] <= side:
+    """Images [B, 3, H, W] averaged down to at most ``side`` pixels a side, in their own shape."""
+    longest = max(images.shape[-2:])
+    if longest <= side:
         return images
-    return F.interpolate(images, (side, side), mode="area")
+    H, W = (max(1, round(side * old / longest)) for old in images.shape[-2:])
+    return F.interpolate(images, (H, W), mode="area")
+
+
+def squared(images: Tensor, side: int) -> Tensor:
+    """Images [B, 3, H, W] as squares of at most ``side`` pixels a side, for a judge of squares."""
+    H, W = images.shape[-2:]
+    return shrink(images, side) if H == W else F.interpolate(images, (side, side), mode="area")
 
 
 def tile(images: Tensor, columns: int) -> Tensor:

@@ -15,6 +15,7 @@ from oneshot_fast.data.records import (
     text_field,
     texts_field,
 )
+from oneshot_fast.data.sizes import Frame, Size
 from oneshot_fast.errors import DataError
 from oneshot_fast.runtime.files import mend_jsonl, write_jsonl
 from oneshot_fast.runtime.seeds import content_id
@@ -29,11 +30,19 @@ class MatchedPair:
     image_path: ImageRef
     noise_path: Path  # .safetensors, or .pt from the reference workflow
     noise_index: int | None  # row of tensor "z" in a safetensors shard; None: a file of one noise
-    resize_mode: str = "crop"  # how the target was brought to the model's resolution
+    resize_mode: str = "crop"  # how the target was brought to its size
     image_sha256: str | None = None  # of the target when the noise was assigned
     line: int = 0  # 1-based
     digest: str = ""  # of the line, whatever of it is read
     prompts: tuple[str, ...] = ()  # where there are several captions: all of them
+    frame: Frame | None = None  # of resize_mode "bucket"
+
+    @property
+    def place(self) -> tuple[ImageRef, str, Size | None]:
+        """The target's path, how it is brought to its size, and this if it has its own."""
+        if self.frame is not None:
+            return self.image_path, "crop", self.frame.size
+        return self.image_path, self.resize_mode, None
 
 
 def read_manifest(path: Path) -> tuple[list[MatchedPair], list[Failure]]:
@@ -109,7 +118,8 @@ def _parse_match(
         several = prompts if prompts[1:] else ()
         if item.get("prompts") is not None:
             several = texts_field(item, "prompts")
-        return MatchedPair(name, prompts[0], *place, mode, digest, line, said, several)
+        frame = Frame.read(item) if mode == "bucket" else None
+        return MatchedPair(name, prompts[0], *place, mode, digest, line, said, several, frame)
     except DataError as error:
         return Failure(str(error), line, name, next(iter(prompts), None), image, said)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from oneshot_fast.data.sizes import Resolution
 from oneshot_fast.errors import DataError
 
 
@@ -35,14 +36,57 @@ ALL = Selection()
 
 
 @dataclass(frozen=True)
-class DataOptions(Selection):
+class SizeOptions:
+    """How large images are."""
+
+    resolution: int | None = None
+    """Image side in pixels; by default the model's own (512 for SDXL-Turbo)."""
+    width: int | None = None
+    """With height, instead of resolution: width of the images in pixels."""
+    height: int | None = None
+    """With width, instead of resolution: height of the images in pixels."""
+
+    @property
+    def size(self) -> Resolution | None:
+        """What is asked for, None if nothing is.
+
+        Raises:
+            DataError: If it is half of something, or two things.
+        """
+        if self.width is None and self.height is None:
+            return self.resolution
+        if self.width is None or self.height is None:
+            raise DataError("--width and --height go together; give both, or --resolution")
+        if self.resolution is not None:
+            raise DataError("--resolution is for squares; leave it out, or --width and --height")
+        return self.height, self.width
+
+
+@dataclass(frozen=True)
+class DataOptions(SizeOptions, Selection):
     """Which pairs, and how their images are read."""
 
     data_root: str | None = None
     """Folder with pairs.jsonl ({"prompt", "image"}), metadata.jsonl (file_name, text), WebDataset
     *.tar or *.parquet; or one such file, or a pattern of shards with * or {000..123}, also a URL
     such as hf://datasets/user/name/*.parquet or s3://bucket/{000..123}.tar."""
-    resolution: int | None = None
-    """Image side in pixels; by default the model's own (512 for SDXL-Turbo)."""
-    resize_mode: Literal["crop", "squash", "pad"] = "crop"
-    """Other aspect ratios: cut the centre square, squash to a square, or pad with black."""
+    resize_mode: Literal["crop", "squash", "pad", "bucket"] = "crop"
+    """Images of another shape: cut the centre out, squash them, or pad them with black. bucket:
+    each image keeps about its shape, at one of some sizes with sides that are multiples of
+    bucket_step and as many pixels as resolution^2 or a few less; batches are of one size, and SDXL
+    is told the original size and the crop."""
+    bucket_step: int = 64
+    """--resize_mode bucket: pixels; 8 or 16 for models of small images."""
+
+    def check(self) -> None:
+        """Raise DataError unless these flags make sense together."""
+        super().check()
+        if self.resize_mode != "bucket":
+            if self.bucket_step != DataOptions.bucket_step:
+                raise DataError("--bucket_step has no effect without --resize_mode bucket")
+        elif isinstance(self.size, tuple):
+            raise DataError(
+                "--resize_mode bucket has its own sizes; give --resolution, not --width and "
+                "--height"
+            )
+        _ = self.size

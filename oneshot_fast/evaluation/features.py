@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneshot_fast.data.images import shrink
+from oneshot_fast.data.images import squared
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.evaluation.distances import CMMD_SIGMA
 from oneshot_fast.generators.base import Classifier, Generator
@@ -106,7 +106,7 @@ def of_classifier(classifier: Classifier) -> Features:
     """Of a generator's own classifier, at 64 x 64 pixels at most."""
     return Features(
         "the classifier of these prompts",
-        lambda images: classifier.features(shrink(images, 64).cpu()),
+        lambda images: classifier.features(squared(images, 64).cpu()),
     )
 
 

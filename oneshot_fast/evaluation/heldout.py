@@ -93,7 +93,11 @@ def measure_against(
     Raises:
         UserError: If none can be read.
     """
-    places = [(pair.image_path, getattr(pair, "resize_mode", resize_mode)) for pair in pairs]
+    modes = [getattr(pair, "resize_mode", resize_mode) for pair in pairs]
+    places = [  # all are measured at one size
+        (pair.image_path, "crop" if mode == "bucket" else mode)
+        for pair, mode in zip(pairs, modes, strict=True)
+    ]
     usable, images, reasons = list[int](), list[Tensor](), dict[int, str]()
     for k, place in enumerate(places):
         try:
@@ -105,9 +109,9 @@ def measure_against(
     first = next(iter(reasons.values()), "there is none")
     require(bool(usable), f"no held-out image can be read: {first}")
     main_first(lambda: forget_other(folder, [*made_of, *(pairs[k].id for k in usable)], *also))
-    prompts, side = [pairs[k].prompt for k in usable], targets.resolution
+    prompts = [pairs[k].prompt for k in usable]
     real = (targets.image(*places[k]) for k in usable)
-    noise_shape = generator.noise_shape(side, side)
+    noise_shape = generator.noise_shape(*targets.size)
     measure = RandomNoiseMeasure(prompts, noise_shape, real=real, real_prompts=prompts, **more)
     measured = real_measures(torch.cat(images), prompts, more.get("classifier"))
     more_of_real = measure.of_real(prompts)

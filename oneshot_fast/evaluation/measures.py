@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oneshot_fast.data.images import shrink
+from oneshot_fast.data.images import shrink, squared
 from oneshot_fast.evaluation.distances import error_of, frechet, resamples
 from oneshot_fast.generators.base import Classifier
 
@@ -96,5 +96,5 @@ def real_measures(
     result["errors"] = {"diversity": diversity_error(images, labels)}
     if classifier is not None:
         named = torch.tensor([classifier.label_of(prompt) for prompt in prompts])
-        result["accuracy"] = prompt_accuracy(classifier(images), named)
+        result["accuracy"] = prompt_accuracy(classifier(squared(images, 64)), named)
     return result

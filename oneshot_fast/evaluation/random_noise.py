@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oneshot_fast.data.images import save_png, shrink, tile
+from oneshot_fast.data.images import save_png, shrink, squared, tile
 from oneshot_fast.embedded.classifier import load_classifier
 from oneshot_fast.evaluation.distances import Verdict, error_of, replicates, verdicts
 from oneshot_fast.evaluation.features import Features
@@ -175,7 +175,8 @@ class RandomNoiseMeasure:
         }
         if self.classifier is not None:
             named = [self.classifier.label_of(prompt) for prompt in self.prompts]
-            result["accuracy"] = prompt_accuracy(self.classifier(images), torch.tensor(named))
+            logits = self.classifier(squared(images, 64))
+            result["accuracy"] = prompt_accuracy(logits, torch.tensor(named))
         tensors = {"shown": made["shown"]} | ({"latents": made["latents"]} if is_base else {})
         scores = {k.removeprefix(_SCORE): v for k, v in made.items() if k.startswith(_SCORE)}
         result |= {name: values.mean().item() for name, values in scores.items()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from oneshot_fast.data.images import to_pil
 from oneshot_fast.data.prompts import warn_of_cut
+from oneshot_fast.data.sizes import Frame, Size, size_fields
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.lora_files import Adapter, LoraFile
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
@@ -29,12 +30,15 @@ class Conditioning:
         mask: 1 for each token of the prompt, 0 for padding, [B, T]; None if all count.
         seeds: Of what a sampler of several steps draws after the first noise, [B] int64; None for
             one that draws nothing.
+        frames: Height and width of the original pictures, and rows and columns cut off above and to
+            the left, [B, 4] int64; None: nothing was cut.
     """
 
     embeds: Tensor
     pooled: Tensor | None = None
     mask: Tensor | None = None
     seeds: Tensor | None = None
+    frames: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, [B, ...]; ``dataclasses.replace`` puts others in their place."""
@@ -197,9 +201,10 @@ class Generator(ABC):
         """Shape [C, h, w] of the noise that such an image is made of."""
         return self.latent_shape(height, width)
 
-    def side_of(self, noise_shape: Sequence[int]) -> int:
-        """Side in pixels of the image that a noise of this shape makes."""
-        return noise_shape[-1] * self.latent_factor
+    def size_of_noise(self, noise_shape: Sequence[int]) -> Size:
+        """Height and width in pixels of the image that a noise of this shape makes."""
+        h, w = noise_shape[-2:]
+        return h * self.latent_factor, w * self.latent_factor
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -211,6 +216,10 @@ class Generator(ABC):
     def told(self, prompts: Sequence[str], seeds: Sequence[int]) -> Conditioning:
         """Conditioning of B prompts, for images whose later noises, if any, come of B seeds."""
         return self.encode_prompts(prompts)
+
+    def framed(self, conditioning: Conditioning, frames: Sequence[Frame]) -> Conditioning:
+        """The same for pictures cut so, B of them; most models are not told of it."""
+        return conditioning
 
     @property
     def draws_noise(self) -> bool:
@@ -388,8 +397,8 @@ class Generator(ABC):
     def fingerprint(self) -> str:
         """16 hex digits that change when what the model makes changes."""
 
-    def settings(self, resolution: int) -> dict[str, Any]:
-        """What the result of a run with images of this side depends on, seed and options aside."""
+    def settings(self, size: Size) -> dict[str, Any]:
+        """What the result of a run with images of this size depends on, seed and options aside."""
         model, device = self.fingerprint(), self.device.type
         merged = {"lora": [lora.settings for lora in self.lora]} if self.lora else {}
-        return {"resolution": resolution, "model": model, "device": device, **merged}
+        return {**size_fields(size), "model": model, "device": device, **merged}

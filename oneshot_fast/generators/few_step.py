@@ -27,6 +27,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
 
+from oneshot_fast.data.sizes import Size
 from oneshot_fast.errors import ModelError, UserError, refused, require
 from oneshot_fast.generators.base import Conditioning, Prediction
 from oneshot_fast.generators.pipeline import PipelineGenerator
@@ -417,8 +418,8 @@ class FewStepGenerator(PipelineGenerator):
         digest.update(repr(self.step_list).encode() if self.step_list else b"")
         return digest.hexdigest()[:16]
 
-    def settings(self, resolution: int) -> dict[str, Any]:
-        return super().settings(resolution) | {
+    def settings(self, size: Size) -> dict[str, Any]:
+        return super().settings(size) | {
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "backprop_steps": self.backprop_steps,

@@ -1,5 +1,7 @@
 """Generators of SDXL's shape: a UNet that is told of text by two encoders, and of sizes."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from oneshot_fast.data.sizes import Frame
 from oneshot_fast.errors import ModelError, require
 from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.generators.original_layout import scheduler_written, unet_name, write_single_file
@@ -49,22 +52,28 @@ class SdxlGenerator(UNetGenerator):
             return self.blank_prompts(1)
         return super()._encode_blank()
 
+    def framed(self, conditioning: Conditioning, frames: Sequence[Frame]) -> Conditioning:
+        rows = torch.tensor([[*frame.original, *frame.corner] for frame in frames])
+        return replace(conditioning, frames=rows.to(conditioning.embeds.device))
+
     def _arguments(
         self, eps: Tensor, conditioning: Conditioning, dtype: torch.dtype
     ) -> dict[str, Any]:
-        """Text, and original and target size of the images [B, 6]."""
+        """Text, and original size, crop and target size of the images [B, 6]."""
         assert conditioning.pooled is not None
         h, w = (side * self.latent_factor for side in eps.shape[-2:])
         time_ids = self._constant(
             (h, w, eps.device, dtype),
             lambda: torch.tensor([[h, w, 0, 0, h, w]], device=eps.device, dtype=dtype),
-        )
+        ).expand(len(eps), -1)
+        if conditioning.frames is not None:
+            time_ids = torch.cat((conditioning.frames.to(dtype), time_ids[:, 4:]), 1)
         return {
             "encoder_hidden_states": conditioning.embeds.to(dtype),
             "timestep_cond": self._guidance(eps, dtype),
             "added_cond_kwargs": {
                 "text_embeds": conditioning.pooled.to(dtype),
-                "time_ids": time_ids.expand(len(eps), -1),
+                "time_ids": time_ids,
             },
         }
 

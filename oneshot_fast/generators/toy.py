@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from oneshot_fast.data.sizes import Size
 from oneshot_fast.errors import ModelError, UserError, one_line
 from oneshot_fast.generators.base import Conditioning, Generator, LoadOptions, Prediction
 from oneshot_fast.generators.decoder import update_digest
@@ -73,9 +74,9 @@ class ToyGenerator(Generator):
         self.latent_shape(height, width)
         return self.config.noise_shape
 
-    def side_of(self, noise_shape: Sequence[int]) -> int:
-        """Side in pixels of what a noise makes: always the same."""
-        return self.image_size
+    def size_of_noise(self, noise_shape: Sequence[int]) -> Size:
+        """Height and width in pixels of what a noise makes: always the same."""
+        return self.image_size, self.image_size
 
     def blank_prompts(self, count: int) -> Conditioning:
         return Conditioning(torch.zeros(count, 1, len(self.config.prompts)))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from oneshot_fast.data.sizes import Resolution
 from oneshot_fast.errors import require
 from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, all_scores, classifier_for
 from oneshot_fast.generators.base import Generator
@@ -42,7 +43,7 @@ class JudgedRun(TrainingRun):
         *,
         rewards: WeightedRewards | None = None,
         judge: WeightedRewards | None = None,
-        resolution: int | None = None,
+        resolution: Resolution | None = None,
         eval_samples: int = 64,
         names: Sequence[str] = (),
         **more: Any,
@@ -57,7 +58,7 @@ class JudgedRun(TrainingRun):
             options: Schedule.
             rewards: What is raised.
             judge: Rewards that are measured, too, but not trained on.
-            resolution: Image side in pixels; by default the generator's own.
+            resolution: Image side in pixels, or height and width; by default the generator's own.
             eval_samples: Noises that are not trained on, on which all is measured before training
                 and after every epoch.
             names: How rewards and judges were named, for the run's settings.
@@ -66,8 +67,8 @@ class JudgedRun(TrainingRun):
         Raises:
             UserError: If an option makes no sense.
         """
-        side = TargetImages(generator, resolution).resolution  # checks it
-        super().__init__(generator, loss, side, folder, options, **more)
+        size = TargetImages(generator, resolution).size  # checks it
+        super().__init__(generator, loss, size, folder, options, **more)
         require(bool(prompts), "there is no prompt")
         require(eval_samples >= 10, "eval_samples must be at least 10")
         self.prompts, self.rewards, self.judge, self.names = prompts, rewards, judge, list(names)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.hooks import RemovableHandle
 
+from oneshot_fast.data.sizes import Resolution, size_of
 from oneshot_fast.generators.adapters import add_adapter
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.lora_files import Adapter
@@ -54,7 +55,7 @@ def training_plan(
     options: TrainOptions,
     kind: Kind,
     *,
-    resolution: int,
+    resolution: Resolution,
     samples: int,
     offload_encoders: bool | None = None,
 ) -> Plan:
@@ -79,7 +80,7 @@ def training_plan(
     checkpoints = 2 * needed.trained_bytes + pipeline if options.lora_rank else 2 * pipeline
     best = needed.kept[_AVERAGE] or needed.trained_bytes
     state = needed.trained_bytes + sum(needed.kept.values()) + best
-    latent = 4 * math.prod(generator.latent_shape(resolution, resolution))
+    latent = 4 * math.prod(generator.latent_shape(*size_of(resolution)))
     pool = latent * options.preserve_pool_size if options.preserves else 0
     size = f"{options.batch_size} {kind.unit}"
     lines += [
@@ -183,10 +184,10 @@ def _prepare(
     return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
 
 
-def blank_rows(generator: Generator, resolution: int, count: int, **extra: Any) -> Rows:
+def blank_rows(generator: Generator, resolution: Resolution, count: int, **extra: Any) -> Rows:
     """Rows of zeros, with latents of zeros besides what else is given."""
-    noise = torch.zeros(count, *generator.noise_shape(resolution, resolution))
-    latents = torch.zeros(count, *generator.latent_shape(resolution, resolution))
+    noise = torch.zeros(count, *generator.noise_shape(*size_of(resolution)))
+    latents = torch.zeros(count, *generator.latent_shape(*size_of(resolution)))
     return Rows(noise, generator.blank_prompts(count), {"latents": latents, **extra})
 
 

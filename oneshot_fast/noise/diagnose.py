@@ -39,12 +39,14 @@ def diagnose(folder: Path) -> dict[str, Any]:
         in degrees per target, of the rotation (RMS) or else between z and its base noise;
         ``eigenvalues`` of the patch covariance of z and of the base noise, descending, with the
         allowed band; ``mean_shift`` [C, H, W], the mean of z over the targets in standard errors;
-        and ``checks``, each with name, meaning, value, low, high and ok.
+        and ``checks``, each with name, meaning, value, low, high and ok. Of noises of several sizes
+        those of the commonest are measured, and ``other_sizes`` is how many the others are.
     """
-    statistics = NoiseStatistics()
+    sizes: dict[torch.Size, NoiseStatistics] = {}
     for z, q, eps in _shards(folder):
-        statistics.add(z, q, eps)
-    result = statistics.result()
+        sizes.setdefault(z.shape[1:], NoiseStatistics()).add(z, q, eps)
+    found = sorted((one.result() for one in sizes.values()), key=lambda one: -one["targets"])
+    result = found[0] | {"other_sizes": sum(one["targets"] for one in found[1:])}
     write_json(folder / "diagnostics.json", result)
     return result
 

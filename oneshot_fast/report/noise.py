@@ -55,6 +55,8 @@ def _verdict(found: dict[str, Any]) -> list[str]:
         f"{found['targets']} noises of {found['elements']} elements. Independent Gaussian noise of "
         f"this amount stays in each allowed range in {100 * (1 - LEVEL):g} % of cases."
     )
+    if found["other_sizes"]:
+        law += f" {found['other_sizes']} noises of other sizes are not among them."
     lines = [law]
     if damaged:
         lines.append(

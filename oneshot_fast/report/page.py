@@ -148,7 +148,9 @@ def write_run(
 
 
 def _common_facts(summary: Json, settings: Json) -> list[str]:
-    names = [name for name in ("seed", "resolution", "device") if name in settings]
+    names = [
+        name for name in ("seed", "resolution", "width", "height", "device") if name in settings
+    ]
     facts = [f"{name} {settings[name]}" for name in names]
     for key, text in (
         ("seconds", duration),

@@ -264,6 +264,9 @@ class ShardRun(ABC, Generic[Item, Found]):
         ready: list[Found] = []
         try:
             for found in self.solve(batches):
+                if ready and found and _shapes(ready[0]) != _shapes(found[0]):
+                    full, ready = ready, []
+                    finite(full)
                 ready += found
                 if len(ready) >= self.batch_size or not self.fills_shards:
                     full, ready = ready, []
@@ -335,6 +338,10 @@ class ShardRun(ABC, Generic[Item, Found]):
             "settings": read_json(self.folder / "run.json"),
         }
         write_json(self.folder / self.summary_name, {"samples": len(rows), **summary})
+
+
+def _shapes(found: Result) -> list[torch.Size]:
+    return [tensor.shape for tensor in found.tensors.values()]
 
 
 def shard_path(index: int, suffix: str = "") -> Path:

@@ -4,7 +4,8 @@ All randomness is a function of the seed and the step, so that a state needs no 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,11 @@ class Rows:
     def __len__(self) -> int:
         """B."""
         return len(self.noise)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What rows of one evaluation have in common."""
+        return self.noise.shape[1:], *self.conditioning.tensors()
 
     def select(self, rows: slice) -> "Rows":
         """These rows alone."""
@@ -79,11 +85,43 @@ def _part(count: int, k: int, parts: int) -> slice:
     return slice(start, start + size + (k < more))
 
 
-def batches(count: int, batch_size: int, seed: int, start: int, end: int) -> Iterator[list[int]]:
-    """Positions of the examples of steps ``start`` to ``end``; each epoch is a permutation."""
-    per_epoch = math.ceil(count / batch_size)
+def in_order(kinds: Sequence[Hashable], batch_size: int) -> list[list[int]]:
+    """Positions of examples of these kinds, kind by kind, in batches that have one each."""
+    groups: dict[Hashable, list[int]] = {}
+    for k, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(k)
+    return [
+        group[k : k + batch_size]
+        for group in groups.values()
+        for k in range(0, len(group), batch_size)
+    ]
+
+
+def steps_per_epoch(kinds: Sequence[Hashable], batch_size: int) -> int:
+    """Batches of an epoch over examples of these kinds, none of which has two."""
+    return sum(math.ceil(count / batch_size) for count in Counter(kinds).values())
+
+
+def batches(
+    kinds: Sequence[Hashable], batch_size: int, seed: int, start: int, end: int
+) -> Iterator[list[int]]:
+    """Positions of the examples of steps ``start`` to ``end``; each epoch is a permutation.
+
+    No batch has examples of two ``kinds``, such as sizes of images.
+    """
+    per_epoch, made, of = steps_per_epoch(kinds, batch_size), list[list[int]](), -1
     for step in range(start, end):
         epoch, k = divmod(step, per_epoch)
-        draw = torch.Generator().manual_seed(derived_seed(seed, "epoch", epoch))
-        order = torch.randperm(count, generator=draw)
-        yield order[k * batch_size : (k + 1) * batch_size].tolist()
+        if epoch != of:
+            made, of = _epoch(kinds, batch_size, derived_seed(seed, "epoch", epoch)), epoch
+        yield made[k]
+
+
+def _epoch(kinds: Sequence[Hashable], batch_size: int, seed: int) -> list[list[int]]:
+    """All batches of an epoch, those of the different kinds in one drawn order."""
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(kinds), generator=draw).tolist()
+    made = in_order([kinds[k] for k in order], batch_size)
+    if len({*kinds}) > 1:
+        made = [made[k] for k in torch.randperm(len(made), generator=draw).tolist()]
+    return [[order[k] for k in part] for part in made]

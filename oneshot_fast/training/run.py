@@ -9,12 +9,13 @@ import math
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from oneshot_fast.data.sizes import Size
 from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.runtime.concurrency import Interrupts, stop
@@ -24,7 +25,7 @@ from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import barrier, is_main, kept_by_main, largest, processes
 from oneshot_fast.runtime.progress import Tracker, progress, start_tracking
 from oneshot_fast.runtime.seeds import derived_seed
-from oneshot_fast.training.batch import Batch, Rows, batches
+from oneshot_fast.training.batch import Batch, Rows, batches, steps_per_epoch
 from oneshot_fast.training.checkpoints import STUDENT, Checkpoints, load_state, save_state
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.losses.preserve import POOL, PreservePool
@@ -68,7 +69,7 @@ class TrainingRun(ABC):
         self,
         generator: Generator,
         loss: Loss,
-        resolution: int,
+        size: Size,
         folder: Path,
         options: TrainOptions,
         *,
@@ -82,7 +83,7 @@ class TrainingRun(ABC):
         Args:
             generator: The generator to train, in place; float32 weights.
             loss: What it lowers.
-            resolution: Image side in pixels.
+            size: Height and width of the images, pixels.
             folder: Where everything is written.
             options: Schedule.
             seed: Seed of the run.
@@ -115,7 +116,7 @@ class TrainingRun(ABC):
         options = _going_on(options, generator)
         dtype = options.save_dtype
         generator.save_dtype = None if dtype == "auto" else getattr(torch, dtype)
-        self.generator, self.resolution, self.folder = generator, resolution, Path(folder)
+        self.generator, self.size, self.folder = generator, size, Path(folder)
         self.options, self.seed, self.save_minutes = options, seed, save_minutes
         self.trainees: dict[str, Trainee] = {STUDENT: generator}
         self.losses: dict[str, Loss] = {STUDENT: loss}
@@ -123,6 +124,7 @@ class TrainingRun(ABC):
         self.pool: PreservePool | None = None  # one that is given, as em's, else its own
         self._pool: PreservePool | None = None
         self.begins_anew = False
+        self.per_epoch = 0  # steps of the student
         self.tracker = Tracker()
         self.needed_prompts: Sequence[str] = ()  # of what is measured
         on_gpu = generator.device.type != "cpu"  # there is memory to free
@@ -173,7 +175,7 @@ class TrainingRun(ABC):
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """Of a noise, [C, h, w]."""
-        return self.generator.noise_shape(self.resolution, self.resolution)
+        return self.generator.noise_shape(*self.size)
 
     def run(
         self,
@@ -234,11 +236,17 @@ class TrainingRun(ABC):
             say("records that failed can be read now: trained anew")
         return found
 
-    def train(self, count: int, prompts: Sequence[str]) -> dict[str, Any]:
-        """Train on ``count`` examples of these prompts; all trainees end with final weights."""
+    def train(
+        self, count: int, prompts: Sequence[str], kinds: Sequence[Hashable] | None = None
+    ) -> dict[str, Any]:
+        """Train on ``count`` examples of these prompts; all trainees end with final weights.
+
+        ``kinds`` has what each of them is, such as its size; no batch has two.
+        """
         self.generator.warn_of_cut(prompts)
-        per_epoch = math.ceil(count / self.options.batch_size)
-        steps = self.options.epochs * per_epoch
+        kinds = [None] * count if kinds is None else kinds
+        self.per_epoch = steps_per_epoch(kinds, self.options.batch_size)
+        steps = self.options.epochs * self.per_epoch
         self.trainers = {name: self.trainer(name, steps) for name in self.trainees}
         student, state = self.trainers[STUDENT], self.folder / "state.safetensors"
         if state.exists():
@@ -246,7 +254,7 @@ class TrainingRun(ABC):
         started, resumed_at = time.perf_counter(), student.step
         try:
             with self._only_needed(prompts):
-                self._steps(count, per_epoch, steps)
+                self._steps(kinds, steps)
         finally:
             for trainer in self.trainers.values():
                 trainer.close()
@@ -272,7 +280,7 @@ class TrainingRun(ABC):
     def make_pool(self, prompts: Sequence[str]) -> None:
         """Preserve targets of the generator as it is now, if none were given."""
         self._pool = self.pool or PreservePool.build(
-            self.generator, self.options, prompts, self.resolution, self.seed, self.folder
+            self.generator, self.options, prompts, self.size, self.seed, self.folder
         )
 
     def preserved(self, step: int) -> dict[str, Rows]:
@@ -289,20 +297,20 @@ class TrainingRun(ABC):
     def _checkpoints(self, name: str) -> Checkpoints:
         return Checkpoints(self._home(name), self._keep_checkpoints)
 
-    def _steps(self, count: int, per_epoch: int, total: int) -> None:
+    def _steps(self, kinds: Sequence[Hashable], total: int) -> None:
         student = self.trainers[STUDENT]
         saved = time.monotonic()
         with progress(total, "sft", "step") as bar, Interrupts() as interrupts:
             bar.update(student.step)
-            for rows in batches(count, self.options.batch_size, self.seed, student.step, total):
+            for rows in batches(kinds, self.options.batch_size, self.seed, student.step, total):
                 try:
                     self.take_step(rows, student.step)
                 except BadStepsError:
                     self._save()
                     raise
                 over = self.is_over()
-                if student.step % per_epoch == 0 or over:
-                    row = self._end_epoch(math.ceil(student.step / per_epoch))
+                if student.step % self.per_epoch == 0 or over:
+                    row = self._end_epoch(math.ceil(student.step / self.per_epoch))
                     if row is not None:
                         row |= self.after_epoch(row["epoch"])
                         bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)

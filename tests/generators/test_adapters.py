@@ -131,7 +131,7 @@ def test_the_pool_gives_the_losses_of_a_live_base_generator(tmp_path: Path) -> N
     generator = load_generator("tiny", master_weights=True)
     prompts = [PROMPT, "a handwritten digit two"]
     options = SftOptions(preserve_pool_size=20)
-    pool = PreservePool.build(generator, options, prompts, 64, 0, tmp_path)
+    pool = PreservePool.build(generator, options, prompts, (64, 64), 0, tmp_path)
     assert pool is not None
     base = copy.deepcopy(generator.denoiser)
     add_adapter(generator.denoiser, 4, None)

@@ -232,7 +232,7 @@ def test_merged_in_float64_and_rounded_once(adapted: tuple[Path, Changes], tmp_p
                 value = (value.double() + (delta + -0.25 * delta)).to(stored)
             assert torch.equal(network.state_dict()[key], value.float()), key
     assert changed == len(change)
-    noted = generator.settings(64)["lora"]
+    noted = generator.settings((64, 64))["lora"]
     assert [(row["file"], row["weight"]) for row in noted] == [(NAME, 1.0), (NAME, -0.25)]
     assert {len(row["sha256"]) for row in noted} == {64}
     # what is saved is the same in its files' type, and loads as the same generator

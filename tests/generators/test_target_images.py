@@ -39,7 +39,7 @@ def test_the_oldest_are_forgotten(
     paths = sorted((small_data / "images").iterdir())[:3]
     targets = TargetImages(tiny)
     targets.latents([(path, "crop") for path in paths])
-    assert [path for path, _ in targets._latents] == paths[1:]
+    assert [path for path, *_ in targets._latents] == paths[1:]
 
 
 def test_a_resolution_must_fit(tiny: Any) -> None:

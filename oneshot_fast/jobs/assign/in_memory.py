@@ -7,8 +7,9 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from oneshot_fast.data.images import MUCH, crop_loss, cut_warning, load_image, resized
+from oneshot_fast.data.images import crop_loss, cut_warning, load_image, resized
 from oneshot_fast.data.records import Record
+from oneshot_fast.data.sizes import Resolution, Size, size_of
 from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.assign.features import target_features
@@ -31,7 +32,7 @@ def assign_noise(
     seed: int = 0,
     eps: Tensor | None = None,
     batch_size: int = 16,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     resize_mode: str = "crop",
 ) -> Assignment:
     """Find, for N images, the noises that the generator maps closest to them.
@@ -48,9 +49,9 @@ def assign_noise(
         seed: Of the base noises, and of those that are drawn to choose from.
         eps: Instead: base noises, [N, C, h, w], N(0, 1).
         batch_size: Images on the device at once; halved where memory runs out.
-        resolution: Side in pixels that Pillow images and files are resized to; by default the
-            generator's own.
-        resize_mode: "crop" scales to cover the square and cuts the centre; "squash" changes the
+        resolution: Side in pixels, or height and width, that Pillow images and files are resized
+            to; by default the generator's own.
+        resize_mode: "crop" scales to cover the size and cuts the centre; "squash" changes the
             aspect; "pad" fills both sides with black.
 
     Returns:
@@ -74,14 +75,14 @@ def assign_noise(
         >>> closest = generator.generate(prompts, found.z)
     """
     options.check()
-    side = resolution or generator.image_size
+    size = size_of(resolution or generator.image_size)
     if isinstance(images, Tensor):
         pictures = [*images]
     else:
-        pictures = [_read(image, side, resize_mode) for image in images]
-        cut = [k for k, image in enumerate(images) if crop_loss(image) > MUCH]
-        if cut and resize_mode == "crop":
-            warnings.warn(cut_warning(len(cut), f"number {cut[0]}"), stacklevel=2)
+        pictures = [_read(image, size, resize_mode) for image in images]
+        cut = [(f"number {k}", crop_loss(image, size)) for k, image in enumerate(images)]
+        if resize_mode == "crop" and (said := cut_warning(cut, 'resize_mode "pad" keeps all')):
+            warnings.warn(said, stacklevel=2)
     require(
         len(prompts) == len(pictures) > 0,
         f"expected as many prompts as images, at least one, got {len(prompts)} and {len(pictures)}",
@@ -113,8 +114,8 @@ def assign_noise(
     return stacked(in_order(search.solve([targets])))
 
 
-def _read(picture: Image.Image | Path | str, side: int, resize_mode: str) -> Tensor:
-    """[3, side, side] float32 in [0, 1]."""
+def _read(picture: Image.Image | Path | str, size: Size, resize_mode: str) -> Tensor:
+    """[3, H, W] float32 in [0, 1]."""
     if isinstance(picture, Image.Image):
-        return resized(picture.convert("RGB"), side, side, resize_mode)
-    return load_image(Path(picture), side, side, resize_mode)
+        return resized(picture.convert("RGB"), *size, resize_mode)
+    return load_image(Path(picture), *size, resize_mode)

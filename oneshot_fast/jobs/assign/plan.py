@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from oneshot_fast.data.sizes import Resolution, size_of
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.assign.objective import MatchingObjective
 from oneshot_fast.jobs.assign.options import AssignOptions
@@ -22,7 +23,7 @@ def assign_plan(
     generator: Generator,
     options: AssignOptions,
     *,
-    resolution: int,
+    resolution: Resolution,
     batch_size: int,
     samples: int | None,
     num_images: int,
@@ -41,7 +42,7 @@ def assign_plan(
     lines += memory.peak_lines(generator.device)
     per_target = seconds * _step_worths(options) / count
     each = search.shard_bytes // count + 2 * (_ROW + _PER_LOSS * (options.gradient_steps + 1))
-    pictures = 3 * _PER_PIXEL * resolution**2
+    pictures = 3 * _PER_PIXEL * math.prod(size_of(resolution))
     lines += [
         f"disk: {size_text(each)} per target, {size_text(pictures)} more with pictures",
         f"time: {duration(seconds)} per step, {1 / per_target:.2f} images/s",
@@ -58,7 +59,7 @@ def assign_plan(
 
 
 def assignment_memory(
-    generator: Generator, options: AssignOptions, resolution: int, batch_size: int
+    generator: Generator, options: AssignOptions, resolution: Resolution, batch_size: int
 ) -> StepMemory:
     """Memory of a step, from its forward and backward pass on fake tensors.
 
@@ -81,7 +82,7 @@ def assignment_memory(
         )
 
 
-def fitting_batch_size(generator: Generator, options: AssignOptions, resolution: int) -> int:
+def fitting_batch_size(generator: Generator, options: AssignOptions, resolution: Resolution) -> int:
     """Largest power of two of targets that fits on the GPU; 16 on the CPU."""
     once = dataclasses.replace(options, steps=1)
     return memory.fitting_batch_size(
@@ -89,7 +90,9 @@ def fitting_batch_size(generator: Generator, options: AssignOptions, resolution:
     )
 
 
-def _search(generator: Generator, options: AssignOptions, resolution: int, count: int) -> Search:
+def _search(
+    generator: Generator, options: AssignOptions, resolution: Resolution, count: int
+) -> Search:
     """A search of random targets."""
     problem = random_problem(generator, options, resolution, count)
     return Search(problem, options, MatchingObjective(generator, options))

@@ -19,6 +19,7 @@ from oneshot_fast.data.sources import Batch, Source, pending
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.base import LoadOptions
 from oneshot_fast.generators.loading import find_family
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.assign.plan import fitting_batch_size
 from oneshot_fast.jobs.assign.ray_worker import EXPECTED, Actor, Job, Result
 from oneshot_fast.jobs.assign.run import AssignRun
@@ -168,8 +169,8 @@ def _measure(job: Job) -> int:
     os.chdir(job.start)
     silence_imports()
     generator, given = job.model.load(job.model_id), job.arguments
-    side = given["resolution"] or generator.image_size
-    return fitting_batch_size(generator, given["options"], side)
+    size = TargetImages(generator, given["resolution"]).size
+    return fitting_batch_size(generator, given["options"], size)
 
 
 def _work(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.data.image_refs import file_sha256, image_text
-from oneshot_fast.data.images import MUCH, cut_warning, save_png
+from oneshot_fast.data.images import cut_warning, save_png
 from oneshot_fast.data.records import Failure, Record
+from oneshot_fast.data.sizes import Buckets, Resolution, Size
 from oneshot_fast.data.sources import Batch, FolderSource, Source, pending
 from oneshot_fast.errors import DataError, RunError, require
 from oneshot_fast.generators.base import Generator
@@ -28,6 +29,9 @@ from oneshot_fast.runtime.files import Json, read_json
 from oneshot_fast.runtime.shards import ShardRun, mean, mean_curve
 from oneshot_fast.search.movers.registry import check_fits
 from oneshot_fast.search.solver import Solved
+
+BUCKET_STEP = 64  # pixels, as trainers have it
+_SORTED = 8  # batches
 
 
 class AssignRun(ShardRun[Batch, Solved[Target]]):
@@ -51,7 +55,8 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         seed: int = 0,
         batch_size: int | Literal["auto"] = 16,
         resize_mode: str = "crop",
-        resolution: int | None = None,
+        bucket_step: int = BUCKET_STEP,
+        resolution: Resolution | None = None,
         targets: TargetImages | None = None,
         num_images: int = 16,
         failures: Sequence[Failure] = (),
@@ -67,8 +72,10 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
             options: How a noise is searched.
             seed: Seed of the run.
             batch_size: Targets solved at once; "auto" takes what fits on a GPU.
-            resize_mode: "crop", "squash" or "pad".
-            resolution: Image side in pixels; by default the generator's own.
+            resize_mode: "crop", "squash", "pad", or "bucket": each image takes that one of some
+                sizes, of about equal area, which a crop costs least.
+            bucket_step: What their sides are multiples of, pixels.
+            resolution: Image side in pixels, or height and width; by default the generator's own.
             targets: Instead: reads and encodes the images, and keeps them for other runs.
             num_images: Targets whose pictures are saved; -1 for all.
             failures: Records already given up; they are listed beside the run's own.
@@ -82,18 +89,23 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         options.check()
         self.source = FolderSource([*data], [*failures]) if isinstance(data, Sequence) else data
         self.targets = targets or TargetImages(generator, resolution)
-        side = self.targets.resolution
-        check_fits(options, generator.noise_shape(side, side))
+        size, self.buckets = self.targets.size, None
+        if resize_mode == "bucket":
+            self.buckets = _buckets(generator, size, bucket_step)
+        for each_size in (size,) if self.buckets is None else self.buckets.sizes:
+            check_fits(options, generator.noise_shape(*each_size))
         require(
             options.choice != "pool" or not generator.draws_noise,
             "the noises of a pool serve any target, but this sampler draws others later, for each "
             "target its own; use --method best_of_n",
         )
-        size = fitting_batch_size(generator, options, side) if batch_size == "auto" else batch_size
+        if batch_size == "auto":
+            batch_size = fitting_batch_size(generator, options, size)
         each = options.gradient_steps + 1 + (options.draws if options.choice else 0)
-        super().__init__(folder, size, self.source.total, each)
+        super().__init__(folder, batch_size, self.source.total, each)
         self.generator, self.options, self.seed = generator, options, seed
         self.resize_mode, self.num_images, self.previous = resize_mode, num_images, previous
+        self.bucket_step = bucket_step
         self._moved: dict[str, str] = {}  # places of images by id, where they are new
         on_cpu = generator.device.type == "cpu"
         self.read_ahead = not on_cpu if read_ahead is None else read_ahead
@@ -104,7 +116,8 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
             **dataclasses.asdict(self.options),
             "seed": self.seed,
             "resize_mode": self.resize_mode,
-            **self.generator.settings(self.targets.resolution),
+            **({} if self.buckets is None else {"bucket_step": self.bucket_step}),
+            **self.generator.settings(self.targets.size),
             "samples": getattr(self.source, "listed", self.total),
             "data": self.source.identity,
             "previous": None if self.previous is None else file_sha256(self.previous),
@@ -115,7 +128,7 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         return assign_plan(
             self.generator,
             self.options,
-            resolution=self.targets.resolution,
+            resolution=self.targets.size,
             batch_size=self.batch_size,
             samples=self.total,
             num_images=self.num_images,
@@ -157,9 +170,9 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
 
     @property
     def window(self) -> int:
-        """Targets that are solved together: a batch, or those that share their noises."""
-        pools = self.options.choice == "pool"
-        return max(self.batch_size, self.options.pool_window if pools else 0)
+        """Targets read together: a batch, those that share their noises, or to sort by size."""
+        pools = self.options.pool_window if self.options.choice == "pool" else 0
+        return max(self.batch_size, pools, 0 if self.buckets is None else _SORTED * self.batch_size)
 
     @property
     def fills_shards(self) -> bool:
@@ -214,6 +227,7 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
             self.options,
             seed=self.seed,
             resize_mode=self.resize_mode,
+            buckets=self.buckets,
             previous=self.previous,
         )
         with ThreadPoolExecutor(1) as reading:
@@ -222,8 +236,17 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
                 ahead(reading, preparer.prepare, batches) if self.read_ahead else inline
             ):
                 self.failures += [failure.row for failure in failed]
-                if targets:
-                    yield targets
+                yield from self._alike(targets)
+
+    def _alike(self, targets: Sequence[Target]) -> Iterator[list[Target]]:
+        """Batches of targets of one size."""
+        count = len(targets) if self.options.choice == "pool" else self.batch_size
+        groups: dict[torch.Size, list[Target]] = {}
+        for target in targets:
+            groups.setdefault(target.eps.shape, []).append(target)
+        for group in groups.values():
+            for start in range(0, len(group), count):
+                yield group[start : start + count]
 
     def failure(self, found: Solved[Target]) -> Json:
         return failure(found.item.record, "its loss became NaN or infinite").row
@@ -235,8 +258,7 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         if 0 <= self.num_images <= target.index:
             return {}
         name = target.record.id
-        image = self.targets.image(target.record.image_path, self.resize_mode)
-        images = {f"{name}-target.png": image}
+        images = {f"{name}-target.png": self.targets.image(*target.place)}
         for kind, noise in (("base", target.eps), ("assigned", found.z.to(target.eps.device))):
             latents = self.generator.latents(noise[None], target.prompt)
             images[f"{name}-{kind}.png"] = self.generator.decode(latents)[0].cpu()
@@ -254,6 +276,7 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
             "target_image_path": image_text(record.image_path, self.folder.resolve()),
             "image_sha256": target.image_sha256,
             "resize_mode": self.resize_mode,
+            **({} if target.frame is None else target.frame.fields),
             **place,
             "seed": target.seed,
             "initial_loss": losses[0] if target.first_loss is None else target.first_loss,
@@ -269,17 +292,30 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         return {name: mean(row[name] for row in rows) for name in names}
 
     def summary(self, rows: Sequence[Json], is_last: bool) -> Json:
-        cut = [row for row in rows if row.get("cut", 0) > MUCH]
+        cut = [(row["target_image_path"], row.get("cut", 0.0)) for row in rows]
+        remedy = "--resize_mode pad keeps all of them" + ("" if self.buckets else ", bucket most")
         long = [row["prompt"] for row in rows if row["prompt_truncated"]]
         self.generator.warn_of_cut(long)
         return {
             "state": self._state,
             "truncated_prompts": len(long),
-            "cut_images": cut_warning(len(cut), cut[0]["target_image_path"]) if cut else None,
+            "cut_images": cut_warning(cut, remedy),
             **self.means(rows),
             "nfe": statistics.fmean(row["nfe"] for row in rows),
             "losses": mean_curve([row["losses"] for row in rows]),
         }
+
+
+def _buckets(generator: Generator, size: Size, step: int) -> Buckets:
+    """Those around a square; UserError if there are none that the model makes."""
+    height, width = size
+    require(height == width, "resize_mode bucket makes its own heights and widths; leave them out")
+    factor = generator.size_multiple
+    require(
+        step > 0 and step % factor == 0,
+        f"bucket_step {step} is not a positive multiple of {factor}, as the model needs it",
+    )
+    return Buckets.of(height, step)
 
 
 def _refuse(gone: Sequence[Json]) -> None:

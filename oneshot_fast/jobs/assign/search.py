@@ -5,6 +5,7 @@ generator's forward pass is needed for that, and it is an ordinary Gaussian samp
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -188,4 +189,7 @@ class TargetSearch:
         Raises:
             UserError: If not even one target fits into memory.
         """
-        return self._solver.solve(map(self._chooser.choose, batches))
+        chosen = map(self._chooser.choose, batches)
+        # what is searched side by side is of one size
+        for _, alike in itertools.groupby(chosen, lambda targets: targets[0].eps.shape):
+            yield from self._solver.solve(alike)

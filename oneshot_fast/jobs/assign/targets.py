@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.data.image_refs import file_sha256
-from oneshot_fast.data.images import crop_loss
+from oneshot_fast.data.images import crop_loss, size_in
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.data.records import Failure, Record
+from oneshot_fast.data.sizes import Buckets, Frame, Resolution, size_of
 from oneshot_fast.errors import DataError
 from oneshot_fast.evaluation.features import features_of
 from oneshot_fast.generators.base import Conditioning, Generator
-from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.generators.target_images import Place, TargetImages
 from oneshot_fast.jobs.assign.features import target_features
 from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.runtime.files import mend_jsonl
@@ -41,6 +42,8 @@ class Target:
         first_loss: Loss of one of them taken blindly; None without a choice.
         start: Noise that gradients begin at, [C, h, w] float32; None: at ``eps``.
         cut: Part of the picture that a crop took away.
+        place: Where the picture is, and how it is brought to its size.
+        frame: How it came to the size of its bucket; None without buckets.
     """
 
     index: int
@@ -57,6 +60,8 @@ class Target:
     first_loss: float | None = None
     start: Tensor | None = None
     cut: float = 0.0
+    place: Place = (Path(), "crop")
+    frame: Frame | None = None
 
 
 class Preparer:
@@ -70,13 +75,15 @@ class Preparer:
         *,
         seed: int,
         resize_mode: str,
+        buckets: Buckets | None = None,
         previous: Path | None = None,
     ) -> None:
         """Bind what all targets share.
 
-        ``previous`` is the manifest of an earlier assignment of the same targets, whose noises they
-        begin with.
+        With ``buckets`` the resize mode is not asked. ``previous`` is the manifest of an earlier
+        assignment of the same targets, whose noises they begin with.
         """
+        self._buckets = buckets
         self._generator, self._targets, self._seed = generator, targets, seed
         self._options, self._resize_mode, self._earlier = options, resize_mode, previous
         self._rows = {row["id"]: row for row in (mend_jsonl(previous) if previous else ())}
@@ -98,11 +105,17 @@ class Preparer:
         return ready, failures
 
     def _target(self, index: int, record: Record) -> Target:
-        generator, options, side = self._generator, self._options, self._targets.resolution
+        generator, options, size = self._generator, self._options, self._targets.size
         if record.prompts:
             drawn = derived_seed(self._seed, "caption", record.id) % len(record.prompts)
             record = replace(record, prompt=record.prompts[drawn])
-        place, device = (record.image_path, self._resize_mode), generator.device
+        path, device, frame = record.image_path, generator.device, None
+        place: Place = (path, self._resize_mode)
+        prompt = generator.told([record.prompt], [record_seed(record.id)])
+        if self._buckets is not None:
+            frame = self._buckets.frame(size_in(path))
+            prompt, size = generator.framed(prompt, [frame]), frame.size
+            place = path, "crop", size
         latent = self._targets.latent(*place).to(device)
         image = self._targets.image(*place).to(device) if options.decodes else None
         features = None
@@ -110,22 +123,24 @@ class Preparer:
             features = target_features(image, options.features)
         seed, start, row = derived_seed(self._seed, record.id), None, self._rows.get(record.id)
         if row is not None and self._earlier is not None:
-            path = self._earlier.parent / row["noise_path"]
-            seed, start = int(row["seed"]), read_noise(path, row["noise_index"]).to(device)
-        eps = gaussian([seed], generator.noise_shape(side, side))[0].to(device)
+            shard = self._earlier.parent / row["noise_path"]
+            seed, start = int(row["seed"]), read_noise(shard, row["noise_index"]).to(device)
+        eps = gaussian([seed], generator.noise_shape(*size))[0].to(device)
         return Target(
             index,
             record,
             seed,
-            file_sha256(record.image_path),
+            file_sha256(path),
             generator.is_truncated(record.prompt),
             eps,
-            generator.told([record.prompt], [record_seed(record.id)]),
+            prompt,
             latent,
             image if options.pixel_l1_weight else None,
             features,
             start=start,
-            cut=crop_loss(record.image_path) if self._resize_mode == "crop" else 0.0,
+            cut=crop_loss(path, size) if place[1] == "crop" else 0.0,
+            place=place,
+            frame=frame,
         )
 
 
@@ -146,13 +161,14 @@ def problem_of(targets: Sequence[Target]) -> Problem:
 
 @torch.no_grad()
 def random_problem(
-    generator: Generator, options: AssignOptions, resolution: int, count: int
+    generator: Generator, options: AssignOptions, resolution: Resolution, count: int
 ) -> Problem:
     """A batch of ``count`` random targets with all that their search needs, on the device."""
+    size = size_of(resolution)
     with torch.device(generator.device):
-        eps = torch.randn(count, *generator.noise_shape(resolution, resolution))
-        target = {"latents": torch.randn(count, *generator.latent_shape(resolution, resolution))}
-        images = torch.rand(count, 3, resolution, resolution) if options.decodes else None
+        eps = torch.randn(count, *generator.noise_shape(*size))
+        target = {"latents": torch.randn(count, *generator.latent_shape(*size))}
+        images = torch.rand(count, 3, *size) if options.decodes else None
         conditioning = generator.blank_prompts(count)
     if images is not None and options.pixel_l1_weight:
         target["images"] = images

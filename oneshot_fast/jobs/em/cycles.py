@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.sizes import Resolution
 from oneshot_fast.errors import one_line, require
 from oneshot_fast.evaluation.distances import HEADLINE, Verdict, best_of, said
 from oneshot_fast.evaluation.features import Features
@@ -54,7 +55,7 @@ class Cycles(ABC):
         options: EmOptions,
         *,
         seed: int = 0,
-        resolution: int | None = None,
+        resolution: Resolution | None = None,
         eval_samples: int = 500,
         save_minutes: float = 5.0,
         keep_checkpoints: int = 0,
@@ -67,7 +68,7 @@ class Cycles(ABC):
             folder: Where everything is written.
             options: How the steps alternate, and how each works.
             seed: Seed of the run.
-            resolution: Image side in pixels; by default the generator's own.
+            resolution: Image side in pixels, or height and width; by default the generator's own.
             eval_samples: Random noises on which the generator is measured.
             save_minutes: Minutes between saved training states.
             keep_checkpoints: M-step: how many epochs' checkpoints are kept, the newest.
@@ -126,16 +127,16 @@ class Cycles(ABC):
             **dataclasses.asdict(self.asked),
             "eval_samples": self.eval_samples,
             "seed": self.seed,
-            **self.generator.settings(self.targets.resolution),
+            **self.generator.settings(self.targets.size),
             **self.describe(),
             **({"features": self.features.name} if self.features else {}),
         }
 
     def plan(self) -> str:
         """What the first cycle's steps will need, and the time of all cycles; does nothing."""
-        first, side, cycles = self.first(), self.targets.resolution, len(self.options.schedule())
+        first, size, cycles = self.first(), self.targets.size, len(self.options.schedule())
         e_step, samples = first.plan(), first.total or 0
-        m_step = sft_plan(self.generator, self.options.sft(), resolution=side, samples=samples)
+        m_step = sft_plan(self.generator, self.options.sft(), resolution=size, samples=samples)
         needed = duration(cycles * (e_step.seconds + m_step.seconds))
         return (
             f"E-step\n{e_step}\n\nM-step\n{m_step}\n\n"
@@ -157,9 +158,9 @@ class Cycles(ABC):
             measure = self.measure()
             self.summary |= {"measured_by": measure.described, "verdicts": {}}
             self.evaluate(measure, "base")
-            options, side = self.options.sft(), self.targets.resolution
+            options, size = self.options.sft(), self.targets.size
             self._pool = PreservePool.build(
-                self.generator, options, self.prompts, side, self.seed, self.folder
+                self.generator, options, self.prompts, size, self.seed, self.folder
             )
             self.alternate(measure)
             self.tracker.finish()
@@ -194,7 +195,7 @@ class Cycles(ABC):
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """Of a noise, [C, h, w]."""
-        return self.generator.noise_shape(self.targets.resolution, self.targets.resolution)
+        return self.generator.noise_shape(*self.targets.size)
 
     def measuring(self, **more: Any) -> dict[str, Any]:
         """Arguments of the ``RandomNoiseMeasure`` beside prompts and noises."""

@@ -90,7 +90,7 @@ class RewardEmRun(Cycles):
             images_per_prompt=self.images_per_prompt,
             batch_size=self.options.assign_batch_size,
             seed=seed,
-            resolution=self.targets.resolution,
+            resolution=self.targets.size,
         )
 
     def e_step(self, cycle: int, seed: int) -> tuple[Path, dict[str, Any]]:

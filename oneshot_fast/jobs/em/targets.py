@@ -20,7 +20,7 @@ from oneshot_fast.evaluation.random_noise import (
     forget_other,
 )
 from oneshot_fast.generators.base import Generator
-from oneshot_fast.jobs.assign.run import AssignRun
+from oneshot_fast.jobs.assign.run import BUCKET_STEP, AssignRun
 from oneshot_fast.jobs.em.cycles import Cycles, name_of
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.schedule import turn
@@ -60,6 +60,7 @@ class EmRun(Cycles):
         *,
         heldout: Data = (),
         resize_mode: str = "crop",
+        bucket_step: int = BUCKET_STEP,
         num_images: int = 16,
         compare_direct: bool = False,
         judge: WeightedRewards | None = None,
@@ -76,7 +77,9 @@ class EmRun(Cycles):
             options: How the steps alternate, and how each works.
             heldout: Pairs never trained on: what the generator is measured against, and assigned
                 with the first and the last one. ``hold_out`` takes them from the data.
-            resize_mode: "crop", "squash" or "pad".
+            resize_mode: "crop", "squash", "pad" or "bucket"; with buckets all is measured at the
+                one size around which they are.
+            bucket_step: What the sides of buckets are multiples of, pixels.
             num_images: Targets per E-step whose images are saved; -1 for all.
             compare_direct: Also train on random noise, with as many steps.
             judge: Rewards that are measured.
@@ -99,6 +102,7 @@ class EmRun(Cycles):
             **more,
         )
         self.resize_mode, self.num_images = resize_mode, num_images
+        self.bucket_step = bucket_step
         self.compare_direct, self.judge, self.note = compare_direct, judge, note
         heldout_prompts = [item.prompt for item in self.heldout_items if item.prompt]
         self.classifier = classifier_for(generator, [*self.prompts, *heldout_prompts])
@@ -124,6 +128,7 @@ class EmRun(Cycles):
             "compare_direct": self.compare_direct,
             "judge": sorted(self.judge.weights) if self.judge is not None else [],
             "resize_mode": self.resize_mode,
+            **({"bucket_step": self.bucket_step} if self.resize_mode == "bucket" else {}),
             "samples": len(self.items),
             "heldout": len(self.heldout_items),
         }
@@ -292,6 +297,7 @@ class EmRun(Cycles):
             (options or self.options).assign(cycle),
             seed=seed,
             resize_mode=self.resize_mode,
+            bucket_step=self.bucket_step,
             batch_size=self.options.assign_batch_size,
             num_images=self.num_images,
             targets=self.targets,

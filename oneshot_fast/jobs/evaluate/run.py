@@ -9,6 +9,7 @@ import torch
 
 from oneshot_fast.data.images import save_png, tile
 from oneshot_fast.data.records import Failure, Record
+from oneshot_fast.data.sizes import Resolution, size_fields
 from oneshot_fast.errors import require
 from oneshot_fast.evaluation.distances import said
 from oneshot_fast.evaluation.features import Features, load_features
@@ -50,7 +51,7 @@ class EvaluateRun:
         judge: WeightedRewards | None = None,
         setup: Setup | None = None,
         eval_samples: int = 500,
-        resolution: int | None = None,
+        resolution: Resolution | None = None,
         resize_mode: str = "crop",
         seed: int = 0,
     ) -> None:
@@ -65,7 +66,8 @@ class EvaluateRun:
             judge: Rewards that are measured, too.
             setup: Where the features' models are, see ``load_features``.
             eval_samples: Fresh noises, the same ones for all.
-            resolution: Image side in pixels; by default the first generator's own.
+            resolution: Image side in pixels, or height and width; by default the first
+                generator's own.
             resize_mode: "crop", "squash" or "pad".
             seed: Of the noises.
 
@@ -73,6 +75,10 @@ class EvaluateRun:
             UserError: If an option makes no sense, or a model or the features cannot be loaded.
         """
         require(bool(models), "there is no generator to evaluate")
+        require(
+            resize_mode != "bucket",
+            "images are compared at one size; use resize_mode crop, squash or pad",
+        )
         require(eval_samples >= 10, "eval_samples must be at least 10")
         self.models, self.items, self.folder = dict(models), list(data), Path(folder)
         self.judge, self.resize_mode, self.seed = judge, resize_mode, seed
@@ -80,8 +86,7 @@ class EvaluateRun:
         name = next(iter(self.models))
         first = self.models[name] = self.generator(name)  # loaded once
         self.targets = TargetImages(first, resolution)
-        side = self.targets.resolution
-        self.noise_shape = first.noise_shape(side, side)
+        self.noise_shape = first.noise_shape(*self.targets.size)
         prompts = [item.prompt for item in self.items if item.prompt]
         self.classifier = classifier_for(first, prompts)
         self.features: Features = load_features(features, first, self.classifier, setup)
@@ -101,7 +106,7 @@ class EvaluateRun:
             "judge": sorted(self.judge.weights) if self.judge is not None else [],
             "eval_samples": self.eval_samples,
             "seed": self.seed,
-            "resolution": self.targets.resolution,
+            **size_fields(self.targets.size),
             "resize_mode": self.resize_mode,
             "device": self.device.type,
             "samples": len(self.items),
@@ -109,8 +114,8 @@ class EvaluateRun:
         }
 
     def _fingerprint(self, name: str) -> str:
-        generator, side = self.generator(name), self.targets.resolution
-        shape = generator.noise_shape(side, side)
+        generator = self.generator(name)
+        shape = generator.noise_shape(*self.targets.size)
         require(
             shape == self.noise_shape,
             f"{name} takes noises {list(shape)}, the first model {list(self.noise_shape)}: they "

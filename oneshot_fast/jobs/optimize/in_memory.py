@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from oneshot_fast.data.sizes import Resolution
 from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
@@ -22,7 +23,7 @@ def optimize_noise(
     seeds: Sequence[int] = (),
     images_per_prompt: int = 1,
     batch_size: int = 16,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
 ) -> Assignment:
     """Find, for each prompt, noises from which the generator makes images of high reward.
 
@@ -37,7 +38,7 @@ def optimize_noise(
         seeds: Instead: the seeds of each prompt's base noises.
         images_per_prompt: Noises of each prompt, one after the other.
         batch_size: Images on the device at once; halved where memory runs out.
-        resolution: Image side in pixels; by default the generator's own.
+        resolution: Image side in pixels, or height and width; by default the generator's own.
 
     Returns:
         For each image its noise ``z`` [B, C, h, w], ``losses`` (minus the reward, and penalties)

@@ -1,5 +1,6 @@
 """What a noise optimisation will need: memory by part, from tensors without data, and time."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,12 +18,12 @@ def search_memory(search: RewardSearch, sample: Sample, batch_size: int) -> memo
 
     What an allocator wastes and what libraries of the device take for themselves is not in it.
     """
-    side, prompts = search.side, [sample.prompt] * batch_size
+    size, prompts = search.size, [sample.prompt] * batch_size
     differentiates = search.options.gradient_steps > 0
     with memory.fake_copy(search.generator) as generator:
         rewards = memory.fake_rewards(search.rewards, sample.prompt, generator)
         networks = generator.networks | rewards.by_name
-        z = torch.zeros(batch_size, *generator.noise_shape(side, side))
+        z = torch.zeros(batch_size, *generator.noise_shape(*size))
         encoding = generator.blank_prompts(batch_size)
         z.requires_grad_(differentiates)
         activations: dict[str, int] = {}
@@ -43,7 +44,9 @@ def search_memory(search: RewardSearch, sample: Sample, batch_size: int) -> memo
                 activations[f"reward {name}"] = live.live - before
             if differentiates:
                 total.sum().backward()
-        pictures = 2 * 3 * batch_size * side**2  # best images and those of the first step, uint8
+        pictures = (
+            2 * 3 * batch_size * math.prod(size)
+        )  # best images and those of the first step, uint8
         return memory.StepMemory(
             memory.weights_by_part(networks),
             {"noises, moments, best images": 8 * z.nbytes + pictures},

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from oneshot_fast.data.images import save_png
 from oneshot_fast.data.records import Failure
+from oneshot_fast.data.sizes import Resolution
 from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
@@ -66,7 +67,7 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
         seeds: Sequence[int] = (),
         seed: int = 0,
         batch_size: int | Literal["auto"] = 16,
-        resolution: int | None = None,
+        resolution: Resolution | None = None,
         save_steps: Sequence[int] = (),
         num_images: int = -1,
     ) -> None:
@@ -84,7 +85,7 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
             seeds: Instead: one seed per image of a prompt, the same for all prompts.
             seed: Seed of the run.
             batch_size: Images optimised at once; "auto" takes what fits on a GPU.
-            resolution: Image side in pixels; by default the generator's own.
+            resolution: Image side in pixels, or height and width; by default the generator's own.
             save_steps: Gradient steps whose images are saved, too.
             num_images: Images whose pictures are saved; -1 for all.
 
@@ -94,15 +95,15 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
         """
         self.samples = samples_of(prompts, images_per_prompt, seed, seeds)
         require(bool(self.samples), "there is no prompt")
-        side = TargetImages(generator, resolution).resolution  # checks it
+        size = TargetImages(generator, resolution).size  # checks it
         self.search = RewardSearch(
-            generator, rewards, options, resolution=side, save_steps=save_steps
+            generator, rewards, options, resolution=size, save_steps=save_steps
         )
         first = self.samples[0]
-        size = fitting_batch_size(self.search, first) if batch_size == "auto" else batch_size
+        count = fitting_batch_size(self.search, first) if batch_size == "auto" else batch_size
         each = options.steps + 1 if options.mover else 0
         each += options.draws if options.choice else 0
-        super().__init__(folder, size, len(self.samples), each)
+        super().__init__(folder, count, len(self.samples), each)
         weighted = (f"{name}:{weight:g}" for name, weight in rewards.weights.items())
         self.reward_names = [*(weighted if reward_names is None else reward_names)]
         self.seed, self.num_images = seed, num_images
@@ -120,7 +121,7 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
             "rewards": self.reward_names,
             "save_steps": list(search.save_steps),
             "seed": self.seed,
-            **search.generator.settings(search.side),
+            **search.generator.settings(search.size),
             "samples": self.total,
             "prompts": content_id(*((s.prompt, s.seed) for s in self.samples)),
         }

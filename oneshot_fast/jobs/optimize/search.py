@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from oneshot_fast.data.sizes import Resolution, size_of
 from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
@@ -86,7 +87,7 @@ class RewardSearch:
         rewards: WeightedRewards,
         options: OptimizeOptions,
         *,
-        resolution: int | None = None,
+        resolution: Resolution | None = None,
         save_steps: Sequence[int] = (),
     ) -> None:
         """Bind what all samples share; images of the gradient steps ``save_steps`` are kept.
@@ -101,7 +102,7 @@ class RewardSearch:
             "a reward here has no gradient; use --method best_of_n (em: --assign_method best_of_n)",
         )
         self.generator, self.rewards, self.options = generator, rewards, options
-        self.side = resolution or generator.image_size
+        self.size = size_of(resolution or generator.image_size)
         check_fits(options, self.noise_shape)
         self.save_steps = tuple(save_steps)
         self.on_evaluations: Callable[[int], object] = lambda count: None
@@ -182,7 +183,7 @@ class RewardSearch:
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """Of a noise, [C, h, w]."""
-        return self.generator.noise_shape(self.side, self.side)
+        return self.generator.noise_shape(*self.size)
 
     def _noises(self, seeds: Sequence[int]) -> Tensor:
         return gaussian(seeds, self.noise_shape).to(self.generator.device)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from oneshot_fast.data.options import SizeOptions
 from oneshot_fast.errors import require
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.rewards.options import RewardTrainingOptions
@@ -60,14 +61,14 @@ class SftOptions(TrainOptions):
 
 
 @dataclass(frozen=True)
-class MeasuredTrainingOptions(RewardTrainingOptions):
+class MeasuredTrainingOptions(SizeOptions, RewardTrainingOptions):
     """Training on rewards: of which images, and what is measured."""
 
     prompt_field: str | None = None
     """Column or field of prompt_file; by default the first of prompt, text and caption."""
     resolution: int | None = None
-    """With --reward: image side in pixels; by default the model's own. Pairs have that of their
-    noises."""
+    """With --reward: image side in pixels, unless width and height are given; by default the
+    model's own. Pairs have the size of their noises."""
     eval_samples: int = 64
     """Random noises, not trained on, on which the generator is measured; with --reward before
     training and after every epoch."""

@@ -2,18 +2,19 @@
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from oneshot_fast.data.image_refs import file_sha256
-from oneshot_fast.data.images import MUCH, crop_loss, cut_warning
+from oneshot_fast.data.images import crop_loss, cut_warning
 from oneshot_fast.data.manifests import MatchedPair
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.data.records import Failure
+from oneshot_fast.data.sizes import Size
 from oneshot_fast.errors import DataError, UserError
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
@@ -26,14 +27,14 @@ class Examples:
 
     Attributes:
         pairs: n matched pairs.
-        noises: [n, C, h, w] float32.
-        latents: Target latents, [n, C, h, w] float32.
+        noises: n of [C, h, w] float32; sizes differ where there are buckets.
+        latents: Target latents, the same.
         cut_images: What is to be said of images that a crop takes too much of; None: nothing.
     """
 
     pairs: list[MatchedPair]
-    noises: Tensor
-    latents: Tensor
+    noises: list[Tensor]
+    latents: list[Tensor]
     cut_images: str | None = None
 
     @classmethod
@@ -63,54 +64,69 @@ class Examples:
             usable.append(pair)
             noises.append(found[0])
             latents.append(found[1])
-            if found[2] > MUCH:
-                cut.append(pair)
-            targets.keep(pair.image_path, pair.resize_mode, found[1])
+            cut.append((pair.image_path, found[2]))
+            targets.keep(found[1], *pair.place)
         if not usable:
             raise UserError(f"no pair of the manifest can be used; the first: {failures[0].reason}")
-        remedy = '"resize_mode": "pad" in the manifest'
-        said = cut_warning(len(cut), cut[0].image_path, remedy) if cut else None
-        return cls(usable, torch.stack(noises), torch.stack(latents), said)
+        said = cut_warning(cut, '"resize_mode": "pad" in the manifest keeps all of them')
+        return cls(usable, noises, latents, said)
 
     @property
     def contents(self) -> dict[str, Any]:
         """What a training goes on with: ids, and hashes of noises and latents."""
-        tensors = {"noises": self.noises, "latents": self.latents}
-        hashes = {k: hashlib.sha256(v.numpy().data).hexdigest() for k, v in tensors.items()}
+        hashes = {"noises": _digest(self.noises), "latents": _digest(self.latents)}
         return {"ids": [pair.id for pair in self.pairs], **hashes}
+
+    @property
+    def kinds(self) -> list[Hashable]:
+        """What the pairs of a batch have in common: their size, and whether it is a bucket's."""
+        return [
+            (noise.shape, pair.frame is None)
+            for noise, pair in zip(self.noises, self.pairs, strict=True)
+        ]
 
 
 def read_pairs(
     generator: Generator, targets: TargetImages, pairs: Sequence[MatchedPair]
 ) -> list[tuple[Tensor, Tensor, float] | str]:
     """Of each pair what ``_read`` returns, or what is wrong; each process does its part."""
-    shape = generator.noise_shape(targets.resolution, targets.resolution)
 
     def read(k: int) -> tuple[Tensor, Tensor, float] | str:
         try:
-            return _read(pairs[k], targets, shape)
+            return _read(pairs[k], targets, generator)
         except DataError as error:
             return str(error)
 
     return map_over_processes(read, len(pairs))
 
 
-def first_noise_shape(pairs: Sequence[MatchedPair]) -> tuple[int, ...]:
-    """Shape of the first noise that can be read; the others must be like it.
+def size_of_pairs(generator: Generator, pairs: Sequence[MatchedPair]) -> Size:
+    """That of the first noise that can be read; of pairs in buckets the size that most have.
 
     Raises:
-        DataError: If none can.
+        DataError: If no noise can be read.
     """
-    for pair in pairs[:-1]:
+    plain = [pair for pair in pairs if pair.frame is None]
+    if not plain:
+        sizes = Counter(pair.frame.size for pair in pairs if pair.frame is not None)
+        return sizes.most_common(1)[0][0]
+    for pair in plain[:-1]:
         with contextlib.suppress(DataError):
-            return tuple(read_noise(pair.noise_path, pair.noise_index).shape)
-    return tuple(read_noise(pairs[-1].noise_path, pairs[-1].noise_index).shape)
+            return generator.size_of_noise(read_noise(pair.noise_path, pair.noise_index).shape)
+    return generator.size_of_noise(read_noise(plain[-1].noise_path, plain[-1].noise_index).shape)
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
 
 
 def _read(
-    pair: MatchedPair, targets: TargetImages, shape: Sequence[int]
+    pair: MatchedPair, targets: TargetImages, generator: Generator
 ) -> tuple[Tensor, Tensor, float]:
-    """Noise, of ``shape``, and target latent of one pair, [C, h, w] float32 on the CPU.
+    """Noise and target latent of one pair, [C, h, w] float32 on the CPU.
 
     The third is the part of the image that a crop takes away, of what no assignment spoke of.
 
@@ -118,6 +134,11 @@ def _read(
         DataError: If one of them cannot be read, or does not fit.
     """
     noise = read_noise(pair.noise_path, pair.noise_index)
+    size = targets.size if pair.frame is None else pair.frame.size
+    try:
+        shape = generator.noise_shape(*size)
+    except UserError as error:
+        raise DataError(f"{pair.image_path}: {error}") from None
     if noise.shape != shape:
         raise DataError(
             f"{pair.noise_path}: the noise is {list(noise.shape)}, the model takes {list(shape)}"
@@ -125,5 +146,5 @@ def _read(
     if pair.image_sha256 not in (None, file_sha256(pair.image_path)):
         raise DataError(f"{pair.image_path} changed after its noise was assigned")
     is_new = pair.image_sha256 is None and pair.resize_mode == "crop"
-    cut = crop_loss(pair.image_path) if is_new else 0.0
-    return noise, targets.latent(pair.image_path, pair.resize_mode), cut
+    cut = crop_loss(pair.image_path, size) if is_new else 0.0
+    return noise, targets.latent(*pair.place), cut

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from oneshot_fast.data.sizes import Resolution, size_of
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.training_plan import Kind, blank_rows, memory_of, training_plan
@@ -19,7 +20,7 @@ def sft_plan(
     generator: Generator,
     options: SftOptions,
     *,
-    resolution: int,
+    resolution: Resolution,
     samples: int,
     offload_encoders: bool | None = None,
     by_reward: ByReward | None = None,
@@ -38,7 +39,7 @@ def sft_plan(
 def training_memory(
     generator: Generator,
     options: SftOptions,
-    resolution: int,
+    resolution: Resolution,
     offloads: bool = False,
     by_reward: ByReward | None = None,
 ) -> StepMemory:
@@ -47,12 +48,15 @@ def training_memory(
 
 
 def training_batch(
-    generator: Generator, options: SftOptions, resolution: int, by_reward: ByReward | None = None
+    generator: Generator,
+    options: SftOptions,
+    resolution: Resolution,
+    by_reward: ByReward | None = None,
 ) -> Batch:
     """A batch of zeros, of the training's sizes."""
     n, extra = options.batch_size, dict[str, Any]()
     if options.pixel_l1_weight:
-        extra["images"] = torch.zeros(n, 3, resolution, resolution)
+        extra["images"] = torch.zeros(n, 3, *size_of(resolution))
     if by_reward is not None:
         extra["texts"] = [by_reward[1]] * n
     batch = Batch(matching=blank_rows(generator, resolution, n, **extra))
@@ -62,7 +66,7 @@ def training_batch(
     return batch
 
 
-def _kind(options: SftOptions, resolution: int, by_reward: ByReward | None) -> Kind:
+def _kind(options: SftOptions, resolution: Resolution, by_reward: ByReward | None) -> Kind:
     rewards, prompt = by_reward or (None, "")
     return Kind(
         lambda _, found: options.loss(found),

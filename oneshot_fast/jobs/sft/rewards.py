@@ -73,7 +73,7 @@ class RewardRun(JudgedRun):
             "rewards": self.names,
             **self.options.settings(),
             "seed": self.seed,
-            **self.generator.settings(self.resolution),
+            **self.generator.settings(self.size),
             "images_per_prompt": self.images_per_prompt,
             "eval_samples": self.eval_samples,
             "samples": len(self.prompts),
@@ -85,7 +85,7 @@ class RewardRun(JudgedRun):
         return sft_plan(
             self.generator,
             self.options,
-            resolution=self.resolution,
+            resolution=self.size,
             samples=len(self._examples),
             offload_encoders=self.offloads,
             by_reward=(self.rewards, self.prompts[0]),

@@ -1,6 +1,5 @@
 """The M-step on one manifest of matched pairs."""
 
-import math
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,17 @@ from oneshot_fast import ops
 from oneshot_fast.data.manifests import MatchedPair
 from oneshot_fast.data.records import Failure
 from oneshot_fast.errors import RunError
-from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.base import Conditioning, Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.options import SftOptions
-from oneshot_fast.jobs.sft.pairs import Examples, first_noise_shape, read_pairs
+from oneshot_fast.jobs.sft.pairs import Examples, read_pairs, size_of_pairs
 from oneshot_fast.jobs.sft.plan import sft_plan
 from oneshot_fast.planning.timing import Plan
 from oneshot_fast.runtime.files import read_json, read_jsonl, write_json, write_jsonl
 from oneshot_fast.runtime.folder import list_settings
 from oneshot_fast.runtime.processes import barrier, is_main, map_over_processes
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian, record_seed
-from oneshot_fast.training.batch import Batch, Rows
+from oneshot_fast.training.batch import Batch, Rows, in_order
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.run import BEGUN, TrainingRun
 
@@ -69,10 +68,8 @@ class SftRun(TrainingRun):
             UserError: If an option makes no sense, or no noise can be read.
         """
         if targets is None:
-            targets = TargetImages(generator, generator.side_of(first_noise_shape(pairs)))
-        super().__init__(
-            generator, loss or options.loss(), targets.resolution, folder, options, **more
-        )
+            targets = TargetImages(generator, size_of_pairs(generator, pairs))
+        super().__init__(generator, loss or options.loss(), targets.size, folder, options, **more)
         self.pairs, self.targets, self.failures = pairs, targets, failures
         self._own_loss = None if loss is None else type(loss).__qualname__
         self._examples: Examples | None = None
@@ -92,7 +89,7 @@ class SftRun(TrainingRun):
             **self.options.settings(),
             **({"loss": self._own_loss} if self._own_loss else {}),
             "seed": self.seed,
-            **self.generator.settings(self.resolution),
+            **self.generator.settings(self.size),
             "samples": len(listed),
             **list_settings(None if self.begins_anew else self.folder, failed, identity),
             **({"pool": content_id(*self.pool.prompts)} if self.pool else {}),
@@ -103,7 +100,7 @@ class SftRun(TrainingRun):
         return sft_plan(
             self.generator,
             self.options,
-            resolution=self.resolution,
+            resolution=self.size,
             samples=len(self.pairs),
             offload_encoders=self.offloads,
         )
@@ -150,7 +147,8 @@ class SftRun(TrainingRun):
             rows = ({"epoch": k, "captions": row} for k, row in enumerate(drawn, 1))
             write_jsonl(self.folder / CAPTIONS, rows)
         prompts = [text for pair in pairs for text in (pair.prompt, *pair.prompts)]
-        summary = self.train(len(pairs), prompts + empty) | {"matched_loss_before": before}
+        summary = self.train(len(pairs), prompts + empty, self._examples.kinds)
+        summary |= {"matched_loss_before": before}
         return summary | {"failed": len(bad), "cut_images": self._examples.cut_images}
 
     def is_mended(self) -> bool:
@@ -164,18 +162,27 @@ class SftRun(TrainingRun):
     def batch(self, rows: list[int], step: int) -> Batch:
         assert self._examples is not None
         generator, pairs = self.generator, [self._examples.pairs[k] for k in rows]
-        noise, later = self._examples.noises[rows], [record_seed(pair.id) for pair in pairs]
+        noise = torch.stack([self._examples.noises[k] for k in rows])
+        later = [record_seed(pair.id) for pair in pairs]
         if self.options.noise == "random":
             seeds = later = [derived_seed(self.seed, "direct", step, pair.id) for pair in pairs]
             noise = gaussian(seeds, noise.shape[1:])
-        extra = {"latents": self._examples.latents[rows].to(generator.device)}
+        latents = torch.stack([self._examples.latents[k] for k in rows])
+        extra = {"latents": latents.to(generator.device)}
         if self.options.pixel_l1_weight:
-            places = [(pair.image_path, pair.resize_mode) for pair in pairs]
-            extra["images"] = self.targets.images(places)
-        epoch = step // math.ceil(len(self._examples.pairs) / self.options.batch_size)
-        prompts = generator.told([self._prompt(pair, epoch) for pair in pairs], later)
+            extra["images"] = self.targets.images([pair.place for pair in pairs])
+        texts = [self._prompt(pair, step // self.per_epoch) for pair in pairs]
+        prompts = self._told(pairs, texts, later)
         learned = Rows(noise.to(generator.device), prompts, extra)
         return Batch(matching=learned, **self.preserved(step))
+
+    def _told(
+        self, pairs: Sequence[MatchedPair], texts: Sequence[str], seeds: Sequence[int]
+    ) -> Conditioning:
+        """Conditioning of these prompts for the pairs' images."""
+        told = self.generator.told(texts, seeds)
+        frames = [pair.frame for pair in pairs if pair.frame is not None]
+        return self.generator.framed(told, frames) if frames else told
 
     def _caption(self, pair: MatchedPair, epoch: int) -> int:
         """Number of the caption that an epoch, from 0, trains a pair on; -1: the empty prompt."""
@@ -195,22 +202,21 @@ class SftRun(TrainingRun):
     def _matched_loss(self) -> float:
         """Mean latent loss of all pairs on their matched noises, weighted as in training."""
         assert self._examples is not None
-        examples, generator, rows = self._examples, self.generator, self.options.batch_size
+        examples, generator = self._examples, self.generator
+        parts = in_order(examples.kinds, self.options.batch_size)
 
         def losses(k: int) -> torch.Tensor:
-            part = slice(rows * k, rows * (k + 1))
-            pairs = examples.pairs[part]
+            pairs = [examples.pairs[i] for i in parts[k]]
             later = [record_seed(pair.id) for pair in pairs]
-            prompts = generator.told([pair.prompt for pair in pairs], later)
-            made = generator.predict(examples.noises[part].to(generator.device), prompts)
-            target = examples.latents[part].to(generator.device)
+            prompts = self._told(pairs, [pair.prompt for pair in pairs], later)
+            noise, target = (
+                torch.stack([rows[i] for i in parts[k]]).to(generator.device)
+                for rows in (examples.noises, examples.latents)
+            )
+            made = generator.predict(noise, prompts)
             return ops.latent_mse(made.output, made.x, target, made.sigma).cpu()
 
-        return (
-            torch.cat(map_over_processes(losses, math.ceil(len(examples.pairs) / rows)))
-            .mean()
-            .item()
-        )
+        return torch.cat(map_over_processes(losses, len(parts))).mean().item()
 
 
 def _line(item: MatchedPair | Failure) -> int:

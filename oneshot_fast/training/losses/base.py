@@ -47,7 +47,7 @@ class Term(Protocol):
 
 
 class OneStepLoss:
-    """Terms of what a generator's single step makes; all rows are evaluated at once."""
+    """Terms of what a generator's single step makes; rows of one size are evaluated at once."""
 
     def __init__(self, **terms: Term) -> None:
         """Name each term as the group of rows that it reads."""
@@ -60,13 +60,17 @@ class OneStepLoss:
 
     def __call__(self, model: Generator, batch: Batch) -> dict[str, Tensor]:
         """See ``Loss``."""
-        groups = list(batch.values())
-        conditioning = Conditioning.cat([rows.conditioning for rows in groups])
-        made = model.predict(torch.cat([rows.noise for rows in groups]), conditioning)
-        losses, start = {}, 0
+        alike: dict[object, list[str]] = {}
         for name, rows in batch.items():
-            own = made.select(slice(start, start := start + len(rows)))
-            losses[name] = self.terms[name](model, own, rows)
+            alike.setdefault(rows.kind, []).append(name)
+        losses = dict[str, Tensor]()
+        for names in alike.values():
+            groups, start = [batch[name] for name in names], 0
+            conditioning = Conditioning.cat([rows.conditioning for rows in groups])
+            made = model.predict(torch.cat([rows.noise for rows in groups]), conditioning)
+            for name, rows in zip(names, groups, strict=True):
+                own = made.select(slice(start, start := start + len(rows)))
+                losses[name] = self.terms[name](model, own, rows)
         return losses
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from oneshot_fast.data.sizes import Size
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.runtime.files import read_metadata, read_safetensors, write_safetensors
 from oneshot_fast.runtime.processes import is_main, map_over_processes
@@ -54,7 +55,7 @@ class PreservePool:
     @classmethod
     @torch.no_grad()
     def build(
-        cls, generator: Generator, options: TrainOptions, prompts: Sequence[str], resolution: int,
+        cls, generator: Generator, options: TrainOptions, prompts: Sequence[str], size: Size,
         seed: int, folder: Path,
     ) -> "PreservePool | None":  # fmt: skip
         """Read the pool from ``folder``, or compute it with the generator as it is now.
@@ -64,22 +65,22 @@ class PreservePool:
         """
         if not options.preserves:
             return None
-        path, size = folder / POOL, options.preserve_pool_size
-        shape = generator.noise_shape(resolution, resolution)
+        path, count = folder / POOL, options.preserve_pool_size
+        shape = generator.noise_shape(*size)
         if path.exists():
             kept, latents = read_metadata(path, "pool"), read_safetensors(path)["latents"]
             return cls(kept["prompts"], kept["seeds"], latents, shape)
         draw = torch.Generator().manual_seed(derived_seed(seed, "preserve prompts"))
-        chosen = torch.randint(len(prompts), (size,), generator=draw).tolist()
+        chosen = torch.randint(len(prompts), (count,), generator=draw).tolist()
         pool_prompts = [prompts[k] for k in chosen]
-        seeds = [derived_seed(seed, "preserve", k) for k in range(size)]
+        seeds = [derived_seed(seed, "preserve", k) for k in range(count)]
 
         def compute(k: int) -> Tensor:
             part = slice(_ROWS * k, _ROWS * (k + 1))
             eps = gaussian(seeds[part], shape).to(generator.device)
             return generator.latents(eps, generator.told(pool_prompts[part], seeds[part])).cpu()
 
-        made = torch.cat(map_over_processes(compute, math.ceil(size / _ROWS)))
+        made = torch.cat(map_over_processes(compute, math.ceil(count / _ROWS)))
         if is_main():
             kept = {"prompts": pool_prompts, "seeds": seeds}
             write_safetensors(path, {"latents": made}, {"pool": kept})
