@@ -225,7 +225,7 @@ class FewStepGenerator(PipelineGenerator):
             f"guidance_scale is {guidance_scale}; give a number from 1, which is none",
         )
         most = generator.pipe.scheduler.config.num_train_timesteps
-        falls = all(a > b for a, b in zip(step_list, [*step_list[1:], 0], strict=True))
+        falls = all(a > b for a, b in zip(step_list, [*step_list[1:], 0], strict=False))
         require(
             falls and all(t <= most for t in step_list),
             f"step_list is {_listed(step_list)}; give falling timesteps, from {most} to above 0",
