@@ -9,6 +9,7 @@ from pathlib import Path
 from tyro.conf import UseAppendAction
 
 from oneshot_fast.cli import OK, run_command
+from oneshot_fast.data.options import SizeOptions
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.data.records import text_field
 from oneshot_fast.errors import UserError, require
@@ -45,14 +46,13 @@ class SampleCommand:
     """Folder of the results; with --config by default the YAML file's."""
     images_per_prompt: int = 1
     """Images of each prompt, each from a noise of its own."""
-    resolution: int | None = None
-    """Image side in pixels; by default the model's own."""
     batch_size: int = 4
     """Images that are made at once."""
     lora_alpha: float | None = None
     """Scale times rank of RTDMD's LoRA files, which do not say it; by default twice the rank."""
     reward: UseAppendAction[tuple[str, ...]] = ()
     """NAME of a reward whose scores of the images are written, too; may be given several times."""
+    size: SizeOptions = SizeOptions()
     judges: JudgeModels = JudgeModels()
     model: ModelOptions = ModelOptions()
     run: RunOptions = RunOptions()
@@ -76,7 +76,7 @@ def execute(command: SampleCommand) -> int:
     if command.model_id is None or command.output_dir is None:
         raise UserError("give --model_id ID and --output_dir DIR, or --config FILE")
     require(bool(prompts), "give --prompt TEXT or --prompt_file FILE")
-    alpha = command.lora_alpha
+    alpha, size = command.lora_alpha, command.size.size
 
     from oneshot_fast.generators.lora_files import LoraFile, check_alpha
     from oneshot_fast.jobs.sample.run import SampleRun
@@ -90,7 +90,7 @@ def execute(command: SampleCommand) -> int:
         prompts,
         command.output_dir,
         images_per_prompt=command.images_per_prompt,
-        resolution=command.resolution,
+        resolution=size,
         batch_size=command.batch_size,
         rewards=command.judges.judges(generator.device, command.reward),
         seed=command.run.seed,
@@ -109,7 +109,8 @@ def _configured(command: SampleCommand, prompts: list[str]) -> tuple[SampleComma
     own = {name: getattr(command.model, name) for name in _BESIDE_CONFIG}
     _left_out(command.model, tuple(own))
     beside = ("config", "override", "prompt", "output_dir", "images_per_prompt")
-    _left_out(command, (*beside, "judges", "model", "run"))
+    _left_out(command, (*beside, "size", "judges", "model", "run"))
+    _left_out(command.size)
     require(
         command.run.seed == RunOptions.seed, "--seed: with --config give --override seed=N instead"
     )
@@ -122,7 +123,7 @@ def _configured(command: SampleCommand, prompts: list[str]) -> tuple[SampleComma
             command,
             model_id=found.model_id,
             output_dir=command.output_dir or found.output_dir,
-            resolution=found.resolution,
+            size=SizeOptions(found.resolution),
             batch_size=found.batch_size,
             lora_alpha=found.lora_alpha if _needs_alpha(found.model["lora"]) else None,
             reward=found.rewards,
@@ -141,7 +142,9 @@ def _needs_alpha(files: tuple[str, ...]) -> bool:
     return not all(LoraFile.parse(file).has_alpha for file in files)
 
 
-def _left_out(group: SampleCommand | ModelOptions, names: tuple[str, ...]) -> None:
+def _left_out(
+    group: SampleCommand | SizeOptions | ModelOptions, names: tuple[str, ...] = ()
+) -> None:
     """Refuse flags, all but ``names``, that the YAML file says."""
     for field in dataclasses.fields(group):
         require(

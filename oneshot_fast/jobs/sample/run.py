@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from oneshot_fast.data.images import save_png, shrink, tile
+from oneshot_fast.data.sizes import Resolution, size_of
 from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.rewards import WeightedRewards
@@ -37,7 +38,7 @@ class SampleRun:
         folder: Path,
         *,
         images_per_prompt: int = 1,
-        resolution: int | None = None,
+        resolution: Resolution | None = None,
         batch_size: int = 4,
         rewards: WeightedRewards | None = None,
         seed: int = 0,
@@ -49,7 +50,7 @@ class SampleRun:
             prompts: N texts.
             folder: Where everything is written.
             images_per_prompt: M, each from another noise.
-            resolution: Image side in pixels; by default the generator's own.
+            resolution: Image side in pixels, or height and width; by default the generator's own.
             batch_size: Images that are made at once.
             rewards: Scores of the images, which the rows have, too.
             seed: Of the noises.
@@ -63,15 +64,15 @@ class SampleRun:
         self.generator, self.folder, self.rewards = generator, Path(folder), rewards
         self.prompts, self.images_per_prompt = list(prompts), images_per_prompt
         self.batch_size, self.seed = batch_size, seed
-        self.resolution = resolution or generator.image_size
-        self.noise_shape = generator.noise_shape(self.resolution, self.resolution)
+        self.size = size_of(resolution or generator.image_size)
+        self.noise_shape = generator.noise_shape(*self.size)
 
     def settings(self) -> dict[str, Any]:
         """Everything the result depends on."""
         return {
             "command": "sample",
             "seed": self.seed,
-            **self.generator.settings(self.resolution),
+            **self.generator.settings(self.size),
             "samples": len(self.prompts),
             "prompts": content_id(*self.prompts),
             "images_per_prompt": self.images_per_prompt,
@@ -140,10 +141,9 @@ class SampleRun:
         from oneshot_fast.data.images import load_image
 
         columns = self.images_per_prompt if self.images_per_prompt > 1 else 8
-        side = min(self.resolution, 256)
         paths = (self.folder / name for name in names[:_SHOWN])
-        images = [load_image(path, self.resolution, self.resolution) for path in paths]
-        save_png(self.folder / "grid.png", tile(shrink(torch.stack(images), side), columns))
+        images = [load_image(path, *self.size) for path in paths]
+        save_png(self.folder / "grid.png", tile(shrink(torch.stack(images), 256), columns))
 
     @staticmethod
     def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
