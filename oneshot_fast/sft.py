@@ -20,6 +20,7 @@ from oneshot_fast.jobs.sft.options import HeldOutOptions, MeasuredTrainingOption
 from oneshot_fast.jobs.sft.rewards import RewardRun
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.rewards.options import RewardOptions
+from oneshot_fast.runtime.files import read_json
 from oneshot_fast.runtime.options import RunOptions
 
 
@@ -86,6 +87,8 @@ def _on_pairs(command: SftCommand) -> SftRun:
         raise UserError("give --manifest_path FILE and --output_dir DIR")
     command.training.check()
     pairs, failures = read_manifest(command.manifest_path)
+    if command.training.noise == "matched":
+        _check_sampler(command.manifest_path, command.model)
     if not held.eval_every:
         return SftRun(pairs=pairs, failures=failures, **_common(command))
     require(
@@ -117,6 +120,22 @@ def _on_pairs(command: SftCommand) -> SftRun:
         setup=command.rewards.setup(device),
         **common,
     )
+
+
+def _check_sampler(manifest: Path, model: ModelOptions) -> None:
+    """Raise UserError if the run that found the pairs, where it is known, took other steps."""
+    path = manifest.parent / "run.json"
+    if manifest.parent.name == "training":  # of optimize
+        path = manifest.parent.parent / "run.json"
+    found = read_json(path) if path.is_file() else {}
+    for name in ("num_inference_steps", "guidance_scale", "cps_eta") if found else ():
+        here = getattr(model, name)
+        there = found.get(name, getattr(ModelOptions, name))  # one step notes none of them
+        require(
+            here == there,
+            f"{manifest}: its noises were found with {name} {there}, not {here}; give --{name} as "
+            "there, or --noise random",
+        )
 
 
 def _on_rewards(command: SftCommand) -> RewardRun:

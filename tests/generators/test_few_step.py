@@ -392,9 +392,17 @@ def test_assigned_and_trained_through_the_loop(
     file = "checkpoint-final/unet/diffusion_pytorch_model.safetensors"
     whole, resumed = ((tmp_path / name / file).read_bytes() for name in ("trained", "killed"))
     assert whole == resumed
-    # the same folder with another number of steps is another run
-    other = call("sft", *flags[:2], "--num_inference_steps", 3, *training, tmp_path / "trained")
-    assert other.code == 2 and "num_inference_steps" in other.error
+    # other steps than the noises were found with are refused, unless these are not used
+    for more, said in (
+        (["--num_inference_steps", 3], "were found with num_inference_steps 2, not 3; give"),
+        (["--num_inference_steps", 1], "were found with num_inference_steps 2, not 1"),
+        ([*flags[2:], "--guidance_scale", 2], "were found with guidance_scale 1.0, not 2.0"),
+        ([*flags[2:], "--cps_eta", 0.5], "were found with cps_eta None, not 0.5"),
+    ):
+        other = call("sft", *flags[:2], *more, *training, tmp_path / "other")
+        assert other.code == 2 and said in other.error and not (tmp_path / "other").exists()
+    more = ["--num_inference_steps", 3, "--noise", "random", "--dry_run"]
+    assert call("sft", *flags[:2], *more, *training, tmp_path / "other").code == 0
     plan = training_memory(generator, SftOptions(batch_size=2), 64)
     assert plan.held["gradients"] > 0
     other = family_of("ZImagePipeline")(tiny_pipeline("ZImagePipeline"))
