@@ -12,8 +12,10 @@ from oneshot_fast.errors import UserError
 from oneshot_fast.generators.lora_files import Adapter
 from oneshot_fast.runtime.files import write_folder
 
-# attention projections; those that diffusers' training scripts for SD and SDXL adapt
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+# attention projections; those that diffusers' training scripts for SD and SDXL adapt, and where the
+# text has a stream of its own (SD3, FLUX) its own, as their DreamBooth scripts
+_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", *_TEXT)
 _KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 

@@ -1,7 +1,8 @@
 """What a generator is: prompts and Gaussian noise in, latents and images out."""
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -230,9 +231,14 @@ class Generator(ABC):
     def blank_prompts(self, count: int) -> Conditioning:
         """Zeros of the shape of ``count`` prompts' conditioning, on torch's default device."""
 
-    def keep_prompts(self, prompts: Sequence[str]) -> None:
-        """Encode ``prompts`` now and keep them: what encodes them is about to be moved away."""
+    @contextlib.contextmanager
+    def kept_prompts(self, prompts: Sequence[str], folder: Path) -> Iterator[None]:
+        """Encode ``prompts`` now and keep them meanwhile: what encodes them will be moved away.
+
+        What memory has no room for lies in ``folder``, which the caller removes.
+        """
         self.encode_prompts(prompts)
+        yield
 
     def is_truncated(self, prompt: str) -> bool:
         """Whether ``prompt`` is longer than what the model reads of it."""

@@ -17,12 +17,17 @@ class Decoder:
     """Decodes scaled latents in the type of the decoder's weights, or under autocast."""
 
     def __init__(
-        self, vae: AutoencoderKL | AutoencoderTiny, autocast: torch.dtype | None = None
+        self,
+        vae: AutoencoderKL | AutoencoderTiny,
+        autocast: torch.dtype | None = None,
+        overflows: bool = False,
     ) -> None:
         """Wrap a VAE, or a tiny one for the same latents, whose weights must be frozen.
 
-        With ``autocast`` it computes in this type over float32 weights.
+        With ``autocast`` it computes in this type over float32 weights. One that ``overflows`` in
+        float16 does not decode in it.
         """
+        self._overflows = overflows
         self._vae, self._autocast, self._tile = vae, autocast, 0
         self.is_tiny = isinstance(vae, AutoencoderTiny)
 
@@ -42,7 +47,7 @@ class Decoder:
         Raises:
             ModelError: For float16, if the VAE overflows in it.
         """
-        if dtype == torch.float16 and getattr(self._vae.config, "force_upcast", False):
+        if dtype == torch.float16 and self._overflows:
             raise ModelError(
                 "its VAE overflows in float16 (force_upcast); decode in bfloat16 or float32, or "
                 "use a model with the fixed VAE"

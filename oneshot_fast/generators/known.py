@@ -14,8 +14,8 @@ _STARTS = {
     r"pixart.*dmd": 400.0,
 }
 _BASES = (
-    r"xl[-_]base|stable-diffusion-v1|stable-diffusion-2|(sd|v)[-_]?1[-._]?[45]\b|"
-    r"stable-diffusion-3(\.5)?-(medium|large)|flux\.?1-dev|pixart-xl|z-image"
+    r"xl[-_]base|stable-diffusion-v1|stable-diffusion-2|(?<![a-z])sd[-_ ]?v?1[-._]?[45](?!\d)|"
+    r"stable-diffusion-3(\.5)?-(medium|large)|flux\.?1-dev|pixart-xl|z-image(?![a-z])"
 )
 _DISTILLED = r"turbo|lightning|hyper|lcm|tcd|dmd|schnell|sprint|flash|step"
 DISTILLED = "SDXL-Turbo, SD-Turbo, Hyper-SD, DMD2, SDXL-Lightning or FLUX.1-schnell"

@@ -1,12 +1,13 @@
 """What all generators over a pipeline of diffusers share; a family adds its conditioning."""
 
+import contextlib
 import copy
 import hashlib
 import json
 import math
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ from oneshot_fast.runtime.files import write_folder
 from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main
 
+_PROMPT_BYTES = 4 << 30  # of encodings in memory, where their encoders are moved away
+
 
 class PipelineGenerator(Generator):
     """A pipeline's networks and its single step; they run in the type of their weights."""
@@ -56,6 +59,7 @@ class PipelineGenerator(Generator):
     parts: tuple[str, ...]  # its networks: denoiser, VAE, text encoders
     optional: tuple[str, ...] = ()  # those that it may lack
     is_flow: bool = False  # its step can only be x0 = eps - output
+    upcasts_vae: bool = False  # force_upcast of the VAE's config counts, as in its pipeline
     by_estimate: bool = False  # it decodes the scheduler's estimate, not where the step ends
     prompts_kept = 4096  # encodings in memory
     takes_lora = True
@@ -76,9 +80,8 @@ class PipelineGenerator(Generator):
         self.check(pipe)
         self.pipe = pipe
         self.autocast = vae_autocast = autocast
-        if getattr(
-            pipe.vae.config, "force_upcast", False
-        ):  # as diffusers does: SDXL's VAE overflows in float16
+        overflows = self.upcasts_vae and getattr(pipe.vae.config, "force_upcast", False)
+        if overflows:
             if pipe.vae.dtype == torch.float16:
                 pipe.vae.to(torch.float32)
             if autocast == torch.float16:
@@ -89,7 +92,7 @@ class PipelineGenerator(Generator):
             network.requires_grad_(False).eval()
         pipe.set_progress_bar_config(disable=True)
         self._vae_autocast = vae_autocast
-        self.decoder = Decoder(pipe.vae, vae_autocast)
+        self.decoder = Decoder(pipe.vae, vae_autocast, overflows)
         self._cache: EncodingCache | None = None
         self._encoders: dict[tuple[str, ...], str] = {}
         # files of each network, and the type they were loaded in
@@ -274,10 +277,24 @@ class PipelineGenerator(Generator):
             self._prompts.popitem(last=False)
         return Conditioning.cat(rows).to(self.device)
 
-    def keep_prompts(self, prompts: Sequence[str]) -> None:
-        self.prompts_kept = max(self.prompts_kept, len(prompts))
-        for prompt in prompts:
-            self.encode_prompts([prompt])
+    @contextlib.contextmanager
+    def kept_prompts(self, prompts: Sequence[str], folder: Path) -> Iterator[None]:
+        """In memory where they have room there, else in the cache, which ``folder`` is for then."""
+        each = sum(row.nbytes for row in self.encode_prompts(prompts[:1]).tensors().values())
+        most, own = max(1, _PROMPT_BYTES // max(1, each)), self._cache is None
+        if len(prompts) <= most:
+            self.prompts_kept = max(self.prompts_kept, len(prompts))
+        else:
+            self.prompts_kept = min(self.prompts_kept, most)
+            self._prompts.clear()  # what is in memory alone would be forgotten
+            self._cache = self._cache or EncodingCache(folder)
+        try:
+            for prompt in prompts:
+                self.encode_prompts([prompt])
+            yield
+        finally:
+            if own:
+                self._cache = None
 
     def _cached_prompt(self, prompt: str) -> Conditioning:
         if self._cache is None:

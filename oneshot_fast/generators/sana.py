@@ -52,6 +52,15 @@ class SanaSprintGenerator(TransformerGenerator):
         width, tokens = self.denoiser.config.caption_channels, self._defaults["max_sequence_length"]
         return Conditioning(torch.zeros(count, tokens, width), mask=torch.ones(count, tokens))
 
+    def is_truncated(self, prompt: str) -> bool:
+        """As the pipeline counts, which sets two tokens aside beside those of its instruction."""
+        before = "\n".join(self._defaults["complex_human_instruction"])
+        own, whole = (
+            len(self.pipe.tokenizer(text, verbose=False).input_ids)
+            for text in (before, before + prompt)
+        )
+        return whole > own + self.prompt_tokens - 2
+
     def _encode_prompt(self, prompt: str) -> Conditioning:
         instruction = self._defaults["complex_human_instruction"]
         embeds, mask = self._told_by_pipeline(prompt, complex_human_instruction=instruction)

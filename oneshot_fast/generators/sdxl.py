@@ -24,6 +24,7 @@ class SdxlGenerator(UNetGenerator):
 
     pipeline = StableDiffusionXLPipeline
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    upcasts_vae = True  # its VAE overflows in float16
 
     @classmethod
     def check(cls, pipe: Any) -> None:

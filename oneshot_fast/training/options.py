@@ -55,8 +55,9 @@ class TrainOptions:
     almost no memory. One process and one part per batch; a bad gradient skips its own weight."""
     lora_rank: int = 0
     """Train only a LoRA adapter of this rank on the attention projections (to_q, to_k, to_v,
-    to_out) of the denoiser; 0 trains all of its weights. PixArt's is read by neither diffusers nor
-    --lora: take checkpoint-final, which has it merged in."""
+    to_out, and in SD3 and FLUX those of the text) of the denoiser; 0 trains all of its weights.
+    PixArt's is read by neither diffusers nor --lora: take checkpoint-final, which has it merged
+    in."""
     lora_alpha: float | None = None
     """The adapter is scaled by lora_alpha / lora_rank; by default lora_alpha is lora_rank."""
     lora_from: Path | None = None

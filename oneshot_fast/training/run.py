@@ -34,7 +34,8 @@ from oneshot_fast.training.options import TrainOptions
 from oneshot_fast.training.trainer import BadStepsError, Trainee, Trainer
 
 BEGUN = "begun.json"  # which examples an interrupted training has
-_STATE = ("state.safetensors", BEGUN)
+_PROMPTS = "prompts"  # encodings, where they are too many for memory
+_STATE = ("state.safetensors", BEGUN, _PROMPTS)
 
 
 def _is_vital(key: str) -> bool:
@@ -356,8 +357,10 @@ class TrainingRun(ABC):
             return
         pooled = self._pool.prompts if self._pool else ()
         needed, generator = {*prompts, *pooled, *self.needed_prompts}, self.generator
-        generator.keep_prompts(sorted(needed))
-        with offloaded(generator, keep_decoder=self.decodes):
+        with (
+            generator.kept_prompts(sorted(needed), self.folder / _PROMPTS),
+            offloaded(generator, keep_decoder=self.decodes),
+        ):
             yield
 
 

@@ -106,6 +106,32 @@ def test_a_flow_takes_no_other_scheduler(name: str) -> None:
         family(name)(pipe)
 
 
+def test_sana_reads_as_many_tokens_as_its_pipeline() -> None:
+    generator: Any = family("SanaSprintPipeline")(tiny_pipeline("SanaSprintPipeline"))
+    tokens = len(generator.pipe.tokenizer("a a").input_ids)
+    each = tokens - len(generator.pipe.tokenizer("a").input_ids)
+
+    def counts(n: int) -> bool:
+        """Whether the last of so many words makes a difference."""
+        one, other = (
+            generator.encode_prompts(["a " * (n - 1) + word]).embeds for word in ("a", "b")
+        )
+        return not torch.equal(one, other)
+
+    most = next(n for n in range(1, 400) if generator.is_truncated("a " * n + "a"))
+    assert each == 1 and counts(most) and not counts(most + 1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_half_precision_vae_stays_so_where_its_pipeline_leaves_it(name: str) -> None:
+    pipe = tiny_pipeline(name)
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.vae.to(torch.float16)
+    family(name)(pipe)
+    is_sdxl = name == "StableDiffusionXLPipeline"
+    assert pipe.vae.dtype == (torch.float32 if is_sdxl else torch.float16)
+
+
 def test_flux_without_guidance_reads_256_tokens() -> None:
     pipe = tiny_pipeline("FluxPipeline")
     assert family("FluxPipeline")(pipe).prompt_tokens == 512

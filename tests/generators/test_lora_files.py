@@ -146,6 +146,14 @@ def test_every_family_reads_what_its_pipeline_saves(name: str, tmp_path: Path) -
         torch.testing.assert_close(v, expected[k])
 
 
+def test_a_new_adapter_is_on_the_projections_of_the_text_too() -> None:
+    network = tiny_pipeline("FluxPipeline").transformer
+    add_adapter(network, 2, None)
+    adapted = {k.partition(".attn.")[2].partition(".lora_")[0] for k in drawn(network)}
+    text = {"add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+    assert adapted == {"to_q", "to_k", "to_v", "to_out.0"} | text
+
+
 def test_an_adapter_goes_on_with_its_own_modules_alone(tmp_path: Path) -> None:
     rows = {"lora_A": torch.ones(2, 16), "lora_B": torch.ones(16, 2)}
     tensors = {f"transformer.proj_out.{k}.weight": v for k, v in rows.items()}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.errors import ModelError
+from oneshot_fast.generators import pipeline
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.sdxl import SdxlGenerator
@@ -108,6 +109,21 @@ def test_prompts_are_kept_up_to_a_number(tiny: Generator, monkeypatch: pytest.Mo
     tiny.encode_prompts([f"digit {k}" for k in (6, 7, 8)])
     with pytest.raises(TypeError):
         tiny.encode_prompts(["digit 5"])
+
+
+def test_prompts_that_are_too_many_for_memory_lie_on_the_disk(
+    tiny: Generator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prompts = [f"digit {k}" for k in range(9)]
+    expected = tiny.encode_prompts(prompts)
+    monkeypatch.setattr(pipeline, "_PROMPT_BYTES", 3 * expected.select([0]).embeds.nbytes)
+    monkeypatch.setattr(tiny, "prompts_kept", tiny.prompts_kept)
+    with tiny.kept_prompts(prompts, tmp_path / "prompts"):
+        assert len(tiny._prompts) == tiny.prompts_kept < 4
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny, "_encode_prompt", None)
+            assert torch.equal(tiny.encode_prompts(prompts).embeds, expected.embeds)
+    assert tiny._cache is None and len([*(tmp_path / "prompts").rglob("*.safetensors")]) == 9
 
 
 def test_a_half_precision_vae_is_decoded_as_the_pipeline_does(pipe: Any) -> None:

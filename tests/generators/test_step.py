@@ -158,13 +158,14 @@ def test_known_models_are_told_by_their_names() -> None:
     for name in (
         "stabilityai/stable-diffusion-xl-base-1.0", "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "stabilityai/stable-diffusion-2-1-base", "black-forest-labs/FLUX.1-dev", "sd15",
-        "stabilityai/stable-diffusion-3.5-large", "Tongyi-MAI/Z-Image",
+        "stabilityai/stable-diffusion-3.5-large", "Tongyi-MAI/Z-Image", "models/sd-v1-4", "sdv1.5",
     ):  # fmt: skip
         assert is_base([name]), name
         assert not is_base([name, "pytorch_lora_turbo.safetensors"])
     for name in (
         "stabilityai/sd-turbo", "stabilityai/stable-diffusion-3.5-large-turbo", "my-model",
-        "black-forest-labs/FLUX.1-schnell", "Tongyi-MAI/Z-Image-Turbo",
+        "black-forest-labs/FLUX.1-schnell", "Tongyi-MAI/Z-Image-Turbo", "conv1.5", "my-lora-v1.5",
+        "ssd1.5", "z-imagery", "sd1.55",
     ):  # fmt: skip
         assert not is_base([name]), name
 
