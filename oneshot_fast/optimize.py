@@ -10,13 +10,12 @@ from typing import Any, Literal
 from tyro.conf import UseAppendAction
 
 from oneshot_fast.cli import OK, finish, run_command
+from oneshot_fast.data.found_pairs import MANIFEST
 from oneshot_fast.data.options import SizeOptions
-from oneshot_fast.data.prompts import read_prompts
-from oneshot_fast.data.records import text_field
+from oneshot_fast.data.prompts import named_prompts
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
-from oneshot_fast.jobs.optimize.pairs import MANIFEST
 from oneshot_fast.jobs.optimize.run import OptimizeRun
 from oneshot_fast.rewards.options import RewardOptions
 from oneshot_fast.runtime.options import RunOptions
@@ -64,19 +63,6 @@ class OptimizeCommand:
     run: RunOptions = RunOptions()
 
 
-def prompts_of(command: OptimizeCommand) -> list[str]:
-    """The prompts that the command line names."""
-    prompts = [text_field({"--prompt": prompt}, "--prompt") for prompt in command.prompt]
-    require(
-        command.prompt_file is not None or command.prompt_field is None,
-        "--prompt_field has no effect without --prompt_file; give both",
-    )
-    if command.prompt_file is not None:
-        prompts += read_prompts(command.prompt_file, command.prompt_field)
-    require(bool(prompts), "give --prompt TEXT or --prompt_file FILE")
-    return prompts
-
-
 def execute(command: OptimizeCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
     if command.output_dir is None and not command.dry_run:
@@ -90,7 +76,8 @@ def execute(command: OptimizeCommand) -> int:
     last = command.search.gradient_steps
     for step in command.save_steps:
         require(0 <= step <= last, f"save_steps names step {step}; there are 0 to {last}")
-    prompts, size = prompts_of(command), command.size.size
+    prompts = named_prompts(command.prompt, command.prompt_file, command.prompt_field)
+    size = command.size.size
 
     generator = command.model.load(command.model_id)
     generator.recompute(command.rewards.recomputed(generator.device))

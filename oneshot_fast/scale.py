@@ -1,16 +1,23 @@
-"""`python -m oneshot_fast.scale simulate | search | convert`: does pruning candidates early pay?"""
+"""`python -m oneshot_fast.scale simulate | search | run | convert`: many noises, few followed."""
 
 import dataclasses
+import functools
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import OmitSubcommandPrefixes, subcommand
+from tyro.conf import OmitSubcommandPrefixes, UseAppendAction, subcommand
 
-from oneshot_fast.cli import OK, public, run_command
+from oneshot_fast.cli import OK, finish, public, run_command
+from oneshot_fast.data.options import SizeOptions
 from oneshot_fast.errors import require
+from oneshot_fast.generators.options import ModelOptions
+from oneshot_fast.jobs.scale.options import ScaleOptions
+from oneshot_fast.rewards.options import RewardOptions
+from oneshot_fast.runtime.options import RunOptions
 
 if TYPE_CHECKING:
     from oneshot_fast.jobs.scale.pools import Pool
@@ -103,6 +110,67 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class ScaleRunConfig:
+    """Make, for each prompt, the best image that a budget pays: many noises, few of them followed.
+
+    All noises of some images go through the steps side by side; what is dropped is not evaluated
+    any more. training/manifest.jsonl pairs the base noises with the images that were found, for
+    `python -m oneshot_fast.sft`. An interrupted run resumes when the same command is repeated.
+    """
+
+    output_dir: Path | None = None
+    """Folder of the results."""
+    prompt: UseAppendAction[tuple[str, ...]] = ()
+    """A prompt; may be given several times."""
+    prompt_file: Path | None = None
+    """Prompts: .txt with one per line, .tsv or .csv with a header, or .jsonl."""
+    prompt_field: str | None = None
+    """Column or field of prompt_file; by default the first of prompt, text and caption."""
+    model_id: str = "stabilityai/sdxl-turbo"
+    """Generator: folder in diffusers layout, hub id, .safetensors file, "tiny" or "tiny-teacher",
+    which takes several steps."""
+    num_images_per_prompt: int = 1
+    """Images of each prompt, each from noises of its own."""
+    seeds: tuple[int, ...] = ()
+    """Instead: the seeds of each prompt's base noises, as torch.Generator().manual_seed takes
+    them."""
+    batch_size: int = 16
+    """Noises, of any of the prompts, that are evaluated at once; halved where memory runs out. A
+    result does not depend on it beyond rounding."""
+    prune_reward: UseAppendAction[tuple[str, ...]] = ()
+    """NAME[:WEIGHT] of what scores estimates on the way; by default --reward, which selects in the
+    end. May be given several times."""
+    score_decoder_id: str | None = None
+    """Tiny decoder (AutoencoderTiny: folder or hub id) that decodes estimates on the way; the last
+    images have the model's own."""
+    dry_run: bool = False
+    """Print what an image will cost, and the time from some timed batches; nothing is written."""
+    size: SizeOptions = SizeOptions()
+    scale: ScaleOptions = ScaleOptions()
+    rewards: RewardOptions = RewardOptions()
+    model: ModelOptions = ModelOptions()
+    run: RunOptions = RunOptions()
+
+    def check(self) -> None:
+        """Raise UserError for what is missing, or has no effect."""
+        require(self.output_dir is not None or self.dry_run, "give --output_dir DIR")
+        require(bool(self.rewards.reward), "give --reward NAME[:WEIGHT]")
+        count = self.num_images_per_prompt
+        require(count >= 1, f"num_images_per_prompt is {count}; give at least 1")
+        model = self.model
+        for flag, is_usual in (
+            ("checkpointing", self.rewards.checkpointing == "auto"),
+            ("backprop_steps", model.backprop_steps is None),
+            ("decoder_checkpointing", not model.decoder_checkpointing),
+            ("compile", not model.compile),
+        ):
+            require(is_usual, f"--{flag} is for gradients, and nothing here has any; leave it out")
+        self.run.check()
+        self.scale.check(model.num_inference_steps, True)
+        _ = self.size.size
+
+
+@dataclass(frozen=True)
 class ConvertConfig:
     """Write a pool of any form as .safetensors."""
 
@@ -119,6 +187,7 @@ class ScaleCommand:
     command: OmitSubcommandPrefixes[
         Annotated[SimulateConfig, subcommand("simulate")]
         | Annotated[SearchConfig, subcommand("search")]
+        | Annotated[ScaleRunConfig, subcommand("run")]
         | Annotated[ConvertConfig, subcommand("convert")]
     ]
 
@@ -130,6 +199,8 @@ def execute(command: ScaleCommand) -> int:
         _simulate(config)
     elif isinstance(config, SearchConfig):
         _search(config)
+    elif isinstance(config, ScaleRunConfig):
+        return _run(config)
     else:
         from oneshot_fast.jobs.scale.pools import read_pool, write_pool
 
@@ -213,6 +284,59 @@ def _search(config: SearchConfig) -> None:
               f"against Best-of-N {gain['mean']:+.4f} {between}")  # fmt: skip
     better = words(found.schedule) if found.schedule.after else "Best-of-N is better here"
     print(f"recommended: {better}\nschedule: {path}")
+
+
+def _run(config: ScaleRunConfig) -> int:
+    config.check()
+    from oneshot_fast.data.prompts import named_prompts
+    from oneshot_fast.jobs.scale.run import ScaleRun
+    from oneshot_fast.report.scale_run import write_run_report
+
+    prompts = named_prompts(config.prompt, config.prompt_file, config.prompt_field)
+    generator, rewards = config.model.load(config.model_id), config.rewards
+    device, on_the_way = generator.device, config.prune_reward
+    run = ScaleRun(
+        generator,
+        prompts,
+        config.output_dir or Path(),
+        config.scale,
+        rewards=rewards.load(device, rewards.reward),
+        reward_names=rewards.names,
+        prune_rewards=rewards.load(device, on_the_way) if on_the_way else None,
+        prune_reward_names=on_the_way,
+        score_decoder_id=config.score_decoder_id,
+        images_per_prompt=config.num_images_per_prompt,
+        seeds=config.seeds,
+        seed=config.run.seed,
+        batch_size=config.batch_size,
+        resolution=config.size.size,
+    )
+    if config.output_dir is None or config.dry_run:
+        print(run.plan())
+        return OK
+    summary = run.run(**config.run.arguments)
+    say = functools.partial(_print_summary, model_id=config.model_id)
+    return finish(config, config.output_dir, summary, write_run_report, say, "images ")
+
+
+def _print_summary(summary: dict[str, Any], folder: Path, model_id: str) -> None:
+    from oneshot_fast.data.found_pairs import MANIFEST
+
+    arms = {summary["settings"]["method"]: summary}
+    if (beside := summary.get("compare")) is not None:
+        arms["best_of_n"] = beside
+    for name, arm in arms.items():
+        print(f"{name}, {arm['candidates']} candidates of each of {summary['samples']} images: "
+              f"reward {arm['best_reward']:.4f} [{arm['low']:.4f}, {arm['high']:.4f}], "
+              f"{arm['tflop_per_image']:.4g} TFLOP and {arm['seconds_per_image']:.2f} s per "
+              "image")  # fmt: skip
+    if beside is not None:
+        gain = beside["gain"]
+        print(f"against Best-of-N: {gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]")
+    if summary["training_pairs"]:
+        flags = ["--model_id", model_id, "--manifest_path", str(folder / MANIFEST)]
+        print(f"to train on these images: python -m oneshot_fast.sft {shlex.join(flags)} "
+              "--output_dir DIR")  # fmt: skip
 
 
 def words(schedule: "Schedule") -> str:

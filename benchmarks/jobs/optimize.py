@@ -21,10 +21,10 @@ import torch
 from benchmarks.common import run_job
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
-from oneshot_fast.jobs.optimize.run import samples_of
-from oneshot_fast.jobs.optimize.search import RewardSearch, Sample
+from oneshot_fast.jobs.optimize.search import RewardSearch
 from oneshot_fast.rewards import load_rewards
 from oneshot_fast.runtime.seeds import gaussian
+from oneshot_fast.search.samples import Sample, samples_of
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = [f"a photo of the digit {digit}" for digit in DIGITS]

@@ -32,10 +32,11 @@ from benchmarks.sdxl.training_memory import full_generator
 from oneshot_fast.generators.decoder import Decoder
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.plan import SearchMemory, search_memory
-from oneshot_fast.jobs.optimize.search import RewardSearch, Sample
+from oneshot_fast.jobs.optimize.search import RewardSearch
 from oneshot_fast.rewards.base import Reward, WeightedRewards
 from oneshot_fast.rewards.clip_encoder import ClipEncoder, CosineReward
 from oneshot_fast.rewards.imagereward import ImageRewardReward
+from oneshot_fast.search.samples import Sample
 
 TARGET = 24e9
 RESOLUTION = 512

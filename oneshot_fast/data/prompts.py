@@ -1,7 +1,7 @@
 """Lists of prompts."""
 
 import csv
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from oneshot_fast.data.records import (
@@ -10,6 +10,7 @@ from oneshot_fast.data.records import (
     first_field,
     read_lines,
     read_objects,
+    text_field,
     texts_field,
 )
 from oneshot_fast.errors import DataError, one_line, require
@@ -17,6 +18,25 @@ from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main
 
 Row = tuple[int, dict[str, object] | str]  # line number, and its columns or what is wrong with it
+
+
+def named_prompts(
+    prompts: Sequence[str], prompt_file: Path | None, prompt_field: str | None
+) -> list[str]:
+    """The prompts that --prompt, --prompt_file and --prompt_field name.
+
+    Raises:
+        UserError: If one is none, there is none, or a field is named of no file.
+    """
+    found = [text_field({"--prompt": prompt}, "--prompt") for prompt in prompts]
+    require(
+        prompt_file is not None or prompt_field is None,
+        "--prompt_field has no effect without --prompt_file; give both",
+    )
+    if prompt_file is not None:
+        found += read_prompts(prompt_file, prompt_field)
+    require(bool(found), "give --prompt TEXT or --prompt_file FILE")
+    return found
 
 
 def read_prompts(path: Path, prompt_field: str | None = None) -> list[str]:

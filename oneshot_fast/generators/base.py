@@ -130,6 +130,7 @@ class Generator(ABC):
     autocast: torch.dtype | None = None  # of the arithmetic, over float32 weights
     is_compiled: bool = False  # then each batch size costs a compilation
     prompt_tokens: int = 77  # that the model reads, both ends included
+    num_inference_steps: int = 1
     backprop_steps: int = 1  # evaluations of the denoiser that are differentiated
     takes_lora: bool = False  # whether ``load`` merges those that it is given
     lora: tuple[LoraFile, ...] = ()  # merged when it was loaded
@@ -269,6 +270,21 @@ class Generator(ABC):
     def latents(self, eps: Tensor, conditioning: Conditioning) -> Tensor:
         """Latents [B, C, h, w] float32 that the sampler makes of noises ``eps``."""
         return self.predict(eps, conditioning).latents
+
+    def evaluate(self, k: int, x: Tensor, conditioning: Conditioning) -> Prediction:
+        """The evaluation in step ``k``, from 0, and the clean latents that it stands for.
+
+        They are an estimate, and in the last step what the sampler gives. ``x`` [B, C, h, w] is the
+        noise in step 0, and later what ``advance`` gave.
+        """
+        return self.predict(x, conditioning)
+
+    def advance(self, k: int, x: Tensor, output: Tensor, conditioning: Conditioning) -> Tensor:
+        """What step ``k + 1`` starts from, [B, C, h, w], by the output of ``evaluate(k, x, ...)``.
+
+        Noise that the sampler draws here is a function of the conditioning's seeds and of ``k``.
+        """
+        raise UserError("this model takes one step; nothing comes after it")
 
     @abstractmethod
     def decode_raw(self, latents: Tensor) -> Tensor:

@@ -319,13 +319,21 @@ class FewStepGenerator(PipelineGenerator):
         """The last evaluation, after the others; its ``latents`` are what the sampler gives."""
         if self.num_inference_steps == 1 and self.guidance_scale == 1:
             return super().predict(eps, conditioning)
-        *first, last = self.steps(eps.shape[1:])
+        first = self.steps(eps.shape[1:])[:-1]
         x = eps
         for k, step in enumerate(first):
             x = self._kept(k, x, conditioning) + step.change * self._output(k, x, conditioning)
-        end = len(first)
-        output = self._guided(end, x, conditioning)
-        return Prediction(output, self._kept(end, x, conditioning), -last.change)
+        return self.evaluate(len(first), x, conditioning)
+
+    def evaluate(self, k: int, x: Tensor, conditioning: Conditioning) -> Prediction:
+        steps = self.steps(x.shape[1:])
+        output = self._guided(k, x, conditioning)
+        if k == len(steps) - 1:
+            return Prediction(output, self._kept(k, x, conditioning), -steps[k].change)
+        return Prediction(output, steps[k].skip * x, steps[k].sigma)
+
+    def advance(self, k: int, x: Tensor, output: Tensor, conditioning: Conditioning) -> Tensor:
+        return self._kept(k, x, conditioning) + self.steps(x.shape[1:])[k].change * output
 
     def estimates(self, eps: Tensor, conditioning: Conditioning) -> list[Tensor]:
         """What each evaluation says of the clean latents: [B, C, h, w] float32, one per step.

@@ -6,7 +6,7 @@ P prompts, N candidates of each in a pool, n of them used, S steps, R rewards, T
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,21 +97,35 @@ class Schedule:
         Raises:
             UserError: If not even one is.
         """
-        least = self.cost(1, cost)
-        require(
-            least <= budget * (1 + 1e-12),
-            f"a budget of {budget:g} is below one candidate; give at least {least:g}",
-        )
-        low, high = 1, 2
-        while self.cost(high, cost) <= budget * (1 + 1e-12):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.cost(middle, cost) <= budget * (1 + 1e-12):
-                low = middle
-            else:
-                high = middle
-        return low
+        return affordable(lambda n: self.cost(n, cost), budget)
+
+
+def affordable(cost: Callable[[int], float], budget: float) -> int:
+    """The largest number whose cost, which must not fall, is within the budget.
+
+    Raises:
+        UserError: If not even 1 is.
+    """
+    limit, least = budget * (1 + 1e-12), cost(1)
+    require(
+        least <= limit, f"a budget of {budget:g} is below one candidate; give at least {least:g}"
+    )
+    low, high = 1, 2
+    while cost(high) <= limit:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) <= limit else (low, middle)
+    return low
+
+
+def survivors(values: Floats, count: int) -> Ints:
+    """Positions [..., count], rising, of the largest ``values`` [..., M]; of equal ones the first.
+
+    Values that are not finite come last.
+    """
+    known = np.where(np.isfinite(values), values, -np.inf)
+    return np.sort((-known).argsort(-1, kind="stable")[..., :count], -1)
 
 
 class Draws:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from oneshot_fast.data.found_pairs import MANIFEST
 from oneshot_fast.errors import require
 from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, all_scores
 from oneshot_fast.generators.base import Generator, Recomputed
 from oneshot_fast.jobs.em.cycles import Cycles, name_of
 from oneshot_fast.jobs.em.options import EmOptions
-from oneshot_fast.jobs.optimize.pairs import MANIFEST
 from oneshot_fast.jobs.optimize.run import OptimizeRun
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.seeds import content_id

@@ -6,10 +6,10 @@ from oneshot_fast.data.sizes import Resolution
 from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
-from oneshot_fast.jobs.optimize.run import samples_of
 from oneshot_fast.jobs.optimize.search import RewardSearch
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.search.problem import Assignment
+from oneshot_fast.search.samples import samples_of
 from oneshot_fast.search.solver import stacked
 
 

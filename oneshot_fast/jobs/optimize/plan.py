@@ -6,11 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oneshot_fast.jobs.optimize.search import RewardSearch, Sample
+from oneshot_fast.jobs.optimize.search import RewardSearch
 from oneshot_fast.planning import memory
 from oneshot_fast.planning.timing import Plan, shortest
 from oneshot_fast.rewards import ImageEncoder
 from oneshot_fast.runtime.units import duration
+from oneshot_fast.search.samples import Sample
 
 
 def search_memory(search: RewardSearch, sample: Sample, batch_size: int) -> memory.StepMemory:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from oneshot_fast.data.found_pairs import write_training_pairs
 from oneshot_fast.data.images import save_png
 from oneshot_fast.data.records import Failure
 from oneshot_fast.data.sizes import Resolution
@@ -15,29 +16,17 @@ from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
-from oneshot_fast.jobs.optimize.pairs import write_training_pairs
 from oneshot_fast.jobs.optimize.plan import fitting_batch_size, optimize_plan
-from oneshot_fast.jobs.optimize.search import Optimized, RewardSearch, Sample
+from oneshot_fast.jobs.optimize.search import Optimized, RewardSearch
 from oneshot_fast.planning.timing import Plan
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.files import Json, read_json, write_json, write_jsonl
 from oneshot_fast.runtime.processes import is_main
-from oneshot_fast.runtime.seeds import content_id, derived_seed
+from oneshot_fast.runtime.seeds import content_id
 from oneshot_fast.runtime.shards import ShardRun, mean, mean_curve
+from oneshot_fast.search.samples import Sample, samples_of
 
 _METRICS_EVERY = 30.0  # seconds between two writings of the metrics of all prompts
-
-
-def samples_of(
-    prompts: Sequence[str], images_per_prompt: int, seed: int, seeds: Sequence[int] = ()
-) -> list[Sample]:
-    """The images to make, prompt by prompt; ``seeds`` go before those that follow from ``seed``."""
-    found: list[Sample] = []
-    for k, prompt in enumerate(prompts):
-        for j in range(len(seeds) or images_per_prompt):
-            own = seeds[j] if seeds else derived_seed(seed, "optimize", k, prompt, j)
-            found.append(Sample(f"{k:05d}-{j:02d}", len(found), prompt, own))
-    return found
 
 
 class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):

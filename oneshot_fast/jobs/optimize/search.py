@@ -15,23 +15,14 @@ from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.noise.rotation import angles_between
 from oneshot_fast.rewards import WeightedRewards
-from oneshot_fast.runtime.seeds import derived_seed, gaussian, record_seed
+from oneshot_fast.runtime.seeds import gaussian, record_seed
 from oneshot_fast.search.candidates import best_of_n, drawing
 from oneshot_fast.search.gradient import Search
 from oneshot_fast.search.movers.registry import check_fits
 from oneshot_fast.search.options import SearchOptions
 from oneshot_fast.search.problem import Evaluation, Problem, penalised
+from oneshot_fast.search.samples import Sample
 from oneshot_fast.search.solver import Solved, Solver, in_order
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image to make: its name, place in the run, prompt and the seed of its base noise."""
-
-    id: str
-    index: int
-    prompt: str
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -134,8 +125,7 @@ class RewardSearch:
         if self.options.choice:
             first = in_order(self._draws.solve([samples]))
             starts = [
-                dataclasses.replace(one.item, seed=self._seed_of(one.item, one.best_step))
-                for one in first
+                dataclasses.replace(one.item, seed=one.item.seed_of(one.best_step)) for one in first
             ]
         last = in_order(self._moves.solve([starts])) if self.options.mover else first
         return [
@@ -151,7 +141,7 @@ class RewardSearch:
         """The candidates of ``samples``; the first ones are the base noises."""
 
         def draw(k: int) -> Tensor:
-            return self._noises([self._seed_of(sample, k) for sample in samples])
+            return self._noises([sample.seed_of(k) for sample in samples])
 
         return best_of_n(
             self._problem(samples), self._evaluate, draw, self.options.draws, images_at=[0]
@@ -175,10 +165,6 @@ class RewardSearch:
         eps = self._noises([sample.seed for sample in samples])
         later = [record_seed(sample.id) for sample in samples]
         return Problem(eps, self.generator.told(prompts, later), prompts)
-
-    def _seed_of(self, sample: Sample, k: int) -> int:
-        """Of candidate ``k``; the first is the base noise."""
-        return derived_seed(sample.seed, "candidate", k) if k else sample.seed
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:

@@ -23,10 +23,11 @@ from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.plan import search_memory
-from oneshot_fast.jobs.optimize.run import OptimizeRun, samples_of
-from oneshot_fast.jobs.optimize.search import Optimized, RewardSearch, Sample
+from oneshot_fast.jobs.optimize.run import OptimizeRun
+from oneshot_fast.jobs.optimize.search import Optimized, RewardSearch
 from oneshot_fast.rewards import load_rewards
 from oneshot_fast.runtime.seeds import gaussian
+from oneshot_fast.search.samples import Sample, samples_of
 
 Call = Callable[..., Any]
 DIGITS = ("three", "seven", "zero")

@@ -1,0 +1,427 @@
+"""Many noises of each prompt, of which few are followed to the end: into one folder."""
+
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oneshot_fast.data.found_pairs import write_training_pairs
+from oneshot_fast.data.images import save_png
+from oneshot_fast.data.records import Failure
+from oneshot_fast.data.sizes import Resolution
+from oneshot_fast.errors import require
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.scale.options import ScaleOptions
+from oneshot_fast.jobs.scale.rules import METHODS, Counts, Rule
+from oneshot_fast.jobs.scale.simulate import gain_of, interval
+from oneshot_fast.jobs.scale.walk import Walked, Walker
+from oneshot_fast.planning.costs import count_flops, median_seconds
+from oneshot_fast.planning.timing import Plan
+from oneshot_fast.rewards import WeightedRewards
+from oneshot_fast.runtime.files import Json, read_json
+from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.seeds import content_id, gaussian
+from oneshot_fast.runtime.shards import ShardRun, mean
+from oneshot_fast.runtime.units import duration
+from oneshot_fast.search.pruning import Floats, affordable
+from oneshot_fast.search.samples import Sample, samples_of
+
+TERA = 1e12
+_ALIKE = 0.9  # Spearman's correlation of scores by two decoders below which is warned
+
+
+@dataclass(frozen=True)
+class Won:
+    """The winner of one image, of the method or of Best-of-N beside it.
+
+    Attributes:
+        candidate: Number of its noise.
+        seed: Of that noise.
+        scores: By reward, and their weighted sum as "total".
+        trace: Candidates, scores and who went on, by scored step.
+        said: What the method tells besides.
+        image: [3, H, W] uint8.
+        counts: What was evaluated and verified.
+        seconds: The wave's, shared equally.
+    """
+
+    candidate: int
+    seed: int
+    scores: dict[str, float]
+    trace: list[dict[str, Any]]
+    said: dict[str, Any]
+    image: Tensor
+    counts: Counts
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """What was found for one sample; tensors are on the CPU."""
+
+    sample: Sample
+    won: Won
+    beside: Won | None
+    decoder_spearman: float | None
+    noise_shape: tuple[int, ...]
+
+    @property
+    def index(self) -> int:
+        return self.sample.index
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"z": gaussian([self.won.seed], self.noise_shape)[0]}
+
+    @property
+    def is_finite(self) -> bool:
+        return all(map(math.isfinite, self.won.scores.values())) and (
+            self.beside is None or math.isfinite(self.beside.scores["total"])
+        )
+
+
+class ScaleRun(ShardRun[Sequence[Sample], Scaled]):
+    """Pruned or steered sampling of many prompts in one folder."""
+
+    command = "scale"
+    outputs = (
+        "noises", "images", "training", "logs", "manifest.jsonl", "failures.jsonl",
+        "history.jsonl", "metrics_summary.json", "curves.png", "report.html",
+    )  # fmt: skip
+    summary_name = "metrics_summary.json"
+    unlisted = ("seconds", "compare_seconds")
+    nothing_kept = "no reward was finite"
+    save_image = staticmethod(save_png)
+
+    def __init__(
+        self,
+        generator: Generator,
+        prompts: Sequence[str],
+        folder: Path | str,
+        options: ScaleOptions,
+        *,
+        rewards: WeightedRewards,
+        reward_names: Sequence[str] | None = None,
+        prune_rewards: WeightedRewards | None = None,
+        prune_reward_names: Sequence[str] = (),
+        score_decoder_id: str | None = None,
+        images_per_prompt: int = 1,
+        seeds: Sequence[int] = (),
+        seed: int = 0,
+        batch_size: int = 16,
+        resolution: Resolution | None = None,
+    ) -> None:
+        """Describe the run.
+
+        Args:
+            generator: Its weights stay fixed; ``num_inference_steps`` are its steps.
+            prompts: May repeat.
+            folder: Where everything is written.
+            options: How a budget is spent.
+            rewards: Select in the end, and without ``prune_rewards`` on the way, too.
+            reward_names: How the rewards are called in the run's settings; by default by name and
+                weight.
+            prune_rewards: Score on the way.
+            prune_reward_names: How those are called.
+            score_decoder_id: Tiny decoder that decodes on the way.
+            images_per_prompt: Images of each prompt, each with noises of its own.
+            seeds: Instead: one seed per image of a prompt, the same for all prompts.
+            seed: Seed of the run.
+            batch_size: Rows that are evaluated at once.
+            resolution: Image side in pixels, or height and width; by default the generator's own.
+
+        Raises:
+            UserError: If there is no prompt, an option makes no sense, or the budget is below one
+                candidate.
+        """
+        self.samples = samples_of(prompts, images_per_prompt, seed, seeds)
+        require(bool(self.samples), "there is no prompt")
+        require(batch_size >= 1, f"batch_size is {batch_size}; give at least 1")
+        options.check(generator.num_inference_steps, generator.draws_noise)
+        on_the_way = bool(options.pruning.after) or options.method == "svdd"
+        for flag, given in (
+            ("prune_reward", prune_rewards is not None),
+            ("score_decoder_id", score_decoder_id is not None),
+        ):
+            require(
+                on_the_way or not given,
+                f"--{flag} has no effect where nothing is scored on the way; leave it out",
+            )
+        self.size = TargetImages(generator, resolution).size  # checks it
+        self.options, self.seed, self._folder = options, seed, Path(folder)
+        early = generator
+        if score_decoder_id is not None:
+            early = copy.copy(generator)  # the same networks with another decoder
+            early.tune_decoder(score_decoder_id, None, False, 0)
+        self.walker = Walker(
+            generator, rewards, self.size, batch_size, early=early, early_rewards=prune_rewards
+        )
+        self._has_decoder = score_decoder_id is not None
+        self._steps = generator.num_inference_steps
+        self.flops = self._count()
+        self._each = each = self._units()
+        self.n = options.candidates or affordable(
+            lambda n: self._rule(n).counts().cost(*each), options.budget or 0.0
+        )
+        self.counts = self._rule(self.n).counts()
+        self.beside: int | None = None
+        if options.compare == "best_of_n":
+            one = self._rule(1, "best_of_n").counts().cost(*each)
+            self.beside = max(1, math.ceil(self.counts.cost(*each) / one * (1 - 1e-9)))
+        wave = -(-batch_size // self.counts.last)
+        evaluations = self.counts.evaluations + (self.beside or 0) * self._steps
+        super().__init__(folder, wave, len(self.samples), evaluations)
+        weighted = (f"{name}:{weight:g}" for name, weight in rewards.weights.items())
+        self.reward_names = [*(weighted if reward_names is None else reward_names)]
+        self._more = {
+            "prune_rewards": [*prune_reward_names],
+            "score_decoder": early.fingerprint() if self._has_decoder else None,
+        }
+
+    def _rule(self, n: int, method: str | None = None, seeds: Sequence[int] = (0,)) -> Rule:
+        """Of ``n`` candidates, by the method of the options or by Best-of-N."""
+        options = self.options if method is None else ScaleOptions("best_of_n")
+        return METHODS[options.method](options, n, self._steps, seeds)
+
+    def _count(self) -> tuple[float, float, float]:
+        """FLOP of an evaluation, and of a verification on the way and in the end."""
+        walker = self.walker
+        prompt = self.samples[0].prompt
+        work = count_flops(walker.generator, walker.rewards, self.size, prompt)
+        early = work.verification
+        if (walker.early, walker.early_rewards) != (walker.generator, walker.rewards):
+            parts = walker.early, walker.early_rewards
+            early = count_flops(*parts, self.size, prompt).verification
+        return work.evaluation, early, work.verification
+
+    def _units(self) -> tuple[float, float, float]:
+        """The same in the budget's unit."""
+        if self.options.cost_unit == "evaluations":
+            return 1.0, 0.0, 0.0
+        if self.options.cost_unit == "flops":
+            evaluation, early, last = (value / TERA for value in self.flops)
+            return evaluation, early, last
+        path = self._folder / "run.json"  # a run that goes on has the times it began with
+        known = read_json(path).get("cost_seconds") if path.is_file() else None
+        evaluation, early, last = known or self._measure()
+        return evaluation, early, last
+
+    def _measure(self) -> tuple[float, float, float]:
+        """Seconds of an evaluation and of both verifications of one image, in whole batches."""
+        walker, size, sample = self.walker, self.walker.batch_size, self.samples[0]
+        generator, prompts = walker.generator, [sample.prompt] * size
+        with torch.no_grad():
+            told = generator.told(prompts, [0] * size)
+            z = gaussian([sample.seed_of(k) for k in range(size)], walker.shape)
+            z = z.to(generator.device)
+            latents = generator.evaluate(0, z, told).latents
+
+            def evaluate() -> None:
+                generator.evaluate(0, z, told).latents.cpu()
+
+            def verify(decoder: Generator, rewards: WeightedRewards) -> None:
+                rewards(decoder.images(latents), prompts).cpu()
+
+            found = [median_seconds(evaluate)]
+            for pair in ((walker.early, walker.early_rewards), (generator, walker.rewards)):
+                found.append(median_seconds(functools.partial(verify, *pair)))
+        evaluation, early, last = (seconds / size for seconds in found)
+        return evaluation, early, last
+
+    def solve_all(self) -> None:
+        walker = self.walker
+        for reader in (walker.generator, walker.rewards, walker.early_rewards):
+            reader.warn_of_cut(sample.prompt for sample in self.samples)
+        super().solve_all()
+
+    def settings(self) -> dict[str, Any]:
+        found = {
+            "command": self.command,
+            **dataclasses.asdict(self.options),
+            "schedule": None,
+            "after": list(self.options.pruning.after),
+            "keep": list(self.options.pruning.keep),
+            "candidates": self.n,
+            "compare_candidates": self.beside,
+            "rewards": self.reward_names,
+            **self._more,
+            "flops": list(self.flops),
+            "seed": self.seed,
+            **self.walker.generator.settings(self.size),
+            "samples": self.total,
+            "prompts": content_id(*((s.prompt, s.seed) for s in self.samples)),
+        }
+        if self.options.cost_unit == "seconds":
+            found["cost_seconds"] = list(self._each)
+        return found
+
+    def plan(self) -> Plan:
+        """What the run will cost, from counts and a few timed batches; does nothing of it."""
+        seconds, lines, total = self._measure(), [], 0.0
+        evaluation, early, last = (value / TERA for value in self.flops)
+        lines.append(f"evaluation {evaluation:.4g} TFLOP, {duration(seconds[0])}")
+        lines.append(f"verification on the way {early:.4g} TFLOP, {duration(seconds[1])}")
+        lines.append(f"verification in the end {last:.4g} TFLOP, {duration(seconds[2])}")
+        for name, n in ((self.options.method, self.n), ("best_of_n", self.beside)):
+            if n is not None:
+                counts = self._rule(n, None if n is self.n else "best_of_n").counts()
+                took = counts.cost(*seconds) * len(self.samples)
+                total += took
+                lines.append(
+                    f"{name}, {n} candidates: {counts.evaluations} evaluations, "
+                    f"{counts.early + counts.last} verifications, "
+                    f"{counts.cost(evaluation, early, last):.4g} TFLOP per image; "
+                    f"{len(self.samples)} images: {duration(took)}"
+                )
+        return Plan(lines, total)
+
+    def batches(self, done: frozenset[str]) -> Iterator[Sequence[Sample]]:
+        for start in range(0, len(self.samples), self.batch_size):
+            wave = self.samples[start : start + self.batch_size]
+            yield [sample for sample in wave if sample.id not in done]
+
+    def solve(self, batches: Iterable[Sequence[Sample]]) -> Iterator[Sequence[Scaled]]:
+        self.walker.on_evaluations = self.on_evaluations
+        return (self._wave(wave) for wave in batches if wave)
+
+    def _wave(self, wave: Sequence[Sample]) -> list[Scaled]:
+        seeds = [sample.seed for sample in wave]
+        self.walker.compares_decoders = self._has_decoder and wave[0].index == 0
+        walked = self.walker.walk(wave, self._rule(self.n, None, seeds))
+        beside = None
+        if self.beside is not None:
+            beside = self.walker.walk(wave, self._rule(self.beside, "best_of_n", seeds))
+        return [
+            Scaled(
+                sample,
+                _won(walked, k, sample, len(wave)),
+                None if beside is None else _won(beside, k, sample, len(wave)),
+                self.walker.decoder_spearman if sample.index == 0 else None,
+                self.walker.shape,
+            )
+            for k, sample in enumerate(wave)
+        ]
+
+    def failure(self, found: Scaled) -> Json:
+        reason = "no candidate's reward was finite"
+        return Failure(reason, id=found.sample.id, prompt=found.sample.prompt).row
+
+    def images(self, found: Scaled) -> dict[str, Tensor]:
+        """The winner, and that of Best-of-N."""
+        beside = {} if found.beside is None else {"best_of_n": found.beside.image}
+        pictures = {"best": found.won.image, **beside}
+        return {f"{found.sample.id}-{kind}.png": image for kind, image in pictures.items()}
+
+    def row(self, found: Scaled, place: Mapping[str, Any]) -> Json:
+        sample, won, beside = found.sample, found.won, found.beside
+        row = {
+            "id": sample.id,
+            "index": sample.index,
+            "prompt": sample.prompt,
+            "target_image_path": f"images/{sample.id}-best.png",
+            **place,
+            "first_seed": sample.seed,
+            **self._told(won),
+            "seconds": won.seconds,
+        }
+        if beside is not None:
+            row |= {"compare": self._told(beside), "compare_seconds": beside.seconds}
+        if found.decoder_spearman is not None:
+            row["decoder_spearman"] = found.decoder_spearman
+        return row
+
+    def _told(self, won: Won) -> Json:
+        return {
+            "seed": won.seed,
+            "candidate": won.candidate,
+            "best": won.scores,
+            "steps": won.trace,
+            **won.said,
+            "evaluations": won.counts.evaluations,
+            "verifications": won.counts.early + won.counts.last,
+            "flops": won.counts.cost(*self.flops),
+        }
+
+    def means(self, rows: Sequence[Json]) -> dict[str, float | None]:
+        return {"best_reward": mean(row["best"]["total"] for row in rows)}
+
+    def summary(self, rows: Sequence[Json], is_last: bool) -> Json:
+        """Means with 95 % intervals, what was paid, and Best-of-N beside it; writes the pairs."""
+        pairs = write_training_pairs(self.folder, rows, self.walker.shape)
+        found = summarise(rows) | {"training_pairs": pairs}
+        alike = found.get("decoder_spearman")
+        if alike is not None and alike < _ALIKE:
+            say(
+                f"warning: the scores of the tiny decoder rank as those of the full one with a "
+                f"correlation of {alike:.2f} only; leave --score_decoder_id out"
+            )
+        return found
+
+
+def _won(walked: Walked, k: int, sample: Sample, wave: int) -> Won:
+    candidate = int(walked.winners[k])
+    return Won(
+        candidate,
+        sample.seed_of(candidate),
+        {name: float(values[k]) for name, values in walked.scores.items()},
+        [scored.of(k) for scored in walked.trace],
+        walked.rule.said(k),
+        walked.images[k],
+        Counts(walked.evaluations // wave, walked.early // wave, walked.last // wave),
+        walked.seconds / wave,
+    )
+
+
+def by_prompt(rows: Sequence[Json], values: Sequence[float]) -> Floats:
+    """Means of the values of each prompt; the values themselves where there is one prompt."""
+    groups: dict[str, list[float]] = {}
+    for row, value in zip(rows, values, strict=True):
+        groups.setdefault(row["id"].rpartition("-")[0], []).append(value)
+    if len(groups) == 1:
+        return np.array(values)
+    return np.array([np.mean(group) for group in groups.values()])
+
+
+def summarise(rows: Sequence[Json]) -> dict[str, Any]:
+    """Means over all images with intervals over prompts, and differences to Best-of-N."""
+    found = {
+        "samples": len(rows),
+        "prompts": len({row["id"].rpartition("-")[0] for row in rows}),
+        **_arm(rows, rows),
+    }
+    if "compare" in rows[0]:
+        others = [{**row["compare"], "seconds": row["compare_seconds"]} for row in rows]
+        gains = [a["best"]["total"] - b["best"]["total"] for a, b in zip(rows, others, strict=True)]
+        found["compare"] = _arm(rows, others) | {
+            "gain": gain_of(by_prompt(rows, gains)),
+            "better": sum(gain > 0 for gain in gains),
+            "equal": sum(gain == 0 for gain in gains),
+        }
+    if "decoder_spearman" in rows[0]:
+        found["decoder_spearman"] = rows[0]["decoder_spearman"]
+    return found
+
+
+def _arm(rows: Sequence[Json], arms: Sequence[Json]) -> dict[str, Any]:
+    totals = [arm["best"]["total"] for arm in arms]
+    low, high = interval(by_prompt(rows, totals))
+    return {
+        "best_reward": mean(totals),
+        "low": low,
+        "high": high,
+        "rewards": {name: mean(arm["best"][name] for arm in arms) for name in arms[0]["best"]},
+        "candidates": len({*arms[0]["steps"][0]["candidates"]}),
+        "evaluations": sum(arm["evaluations"] for arm in arms),
+        "verifications": sum(arm["verifications"] for arm in arms),
+        "tflop_per_image": mean(arm["flops"] / TERA for arm in arms),
+        "seconds_per_image": mean(arm["seconds"] for arm in arms),
+    }
