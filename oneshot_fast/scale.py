@@ -104,7 +104,7 @@ class SearchConfig:
     holdout: float = 0.5
     """Share of the prompts that are kept aside."""
     output_dir: Path = Path("runs/scale_search")
-    """Folder of schedule.json."""
+    """Folder of schedule.json and report.html."""
     seed: int = 0
     """Seed of the split, the schedules and the draws."""
 
@@ -211,7 +211,7 @@ def execute(command: ScaleCommand) -> int:
 
 
 def _simulate(config: SimulateConfig) -> None:
-    from oneshot_fast.jobs.scale.simulate import Arm, curve
+    from oneshot_fast.jobs.scale.simulate import Arm, agreement, areas, curve
     from oneshot_fast.report.scale import write_scale_report
     from oneshot_fast.runtime.files import write_json
     from oneshot_fast.search.pruning import Schedule
@@ -239,6 +239,11 @@ def _simulate(config: SimulateConfig) -> None:
             shared_mask=config.shared_mask,
         ),
     }
+    found["areas"] = areas(found["rows"])
+    found["agreement"] = agreement(pool)
+    largest = found["rows"][-1]["n"]
+    found["alive"] = {"after": [*schedule.after], "counts": schedule.counts(largest)}
+    found["best_of_n_cost"] = Schedule().cost(1, cost)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(config.output_dir / "scale.json", found)
     write_scale_report(config.output_dir, found)
@@ -250,11 +255,15 @@ def _simulate(config: SimulateConfig) -> None:
         few = ": all that the pool has" if row["pool_too_small"] else ""
         print(f"budget {row['budget']:g}: {row['arm']}, n = {row['n']}{few}, "
               f"{row['mean']:.4f} [{row['low']:.4f}, {row['high']:.4f}]{against}")  # fmt: skip
+    for arm, area in found["areas"].items():
+        if area is not None and len(budgets) > 1:
+            print(f"{arm}: area over the budgets {area:+.1f} % of Best-of-N's")
     print(f"report: {config.output_dir / 'report.html'}")
 
 
 def _search(config: SearchConfig) -> None:
     from oneshot_fast.jobs.scale.simulate import PUBLISHED, search_schedule
+    from oneshot_fast.report.scale import write_search_report
     from oneshot_fast.runtime.files import write_json
     from oneshot_fast.search.pruning import Schedule
 
@@ -273,7 +282,9 @@ def _search(config: SearchConfig) -> None:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     path = config.output_dir / "schedule.json"
     settings = public(config) | {"budget": budget}
-    write_json(path, {"settings": settings, **dataclasses.asdict(found)})
+    kept = {"settings": settings, **dataclasses.asdict(found)}
+    write_json(path, kept)
+    write_search_report(config.output_dir, kept)
     print(f"{found.search_prompts} prompts to search, {found.held_out_prompts} kept aside to judge")
     if found.pool_too_small:
         print(f"the budget pays more candidates than the {pool.final.shape[1]} of the pool")

@@ -10,9 +10,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import scipy.integrate
 
 from oneshot_fast.errors import require
 from oneshot_fast.jobs.scale.pools import Pool
+from oneshot_fast.search.agreement import kendall, spearman
 from oneshot_fast.search.pruning import Cost, Draws, Floats, Schedule, best_of_n, winners
 
 _RESAMPLES, _MOST_DRAWS = 2000, 4096
@@ -135,6 +137,45 @@ def curve(
                 row["gain"] = gain_of(found.values[:, 0] - best)
             rows.append(row)
     return rows
+
+
+def areas(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """How much more each arm gains than Best-of-N over the budgets of ``curve``'s rows, in %.
+
+    Areas by Simpson's rule between an arm's means and the first mean of Best-of-N; None where
+    Best-of-N has no area above it.
+    """
+    found = dict[str, float]()
+    first = rows[0]["mean"]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = sorted((row["budget"], row["mean"] - first) for row in rows if row["arm"] == arm)
+        x, y = np.array(own).T
+        found[arm] = float(scipy.integrate.simpson(y, x=x))
+    base = found.pop("best_of_n")
+    return {arm: 100 * (area - base) / base if base > 0 else None for arm, area in found.items()}
+
+
+def agreement(pool: Pool) -> list[dict[str, Any]]:
+    """How early rewards rank the candidates as the final ones do: a row per step and reward.
+
+    Means of Spearman's and Kendall's (tau-b) correlations within prompts.
+    """
+    kinds = [("base", pool.base, pool.steps)]
+    if pool.noise_aware is not None:
+        kinds.append(("noise-aware", pool.noise_aware, pool.noise_aware_steps))
+    return [
+        {
+            "reward": name,
+            "kind": kind,
+            "step": step,
+            "spearman": float(spearman(values[:, :, k, r], pool.final[..., r]).mean()),
+            "kendall": float(kendall(values[:, :, k, r], pool.final[..., r]).mean()),
+        }
+        for kind, values, steps in kinds
+        for r, name in enumerate(pool.rewards)
+        for k, step in enumerate(steps)
+        if step < pool.num_steps - 1
+    ]
 
 
 def gain_of(differences: Floats) -> dict[str, float]:

@@ -145,7 +145,11 @@ def test_the_command_simulates_searches_and_converts(tmp_path: Path, capsys):
     rows = json.loads((tmp_path / "out" / "scale.json").read_text())["rows"]
     assert [row["arm"] for row in rows[:2]] == ["best_of_n", "pruned"]
     assert rows[1]["cost"] <= rows[1]["budget"]
-    assert "Pruning is better" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Pruning is better" in page and "What early rewards tell" in page
+    found = json.loads((tmp_path / "out" / "scale.json").read_text())
+    assert found["areas"]["pruned"] > 0 and len(found["agreement"]) == STEPS - 1
+    assert all(0.7 < row["kendall"] < row["spearman"] < 0.95 for row in found["agreement"])
     assert (tmp_path / "out" / "scale.png").exists()
     assert main(["search", pool, out, *costs, "--tries=30"]) == 0
     found = json.loads((tmp_path / "out" / "schedule.json").read_text())
