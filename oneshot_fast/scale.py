@@ -346,6 +346,10 @@ def _print_summary(summary: dict[str, Any], folder: Path, model_id: str) -> None
         print(f"against Best-of-N: {gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]")
     if summary["training_pairs"]:
         flags = ["--model_id", model_id, "--manifest_path", str(folder / MANIFEST)]
+        for name in ("num_inference_steps", "guidance_scale", "cps_eta"):
+            value = summary["settings"].get(name)
+            if value is not None:  # one step notes none of them
+                flags += [f"--{name}", str(value)]
         print(f"to train on these images: python -m oneshot_fast.sft {shlex.join(flags)} "
               "--output_dir DIR")  # fmt: skip
 
