@@ -1,6 +1,7 @@
 """Low-rank adapters of attention (LoRA, Hu et al. 2021, arXiv 2106.09685), by peft."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ _KOHYA = {"lora_A": "lora_down", "lora_B": "lora_up"}
 
 
 def add_adapter(
-    denoiser: Any, rank: int, alpha: float | None, seed: int = 0, start: Adapter | None = None
+    denoiser: Any,
+    rank: int,
+    alpha: float | None,
+    seed: int = 0,
+    start: Adapter | None = None,
+    name: str = "default",
 ) -> None:
     """Put a float32 adapter, the only trained part, on the attention projections of ``denoiser``.
 
@@ -32,6 +38,7 @@ def add_adapter(
         alpha: Its scale; None takes ``rank``.
         seed: Of A.
         start: Instead: an adapter to go on with, on the modules that it adapts.
+        name: The adapter's; it is the active one.
 
     Raises:
         UserError: If the module takes no adapter.
@@ -47,13 +54,42 @@ def add_adapter(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        denoiser.add_adapter(config if start is None else start.config)
+        denoiser.add_adapter(config if start is None else start.config, name)
     cast_training_params(denoiser, torch.float32)
     if start is not None:
         parameters = dict(denoiser.named_parameters())
         with torch.no_grad():
-            for name, value in start.weights.items():
-                parameters[name].copy_(value)
+            for key, value in start.weights.items():
+                parameters[key].copy_(value)
+
+
+@contextmanager
+def role(denoiser: Any, name: str | None) -> Iterator[None]:
+    """Meanwhile ``denoiser`` computes with the adapter ``name``; with none of them for None.
+
+    That is all that changes: which weights have gradients stays as it is, although peft's own
+    switches set it. A backward pass that computes activations again has to be in the same role as
+    its forward pass.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: Any = [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]
+    wanted = [p for layer in layers for p in layer.parameters()]
+
+    def switch(states: Sequence[tuple[bool, Any]]) -> None:
+        flags = [p.requires_grad for p in wanted]
+        for layer, (disabled, active) in zip(layers, states, strict=True):
+            layer.set_adapter(active)
+            layer.enable_adapters(not disabled)
+        for parameter, flag in zip(wanted, flags, strict=True):
+            parameter.requires_grad_(flag)
+
+    before = [(layer.disable_adapters, [*layer.active_adapters]) for layer in layers]
+    switch([(name is None, active if name is None else [name]) for _, active in before])
+    try:
+        yield
+    finally:
+        switch(before)
 
 
 def write_adapter(

@@ -270,6 +270,13 @@ class FewStepGenerator(PipelineGenerator):
             )
         return self._steps[key]
 
+    def sampler_set(self, shape: Sequence[int]) -> Any:
+        """A copy of the scheduler that samples, set to the steps for latents of ``shape``."""
+        with unset_fake_temporarily():  # of a plan
+            sampler = copy.deepcopy(self._sampler)
+            sampler.set_timesteps(**self._levels(self._told_schedule(shape)))
+        return sampler
+
     def _told_schedule(self, shape: Sequence[int]) -> dict[str, Any]:
         """What the scheduler is told: as by the pipeline, or where the steps begin."""
         if not self.step_list:
@@ -347,6 +354,11 @@ class FewStepGenerator(PipelineGenerator):
             x = self._kept(k, x, conditioning) + step.change * output
         return found
 
+    def estimate(self, k: int, x: Tensor, told: Conditioning) -> Tensor:
+        """What step ``k``, from 0, says of the clean latents of samples x [B, C, h, w]."""
+        step = self.steps(x.shape[1:])[k]
+        return step.skip * x - step.sigma * self._guided(k, x, told)
+
     def transition(self, k: int, x: Tensor, told: Conditioning) -> Transition:
         """What step ``k``, from 0, draws of samples x [B, C, h, w], differentiable."""
         step = self.steps(x.shape[1:])[k]
@@ -372,14 +384,24 @@ class FewStepGenerator(PipelineGenerator):
         """
         found = [eps]
         for k in range(self.num_inference_steps):
-            x = found[-1]
-            made = self.transition(k, x, told)
-            after = made.mean
-            if made.std:
-                z = _later_noise(told, k, x) if draw is None else draw(k, x)
-                after = after + made.std * z
-            found.append(after)
+            found.append(self.next_sample(k, found[-1], told, draw))
         return found
+
+    def next_sample(
+        self,
+        k: int,
+        x: Tensor,
+        told: Conditioning,
+        draw: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """What follows samples x [B, C, h, w] by step ``k``, from 0, differentiable.
+
+        The other arguments are those of ``rollout``.
+        """
+        made = self.transition(k, x, told)
+        if made.std == 0:
+            return made.mean
+        return made.mean + made.std * (_later_noise(told, k, x) if draw is None else draw(k, x))
 
     def _output(self, k: int, x: Tensor, told: Conditioning) -> Tensor:
         """The output in step k; its activations are computed again in the backward pass."""
@@ -401,13 +423,25 @@ class FewStepGenerator(PipelineGenerator):
         step = self.steps(x.shape[1:])[k]
         key = ("timestep", k, *x.shape[1:], x.device)
         timestep = self._constant(key, lambda: step.timestep.to(x.device))
-        if self.guidance_scale == 1:
-            return self._denoise(x * step.scale, timestep, told)
-        without = self._unconditional(told)
-        both = Conditioning.cat([without, told])
-        output = self._denoise(torch.cat([x, x]) * step.scale, timestep, both)
-        off, on = output.chunk(2)
-        return off + (self.guidance_scale + self.guidance_from) * (on - off)
+        return self.output_at(x * step.scale, timestep, told, self.guidance_scale)
+
+    def output_at(
+        self, x: Tensor, timestep: Tensor, told: Conditioning, guidance: float = 1.0
+    ) -> Tensor:
+        """The denoiser's output [B, C, h, w] float32 for inputs like it.
+
+        Args:
+            x: Input, as the denoiser takes it.
+            timestep: One for all, or [B].
+            told: Conditioning of B prompts.
+            guidance: Classifier-free guidance, both halves in one batch; 1 does without.
+        """
+        if guidance == 1:
+            return self._denoise(x, timestep, told)
+        both = Conditioning.cat([self._unconditional(told), told])
+        times = timestep if timestep.ndim == 0 else timestep.repeat(2)
+        off, on = self._denoise(torch.cat([x, x]), times, both).chunk(2)
+        return off + (guidance + self.guidance_from) * (on - off)
 
     def _unconditional(self, told: Conditioning) -> Conditioning:
         """That of no prompt, as the pipeline has it, for as many rows."""

@@ -57,7 +57,10 @@ class TrainingRun(ABC):
         trainers: Made of both when the training begins.
         pool: Preserve targets; by default made from the generator as it is when it is run.
         begins_anew: Whether what lies in the folder does not count.
+        passing: Names of trainees that end with the training, and leave no checkpoint.
     """
+
+    passing: frozenset[str] = frozenset()
 
     outputs: tuple[str, ...] = (
         "checkpoint-best", "checkpoint-final", "checkpoint-best.safetensors",
@@ -200,7 +203,7 @@ class TrainingRun(ABC):
         """
         self.begins_anew = overwrite or self._is_mended()
         settings = self.settings()
-        others = (name for name in self.trainees if name != STUDENT)
+        others = (name for name in self._kept if name != STUDENT)
         outputs = (*self.outputs, *others, *self._checkpoints(STUDENT).intermediate())
         folder = RunFolder(self.folder, settings, outputs, self.begins_anew, verify)
         with kept_by_main(folder):
@@ -211,7 +214,7 @@ class TrainingRun(ABC):
             if self.is_finished:
                 if is_main():
                     self._drop_state()
-                for name in self.trainees:
+                for name in self._kept:
                     self.trainees[name].load_weights(self._home(name) / "checkpoint-final")
                 return dict(read_json(path))
             self.tracker = start_tracking(report_to, self.folder, settings)
@@ -225,7 +228,7 @@ class TrainingRun(ABC):
     @property
     def is_finished(self) -> bool:
         """Whether the folder holds a training that has come to its end."""
-        finals = (self._home(name) / "checkpoint-final" for name in self.trainees)
+        finals = (self._home(name) / "checkpoint-final" for name in self._kept)
         return (self.folder / "summary.json").exists() and all(path.exists() for path in finals)
 
     def _is_mended(self) -> bool:
@@ -266,8 +269,8 @@ class TrainingRun(ABC):
         measured = self.at_end()
         if is_main():
             write_jsonl(self.folder / "history.jsonl", student.history)
-        for name, trainer in self.trainers.items():
-            self._checkpoints(name).finish(trainer)
+        for name in self._kept:
+            self._checkpoints(name).finish(self.trainers[name])
         return {
             "samples": count,
             "steps": student.step,
@@ -291,6 +294,11 @@ class TrainingRun(ABC):
         count = self.options.preserve_batch_size or self.options.batch_size
         seed = derived_seed(self.seed, "preserve step", step)
         return {"preserve": self._pool.rows(self.generator, count, seed)}
+
+    @property
+    def _kept(self) -> list[str]:
+        """Names of the trainees that leave checkpoints."""
+        return [name for name in self.trainees if name not in self.passing]
 
     def _home(self, name: str) -> Path:
         return self.folder if name == STUDENT else self.folder / name
@@ -331,7 +339,8 @@ class TrainingRun(ABC):
         row = None
         for name, trainer in self.trainers.items():
             found = trainer.end_epoch(epoch)
-            self._checkpoints(name).keep(trainer)
+            if name in self._kept:
+                self._checkpoints(name).keep(trainer)
             if name == STUDENT:
                 row = found
             elif row is not None and found is not None:

@@ -72,7 +72,13 @@ class Trainer:
     """
 
     def __init__(
-        self, trainee: Trainee, loss: Loss, options: TrainOptions, steps: int, seed: int = 0
+        self,
+        trainee: Trainee,
+        loss: Loss,
+        options: TrainOptions,
+        steps: int,
+        seed: int = 0,
+        adapter: str = "default",
     ) -> None:
         """Unfreeze the module, or add an adapter to it, and make the optimiser.
 
@@ -82,6 +88,8 @@ class Trainer:
             options: How it is trained.
             steps: Of the whole training, over which the learning rate falls.
             seed: Of the adapter and of the stochastic rounding.
+            adapter: Its name: one beside that of another trainer of the same module, which is the
+                active one again.
 
         Raises:
             UserError: If the optimiser is not installed, or the module takes no adapter.
@@ -89,12 +97,14 @@ class Trainer:
         module = trainee.module
         self.trainee, self.loss, self.options = trainee, loss, options
         self.initial_dtype = next(module.parameters()).dtype
-        self.originals = trainee.originals() if options.lora_rank else {}
-        module.to(getattr(torch, options.weights_dtype)).requires_grad_(not options.lora_rank)
+        is_second = adapter != "default"
+        self.originals = trainee.originals() if options.lora_rank and not is_second else {}
+        if not is_second:
+            module.to(getattr(torch, options.weights_dtype)).requires_grad_(not options.lora_rank)
         if options.lora_rank:
             start = trainee.read_adapter(options.lora_from) if options.lora_from else None
-            drawn = derived_seed(seed, "lora")
-            add_adapter(module, options.lora_rank, options.lora_alpha, drawn, start)
+            drawn = derived_seed(seed, "lora", *([adapter] if is_second else []))
+            add_adapter(module, options.lora_rank, options.lora_alpha, drawn, start, adapter)
         checkpoint_activations(module, options)
         self.parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self.optimizer = WeightOptimizer(self.parameters, options, steps, seed)
@@ -115,6 +125,8 @@ class Trainer:
             weights = [parameter.float() for parameter in self.parameters.values()]
             self.ema = EMAModel(weights, options.ema_decay)
         self._parts, self._halved = options.gradient_accumulation_steps, False
+        if is_second:
+            module.set_adapter("default")  # type: ignore[operator]
         module.requires_grad_(False)
 
     def __call__(self, batch: Batch) -> None:

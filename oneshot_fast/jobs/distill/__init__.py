@@ -1,0 +1,1 @@
+"""Distillation of a many-step teacher into a few-step student."""

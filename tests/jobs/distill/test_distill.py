@@ -1,0 +1,234 @@
+"""Distillation: roles apart, killed and resumed, memory, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from family_samples import tiny_pipeline
+from torch import Tensor
+
+from oneshot_fast.errors import UserError
+from oneshot_fast.generators.adapters import add_adapter, role
+from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.generators.sd3 import Sd3Generator
+from oneshot_fast.generators.sdxl import SdxlGenerator
+from oneshot_fast.jobs.distill.options import DistillOptions
+from oneshot_fast.jobs.distill.plan import distill_memory
+from oneshot_fast.jobs.distill.run import DistillRun, losses_of
+from oneshot_fast.runtime.files import read_json, read_jsonl
+from oneshot_fast.training.checkpoints import STUDENT
+from oneshot_fast.training.roles import FAKE, Roles
+
+PROMPTS = ["a red bird", "a house by the sea"]
+SMALL: dict[str, Any] = {
+    "batch_size": 2, "epochs": 2, "ttur": 2, "lr": 1e-3, "teacher_guidance": 2.0
+}  # fmt: skip
+
+
+def few(name: str = "SDXL", steps: int = 2) -> FewStepGenerator:
+    if name == "SDXL":
+        generator: Any = SdxlGenerator(tiny_pipeline("StableDiffusionXLPipeline"))
+    else:
+        generator = Sd3Generator(tiny_pipeline("StableDiffusion3Pipeline"))
+    return FewStepGenerator.over(generator, steps, eta=0.9 if steps > 1 else None)
+
+
+def run_of(folder: Path, generator: Any = None, **options: Any) -> DistillRun:
+    torch.manual_seed(0)
+    return DistillRun(
+        generator or few(), PROMPTS, folder, DistillOptions(**{**SMALL, **options}),
+        images_per_prompt=1, eval_samples=10, save_minutes=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_every_step_moves_its_own_network_alone(tmp_path: Path, rank: int) -> None:
+    run = run_of(tmp_path, lora_rank=rank)
+    generator = run.generator
+    base = {k: v.clone() for k, v in generator.denoiser.state_dict().items()}
+    noise = torch.randn(2, *run.noise_shape)
+    told = generator.told(PROMPTS, [1, 2])
+
+    def teacher() -> Tensor:
+        with torch.no_grad(), run.roles("teacher") as net:
+            return net.output_at(noise, torch.tensor(500), told, 2.0)
+
+    before = teacher()
+    run.trainers = {name: run.trainer(name, 4) for name in (STUDENT, FAKE)}
+    for name, other in ((FAKE, STUDENT), (STUDENT, FAKE)):
+        old = {
+            of: {k: p.detach().clone() for k, p in run.trainers[of].parameters.items()}
+            for of in (name, other)
+        }
+        if name == FAKE:
+            with run.roles("fake"):
+                run.trainers[FAKE](run._batch([0, 1], "fake", 0, 0))
+        else:
+            run.trainers[STUDENT](run.batch([0, 1], 0))
+        moved = [not torch.equal(p, old[name][k]) for k, p in run.trainers[name].parameters.items()]
+        assert any(moved) and run.trainers[name].skipped == 0, name
+        assert all(torch.equal(p, old[other][k]) for k, p in run.trainers[other].parameters.items())
+    assert torch.equal(teacher(), before)
+    if rank:  # one base in memory, as it was
+        assert run.roles.fake.denoiser is generator.denoiser
+        after = {
+            k.replace(".base_layer", ""): v for k, v in generator.denoiser.state_dict().items()
+        }
+        assert all(torch.equal(after[k], v) for k, v in base.items())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_role_changes_nothing_but_what_computes(checkpointing: bool) -> None:
+    generator = few()
+    net = generator.denoiser
+    for name in ("default", "fake"):
+        add_adapter(net, 2, None, seed=1, name=name)
+    for key, parameter in net.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.1)
+        parameter.requires_grad_(".default." in key)
+    if checkpointing:
+        net.enable_gradient_checkpointing()
+        net.train()
+    net.set_adapter("default")
+    for key, parameter in net.named_parameters():
+        parameter.requires_grad_(".default." in key)
+    flags = {k: p.requires_grad for k, p in net.named_parameters()}
+    x, told = torch.randn(1, 4, 8, 8), generator.told(PROMPTS[:1], [1])
+
+    def output() -> Tensor:
+        return generator.output_at(x, torch.tensor(500), told)
+
+    mine = output()
+    with role(net, "fake"):
+        other = output()
+        with role(net, None):
+            none = output()
+        assert torch.equal(output(), other)
+    assert torch.equal(output(), mine)
+    assert not torch.equal(mine, other) and not torch.equal(none, other)
+    assert flags == {k: p.requires_grad for k, p in net.named_parameters()}
+    mine.sum().backward()
+    have = {k for k, p in net.named_parameters() if p.grad is not None and p.grad.any()}
+    assert have and all(".default." in k for k in have)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("SDXL", 1), ("SD3", 2)])
+def test_both_parametrisations_and_one_step(tmp_path: Path, name: str, steps: int) -> None:
+    generator = few(name, steps)
+    run = run_of(tmp_path, generator, epochs=1)
+    levels = run.losses[FAKE].levels  # type: ignore[attr-defined]
+    assert levels.is_flow == (name == "SD3") and levels.timesteps[-1] == 0
+    if steps == 1:  # either objective is the same
+        shape, found = generator.latent_shape(16, 16), []
+        for objective in ("ac_dmd", "dmd"):
+            options = DistillOptions(objective=objective, teacher_guidance=2.0)
+            losses = losses_of(Roles.of_one(generator), generator, shape, options)
+            found.append(losses[STUDENT](generator, run.batch([0, 1], 0))["dmd"])
+        torch.testing.assert_close(*found)
+    summary = run.run()
+    assert summary["steps"] == 1 and summary["skipped_steps"] == 0
+    (row,) = read_jsonl(tmp_path / "history.jsonl")
+    assert row["fake loss"] > 0 and row["dmd"] > 0 and {"drift", "diversity"} <= row.keys()
+    assert not (tmp_path / FAKE).exists() and (tmp_path / "checkpoint-final").is_dir()
+
+
+def test_killed_and_resumed_to_the_same_bits(tmp_path: Path) -> None:
+    base = few()
+
+    def run(name: str) -> DistillRun:
+        return run_of(tmp_path / name, copy.deepcopy(base), lora_rank=2)
+
+    run("whole").run()
+    for dies in (1, 2, 5):  # after so many steps of the fake, which also leave the student alone
+        broken = run("broken")
+        batch, left = broken._batch, dies
+
+        def dying(*of: Any, batch: Any = batch) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise MemoryError
+            return batch(*of)
+
+        broken._batch = dying  # type: ignore[method-assign]
+        with pytest.raises(MemoryError):
+            broken.run()
+    run("broken").run()
+    name = "lora-final/pytorch_lora_weights.safetensors"
+    files = [(tmp_path / of / name).read_bytes() for of in ("whole", "broken")]
+    assert files[0] == files[1]
+    rows = [read_jsonl(tmp_path / of / "history.jsonl") for of in ("whole", "broken")]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+
+
+def test_with_adapters_there_is_one_base_in_memory() -> None:
+    generator = few()
+
+    def of(**options: Any) -> dict[str, int]:
+        chosen = DistillOptions(**{**SMALL, **options})
+
+        def losses(*of: Any) -> Any:
+            return losses_of(*of, chosen)
+
+        return distill_memory(generator, chosen, losses, generator.image_size).weights
+
+    adapted, whole = of(lora_rank=2), of()
+    assert "the fake's adapter" in adapted and "the teacher" not in adapted
+    assert adapted["the fake's adapter"] < 0.15 * whole["unet"]
+    assert whole["the fake"] == whole["the teacher"] == whole["unet"]
+
+
+def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
+    generator = few()
+    for options, message in (
+        ({"ttur": 0}, "ttur is 0"),
+        ({"teacher_guidance": 0.5}, "teacher_guidance is 0.5"),
+        ({"preserve_latent_weight": 0.5}, "the teacher is what is held on to"),
+        ({"consistency_weight": -1.0}, "consistency_weight is -1"),
+        ({"fake_lr": 0.0}, "fake_lr is 0"),
+        ({"optimizer_in_backward": True}, "three roles share"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_of(tmp_path, generator, **options)
+    guided = copy.copy(generator)
+    guided.guidance_scale = 2.0
+    with pytest.raises(UserError, match="leave guidance_scale out"):
+        run_of(tmp_path, guided)
+    pipe = tiny_pipeline("StableDiffusionXLPipeline", DDIMScheduler)
+    with pytest.raises(UserError, match="DDIMScheduler; this needs"):
+        run_of(tmp_path, FewStepGenerator.over(SdxlGenerator(pipe), 2))
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    flags = ["--teacher", "tiny-teacher", "--output_dir", tmp_path / "run", "--prompt_file"]
+    for more, message in (
+        ([tmp_path / "empty.txt"], "has no prompt"),
+        ([tmp_path / "p.txt", "--guidance_scale", 2], "the student does without"),
+        ([tmp_path / "p.txt", "--features", "vae"], "--features has no effect"),
+        ([tmp_path / "p.txt", "--cps_eta", 1.5, "--num_inference_steps", 2], "eta is 1.5"),
+    ):
+        ended = call("distill", *flags, *more)
+        assert ended.code == 2 and message in ended.error, ended
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command(tmp_path: Path, call: Callable[..., Any]) -> None:
+    (tmp_path / "p.txt").write_text("a handwritten digit one\na handwritten digit seven\n")
+    flags = [
+        "--teacher", "tiny-teacher", "--prompt_file", tmp_path / "p.txt", "--epochs", 1,
+        "--batch_size", 2, "--ttur", 1, "--images_per_prompt", 1, "--eval_samples", 10,
+        "--num_inference_steps", 2, "--teacher_guidance", 2, "--lora_rank", 2,
+    ]  # fmt: skip
+    ended = call("distill", *flags, "--dry_run")
+    assert ended.code == 0 and "the fake's adapter" in ended.out, ended
+    ended = call("distill", *flags, "--output_dir", tmp_path / "run", "--judge", "digit")
+    assert ended.code == 0 and "distilled in 1 steps" in ended.out, ended
+    final = read_json(tmp_path / "run/summary.json")["final"]
+    assert {"accuracy", "diversity", "drift", "judge digit"} <= final.keys()
+    assert (tmp_path / "run/report.html").exists() and (tmp_path / "run/lora-final").is_dir()
