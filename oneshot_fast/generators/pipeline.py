@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import hashlib
-import json
 import math
 from abc import abstractmethod
 from collections import OrderedDict
@@ -18,14 +17,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from oneshot_fast.errors import ModelError, require
-from oneshot_fast.generators.adapters import write_adapter
-from oneshot_fast.generators.base import (
-    Conditioning,
-    Generator,
-    LoadOptions,
-    Prediction,
-    Recomputed,
-)  # fmt: skip
+from oneshot_fast.generators.base import Conditioning, LoadOptions, Prediction, Recomputed
 from oneshot_fast.generators.cache import EncodingCache
 from oneshot_fast.generators.decoder import (
     Decoder,
@@ -35,36 +27,27 @@ from oneshot_fast.generators.decoder import (
     update_digest,
 )  # fmt: skip
 from oneshot_fast.generators.known import DISTILLED, is_base, known_start
-from oneshot_fast.generators.lora_files import (
-    Adapter,
-    Adapters,
-    MergedSource,
-    weights_of,
-)  # fmt: skip
+from oneshot_fast.generators.lora_files import MergedSource
 from oneshot_fast.generators.precision import gradient_scale, scale_gradient, widened
-from oneshot_fast.generators.pretrained import START_FILE, PipelineFolder, open_folder
+from oneshot_fast.generators.pretrained import PipelineFolder, open_folder
 from oneshot_fast.generators.single_file import PipelineFile
 from oneshot_fast.generators.step import Step
-from oneshot_fast.runtime.files import write_folder
+from oneshot_fast.generators.stored import StoredPipeline
 from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main
 
 _PROMPT_BYTES = 4 << 30  # of encodings in memory, where their encoders are moved away
 
 
-class PipelineGenerator(Generator):
+class PipelineGenerator(StoredPipeline):
     """A pipeline's networks and its single step; they run in the type of their weights."""
 
-    pipeline: type[Any]  # diffusers' class
-    parts: tuple[str, ...]  # its networks: denoiser, VAE, text encoders
-    optional: tuple[str, ...] = ()  # those that it may lack
     is_flow: bool = False  # its step can only be x0 = eps - output
     upcasts_vae: bool = False  # force_upcast of the VAE's config counts, as in its pipeline
     by_estimate: bool = False  # it decodes the scheduler's estimate, not where the step ends
     prompts_kept = 4096  # encodings in memory
     takes_lora = True
     guidance_from = 0.0  # added to its pipeline's guidance_scale in off + scale (on - off)
-    save_dtype: torch.dtype | None = None
 
     def __init__(
         self, pipe: Any, autocast: torch.dtype | None = None, start: float | None = None
@@ -95,8 +78,6 @@ class PipelineGenerator(Generator):
         self.decoder = Decoder(pipe.vae, vae_autocast, overflows)
         self._cache: EncodingCache | None = None
         self._encoders: dict[tuple[str, ...], str] = {}
-        # files of each network, and the type they were loaded in
-        self._sources: dict[str, tuple[PipelineFolder | PipelineFile | MergedSource, torch.dtype]]
         self._sources = {}
         self._compiled: Callable[..., Any] | None = None
         self.prompt_tokens = self._tokens_read()
@@ -107,16 +88,6 @@ class PipelineGenerator(Generator):
         self._prompts: OrderedDict[str, Conditioning] = OrderedDict()
         self._constants: dict[object, Tensor] = {}
         self._blank: Conditioning | None = None  # what guidance leads away from
-
-    @classmethod
-    def check(cls, pipe: Any) -> None:
-        """Raise ModelError unless ``pipe`` is of this family."""
-        if not isinstance(pipe, cls.pipeline):
-            raise ModelError(f"it is a {type(pipe).__name__}, not a {cls.pipeline.__name__}")
-        needed = {*cls.parts, "tokenizer", "scheduler"} - {*cls.optional}
-        missing = sorted(name for name in needed if getattr(pipe, name, None) is None)
-        if missing:
-            raise ModelError(f"the pipeline has no {', '.join(missing)}")
 
     @classmethod
     def load(cls, model_id: str, options: LoadOptions) -> "PipelineGenerator":
@@ -214,15 +185,6 @@ class PipelineGenerator(Generator):
         return {k: p.default for k, p in signature(self.pipeline.__call__).parameters.items()}
 
     @property
-    def denoiser(self) -> Any:
-        return getattr(self.pipe, self.parts[0])
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        found = {name: getattr(self.pipe, name) for name in self.parts}
-        return {name: network for name, network in found.items() if network is not None}
-
-    @property
     def image_size(self) -> int:
         native = getattr(self.pipe, "default_sample_size", None) or self.denoiser.config.sample_size
         return native * self.latent_factor
@@ -304,10 +266,6 @@ class PipelineGenerator(Generator):
         tokens = [getattr(self.pipe, name)(prompt, verbose=False).input_ids for name in names]
         key = ("prompt", self._encoder_key(*encoders), tokens, self.prompt_tokens)
         return Conditioning(**self._cache.get(key, lambda: self._encode_prompt(prompt).tensors()))
-
-    @abstractmethod
-    def _encode_prompt(self, prompt: str) -> Conditioning:
-        """Conditioning of one prompt, on the CPU."""
 
     @torch.no_grad()
     def _told_by_pipeline(self, prompt: str, **how: Any) -> tuple[Any, ...]:
@@ -448,81 +406,6 @@ class PipelineGenerator(Generator):
             parts[self.parts[1]] = [m for name in names if (m := getattr(vae, name, None))]
         return parts
 
-    def save(self, folder: Path) -> None:
-        """As a complete diffusers pipeline (safetensors), each network in the type of its files."""
-        # Tokenizers save how they were called last: a call makes equal files of equal models.
-        self._encode_prompt("")
-        whole = copy.copy(self.pipe)
-        for name, network in self._as_stored(*[*self.networks][1:]).items():
-            setattr(whole, name, network)
-        part, denoiser = self.parts[0], self.denoiser
-        dtype = self.save_dtype
-        if dtype is None and part in self._sources:
-            dtype = self._sources[part][0].stored[part]
-        if dtype not in (None, denoiser.dtype):
-            rounded = {
-                id(p): nn.Parameter(p.detach().to("cpu", dtype)) for p in denoiser.parameters()
-            }
-            setattr(whole, part, copy.deepcopy(denoiser, rounded))
-        with write_folder(folder) as temporary:
-            whole.save_pretrained(temporary, safe_serialization=True)
-            if self.start is not None:
-                (temporary / START_FILE).write_text(json.dumps({"timestep": self.start}))
-
-    def save_single_file(self, folder: Path) -> None:
-        self.check_single_file()
-        pipe = open_folder(type(self), str(folder.absolute()), LoadOptions()).read(None)
-        self._write_single_file(pipe, folder.with_name(f"{folder.name}.safetensors"))
-
-    def _write_single_file(self, pipe: Any, path: Path) -> None:
-        """Write a pipeline as one file, in a family that has such a layout."""
-
-    def load_weights(self, folder: Path) -> None:
-        part, denoiser = self.parts[0], self.denoiser
-        source = open_folder(type(self), str(folder.absolute()), LoadOptions())
-        denoiser.load_state_dict(source.network(part, torch.float32).state_dict())
-        self._sources[part] = source, denoiser.dtype
-
-    def originals(self) -> dict[str, Tensor]:
-        (network,) = self._as_stored(self.parts[0]).values()
-        return {name: p.detach().cpu() for name, p in network.named_parameters()}
-
-    def _as_stored(self, *names: str) -> dict[str, nn.Module]:
-        """Networks as their files have them, where those in memory are these, rounded or widened.
-
-        A network that was changed since, or has no files, is the one in memory.
-        """
-        memory = self.networks
-        found = {name: memory[name] for name in names}
-        for name in self._sources.keys() & found.keys():
-            source, loaded = self._sources[name]
-            if {p.dtype for p in memory[name].parameters()} | {loaded} == {source.stored[name]}:
-                continue
-            others = {key: network for key, network in memory.items() if key != name}
-            try:
-                original = getattr(source.read(None, **others), name)
-            except ModelError as error:  # a training is not lost for it
-                say(f"warning: {name} stays as it was cast: {error}")
-                continue
-            if _is_rounded(original, loaded, memory[name]):
-                found[name] = original
-        return found
-
-    def save_adapter(
-        self, weights: Mapping[str, Tensor], folder: Path, kohya: bool = False
-    ) -> None:
-        layers = self.denoiser.named_modules()
-        scales = {k: v.scaling["default"] for k, v in layers if hasattr(v, "scaling")}
-        write_adapter(self.parts[0], weights, scales, folder, self._kohya_name if kohya else None)
-
-    def read_adapter(self, path: Path) -> Adapter:
-        file = weights_of(path, f"--lora_from {path}")
-        return Adapters(self.pipe, self.parts, [file], "--lora_from").trainable(self.parts[0])
-
-    def _kohya_name(self, module: str) -> str:
-        """Name of one of the denoiser's modules in kohya's format; that of diffusers, mostly."""
-        return module
-
     def fingerprint(self) -> str:
         """16 hex digits that change when any module or its precision changes.
 
@@ -572,12 +455,3 @@ def _recognised(names: Sequence[str]) -> float | None:
                 say(f"{name}: its one step begins at timestep {start:g}, by its name (--timestep)")
             return start
     return None
-
-
-def _is_rounded(original: nn.Module, loaded: torch.dtype, network: nn.Module) -> bool:
-    """Whether ``network`` has the weights of ``original``, loaded in a type, and cast since."""
-    weights = original.state_dict()
-    return all(
-        torch.equal(weights[name].to(loaded).to(value.dtype), value.cpu())
-        for name, value in network.state_dict().items()
-    )

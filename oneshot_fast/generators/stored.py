@@ -1,0 +1,146 @@
+"""The networks of a pipeline of diffusers, and the files that they come from and go to."""
+
+import copy
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from oneshot_fast.errors import ModelError
+from oneshot_fast.generators.adapters import write_adapter
+from oneshot_fast.generators.base import Conditioning, Generator, LoadOptions
+from oneshot_fast.generators.lora_files import Adapter, Adapters, MergedSource, weights_of
+from oneshot_fast.generators.pretrained import START_FILE, PipelineFolder, open_folder
+from oneshot_fast.generators.single_file import PipelineFile
+from oneshot_fast.runtime.files import write_folder
+from oneshot_fast.runtime.ledger import say
+
+Source: TypeAlias = PipelineFolder | PipelineFile | MergedSource
+
+
+class StoredPipeline(Generator):
+    """A pipeline's networks; each is saved in the type of its files.
+
+    Attributes:
+        pipe: The pipeline.
+        start: Timestep at which its one step begins; None: at the noisiest.
+    """
+
+    pipeline: type[Any]  # diffusers' class
+    parts: tuple[str, ...]  # its networks: denoiser, VAE, text encoders
+    optional: tuple[str, ...] = ()  # those that it may lack
+    save_dtype: torch.dtype | None = None
+    pipe: Any
+    start: float | None
+    _sources: dict[str, tuple[Source, torch.dtype]]  # of each network, and the type it was read in
+
+    @classmethod
+    def check(cls, pipe: Any) -> None:
+        """Raise ModelError unless ``pipe`` is of this family."""
+        if not isinstance(pipe, cls.pipeline):
+            raise ModelError(f"it is a {type(pipe).__name__}, not a {cls.pipeline.__name__}")
+        needed = {*cls.parts, "tokenizer", "scheduler"} - {*cls.optional}
+        missing = sorted(name for name in needed if getattr(pipe, name, None) is None)
+        if missing:
+            raise ModelError(f"the pipeline has no {', '.join(missing)}")
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self.pipe, self.parts[0])
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        found = {name: getattr(self.pipe, name) for name in self.parts}
+        return {name: network for name, network in found.items() if network is not None}
+
+    @abstractmethod
+    def _encode_prompt(self, prompt: str) -> Conditioning:
+        """Conditioning of one prompt, on the CPU."""
+
+    def save(self, folder: Path) -> None:
+        """As a complete diffusers pipeline (safetensors), each network in the type of its files."""
+        # Tokenizers save how they were called last: a call makes equal files of equal models.
+        self._encode_prompt("")
+        whole = copy.copy(self.pipe)
+        for name, network in self._as_stored(*[*self.networks][1:]).items():
+            setattr(whole, name, network)
+        part, denoiser = self.parts[0], self.denoiser
+        dtype = self.save_dtype
+        if dtype is None and part in self._sources:
+            dtype = self._sources[part][0].stored[part]
+        if dtype not in (None, denoiser.dtype):
+            rounded = {
+                id(p): nn.Parameter(p.detach().to("cpu", dtype)) for p in denoiser.parameters()
+            }
+            setattr(whole, part, copy.deepcopy(denoiser, rounded))
+        with write_folder(folder) as temporary:
+            whole.save_pretrained(temporary, safe_serialization=True)
+            if self.start is not None:
+                (temporary / START_FILE).write_text(json.dumps({"timestep": self.start}))
+
+    def save_single_file(self, folder: Path) -> None:
+        self.check_single_file()
+        pipe = open_folder(type(self), str(folder.absolute()), LoadOptions()).read(None)
+        self._write_single_file(pipe, folder.with_name(f"{folder.name}.safetensors"))
+
+    def _write_single_file(self, pipe: Any, path: Path) -> None:
+        """Write a pipeline as one file, in a family that has such a layout."""
+
+    def load_weights(self, folder: Path) -> None:
+        part, denoiser = self.parts[0], self.denoiser
+        source = open_folder(type(self), str(folder.absolute()), LoadOptions())
+        denoiser.load_state_dict(source.network(part, torch.float32).state_dict())
+        self._sources[part] = source, denoiser.dtype
+
+    def originals(self) -> dict[str, Tensor]:
+        (network,) = self._as_stored(self.parts[0]).values()
+        return {name: p.detach().cpu() for name, p in network.named_parameters()}
+
+    def _as_stored(self, *names: str) -> dict[str, nn.Module]:
+        """Networks as their files have them, where those in memory are these, rounded or widened.
+
+        A network that was changed since, or has no files, is the one in memory.
+        """
+        memory = self.networks
+        found = {name: memory[name] for name in names}
+        for name in self._sources.keys() & found.keys():
+            source, loaded = self._sources[name]
+            if {p.dtype for p in memory[name].parameters()} | {loaded} == {source.stored[name]}:
+                continue
+            others = {key: network for key, network in memory.items() if key != name}
+            try:
+                original = getattr(source.read(None, **others), name)
+            except ModelError as error:  # a training is not lost for it
+                say(f"warning: {name} stays as it was cast: {error}")
+                continue
+            if _is_rounded(original, loaded, memory[name]):
+                found[name] = original
+        return found
+
+    def save_adapter(
+        self, weights: Mapping[str, Tensor], folder: Path, kohya: bool = False
+    ) -> None:
+        layers = self.denoiser.named_modules()
+        scales = {k: v.scaling["default"] for k, v in layers if hasattr(v, "scaling")}
+        write_adapter(self.parts[0], weights, scales, folder, self._kohya_name if kohya else None)
+
+    def read_adapter(self, path: Path) -> Adapter:
+        file = weights_of(path, f"--lora_from {path}")
+        return Adapters(self.pipe, self.parts, [file], "--lora_from").trainable(self.parts[0])
+
+    def _kohya_name(self, module: str) -> str:
+        """Name of one of the denoiser's modules in kohya's format; that of diffusers, mostly."""
+        return module
+
+
+def _is_rounded(original: nn.Module, loaded: torch.dtype, network: nn.Module) -> bool:
+    """Whether ``network`` has the weights of ``original``, loaded in a type, and cast since."""
+    weights = original.state_dict()
+    return all(
+        torch.equal(weights[name].to(loaded).to(value.dtype), value.cpu())
+        for name, value in network.state_dict().items()
+    )
