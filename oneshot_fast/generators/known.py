@@ -1,7 +1,7 @@
 """What is known of published models by their names, where their files do not say it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _ONE_STEP = r".*(?<![a-z\d])1[-_ ]?step(?!s?[-_ ]?\d)"
@@ -34,9 +34,11 @@ def known_start(names: Iterable[str]) -> float | None:
     return None
 
 
-def is_base(names: Iterable[str]) -> bool:
-    """Whether a name is that of a model that was never distilled, and none of one that was."""
-    ends = " ".join(Path(name).name for name in names)
-    return bool(re.search(_BASES, ends, re.IGNORECASE)) and not re.search(
-        _DISTILLED, ends, re.IGNORECASE
-    )
+def is_base(names: Sequence[str]) -> bool:
+    """Whether the first name is that of a model that was never distilled, and none of one that was.
+
+    The others are those of its LoRAs.
+    """
+    ends = [Path(name).name for name in names]
+    distilled = (re.search(_DISTILLED, end, re.IGNORECASE) for end in ends)
+    return bool(re.search(_BASES, ends[0], re.IGNORECASE)) and not any(distilled)

@@ -150,6 +150,12 @@ class PipelineGenerator(StoredPipeline):
         if self.start is not None and "timesteps" not in self._defaults:
             raise ModelError(f"--timestep {self.start:g}: a {self.pipeline.__name__} takes none")
         scheduler = self.pipe.scheduler
+        if not self.is_flow and not hasattr(scheduler, "scale_model_input"):
+            raise ModelError(
+                f"the scheduler is {type(scheduler).__name__}, which a {self.pipeline.__name__} "
+                "does not take; name another one, such as EulerDiscreteScheduler, in "
+                "model_index.json"
+            )
         step = Step.from_scheduler(scheduler, self.start, by_estimate=self.by_estimate)
         if self.is_flow and max(abs(v - 1) for v in (step.scale, step.skip, step.sigma)) > 1e-6:
             raise ModelError(

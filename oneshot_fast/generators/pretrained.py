@@ -25,6 +25,7 @@ START_FILE = "scheduler/oneshot_fast.json"
 _NOT_READ = ("lm_head.weight",)  # of language models, which encode without it
 _KEPT = ("safety_checker", "image_encoder")  # of what pipelines have more, saved as they came
 _WEIGHTS = ("diffusion_pytorch_model", "pytorch_model", "model")
+_TEXTS, _OBJECTS = (".json", ".txt", ".model"), ("config.json", ".index.json")
 # of a tokenizer; transformers makes an empty one where there is none of them
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
@@ -58,11 +59,15 @@ class PipelineFolder:
         # diffusers wants to be told of what is not there
         absent = {*family.parts} - self._classes.keys()
         index = _read_object(folder / "model_index.json")
+        if not index.get("_class_name"):
+            raise ModelError("model_index.json has no _class_name, the pipeline that it is of")
         named = [name for name in index if name.startswith("tokenizer") and any(index[name] or ())]
         for name in named:
             if not any((folder / name / file).is_file() for file in _VOCABULARIES):
                 raise ModelError(f"there is no {name}/tokenizer.json, nor another vocabulary")
         tokenizers = {part.replace("text_encoder", "tokenizer") for part in absent}
+        for name in ("scheduler", *self._classes, *named):
+            _refuse_damaged(self._place(name) / name)
         self._absent = absent | {name for name in tokenizers if not any(index.get(name) or ())}
         weights = {part: _weights(self._place(part) / part, variant) for part in self._classes}
         self._variants = {part: chosen for part, (chosen, _) in weights.items()}
@@ -137,6 +142,8 @@ def open_folder(family: type[Any], source: str, options: LoadOptions) -> Pipelin
     refuse_dangling(folder)
     if not _is_local(source):
         folder = _download(family.pipeline, source, options)
+    elif folder.is_file():
+        raise ModelError("of single files only .safetensors are read; convert it with diffusers")
     elif not (folder / "model_index.json").is_file():
         raise ModelError("no model_index.json there; give a diffusers folder, a hub id or a file")
     return PipelineFolder(family, folder, options.variant)
@@ -221,12 +228,23 @@ def _is_local(source: str) -> bool:
     return folder.is_absolute() or source.startswith(".") or folder.exists()
 
 
+def _refuse_damaged(folder: Path) -> None:
+    """Raise ModelError for what cannot be a configuration or vocabulary in a pipeline's folder."""
+    for path in sorted(folder.glob("*")):
+        if path.suffix in _TEXTS and path.is_file():
+            refuse_text(path)
+            if path.name.endswith(_OBJECTS):
+                _read_object(path)
+
+
 def _read_object(path: Path) -> dict[str, Any]:
+    refuse_text(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return dict(found.items())
     except (AttributeError, ValueError) as error:
-        raise ModelError(f"{path.name} is damaged: {one_line(error)}") from None
+        place = path.name if path.name == "model_index.json" else f"{path.parent.name}/{path.name}"
+        raise ModelError(f"{place} is damaged: {one_line(error)}") from None
 
 
 def _start(folder: Path) -> float | None:
@@ -272,4 +290,9 @@ def _weights(folder: Path, wanted: str | None) -> tuple[str | None, torch.dtype]
     for path in found[chosen]:
         refuse_text(path)
     headers = [read_header(path)[0] for path in found[chosen] if path.suffix == ".safetensors"]
+    for key, (kind, _) in (item for header in headers for item in header.items()):
+        if key.endswith(".weight") and "F" not in kind:
+            raise ModelError(
+                f"{folder.name} is quantised: {key} is of {kind}; take its own weights"
+            )
     return chosen, common_dtype(kind for header in headers for kind, _ in header.values())

@@ -1,6 +1,7 @@
 """Tensors of files that others wrote; code in a pickle is never run."""
 
 import errno
+import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -48,9 +49,9 @@ def refuse_text(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(200).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
-        raise ModelError(f"{path} is a git-lfs pointer, not the weights; fetch them (git lfs pull)")
+        raise ModelError(f"{path} is a git-lfs pointer, not the file; fetch it (git lfs pull)")
     if start.startswith((b"<!doctype", b"<html")):
-        raise ModelError(f"{path} is a web page, not weights; download it anew")
+        raise ModelError(f"{path} is a web page, not the file; download it anew")
 
 
 def common_dtype(names: Iterable[str]) -> torch.dtype:
@@ -120,13 +121,16 @@ def read_pickle(path: Path, mmap: bool = False) -> dict[str, Tensor]:
     Raises:
         ModelError: If the file is damaged or holds more than tensors.
     """
+    refuse_text(path)
     try:
         loaded = load_tensors(path, mmap)
     except Exception as error:  # torch raises many types for a broken file
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a place before its start
             raise
+        # torch's own message advises to run the pickled code
+        why = "" if isinstance(error, pickle.UnpicklingError) else f": {one_line(error)}"
         raise ModelError(
-            f"cannot read the tensors of {path}, damaged or more than tensors: {one_line(error)}"
+            f"cannot read the tensors of {path}, damaged or more than tensors{why}"
         ) from None
     tensors = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(tensors, dict) or not all(torch.is_tensor(v) for v in tensors.values()):

@@ -187,6 +187,12 @@ def drop_weight(path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def quantise(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["conv_out.weight"] = tensors["conv_out.weight"].to(torch.int8)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
@@ -252,7 +258,36 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut off": (
         lambda f: truncate(f / "vae/diffusion_pytorch_model.safetensors"), "cannot read .*vae/.*"
     ),
-    "corrupt config": (lambda f: truncate(f / "unet/config.json"), "config"),
+    "corrupt config": (
+        lambda f: truncate(f / "unet/config.json"), "unet/config.json is damaged: [^/]*$"
+    ),
+    "config of a list": (
+        lambda f: (f / "vae/config.json").write_text("[]"), "vae/config.json is damaged: 'list'"
+    ),
+    "HTML tokenizer": (
+        lambda f: (f / "tokenizer/tokenizer.json").write_text("<!DOCTYPE html>"),
+        "tokenizer/tokenizer.json is a web page, not the file",
+    ),
+    "git-lfs index": (
+        lambda f: (f / "model_index.json").write_text("version https://git-lfs.github.com/spec/v1"),
+        "model_index.json is a git-lfs pointer",
+    ),
+    "no class": (
+        lambda f: edit(f / "model_index.json", _class_name=None), "model_index.json has no _class_n"
+    ),
+    "a flow's scheduler": (
+        lambda f: edit(
+            f / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]
+        ),
+        "FlowMatchEulerDiscreteScheduler, which a StableDiffusionXLPipeline does not take",
+    ),
+    "quantised": (
+        lambda f: quantise(f / "unet/diffusion_pytorch_model.safetensors"),
+        "unet is quantised: conv_out.weight is of I8; take its own weights",
+    ),
+    "a file": (
+        lambda f: (shutil.rmtree(f), f.write_text("PK")), "of single files only .safetensors are re"
+    ),
 }  # fmt: skip
 
 

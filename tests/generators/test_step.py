@@ -162,6 +162,7 @@ def test_known_models_are_told_by_their_names() -> None:
     ):  # fmt: skip
         assert is_base([name]), name
         assert not is_base([name, "pytorch_lora_turbo.safetensors"])
+        assert not is_base(["my-model", name])
     for name in (
         "stabilityai/sd-turbo", "stabilityai/stable-diffusion-3.5-large-turbo", "my-model",
         "black-forest-labs/FLUX.1-schnell", "Tongyi-MAI/Z-Image-Turbo", "conv1.5", "my-lora-v1.5",
