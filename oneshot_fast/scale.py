@@ -1,4 +1,4 @@
-"""`python -m oneshot_fast.scale simulate | search | run | convert`: many noises, few followed."""
+"""`python -m oneshot_fast.scale` simulate, search, run, data, convert: many noises, few go on."""
 
 import dataclasses
 import functools
@@ -110,13 +110,8 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
-class ScaleRunConfig:
-    """Make, for each prompt, the best image that a budget pays: many noises, few of them followed.
-
-    All noises of some images go through the steps side by side; what is dropped is not evaluated
-    any more. training/manifest.jsonl pairs the base noises with the images that were found, for
-    `python -m oneshot_fast.sft`. An interrupted run resumes when the same command is repeated.
-    """
+class _Made:
+    """Of which prompts images are made, and by what."""
 
     output_dir: Path | None = None
     """Folder of the results."""
@@ -129,34 +124,18 @@ class ScaleRunConfig:
     model_id: str = "stabilityai/sdxl-turbo"
     """Generator: folder in diffusers layout, hub id, .safetensors file, "tiny" or "tiny-teacher",
     which takes several steps."""
-    num_images_per_prompt: int = 1
-    """Images of each prompt, each from noises of its own."""
-    seeds: tuple[int, ...] = ()
-    """Instead: the seeds of each prompt's base noises, as torch.Generator().manual_seed takes
-    them."""
     batch_size: int = 16
     """Noises, of any of the prompts, that are evaluated at once; halved where memory runs out. A
     result does not depend on it beyond rounding."""
-    prune_reward: UseAppendAction[tuple[str, ...]] = ()
-    """NAME[:WEIGHT] of what scores estimates on the way; by default --reward, which selects in the
-    end. May be given several times."""
-    score_decoder_id: str | None = None
-    """Tiny decoder (AutoencoderTiny: folder or hub id) that decodes estimates on the way; the last
-    images have the model's own."""
-    dry_run: bool = False
-    """Print what an image will cost, and the time from some timed batches; nothing is written."""
     size: SizeOptions = SizeOptions()
-    scale: ScaleOptions = ScaleOptions()
     rewards: RewardOptions = RewardOptions()
     model: ModelOptions = ModelOptions()
     run: RunOptions = RunOptions()
 
     def check(self) -> None:
         """Raise UserError for what is missing, or has no effect."""
-        require(self.output_dir is not None or self.dry_run, "give --output_dir DIR")
         require(bool(self.rewards.reward), "give --reward NAME[:WEIGHT]")
-        count = self.num_images_per_prompt
-        require(count >= 1, f"num_images_per_prompt is {count}; give at least 1")
+        require(self.batch_size >= 1, f"batch_size is {self.batch_size}; give at least 1")
         model = self.model
         for flag, is_usual in (
             ("checkpointing", self.rewards.checkpointing == "auto"),
@@ -166,8 +145,82 @@ class ScaleRunConfig:
         ):
             require(is_usual, f"--{flag} is for gradients, and nothing here has any; leave it out")
         self.run.check()
-        self.scale.check(model.num_inference_steps, True)
         _ = self.size.size
+
+    def prompts(self) -> list[str]:
+        """Those that are named."""
+        from oneshot_fast.data.prompts import named_prompts
+
+        return named_prompts(self.prompt, self.prompt_file, self.prompt_field)
+
+
+@dataclass(frozen=True)
+class DataConfig(_Made):
+    """Make a pool of one's own: images of each prompt at all steps, scored.
+
+    pool.safetensors is for `simulate` and `search`; images/pXXXX/idYYY/sNN.png are the estimates of
+    the steps, labels.jsonl their scores. An interrupted run resumes when the same command is
+    repeated.
+    """
+
+    candidates: int = 32
+    """Images of each prompt."""
+    steps_saved: str | None = None
+    """Steps, from 0, that are kept, such as 0:15,19, where 15 is no longer meant; by default all.
+    The last always is."""
+    save_images: bool = True
+    """Keep pictures, not only scores."""
+
+    @property
+    def steps(self) -> list[int] | None:
+        """``steps_saved`` as numbers; UserError if it has none."""
+        if self.steps_saved is None:
+            return None
+        found = list[int]()
+        for part in self.steps_saved.split(","):
+            ends = part.split(":")
+            known = len(ends) <= 2 and all(end.strip().isdecimal() for end in ends)
+            require(known, f"steps_saved is {self.steps_saved}; write it as 0:15,19")
+            first = int(ends[0])
+            found += range(first, int(ends[1]) if len(ends) == 2 else first + 1)
+        return found
+
+    def check(self) -> None:
+        super().check()
+        require(self.output_dir is not None, "give --output_dir DIR")
+        _ = self.steps
+
+
+@dataclass(frozen=True)
+class ScaleRunConfig(_Made):
+    """Make, for each prompt, the best image that a budget pays: many noises, few of them followed.
+
+    All noises of some images go through the steps side by side; what is dropped is not evaluated
+    any more. training/manifest.jsonl pairs the base noises with the images that were found, for
+    `python -m oneshot_fast.sft`. An interrupted run resumes when the same command is repeated.
+    """
+
+    num_images_per_prompt: int = 1
+    """Images of each prompt, each from noises of its own."""
+    seeds: tuple[int, ...] = ()
+    """Instead: the seeds of each prompt's base noises, as torch.Generator().manual_seed takes
+    them."""
+    prune_reward: UseAppendAction[tuple[str, ...]] = ()
+    """NAME[:WEIGHT] of what scores estimates on the way; by default --reward, which selects in the
+    end. May be given several times."""
+    score_decoder_id: str | None = None
+    """Tiny decoder (AutoencoderTiny: folder or hub id) that decodes estimates on the way; the last
+    images have the model's own."""
+    dry_run: bool = False
+    """Print what an image will cost, and the time from some timed batches; nothing is written."""
+    scale: ScaleOptions = ScaleOptions()
+
+    def check(self) -> None:
+        super().check()
+        require(self.output_dir is not None or self.dry_run, "give --output_dir DIR")
+        count = self.num_images_per_prompt
+        require(count >= 1, f"num_images_per_prompt is {count}; give at least 1")
+        self.scale.check(self.model.num_inference_steps, True)
 
 
 @dataclass(frozen=True)
@@ -188,6 +241,7 @@ class ScaleCommand:
         Annotated[SimulateConfig, subcommand("simulate")]
         | Annotated[SearchConfig, subcommand("search")]
         | Annotated[ScaleRunConfig, subcommand("run")]
+        | Annotated[DataConfig, subcommand("data")]
         | Annotated[ConvertConfig, subcommand("convert")]
     ]
 
@@ -201,6 +255,8 @@ def execute(command: ScaleCommand) -> int:
         _search(config)
     elif isinstance(config, ScaleRunConfig):
         return _run(config)
+    elif isinstance(config, DataConfig):
+        return _data(config)
     else:
         from oneshot_fast.jobs.scale.pools import read_pool, write_pool
 
@@ -299,11 +355,10 @@ def _search(config: SearchConfig) -> None:
 
 def _run(config: ScaleRunConfig) -> int:
     config.check()
-    from oneshot_fast.data.prompts import named_prompts
     from oneshot_fast.jobs.scale.run import ScaleRun
     from oneshot_fast.report.scale_run import write_run_report
 
-    prompts = named_prompts(config.prompt, config.prompt_file, config.prompt_field)
+    prompts = config.prompts()
     generator, rewards = config.model.load(config.model_id), config.rewards
     device, on_the_way = generator.device, config.prune_reward
     run = ScaleRun(
@@ -328,6 +383,36 @@ def _run(config: ScaleRunConfig) -> int:
     summary = run.run(**config.run.arguments)
     say = functools.partial(_print_summary, model_id=config.model_id)
     return finish(config, config.output_dir, summary, write_run_report, say, "images ")
+
+
+def _data(config: DataConfig) -> int:
+    config.check()
+    from oneshot_fast.jobs.scale.data import POOL, DataRun
+    from oneshot_fast.report.scale import write_data_report
+
+    prompts, folder, rewards = config.prompts(), config.output_dir, config.rewards
+    assert folder is not None  # checked
+    generator = config.model.load(config.model_id)
+    run = DataRun(
+        generator,
+        prompts,
+        folder,
+        rewards=rewards.load(generator.device, rewards.reward),
+        reward_names=rewards.names,
+        candidates=config.candidates,
+        steps_saved=config.steps,
+        save_images=config.save_images,
+        seed=config.run.seed,
+        batch_size=config.batch_size,
+        resolution=config.size.size,
+    )
+    summary = run.run(**config.run.arguments)
+
+    def say(summary: dict[str, Any], folder: Path) -> None:
+        print(f"{summary['candidates']} images of each of {summary['samples']} prompts in "
+              f"{summary['seconds']:.0f} s; pool: {folder / POOL}")  # fmt: skip
+
+    return finish(config, folder, summary, write_data_report, say, "prompts ")
 
 
 def _print_summary(summary: dict[str, Any], folder: Path, model_id: str) -> None:

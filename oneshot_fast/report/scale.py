@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oneshot_fast.report.page import Cell, Mood, Plot, Row, Section, Table, number, write_run
+from oneshot_fast.report.page import Cell, Mood, Plot, Row, Section, Table, number, strip, write_run
 from oneshot_fast.report.plots import BLUE, GREY, PALETTE, inline_svg, new_axes, whole_numbers
-from oneshot_fast.runtime.files import replacing
+from oneshot_fast.runtime.files import read_json, replacing
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -35,6 +35,43 @@ def write_scale_report(folder: Path, found: Mapping[str, Any]) -> None:
     ]
     sections = [Section(_verdict(rows), text, _table(rows), plots=[plot]), _early(found)]
     write_run(folder, "Test-time scaling, simulated", facts, sections, dict(found), {})
+
+
+def write_data_report(folder: Path, flags: Mapping[str, Any]) -> None:
+    """Write ``folder``/report.html of a pool of one's own."""
+    summary = read_json(folder / "summary.json")
+    steps = summary["settings"]["steps_saved"]
+    plots = [
+        Plot(
+            _agreement(summary["agreement"], measure),
+            f"{measure.capitalize()}'s correlation of a step's reward with the final one, within "
+            "prompts.",
+        )
+        for measure in ("spearman", "kendall")
+        if summary["agreement"]
+    ]
+    table = Table(
+        ["reward", "mean of the last step"],
+        [Row(name, [Cell(number(value))]) for name, value in summary["rewards"].items()],
+    )
+    shown = strip(
+        [f"step {step}" for step in steps],
+        (
+            (
+                summary["first_prompt"],
+                [folder / f"images/p0000/id{j:03d}/s{step:02d}.png" for step in steps],
+                f"id{j:03d}",
+            )
+            for j in range(summary["candidates"])
+        ),
+        96,
+    )
+    sections = [
+        Section("What early rewards tell", table=table, plots=plots),
+        None if shown is None else Section("Estimates", strip=shown),
+    ]
+    facts = [f"{summary['samples']} prompts, {summary['candidates']} images of each"]
+    write_run(folder, "A pool of rewards: {model}", facts, sections, summary, flags)
 
 
 def write_search_report(folder: Path, found: Mapping[str, Any]) -> None:

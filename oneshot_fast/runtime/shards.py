@@ -195,14 +195,16 @@ class ShardRun(ABC, Generic[Item, Found]):
 
     def _drop_damaged(self, folder: RunFolder) -> None:
         """Set shards aside that cannot be read, and remove those that lost a picture."""
-        lost = [Path(key).name for key in folder.damaged if key.startswith("images/")]
+        images = [key for key in folder.damaged if key.startswith("images/")]
+        lost = [key.removeprefix("images/") for key in images]
         for shard in self._shards():
             try:
                 rows = read_metadata(shard, "rows")
             except DamagedError:
                 say(f"{shard} is damaged; kept as {set_aside(shard, 'damaged').name}, made again")
                 continue
-            if any(name.startswith(f"{row['id']}-") for name in lost for row in rows):
+            names = tuple(f"{row['id']}{sign}" for row in rows for sign in "-/")
+            if any(name.startswith(names) for name in lost):
                 remove(shard)
         folder.reopen(self.summary_name)
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,16 @@ class Scored:
         candidates: [W, M], numbers of the noises that the rows came from.
         totals: [W, M], weighted sums of their rewards.
         kept: [W, m], positions of the rows that went on; in the end of the winner.
+        scores: The rewards, [W, M] each by name, and their sum as "total".
+        images: [W, M, 3, H, W] uint8, where they are kept.
     """
 
     step: int
     candidates: Ints
     totals: Floats
     kept: Ints
+    scores: dict[str, Floats] = field(default_factory=dict)
+    images: Tensor | None = None
 
     def of(self, image: int) -> dict[str, Any]:
         """What is kept of one image."""
@@ -109,6 +113,7 @@ class Walker:
         self.early, self.early_rewards = early or generator, early_rewards or rewards
         self.on_evaluations: Callable[[int], object] = lambda count: None
         self.compares_decoders = False
+        self.keeps_images = False  # of all rows that are scored
         self.decoder_spearman: float | None = None
 
     @torch.no_grad()
@@ -136,7 +141,11 @@ class Walker:
                 scores, pixels = self._score(latents, of, is_last)
                 totals = scores["total"].reshape(W, M)
                 kept = rule.choose(step, totals)
-                trace.append(Scored(step, candidates, totals, kept))
+                all_scores = {name: value.reshape(W, M) for name, value in scores.items()}
+                images = None
+                if self.keeps_images and pixels is not None:
+                    images = pixels.unflatten(0, (W, M))
+                trace.append(Scored(step, candidates, totals, kept, all_scores, images))
                 early += 0 if is_last else len(x)
                 if self.compares_decoders and not is_last:
                     self._compare_decoders(latents[:_COMPARED], of[:_COMPARED], scores)
@@ -208,18 +217,19 @@ class Walker:
         if is_last:
             generator, rewards = self.generator, self.rewards
         found, pixels = list[dict[str, Tensor]](), list[Tensor]()
+        wants_pixels = is_last or self.keeps_images
 
         def run(rows: slice) -> None:
             images = generator.images(latents[rows])
             scores = rewards.scores(images, prompts[rows])
             scores["total"] = rewards.total(scores)
             found.append({name: value.double().cpu() for name, value in scores.items()})
-            if is_last:
+            if wants_pixels:
                 pixels.append((images * 255).round().to(torch.uint8).cpu())
 
         self._in_batches(len(latents), run)
         scores = {name: torch.cat([one[name] for one in found]).numpy() for name in found[0]}
-        return scores, torch.cat(pixels) if is_last else None
+        return scores, torch.cat(pixels) if wants_pixels else None
 
     def _in_batches(self, count: int, run: Callable[[slice], None]) -> None:
         done = 0

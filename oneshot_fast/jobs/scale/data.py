@@ -1,0 +1,224 @@
+"""A pool of one's own: images of each prompt, at all steps of a generator, and their scores."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oneshot_fast.data.images import save_png
+from oneshot_fast.data.records import Failure
+from oneshot_fast.data.sizes import Resolution
+from oneshot_fast.errors import require
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.scale.options import ScaleOptions
+from oneshot_fast.jobs.scale.pools import Pool, write_pool
+from oneshot_fast.jobs.scale.rules import Prune
+from oneshot_fast.jobs.scale.simulate import agreement
+from oneshot_fast.jobs.scale.walk import Scored, Walker
+from oneshot_fast.rewards import WeightedRewards
+from oneshot_fast.runtime.files import Json, write_jsonl, write_text
+from oneshot_fast.runtime.seeds import content_id
+from oneshot_fast.runtime.shards import ShardRun, mean
+from oneshot_fast.search.samples import Sample, samples_of
+
+POOL = "pool.safetensors"
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """All images of one prompt."""
+
+    sample: Sample
+    seeds: list[int]
+    scores: dict[str, list[list[float]]]  # by reward: a list per step, of a number per image
+    pictures: dict[str, Tensor]  # by file name
+
+    @property
+    def index(self) -> int:
+        return self.sample.index
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Scores, [N, S, R] float32."""
+        return {"scores": torch.tensor([*self.scores.values()]).permute(2, 1, 0).contiguous()}
+
+    @property
+    def is_finite(self) -> bool:
+        return all(map(math.isfinite, np.ravel([*self.scores.values()]).tolist()))
+
+
+class DataRun(ShardRun[Sequence[Sample], Pooled]):
+    """Images and scores of many prompts in one folder, and the pool that is made of them."""
+
+    command = "scale_data"
+    outputs = (
+        "noises", "images", "manifest.jsonl", "failures.jsonl", "history.jsonl", "labels.jsonl",
+        "labels.yaml", "summary.json", "logs", "report.html", POOL,
+    )  # fmt: skip
+    unlisted = ("scores",)
+    nothing_kept = "no reward was finite"
+    save_image = staticmethod(save_png)
+
+    def __init__(
+        self,
+        generator: Generator,
+        prompts: Sequence[str],
+        folder: Path | str,
+        *,
+        rewards: WeightedRewards,
+        reward_names: Sequence[str],
+        candidates: int,
+        steps_saved: Sequence[int] | None = None,
+        save_images: bool = True,
+        seed: int = 0,
+        batch_size: int = 16,
+        resolution: Resolution | None = None,
+    ) -> None:
+        """Describe the run.
+
+        Args:
+            generator: Its weights stay fixed.
+            prompts: At least one.
+            folder: Where everything is written.
+            rewards: Score each image at each step.
+            reward_names: How they are called in the run's settings.
+            candidates: Images of each prompt.
+            steps_saved: Steps, from 0, whose estimates are kept; by default all. The last always
+                is.
+            save_images: Whether pictures are kept, too.
+            seed: Of the run; noises are those of `scale run` with this seed.
+            batch_size: Images that are evaluated at once.
+            resolution: Image side in pixels, or height and width; by default the generator's own.
+
+        Raises:
+            UserError: If there is no prompt, or a number makes no sense.
+        """
+        self.samples = samples_of(prompts, 1, seed)
+        require(bool(self.samples), "there is no prompt")
+        require(candidates >= 1, f"candidates is {candidates}; give at least 1")
+        last = generator.num_inference_steps - 1
+        steps = {*range(last + 1)} if steps_saved is None else {*steps_saved, last}
+        for step in steps:
+            require(0 <= step <= last, f"steps_saved has {step}; there are 0 to {last}")
+        self.steps = sorted(steps)
+        self.size = TargetImages(generator, resolution).size  # checks it
+        self.walker = Walker(generator, rewards, self.size, batch_size)
+        self.walker.keeps_images = self.save_images = save_images
+        self.n, self.seed, self.reward_names = candidates, seed, [*reward_names]
+        wave = -(-batch_size // candidates)
+        super().__init__(folder, wave, len(self.samples), candidates * (last + 1))
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "command": self.command,
+            "candidates": self.n,
+            "steps_saved": self.steps,
+            "save_images": self.save_images,
+            "rewards": self.reward_names,
+            "seed": self.seed,
+            **self.walker.generator.settings(self.size),
+            "samples": self.total,
+            "prompts": content_id(*((s.prompt, s.seed) for s in self.samples)),
+        }
+
+    def batches(self, done: frozenset[str]) -> Iterator[Sequence[Sample]]:
+        for start in range(0, len(self.samples), self.batch_size):
+            wave = self.samples[start : start + self.batch_size]
+            yield [sample for sample in wave if name_of(sample) not in done]
+
+    def solve(self, batches: Iterable[Sequence[Sample]]) -> Iterator[Sequence[Pooled]]:
+        self.walker.on_evaluations = self.on_evaluations
+        return (self._wave(wave) for wave in batches if wave)
+
+    def _wave(self, wave: Sequence[Sample]) -> list[Pooled]:
+        generator = self.walker.generator
+        keep_all = ScaleOptions(after=tuple(self.steps[:-1]), keep=(1.0,) * (len(self.steps) - 1))
+        rule = Prune(keep_all, self.n, generator.num_inference_steps)
+        trace = self.walker.walk(wave, rule).trace
+        return [self._pooled(trace, k, sample) for k, sample in enumerate(wave)]
+
+    def _pooled(self, trace: Sequence[Scored], k: int, sample: Sample) -> Pooled:
+        names = [*self.walker.rewards.by_name]
+        return Pooled(
+            sample,
+            [sample.seed_of(j) for j in range(self.n)],
+            {name: [scored.scores[name][k].tolist() for scored in trace] for name in names},
+            {
+                f"{name_of(sample)}/id{j:03d}/s{scored.step:02d}.png": scored.images[k, j]
+                for scored in trace
+                for j in range(self.n)
+                if scored.images is not None
+            },
+        )
+
+    def failure(self, found: Pooled) -> Json:
+        reason = "a reward became NaN or infinite"
+        return Failure(reason, id=name_of(found.sample), prompt=found.sample.prompt).row
+
+    def images(self, found: Pooled) -> dict[str, Tensor]:
+        return found.pictures
+
+    def row(self, found: Pooled, place: Mapping[str, Any]) -> Json:
+        return {
+            "id": name_of(found.sample),
+            "index": found.index,
+            "prompt": found.sample.prompt,
+            **place,
+            "seeds": found.seeds,
+            "scores": found.scores,
+        }
+
+    def means(self, rows: Sequence[Json]) -> dict[str, float | None]:
+        return {
+            name: mean(value for row in rows for value in row["scores"][name][-1])
+            for name in self.walker.rewards.by_name
+        }
+
+    def summary(self, rows: Sequence[Json], is_last: bool) -> Json:
+        """Means at the last step and how early scores agree with it; writes labels and pool."""
+        labels, lines = [], list[str]()
+        weights = self.walker.rewards.weights
+        for row in rows:
+            ends = {name: values[-1] for name, values in row["scores"].items()}
+            total = [
+                sum(weights[name] * values[j] for name, values in ends.items())
+                for j in range(self.n)
+            ]
+            entries = ", ".join(f"id{j:03d}: {value!r}" for j, value in enumerate(total))
+            lines.append(f"{row['id']}: {{{entries}}}\n")
+            labels += [
+                {
+                    "id": f"{row['id']}/id{j:03d}",
+                    "prompt": row["prompt"],
+                    "seed": row["seeds"][j],
+                    "scores": {name: values[j] for name, values in ends.items()},
+                    "steps": self.steps,
+                    "scores_per_step": {
+                        name: [step[j] for step in values] for name, values in row["scores"].items()
+                    },
+                }
+                for j in range(self.n)
+            ]
+        write_jsonl(self.folder / "labels.jsonl", labels)
+        write_text(self.folder / "labels.yaml", "".join(lines))
+        names = tuple(self.walker.rewards.by_name)
+        values = np.array([[row["scores"][name] for name in names] for row in rows])
+        pool = Pool(values.transpose(0, 3, 2, 1), tuple(self.steps), names)  # [P, R, S, N] before
+        write_pool(self.folder / POOL, pool)
+        return {
+            "candidates": self.n,
+            "rewards": self.means(rows),
+            "agreement": agreement(pool),
+            "first_prompt": rows[0]["prompt"],
+        }
+
+
+def name_of(sample: Sample) -> str:
+    """Folder of a prompt's images."""
+    return f"p{sample.index:04d}"
