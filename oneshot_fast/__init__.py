@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from oneshot_fast.jobs.optimize.in_memory import optimize_noise
     from oneshot_fast.jobs.optimize.options import OptimizeOptions
     from oneshot_fast.jobs.optimize.run import OptimizeRun
+    from oneshot_fast.jobs.prefer.options import PreferOptions
+    from oneshot_fast.jobs.prefer.run import PreferRun
     from oneshot_fast.jobs.sft.options import SftOptions
     from oneshot_fast.jobs.sft.rewards import RewardRun
     from oneshot_fast.jobs.sft.run import SftRun
@@ -51,6 +53,8 @@ _LAZY = {
     "OptimizeOptions": "jobs.optimize.options",
     "OptimizeRun": "jobs.optimize.run",
     "PatchRotation": "noise.rotation",
+    "PreferOptions": "jobs.prefer.options",
+    "PreferRun": "jobs.prefer.run",
     "Reward": "rewards.base",
     "RewardEmRun": "jobs.em.rewards",
     "RewardRun": "jobs.sft.rewards",

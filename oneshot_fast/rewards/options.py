@@ -93,8 +93,11 @@ class RewardTrainingOptions:
 
     def check(self, rewards: Sequence[str]) -> None:
         """Raise UserError if a judge is among the ``rewards`` that are trained on."""
-        trained = {parse_reward(spec)[0] for spec in rewards}
-        both = sorted(trained.intersection(parse_reward(spec)[0] for spec in self.judge))
-        require(
-            not both, f"{', '.join(both)} cannot judge what is trained on it; name another --judge"
-        )
+        check_judges(rewards, self.judge)
+
+
+def check_judges(rewards: Sequence[str], judges: Sequence[str]) -> None:
+    """Raise UserError if a judge is among the rewards that are trained on."""
+    trained = {parse_reward(spec)[0] for spec in rewards}
+    both = sorted(trained.intersection(parse_reward(spec)[0] for spec in judges))
+    require(not both, f"{', '.join(both)} cannot judge what is trained on it; name another --judge")

@@ -5,14 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from oneshot_fast.generators.base import Conditioning, Generator
+from oneshot_fast.generators.base import Generator
 
 
 class Reference:
-    """What the base generator makes, without gradient.
+    """What the base generator was.
 
     Where an adapter is trained it is the same network with the adapter off; where all weights are,
     it has a second denoiser.
@@ -28,12 +25,6 @@ class Reference:
             shared |= {id(decoder): decoder}
             self._generator = copy.deepcopy(generator, shared)
             self._generator.denoiser.requires_grad_(False)
-
-    @torch.no_grad()
-    def latents(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        """Clean latents [B, C, h, w] of noises [B, C, h, w] and B prompts' conditioning."""
-        with self.generator() as base:
-            return base.latents(noise, conditioning)
 
     @contextmanager
     def generator(self) -> Iterator[Generator]:

@@ -309,7 +309,7 @@ class TrainingRun(ABC):
     def _steps(self, kinds: Sequence[Hashable], total: int) -> None:
         student = self.trainers[STUDENT]
         saved = time.monotonic()
-        with progress(total, "sft", "step") as bar, Interrupts() as interrupts:
+        with progress(total, "train", "step") as bar, Interrupts() as interrupts:
             bar.update(student.step)
             for rows in batches(kinds, self.options.batch_size, self.seed, student.step, total):
                 try:

@@ -51,7 +51,7 @@ def group_gap(x: Tensor, better: Tensor, worse: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GroupDPO:
-    """On a group's better and worse half; ``extra`` has its "rewards" [G, K].
+    """On the clean latents [G, K, C, h, w] of a group, and their "rewards" [G, K] in ``extra``.
 
     Attributes:
         beta: Per squared deviation of the latents.
@@ -60,13 +60,13 @@ class GroupDPO:
     beta: float = 30.0
     measures = ("preferred",)
 
-    def __call__(self, x0: Tensor, base: Tensor, extra: Extra) -> Found:
+    def __call__(self, policy: Tensor, base: Tensor, extra: Extra) -> Found:
         """See ``Objective``."""
-        half = x0.shape[1] // 2
+        half = policy.shape[1] // 2
         order = extra["rewards"].nan_to_num(-3e38, posinf=-3e38, neginf=-3e38).argsort(1)
-        shape = (*order.shape, *[1] * (x0.ndim - 2))
-        ranked = x0.detach().gather(1, order.view(shape).expand_as(x0))
+        shape = (*order.shape, *[1] * (policy.ndim - 2))
+        ranked = policy.detach().gather(1, order.view(shape).expand_as(policy))
         worse, better = ranked[:, :half], ranked[:, -half:]
-        gap = group_gap(x0, better, worse) - group_gap(base, better, worse)
+        gap = group_gap(policy, better, worse) - group_gap(base, better, worse)
         told = extra["ties"] < 1
         return -F.logsigmoid(self.beta * gap) * told, {"preferred": (gap.detach() > 0).float()}

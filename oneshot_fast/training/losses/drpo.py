@@ -84,7 +84,7 @@ def _rows(weight: Tensor | float, like: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DrPO:
-    """On the samples of a group; ``extra`` has their "rewards" [G, K].
+    """On the clean latents [G, K, C, h, w] of a group, and their "rewards" [G, K] in ``extra``.
 
     Attributes:
         features: [B, F] of clean latents [B, C, h, w], differentiable.
@@ -97,9 +97,9 @@ class DrPO:
     reference_weight: float = 0.2
     measures = ()
 
-    def __call__(self, x0: Tensor, base: Tensor, extra: Extra) -> Found:
+    def __call__(self, policy: Tensor, base: Tensor, extra: Extra) -> Found:
         """See ``Objective``."""
-        x, kept = (self.features(v.flatten(0, 1)).view(*v.shape[:2], -1) for v in (x0, base))
+        x, kept = (self.features(v.flatten(0, 1)).view(*v.shape[:2], -1) for v in (policy, base))
         rewards = extra["rewards"]
         good = rewards.isfinite()
         order = rewards.where(good, rewards.new_tensor(-torch.inf)).argsort(1, descending=True)

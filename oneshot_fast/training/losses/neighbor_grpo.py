@@ -53,7 +53,7 @@ def neighbor_grpo_loss(
 
 @dataclass(frozen=True)
 class NeighborGRPO:
-    """On anchors among neighbours.
+    """On clean latents [G, A, C, h, w] of anchors among neighbours.
 
     ``extra`` has "candidates" [G, K, C, h, w], the sampled clean latents, "rewards" [G, K] and
     "old" [G, A, C, h, w], those of the anchors among them.
@@ -61,29 +61,25 @@ class NeighborGRPO:
     Attributes:
         temperature: Of the choice among neighbours, or "auto".
         clip: Of the ratio.
-        kl_weight: Of the squared distance to the base.
         p: Of the norm that advantages are divided by.
     """
 
     temperature: float | Literal["auto"] = "auto"
     clip: float = 0.2
-    kl_weight: float = 0.02
     p: float = 0.8
     measures = ("ratio", "kl")
 
-    def __call__(self, x0: Tensor, base: Tensor, extra: Extra) -> Found:
+    def __call__(self, policy: Tensor, base: Tensor, extra: Extra) -> Found:
         """See ``Objective``."""
         candidates, old = extra["candidates"], extra["old"]
         wide: float | Tensor = 1.0 if self.temperature == "auto" else self.temperature
         if self.temperature == "auto":
             apart = candidates.flatten(2).var(1).mean(1)  # half of the mean distance
             wide = (2 * apart).clamp(min=1e-12)[:, None, None]
-        log_ratio = log_policy(x0, candidates, wide) - log_policy(old, candidates, wide)
+        log_ratio = log_policy(policy, candidates, wide) - log_policy(old, candidates, wide)
         advantage = p_norm_advantages(extra["rewards"], self.p)
-        loss = neighbor_grpo_loss(log_ratio, advantage, self.clip)
-        held = (x0 - base).square().flatten(1).mean(1)
         known = log_ratio.detach()
-        return loss + self.kl_weight * held, {
+        return neighbor_grpo_loss(log_ratio, advantage, self.clip), {
             "ratio": known.exp().mean((1, 2)),
             "kl": (known.exp() - 1 - known).mean((1, 2)),
         }

@@ -1,17 +1,19 @@
 """What objectives on preferences share: a loss over groups of images of one prompt.
 
-A row of a batch is a group: N noises [N, C, h, w] of one prompt, evaluated with a gradient by the
-policy and without one by the base generator, and in ``extra`` what was drawn and scored around
-them. Log-probabilities are float32 sums over the D elements of a latent, in nats.
+A row of a batch is a group: noises [N, C, h, w] of one prompt, and in ``extra`` what was drawn and
+scored around them. Policy and base generator are evaluated on the same, the base without gradient.
+Log-probabilities are float32 sums over the D elements of a latent, in nats.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.few_step import Transition
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.losses.preserve import Preserve
 from oneshot_fast.training.reference import Reference
@@ -31,14 +33,66 @@ class Objective(Protocol):
     @property
     def measures(self) -> tuple[str, ...]: ...
 
-    def __call__(self, x0: Tensor, base: Tensor, extra: Extra) -> Found:
+    def __call__(self, policy: Tensor, base: Tensor, extra: Extra) -> Found:
         """Loss and measures of each group; a mean over groups is that of the batch.
 
         Args:
-            x0: The policy's clean latents, [G, N, C, h, w].
-            base: The base generator's of the same noises, without gradient.
+            policy: What a ``Policy`` says of the generator that is trained, [G, K, ...].
+            base: The same of the base generator, without gradient.
             extra: Of the groups, [G, ...] by name.
         """
+
+
+class Policy(Protocol):
+    """How a generator is looked at."""
+
+    def distance(self, apart: Tensor) -> Tensor:
+        """That of clean latents from the base's, [G, N, C, h, w] -> [G], to be weighed."""
+
+    def __call__(self, generator: Generator, rows: Rows) -> tuple[Tensor, Tensor]:
+        """What an objective compares, [G, K, ...], and clean latents [G, N, C, h, w].
+
+        By the distance of the latter from the base's is told how far a training went.
+        """
+
+
+class CleanLatents:
+    """For objectives on what is made: the clean latents [G, N, C, h, w] themselves."""
+
+    def distance(self, apart: Tensor) -> Tensor:
+        """Mean square."""
+        return apart.square().flatten(1).mean(1)
+
+    def __call__(self, generator: Generator, rows: Rows) -> tuple[Tensor, Tensor]:
+        """See ``Policy``."""
+        groups, count = rows.noise.shape[:2]
+        told = rows.conditioning.select(torch.arange(groups).repeat_interleave(count))
+        x0 = generator.latents(rows.noise.flatten(0, 1), told).unflatten(0, (groups, count))
+        return x0, x0
+
+
+@dataclass(frozen=True)
+class Actions:
+    """For one step, which has no likelihood: that of actions a = x0 + std z, [G, K, 1].
+
+    ``extra`` has "actions" [G, K, C, h, w], K / N of them around each of the N clean latents.
+
+    Attributes:
+        std: In deviations of the latents.
+    """
+
+    std: float
+
+    def distance(self, apart: Tensor) -> Tensor:
+        """The KL divergence of the actions, in nats: |x0 - base|^2 / (2 std^2)."""
+        return apart.square().flatten(2).sum(2).mean(1) / (2 * self.std**2)
+
+    def __call__(self, generator: Generator, rows: Rows) -> tuple[Tensor, Tensor]:
+        """See ``Policy``."""
+        x0, _ = CleanLatents()(generator, rows)
+        actions = rows.extra["actions"]
+        means = x0.repeat_interleave(actions.shape[1] // x0.shape[1], 1)
+        return log_prob(actions, means, self.std)[:, :, None], x0
 
 
 class PreferenceLoss:
@@ -46,9 +100,19 @@ class PreferenceLoss:
 
     parts = ("preference", "preserve")
 
-    def __init__(self, objective: Objective, preserve: Preserve) -> None:
-        """Lower both; ``reference`` has to be set before the first call."""
-        self.objective, self.preserve = objective, preserve
+    def __init__(
+        self, objective: Objective, policy: Policy, kl_weight: float, preserve: Preserve
+    ) -> None:
+        """Lower both; ``reference`` has to be set before the first call.
+
+        Args:
+            objective: On preferences.
+            policy: What it compares.
+            kl_weight: Of the policy's distance to the base, which is added to it.
+            preserve: On the group "preserve".
+        """
+        self.objective, self.policy = objective, policy
+        self.kl_weight, self.preserve = kl_weight, preserve
         self.reference: Reference | None = None
         self.measures = (*objective.measures, *SAMPLED)
 
@@ -69,26 +133,28 @@ class PreferenceLoss:
 
     def _preference(self, model: Generator, rows: Rows) -> Found:
         assert self.reference is not None
-        groups, count = rows.noise.shape[:2]
-        noise = rows.noise.flatten(0, 1)
-        told = rows.conditioning.select(torch.arange(groups).repeat_interleave(count))
-        base = self.reference.latents(noise, told).view_as(rows.noise)
-        x0 = model.latents(noise, told).view_as(rows.noise)
-        loss, measures = self.objective(x0, base, rows.extra)
+        with torch.no_grad(), self.reference.generator() as generator:
+            base, start = self.policy(generator, rows)
+        policy, x0 = self.policy(model, rows)
+        loss, measures = self.objective(policy, base, rows.extra)
+        apart = x0 - start
+        if self.kl_weight:
+            loss = loss + self.kl_weight * self.policy.distance(apart)
+        mean, largest = mean_and_max(rows.extra["rewards"])
         return loss, measures | {
-            "sampled": of_group(rows.extra["rewards"], torch.mean),
-            "sampled max": of_group(rows.extra["rewards"], torch.max),
+            "sampled": mean,
+            "sampled max": largest,
             "ties": rows.extra["ties"],
-            "moved": (x0.detach() - base).square().flatten(1).mean(1).sqrt(),
+            "moved": apart.detach().square().flatten(1).mean(1).sqrt(),
         }
 
 
 def log_prob(action: Tensor, mean: Tensor, std: float) -> Tensor:
-    """Logarithm of N(action; mean, std^2) without constants: -|action - mean|^2 / (2 std^2).
+    """Logarithm of N(action; mean, std^2) in nats, without constants, as ``Transition`` has it.
 
     Args:
-        action: [..., C, h, w], taken as given; the result, in nats, is [...].
-        mean: Broadcasts to it.
+        action: [..., C, h, w], taken as given; the result is [...].
+        mean: Of the same shape.
         std: Above 0.
 
     Raises:
@@ -96,7 +162,8 @@ def log_prob(action: Tensor, mean: Tensor, std: float) -> Tensor:
     """
     if not std > 0:
         raise ValueError(f"std is {std}: a step without noise has no likelihood")
-    return -(action.detach().float() - mean.float()).square().flatten(-3).sum(-1) / (2 * std**2)
+    of = Transition(mean.flatten(0, -4), std)
+    return of.log_probability(action.detach().flatten(0, -4)).view(action.shape[:-3])
 
 
 def preferences(rewards: Tensor) -> Tensor:
@@ -118,7 +185,10 @@ def advantages(rewards: Tensor, largest: float = 10.0) -> Tensor:
     return (centred / (std + 1e-6)).clamp(-largest, largest)
 
 
-def of_group(rewards: Tensor, reduce: Any) -> Tensor:
-    """Mean or max [G] of the finite rewards [G, K]; 0 of none."""
-    rows: Sequence[Tensor] = [row[row.isfinite()] for row in rewards]
-    return torch.stack([reduce(row) if len(row) else row.new_zeros(()) for row in rows])
+def mean_and_max(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the finite rewards of each group [G, K], [G] each; 0 of none."""
+    good = rewards.isfinite()
+    total = rewards.where(good, torch.zeros_like(rewards)).sum(1)
+    largest = rewards.where(good, torch.full_like(rewards, -torch.inf)).amax(1)
+    count = good.sum(1)
+    return total / count.clamp(min=1), largest.where(count > 0, torch.zeros_like(largest))

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oneshot_fast.training.losses.preference import Extra, Found, log_prob
+from oneshot_fast.training.losses.preference import Extra, Found
 
 Clip = Literal["ppo", "original"]
 
@@ -48,46 +48,42 @@ def pso_loss(
 
 @dataclass(frozen=True)
 class PSO:
-    """On pairs of actions around one clean latent.
+    """On pairs of neighbours in a group: samples 0 and 1, 2 and 3, ...
 
-    ``extra`` has "actions" [G, N, 2, C, h, w], their "preference" [G, N] and in "pairs" [G] how
-    many pairs that are no ties a group of the whole batch has on the mean.
+    Policy and base are log-probabilities [G, K, S] of S steps; each has its own loss, and their
+    mean is lowered. ``extra`` has the "preference" [G, K / 2] of the pairs and in "pairs" [G] how
+    many that are no ties a group of the whole batch has on the mean.
 
     Attributes:
-        std: Of the action noise, in deviations of the latents.
         beta: Per nat.
         clip: Bound of the log-ratio, in nats.
         form: "ppo" or "original".
-        on_means: ``beta`` and ``clip`` are the original's, of means over D.
+        scale: Factor of the log-ratios; with 1 / D ``beta`` and ``clip`` are the original's.
     """
 
-    std: float = 0.3
     beta: float = 0.1
     clip: float = 25.0
     form: Clip = "ppo"
-    on_means: bool = False
-    measures = ("preferred", "ratio", "clipped", "kl")
+    scale: float = 1.0
+    measures = ("preferred", "clipped", "kl")
 
-    def __call__(self, x0: Tensor, base: Tensor, extra: Extra) -> Found:
+    def __call__(self, policy: Tensor, base: Tensor, extra: Extra) -> Found:
         """See ``Objective``."""
-        actions, y = extra["actions"], extra["preference"]
-        d = log_prob(actions, x0[:, :, None], self.std) - log_prob(
-            actions, base[:, :, None], self.std
-        )
+        y = extra["preference"][:, None]
+        d = self.scale * (policy - base).movedim(2, 1).unflatten(2, (-1, 2))  # [G, S, K / 2, 2]
         low, high = -self.clip, self.clip
-        if self.on_means:
-            d = d / x0[0, 0].numel()
-            low, high = math.log1p(-self.clip), math.log1p(self.clip)
+        if self.scale != 1:
+            low, high = math.log1p(low), math.log1p(high)
         loss = pso_loss(d, y, self.beta, low, high, self.form)
         pairs = extra["pairs"].clamp(min=1e-9)
 
         def mean(values: Tensor) -> Tensor:
-            return (values * (y != 0)).sum(1) / pairs
+            return (values * (y != 0)).mean(1).sum(1) / pairs
 
         known = d.detach()
         return mean(loss), {
             "preferred": mean((y * (known[..., 0] - known[..., 1]) > 0).float()),
-            "ratio": mean(known.exp().mean(-1)),
             "clipped": mean(((known < low) | (known > high)).float().mean(-1)),
-            "kl": mean((known.exp() - 1 - known).mean(-1)),
+            # the samples are the policy's, so that 1 / ratio - 1 + log ratio is never far off
+            "kl": mean(((-known).exp() - 1 + known).mean(-1)),
         }

@@ -4,14 +4,14 @@
 
 Gao et al. 2024, arXiv 2404.16767: no clip, no value, no reference; lp_old is of the policy that was
 sampled. Over all pairs of a group of K it is twice the variance of eta (lp - lp_old) - A. What has
-no bound but the reward runs away, so that the squared distance to the base is weighed against it.
+no bound but the reward runs away: weigh the distance to the base against it (``kl_weight``).
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from oneshot_fast.training.losses.preference import Extra, Found, advantages, log_prob
+from oneshot_fast.training.losses.preference import Extra, Found, advantages
 
 
 def rebel_loss(log_ratio: Tensor, advantage: Tensor, eta: float) -> Tensor:
@@ -21,24 +21,18 @@ def rebel_loss(log_ratio: Tensor, advantage: Tensor, eta: float) -> Tensor:
 
 @dataclass(frozen=True)
 class REBEL:
-    """On actions around one clean latent, see rlcm.py.
-
-    ``extra`` has "actions" [G, 1, K, C, h, w] and their "rewards" [G, K].
+    """On log-probabilities [G, K, S], summed over S steps, and "rewards" [G, K] in ``extra``.
 
     Attributes:
-        std: Of the action noise, in deviations of the latents.
         eta: Per nat.
-        kl_weight: Of the squared distance of the clean latents to the base's.
+        scale: Factor of the log-ratios; 1 / D for the original's means.
     """
 
-    std: float = 0.3
     eta: float = 1.0
-    kl_weight: float = 1.0
-    measures = ("kl",)
+    scale: float = 1.0
+    measures = ()
 
-    def __call__(self, x0: Tensor, base: Tensor, extra: Extra) -> Found:
+    def __call__(self, policy: Tensor, base: Tensor, extra: Extra) -> Found:
         """See ``Objective``."""
-        now = log_prob(extra["actions"], x0[:, :, None], self.std).flatten(1)
-        loss = rebel_loss(now - now.detach(), advantages(extra["rewards"]), self.eta)
-        held = (x0 - base).square().flatten(1).mean(1)
-        return loss + self.kl_weight * held, {"kl": held.detach() / (2 * self.std**2)}
+        log_ratio = self.scale * (policy - extra.get("old", policy.detach())).sum(2)
+        return rebel_loss(log_ratio, advantages(extra["rewards"]), self.eta), {}

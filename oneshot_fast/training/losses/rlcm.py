@@ -6,7 +6,7 @@ RL for Consistency Models (Oertell et al. 2024, arXiv 2404.03673) with the loss 
 al. 2017, arXiv 1707.06347): p is that of a step that noises its clean latents anew. The last step's
 noise never enters the image, so that it is left out. A single step has no other: there the action
 is a = x0 + std z, K of them around one clean latent, as for PSO (pso.py). p_old is the policy that
-was sampled, which rho differs from after the first update of a rollout only.
+was sampled: with one update for a rollout rho is 1, and the gradient is the policy gradient.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oneshot_fast.training.losses.preference import Extra, Found, advantages, log_prob
+from oneshot_fast.training.losses.preference import Extra, Found, advantages
 
 
 def ppo_loss(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
@@ -25,29 +25,24 @@ def ppo_loss(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
 
 @dataclass(frozen=True)
 class RLCM:
-    """On actions around one clean latent.
-
-    ``extra`` has "actions" [G, 1, K, C, h, w] and their "rewards" [G, K].
+    """On log-probabilities [G, K, S] of S steps, and the samples' "rewards" [G, K] in ``extra``.
 
     Attributes:
-        std: Of the action noise, in deviations of the latents.
         clip: Of the ratio.
-        kl_weight: Of the squared distance of the clean latents to the base's.
+        scale: Factor of the log-ratios; 1 / D for the original's ratio of means.
     """
 
-    std: float = 0.3
     clip: float = 0.2
-    kl_weight: float = 0.0
-    measures = ("ratio", "kl")
+    scale: float = 1.0
+    measures = ("ratio", "clipped", "kl")
 
-    def __call__(self, x0: Tensor, base: Tensor, extra: Extra) -> Found:
+    def __call__(self, policy: Tensor, base: Tensor, extra: Extra) -> Found:
         """See ``Objective``."""
-        now = log_prob(extra["actions"], x0[:, :, None], self.std).flatten(1)
-        log_ratio = now - now.detach()  # the rollout is of these weights
-        loss = ppo_loss(log_ratio, advantages(extra["rewards"]), self.clip).mean(1)
-        held = (x0 - base).square().flatten(1).mean(1)
+        log_ratio = self.scale * (policy - extra.get("old", policy.detach()))
+        gain = advantages(extra["rewards"])[:, :, None]
         known = log_ratio.detach()
-        return loss + self.kl_weight * held, {
-            "ratio": known.exp().mean(1),
-            "kl": (known.exp() - 1 - known).mean(1),
+        return ppo_loss(log_ratio, gain, self.clip).mean((1, 2)), {
+            "ratio": known.exp().mean((1, 2)),
+            "clipped": ((known.exp() - 1).abs() > self.clip).float().mean((1, 2)),
+            "kl": (known.exp() - 1 - known).mean((1, 2)),
         }

@@ -1,0 +1,242 @@
+"""How a generator is trained on preferences: the objective, and what it draws and compares."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tyro.conf import UseAppendAction
+
+from oneshot_fast.data.options import SizeOptions
+from oneshot_fast.errors import require
+from oneshot_fast.rewards.options import JudgeModels
+from oneshot_fast.training.losses.d3po import d3po
+from oneshot_fast.training.losses.dpo import GroupDPO
+from oneshot_fast.training.losses.drpo import DrPO
+from oneshot_fast.training.losses.neighbor_grpo import NeighborGRPO
+from oneshot_fast.training.losses.preference import (
+    Actions,
+    CleanLatents,
+    Objective,
+    Policy,
+    PreferenceLoss,
+)
+from oneshot_fast.training.losses.preserve import Preserve
+from oneshot_fast.training.losses.pso import PSO, Clip
+from oneshot_fast.training.losses.rebel import REBEL
+from oneshot_fast.training.losses.rlcm import RLCM
+from oneshot_fast.training.options import TrainOptions
+
+Name = Literal["pso", "d3po", "rlcm", "rebel", "neighbor_grpo", "drpo", "dpo"]
+# flags of an objective, and of no other
+_OF = {
+    "pso": ("beta", "clip", "clip_form", "original_scale", "action_std", "action_pool"),
+    "d3po": ("beta", "clip", "clip_form", "action_std", "action_pool"),
+    "rlcm": ("original_scale", "action_std", "action_pool"),
+    "rebel": ("eta", "original_scale", "action_std", "action_pool"),
+    "neighbor_grpo": ("neighbor_spread", "anchors", "temperature"),
+    "drpo": ("features", "positives", "reference_weight"),
+    "dpo": ("beta",),
+}
+_OWN = {flag for flags in _OF.values() for flag in flags}
+# where the distance to the base is weighed if nothing is said
+_KL = {"rlcm": 0.2, "rebel": 0.2, "neighbor_grpo": 0.2}
+_BETA = {"pso": 0.1, "d3po": 0.1, "dpo": 30.0}
+_PAIRED = ("pso", "d3po")
+
+
+@dataclass(frozen=True)
+class PreferOptions(TrainOptions):
+    """How the generator is trained."""
+
+    objective: Name = "pso"
+    """pso: pairs of actions around one clean latent; rlcm (PPO), rebel: groups of them; d3po: pso
+    as published for many steps; neighbor_grpo: images of neighbouring noises; drpo: drift of
+    features towards the better half; dpo: distance to the better and the worse half."""
+    group: int = 16
+    """Images of a prompt that are compared with each other."""
+    groups_per_prompt: int = 4
+    """Groups of each prompt in an epoch, of new random noises."""
+    batch_size: int = 4
+    """Groups per step."""
+    lr: float = 3e-5
+    """AdamW's learning rate."""
+    preserve_latent_weight: float = 0.0
+    """Weight of the latent distance to the base generator on random noise, against drift."""
+    preserve_pixel_weight: float = 0.0
+    """The same in pixels ([0, 1] RGB); 0 never decodes."""
+    kl_weight: float | None = None
+    """Weight of the distance of the step's own images to the base generator's: for rlcm and rebel
+    the KL divergence of the actions in nats, by default 0.2, for others the mean square of clean
+    latents, by default 0.2 for neighbor_grpo and else 0."""
+    max_drift: float = 0.5
+    """The training ends when the clean latents of a step are so far from the base generator's (RMS,
+    in deviations of latents); inf never ends it."""
+    beta: float | None = None
+    """pso, d3po: how much the loss makes of a log-ratio, per nat, by default 0.1; dpo: of a squared
+    distance, by default 30."""
+    clip: float | None = None
+    """pso: bound of the log-ratio to the base in nats, by default 25; d3po: of the ratio of means,
+    by default 0.1."""
+    clip_form: Clip | None = None
+    """pso, d3po: "ppo", by default for pso, clips only what would be rewarded for going further;
+    "original", by default for d3po, all."""
+    original_scale: bool = False
+    """pso, rlcm, rebel: take beta, clip and eta as the papers do, of log-probabilities that are
+    means over the latent's elements instead of sums."""
+    action_std: float = 0.3
+    """Deviation of the noise that is added to clean latents, in deviations of latents."""
+    action_pool: int = 1
+    """Draw that noise once for each block of so many latent pixels a side and channel: the fewer
+    numbers decide, the more a reward says of each."""
+    eta: float = 1.0
+    """rebel: advantage per nat."""
+    neighbor_spread: float = 0.3
+    """neighbor_grpo: share of a neighbour's noise that is its own."""
+    anchors: int = 4
+    """neighbor_grpo: how many of a group's images are evaluated with a gradient."""
+    temperature: float | Literal["auto"] = "auto"
+    """neighbor_grpo: of the choice among neighbours, in squared deviations; auto: the group's mean
+    squared distance."""
+    features: str | None = None
+    """drpo: what images are compared by, see evaluate --help, or latents; by default what is there
+    of the prompts' classifier, CLIP, DINOv2, latents."""
+    positives: int | None = None
+    """drpo: how many of the best draw, and of the worst push; by default half of the group."""
+    reference_weight: float = 0.2
+    """drpo: weight of the term that draws to the base generator's images."""
+
+    def check(self) -> None:
+        super().check()
+        name = self.objective
+        for field in fields(self):
+            if field.name in _OWN and field.name not in _OF[name]:
+                require(
+                    getattr(self, field.name) == field.default,
+                    f"--{field.name} has no effect on --objective {name}; leave it out",
+                )
+        for flag in ("beta", "clip", "action_std", "eta", "neighbor_spread", "max_drift"):
+            value = getattr(self, flag)
+            require(value is None or value > 0, f"{flag} is {value}; give a positive number")
+        for flag in ("kl_weight", "reference_weight"):
+            value = getattr(self, flag)
+            good = value is None or 0 <= value < math.inf
+            require(good, f"{flag} is {value}; give a finite number, 0 or more")
+        require(
+            self.temperature == "auto" or self.temperature > 0,
+            f"temperature is {self.temperature}; give a positive number, or auto",
+        )
+        require(self.neighbor_spread <= 1, "neighbor_spread is a share; give at most 1")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        group = self.group
+        require(group >= 2, f"group is {group}; preferences need at least 2 images of a prompt")
+        for flag in ("groups_per_prompt", "action_pool", "anchors"):
+            require(getattr(self, flag) >= 1, f"{flag} must be at least 1")
+        require(
+            group % 2 == 0 or self.objective not in (*_PAIRED, "dpo"),
+            f"group is {group}; {self.objective} compares pairs: give an even number",
+        )
+        require(
+            self.anchors <= group or self.objective != "neighbor_grpo",
+            f"anchors is {self.anchors}, of a group of {group}; give at most as many",
+        )
+        chosen = self.positives
+        require(
+            chosen is None or 1 <= chosen <= group // 2,
+            f"positives is {chosen}; as many of the worst are needed: give at most half of the "
+            f"group of {group}",
+        )
+        require(
+            self.clip is None or self.clip < 1 or not self._on_means,
+            f"clip is {self.clip}; of ratios of means give less than 1",
+        )
+
+    @property
+    def _on_means(self) -> bool:
+        return self.original_scale or self.objective == "d3po"
+
+    @property
+    def drawing(self) -> Literal["pairs", "actions", "neighbors", "samples"]:
+        """What the images of a group are.
+
+        Two, or all of them, around one clean latent; of neighbouring noises; of independent ones.
+        """
+        if self.objective in _PAIRED:
+            return "pairs"
+        if self.objective in ("rlcm", "rebel"):
+            return "actions"
+        return "neighbors" if self.objective == "neighbor_grpo" else "samples"
+
+    @property
+    def noises(self) -> int:
+        """How many of a group are evaluated with a gradient."""
+        of = {"pairs": self.group // 2, "actions": 1, "neighbors": self.anchors}
+        return of.get(self.drawing, self.group)
+
+    def loss(self, size: int, features: Callable[[Tensor], Tensor] | None = None) -> PreferenceLoss:
+        """What is lowered.
+
+        Args:
+            size: Elements of a latent.
+            features: For drpo: [B, F] of clean latents [B, C, h, w].
+        """
+        acts = self.drawing in ("pairs", "actions")
+        policy: Policy = Actions(self.action_std) if acts else CleanLatents()
+        weight = _KL.get(self.objective, 0.0) if self.kl_weight is None else self.kl_weight
+        preserve = Preserve(self.preserve_latent_weight, self.preserve_pixel_weight)
+        return PreferenceLoss(self._objective(size, features), policy, weight, preserve)
+
+    def _objective(self, size: int, features: Callable[[Tensor], Tensor] | None) -> Objective:
+        name, scale = self.objective, 1 / size if self.original_scale else 1.0
+        beta = _BETA.get(name, 0.0) if self.beta is None else self.beta
+        if name == "pso":
+            clip = (0.1 if self.original_scale else 25.0) if self.clip is None else self.clip
+            return PSO(beta, clip, self.clip_form or "ppo", scale)
+        if name == "d3po":
+            published = d3po(size)
+            clip = published.clip if self.clip is None else self.clip
+            return PSO(beta, clip, self.clip_form or published.form, published.scale)
+        if name == "rlcm":
+            return RLCM(scale=scale)
+        if name == "rebel":
+            return REBEL(self.eta, scale)
+        if name == "neighbor_grpo":
+            return NeighborGRPO(self.temperature)
+        if name == "dpo":
+            return GroupDPO(beta)
+        half = self.group // 2 if self.positives is None else self.positives
+        return DrPO(features or _flat, half, self.reference_weight)
+
+
+def _flat(latents: Tensor) -> Tensor:
+    return torch.flatten(latents, 1)
+
+
+@dataclass(frozen=True)
+class PreferData(SizeOptions, JudgeModels):
+    """Which images are compared, by what, and what is measured."""
+
+    reward: UseAppendAction[tuple[str, ...]] = ()
+    """NAME[:WEIGHT], such as clip:0.01, or python:module.function[:WEIGHT]; may be given several
+    times: images are compared by the weighted sum. No gradient is needed."""
+    judge: UseAppendAction[tuple[str, ...]] = ()
+    """NAME of a reward that is measured but not trained on, and so tells whether others are
+    over-optimised; may be given several times."""
+    prompt_file: Path | None = None
+    """Prompts: .txt with one per line, .tsv or .csv with a header, or .jsonl."""
+    prompt_field: str | None = None
+    """Column or field of prompt_file; by default the first of prompt, text and caption."""
+    eval_samples: int = 64
+    """Random noises, not trained on, on which the generator is measured before training and after
+    every epoch."""
+
+    @property
+    def names(self) -> list[str]:
+        """How rewards and judges were named and computed, for a run's settings."""
+        judges = [f"judge {name}" for name in self.judge]
+        return [*self.reward, f"computed in {self.reward_dtype}", *judges]

@@ -1,0 +1,102 @@
+"""Command line of training on preferences among a generator's own images."""
+
+import functools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from oneshot_fast.cli import OK, finish, run_command
+from oneshot_fast.data.prompts import read_prompts
+from oneshot_fast.errors import UserError, require
+from oneshot_fast.evaluation.features import Features, load_features
+from oneshot_fast.evaluation.random_noise import classifier_for
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.options import ModelOptions
+from oneshot_fast.jobs.prefer.options import PreferData, PreferOptions
+from oneshot_fast.jobs.prefer.run import PreferRun
+from oneshot_fast.rewards.options import check_judges
+from oneshot_fast.runtime.options import RunOptions
+
+
+@dataclass(frozen=True)
+class PreferCommand:
+    """Train a one-step generator on preferences among its own images.
+
+    In every step images of prompts are drawn, scored by --reward, which needs no gradient, and
+    compared; --objective says how the generator moves towards the better ones. --judge tells
+    whether the reward is over-optimised. An interrupted run resumes when the same command is
+    repeated.
+    """
+
+    model_id: str = "stabilityai/sdxl-turbo"
+    """One-step generator: folder in diffusers layout, hub id, .safetensors file, or "tiny"."""
+    output_dir: Path | None = None
+    """Folder of the results."""
+    save_minutes: float = 5.0
+    """Minutes between saved training states; 0 saves after every step."""
+    keep_checkpoints: int = 0
+    """Also keep checkpoint-<step> of the newest so many epochs; 0 keeps none."""
+    offload_encoders: bool | None = None
+    """Move text encoders and image encoder to the CPU while training; by default on a GPU."""
+    dry_run: bool = False
+    """Print parameters, memory by part, disk and time needed, from a few timed passes on random
+    data; nothing is written."""
+    training: PreferOptions = PreferOptions()
+    data: PreferData = PreferData()
+    model: ModelOptions = ModelOptions()
+    run: RunOptions = RunOptions()
+
+
+def execute(command: PreferCommand) -> int:
+    """Run the command; see ``run_command`` for exit codes."""
+    data, options = command.data, command.training
+    if data.prompt_file is None or not data.reward:
+        raise UserError("give --prompt_file FILE and --reward NAME")
+    require(bool(command.output_dir or command.dry_run), "give --output_dir DIR")
+    check_judges(data.reward, data.judge)
+    options.check()
+    size = data.size
+    prompts = read_prompts(data.prompt_file, data.prompt_field)
+    generator = command.model.load(
+        command.model_id, master_weights=options.weights_dtype == "float32"
+    )
+    run = PreferRun(
+        generator,
+        prompts,
+        command.output_dir or Path(),
+        options,
+        rewards=data.load(generator.device, data.reward),
+        judge=data.judges(generator.device, data.judge),
+        features=_features(command, generator, prompts),
+        resolution=size,
+        eval_samples=data.eval_samples,
+        names=data.names,
+        seed=command.run.seed,
+        save_minutes=command.save_minutes,
+        keep_checkpoints=command.keep_checkpoints,
+        offload_encoders=command.offload_encoders,
+    )
+    if command.dry_run:
+        print(run.plan())
+        return OK
+    summary = run.run(**command.run.arguments)
+
+    from oneshot_fast.report.prefer import print_summary, write_report
+
+    return finish(command, run.folder, summary, write_report, print_summary)
+
+
+def _features(command: PreferCommand, generator: Generator, prompts: list[str]) -> Features | None:
+    """Those of drpo; None: the latents themselves."""
+    named = command.training.features
+    if command.training.objective != "drpo" or named == "latents":
+        return None
+    setup = command.data.setup(generator.device)
+    found = load_features(named, generator, classifier_for(generator, prompts), setup)
+    return None if named is None and found.is_weak else found
+
+
+main = functools.partial(run_command, "prefer", PreferCommand, execute)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Training on preferences: every objective on drawn groups, resuming, early ends, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from samples import PROMPTS
+from torch import Tensor
+
+from oneshot_fast.errors import UserError
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.jobs.prefer import run as prefer_run
+from oneshot_fast.jobs.prefer.options import Name, PreferOptions
+from oneshot_fast.jobs.prefer.rollout import Rollout, compared
+from oneshot_fast.jobs.prefer.run import PreferRun
+from oneshot_fast.rewards import Reward, WeightedRewards, load_rewards
+from oneshot_fast.training.batch import Batch, Rows
+from oneshot_fast.training.losses.base import shared_losses, total
+from oneshot_fast.training.reference import Reference
+
+SMALL: dict[str, Any] = {"group": 4, "groups_per_prompt": 1, "batch_size": 2, "anchors": 2}
+FLAGS = (
+    "--model_id tiny --reward thickness --judge digit --group 4 --groups_per_prompt 1 "
+    "--batch_size 1 --epochs 2 --eval_samples 10 --save_minutes 0"
+)
+
+
+def options(name: Any, **more: Any) -> PreferOptions:
+    small = SMALL if name == "neighbor_grpo" else {**SMALL, "anchors": PreferOptions.anchors}
+    return PreferOptions(objective=name, **{**small, **more})
+
+
+def drawn(tiny: Generator, chosen: PreferOptions) -> Batch:
+    """A batch of two groups, as a run draws it."""
+    rollout = Rollout(tiny, load_rewards(["thickness"]), chosen, (4, 8, 8))
+    groups = [rollout.group(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+    extra = compared(groups, chosen.drawing == "pairs")
+    noise = extra.pop("noise")
+    return Batch(preference=Rows(noise, tiny.told(PROMPTS, [0, 1]), extra))
+
+
+@pytest.mark.parametrize("name", get_args(Name))
+def test_every_objective_on_what_is_drawn(name: str, tiny: Generator) -> None:
+    chosen = options(name)
+    chosen.check()
+    batch = drawn(tiny, chosen)
+    rows = batch["preference"]
+    assert rows.noise.shape == (2, chosen.noises, 4, 8, 8)
+    assert rows.extra["rewards"].shape == (2, 4) and rows.extra["ties"].tolist() == [0, 0]
+    loss = chosen.loss(256)
+    loss.reference = Reference(tiny, adapts=True)
+    weight = tiny.denoiser.conv_out.weight.requires_grad_(True)
+    try:
+        found = loss(tiny, batch)
+        gradient = torch.autograd.grad(total({"loss": found["preference"]}), weight)[0]
+    finally:
+        weight.requires_grad_(False)
+    assert torch.isfinite(gradient).all() and gradient.norm() > 0
+    assert {*loss.parts, *loss.measures} - {"preserve"} == {*found}
+    assert found["moved"] == 0 and found["sampled max"] > found["sampled"]
+    # two processes, or parts, give the same
+    with torch.no_grad():
+        pieces = [shared_losses(loss, tiny, piece) for piece in batch.split(2)]
+    for key, value in found.items():
+        torch.testing.assert_close(sum(piece[key] for piece in pieces), value.detach())
+
+
+def test_the_images_of_a_group(tiny: Generator) -> None:
+    rows = drawn(tiny, options("pso"))["preference"]
+    again = drawn(tiny, options("pso"))["preference"]
+    assert torch.equal(rows.extra["actions"], again.extra["actions"])
+    with torch.no_grad():
+        x0 = tiny.latents(rows.noise[0], tiny.encode_prompts([PROMPTS[0]] * 2))
+    z = (rows.extra["actions"][0] - x0.repeat_interleave(2, 0)) / 0.3  # both around one latent
+    assert z.std().item() == pytest.approx(1, abs=0.1) and z.mean().abs() < 0.1
+    better = rows.extra["rewards"].unflatten(1, (2, 2)).argmax(2)
+    assert torch.equal(rows.extra["preference"], 1.0 - 2 * better)
+    coarse = drawn(tiny, options("rlcm", action_pool=4))["preference"]
+    with torch.no_grad():
+        x0 = tiny.latents(coarse.noise[0], tiny.encode_prompts([PROMPTS[0]]))
+    z = ((coarse.extra["actions"][0] - x0) / 0.3).unflatten(2, (2, 4)).unflatten(4, (2, 4))
+    torch.testing.assert_close(z, z[:, :, :, :1, :, :1].expand_as(z), rtol=0, atol=1e-5)
+    near = drawn(tiny, options("neighbor_grpo"))["preference"]
+    correlation = torch.corrcoef(near.noise[0].flatten(1))[0, 1]
+    assert correlation.item() == pytest.approx(1 - 0.3**2, abs=0.05)
+
+
+def test_the_reference_is_the_network_without_its_adapter(tiny: Generator) -> None:
+    assert Reference(tiny, adapts=True)._generator is tiny
+    with Reference(tiny, adapts=False).generator() as base:
+        assert base.denoiser is not tiny.denoiser
+        shared = [*tiny.networks.values()][1:], [*base.networks.values()][1:]
+        assert all(a is b for a, b in zip(*shared, strict=True))
+        theirs = dict(base.denoiser.named_parameters())
+        assert all(torch.equal(v, theirs[k]) for k, v in tiny.denoiser.named_parameters())
+
+
+class Same(Reward):
+    """Likes all images alike."""
+
+    name = "same"
+    differentiable = False
+
+    def forward(self, images: Tensor, features: Tensor) -> Tensor:
+        return images.new_ones(len(images))
+
+
+def run(folder: Path, rewards: WeightedRewards, **more: Any) -> PreferRun:
+    generator = load_generator("tiny", master_weights=True)
+    chosen = options("pso", epochs=3, **more)
+    return PreferRun(generator, PROMPTS, folder, chosen, rewards=rewards, eval_samples=10)
+
+
+def test_rewards_that_are_all_equal_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefer_run, "EQUAL", 2)
+    with pytest.raises(UserError, match="same reward in 2 steps in a row: same says nothing"):
+        run(tmp_path, WeightedRewards([(Same(), 1.0)])).run()
+
+
+def test_drift_ends_the_training(tmp_path: Path) -> None:
+    job = run(tmp_path, load_rewards(["thickness"]), max_drift=1e-3)
+    summary = job.run()
+    assert summary["steps"] == 2 < 3  # the first step begins at the base
+    assert summary["stopped"].startswith("drift 0.") and "after step 2" in summary["stopped"]
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2] and rows[1]["moved"] > 1e-3 > rows[0]["moved"]
+    assert run(tmp_path, load_rewards(["thickness"]), max_drift=1e-3).run() == summary
+
+
+def test_a_killed_training_ends_the_same(tmp_path: Path, prompts: Path, forks: Any) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = [*FLAGS.split(), "--prompt_file", prompts, "--lora_rank", 4, "--lr", "5e-3"]
+    flags += ["--output_dir"]
+    assert forks.run("prefer", [*flags, whole], whole).code == 0
+    for place in ("epoch-001.json", "lora-final"):
+        assert forks.run("prefer", [*flags, parts], parts, at=place).code == -9
+    ended = forks.run("prefer", [*flags, parts], parts)
+    assert ended.code == 0, ended.err
+    assert "judge digit" in ended.out and (parts / "report.html").exists()
+    name = "lora-final/pytorch_lora_weights.safetensors"
+    old, new = (load_file(folder / name) for folder in (whole, parts))
+    assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+    rows = [(folder / "history.jsonl").read_text() for folder in (whole, parts)]
+    assert rows[0] == rows[1]
+
+
+def test_the_dry_run(call: Callable[..., Any], prompts: Path) -> None:
+    flags = f"--model_id tiny --reward thickness --prompt_file {prompts} --group 4 --batch_size 1"
+    ended = call("prefer", *flags.split(), "--dry_run")
+    assert ended.code == 0, ended.err
+    for part in ("peak of a step of 1 groups", "a second denoiser", "4 in each group"):
+        assert part in ended.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"group": 1}, "group is 1; preferences need at least 2"),
+        ({"group": 5}, "group is 5; pso compares pairs: give an even number"),
+        ({"beta": 0.0}, "beta is 0.0; give a positive number"),
+        ({"action_std": -1.0}, "action_std is -1.0; give a positive"),
+        ({"action_std": math.nan}, "action_std is nan; give a positive"),
+        ({"eta": 2.0}, "--eta has no effect on --objective pso; leave it out"),
+        ({"objective": "rlcm", "beta": 1.0}, "--beta has no effect on --objective rlcm"),
+        ({"objective": "neighbor_grpo", "temperature": 0.0}, "temperature is 0.0"),
+        ({"objective": "neighbor_grpo", "anchors": 17}, "anchors is 17, of a group of 16"),
+        ({"objective": "drpo", "positives": 9}, "positives is 9; as many of the worst"),
+        ({"objective": "d3po", "clip": 1.5}, "clip is 1.5; of ratios of means give less than 1"),
+        ({"kl_weight": -1.0}, "kl_weight is -1.0; give a finite number, 0 or more"),
+        ({"max_drift": 0.0}, "max_drift is 0.0"),
+    ],
+)
+def test_options_that_make_no_sense(flags: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        dataclasses.replace(PreferOptions(), **flags).check()
+
+
+def test_commands_that_make_no_sense(call: Callable[..., Any], prompts: Path) -> None:
+    flags = ["--model_id", "tiny", "--prompt_file", prompts, "--output_dir", prompts.parent / "out"]
+    for more, said in (
+        ([], "give --prompt_file FILE and --reward NAME"),
+        (["--reward", "digit", "--judge", "digit"], "digit cannot judge what is trained on it"),
+    ):
+        ended = call("prefer", *flags, *more)
+        assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1
