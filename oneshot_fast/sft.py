@@ -128,11 +128,12 @@ def _check_sampler(manifest: Path, model: ModelOptions) -> None:
     if manifest.parent.name == "training":  # of optimize
         path = manifest.parent.parent / "run.json"
     found = read_json(path) if path.is_file() else {}
-    for name in ("num_inference_steps", "guidance_scale", "cps_eta") if found else ():
-        here = getattr(model, name)
+    used = {name: getattr(model, name) for name in ("num_inference_steps", "guidance_scale")}
+    used |= {"cps_eta": model.cps_eta, "step_list": model.step_list[: model.num_inference_steps]}
+    for name, here in used.items() if found else ():
         there = found.get(name, getattr(ModelOptions, name))  # one step notes none of them
         require(
-            here == there,
+            here == (tuple(there) if isinstance(there, list) else there),
             f"{manifest}: its noises were found with {name} {there}, not {here}; give --{name} as "
             "there, or --noise random",
         )

@@ -398,6 +398,7 @@ def test_assigned_and_trained_through_the_loop(
         (["--num_inference_steps", 1], "were found with num_inference_steps 2, not 1"),
         ([*flags[2:], "--guidance_scale", 2], "were found with guidance_scale 1.0, not 2.0"),
         ([*flags[2:], "--cps_eta", 0.5], "were found with cps_eta None, not 0.5"),
+        ([*flags[2:], "--step_list", 900, 500], "were found with step_list (), not (900.0, 500.0)"),
     ):
         other = call("sft", *flags[:2], *more, *training, tmp_path / "other")
         assert other.code == 2 and said in other.error and not (tmp_path / "other").exists()
