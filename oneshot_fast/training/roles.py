@@ -20,15 +20,25 @@ class Roles:
     and the teacher is the base without. Else the fake and the teacher are copies of the denoiser.
     """
 
-    def __init__(self, generator: FewStepGenerator, adapts: bool) -> None:
-        """Take ``generator`` as it is now, before it is trained; ``adapts``: adapters are."""
+    def __init__(
+        self, generator: FewStepGenerator, adapts: bool, teacher: FewStepGenerator | None = None
+    ) -> None:
+        """Take ``generator`` as it is now, before it is trained.
+
+        Args:
+            generator: The student.
+            adapts: Whether adapters are trained, of one base.
+            teacher: Another model, which the fake begins as, too; without adapters.
+        """
         self._adapts = adapts
         self._of: dict[str, FewStepGenerator] = dict.fromkeys(_ADAPTERS, generator)
-        if not adapts:
-            others = [*generator.networks.values()][1:]
-            shared: dict[int, Any] = {id(part): part for part in (*others, generator.decoder)}
-            for name in ("fake", "teacher"):
-                self._of[name] = copy.deepcopy(generator, {**shared})
+        if adapts:
+            return
+        base = generator if teacher is None else teacher
+        others = [*base.networks.values()][1:]
+        shared: dict[int, Any] = {id(part): part for part in (*others, base.decoder)}
+        self._of["fake"] = copy.deepcopy(base, {**shared})
+        self._of["teacher"] = teacher or copy.deepcopy(base, {**shared})
 
     @classmethod
     def of_one(cls, generator: FewStepGenerator) -> "Roles":

@@ -6,8 +6,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
-    "assign", "distill", "download", "em", "evaluate", "lora", "optimize", "prefer", "sample",
-    "scale", "sft", "study", "theory", "tiny", "toy",
+    "assign", "distill", "download", "em", "evaluate", "lora", "optimize", "prefer", "reinforce",
+    "sample", "scale", "sft", "study", "theory", "tiny", "toy",
 }  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Reinforcement of a few-step generator by rewards."""

@@ -1,0 +1,86 @@
+"""How a few-step generator is reinforced."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from oneshot_fast.errors import require
+from oneshot_fast.training.options import TrainOptions
+
+
+@dataclass(frozen=True)
+class ReinforceOptions(TrainOptions):
+    """How the generator is trained."""
+
+    batch_size: int = 40
+    """Images per step: of each of some prompts images_per_prompt."""
+    images_per_prompt: int = 8
+    """Images of a prompt that are compared with each other."""
+    steps_per_epoch: int = 5
+    """Steps after which the generator is measured."""
+    lr: float = 2e-5
+    """AdamW's learning rate."""
+    preserve_latent_weight: float = 0.0
+    """Weight of the latent distance to the base generator on random noise, against drift."""
+    preserve_pixel_weight: float = 0.0
+    """The same in pixels ([0, 1] RGB); 0 never decodes."""
+    policy_weight: float = 1.0
+    """Weight of the policy's loss in the steps that draw noise (SubGRPO)."""
+    policy_steps: int = 2
+    """Steps that learn from a rollout, of those that draw noise; in the others all images of a
+    prompt share their noise."""
+    final_reward_weight: float = 0.0
+    """Weight of the reward of the last step, whose gradient goes through the decoder; needs
+    rewards with a gradient. RTDMD: 1e-4."""
+    final_reward_margin: float = math.inf
+    """What that reward is raised to, at most; by default there is no end."""
+    match_weight: float = 0.0
+    """Weight of the matching term towards the --teacher, against over-optimisation: RTDMD 0.001;
+    for small models more, such as 0.05."""
+    teacher_guidance: float = 5.0
+    """The teacher's classifier-free guidance, see distill."""
+    fake_lr: float | None = None
+    """The learning rate of the fake, which follows the samples for the matching term; by default
+    twice lr."""
+
+    def check(self) -> None:
+        super().check()
+        count, size = self.images_per_prompt, self.batch_size
+        require(count >= 2, f"images_per_prompt is {count}; give at least 2, which are compared")
+        require(
+            size % count == 0,
+            f"batch_size is {size}; give a multiple of images_per_prompt, {count}",
+        )
+        require(self.steps_per_epoch >= 1, "steps_per_epoch must be at least 1")
+        require(self.policy_steps >= 1, "policy_steps must be at least 1")
+        for name in ("policy_weight", "final_reward_weight", "match_weight"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} is {value}; give 0 or a positive number")
+        require(
+            self.policy_weight + self.final_reward_weight > 0,
+            "policy_weight and final_reward_weight are 0; there is nothing to learn",
+        )
+        default = ReinforceOptions
+        require(
+            self.final_reward_weight > 0 or self.final_reward_margin == default.final_reward_margin,
+            "--final_reward_margin has no effect without --final_reward_weight; give it, too",
+        )
+        for name in ("teacher_guidance", "fake_lr"):
+            require(
+                self.match_weight > 0 or getattr(self, name) == getattr(default, name),
+                f"--{name} has no effect without --match_weight; give it, too",
+            )
+        require(1 <= self.teacher_guidance < math.inf, "teacher_guidance must be at least 1")
+        require(
+            not self.optimizer_in_backward,
+            "optimizer_in_backward: a step has several backward parts",
+        )
+
+    @property
+    def of_fake(self) -> TrainOptions:
+        """How the fake is trained: all of its weights, as it is a network of its own."""
+        lr = 2 * self.lr if self.fake_lr is None else self.fake_lr
+        return dataclasses.replace(
+            self, lr=lr, use_ema=False, lora_from=None, lora_rank=0, lora_alpha=None,
+            lora_format="diffusers",
+        )  # fmt: skip

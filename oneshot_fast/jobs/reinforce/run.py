@@ -1,0 +1,237 @@
+"""Reinforce a few-step generator by rewards, into one folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oneshot_fast.errors import UserError, require
+from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.generators.levels import Levels
+from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.judged import JudgedRun
+from oneshot_fast.jobs.reinforce.options import ReinforceOptions
+from oneshot_fast.rewards import WeightedRewards
+from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
+from oneshot_fast.training.batch import Batch, Rows
+from oneshot_fast.training.checkpoints import STUDENT
+from oneshot_fast.training.losses.dmd import (
+    FAKE_NOISES,
+    STUDENT_NOISES,
+    Draws,
+    FakeLoss,
+    StudentLoss,
+)  # fmt: skip
+from oneshot_fast.training.losses.grpo import ReinforceLoss, advantages, chosen_steps
+from oneshot_fast.training.losses.preserve import Preserve
+from oneshot_fast.training.roles import FAKE, Roles
+from oneshot_fast.training.trainer import Trainer
+
+_FLAT = 20  # steps in a row that nothing can be learnt from, which end the training
+_AT_ONCE = 16  # images
+
+
+class ReinforceRun(JudgedRun):
+    """A few-step generator that learns from rewards of its own images, measured as ``JudgedRun``.
+
+    Each step makes new images of some prompts, and takes one update.
+    """
+
+    passing = frozenset({FAKE})
+    options: ReinforceOptions
+    generator: FewStepGenerator
+    rewards: WeightedRewards
+
+    def __init__(
+        self,
+        generator: FewStepGenerator,
+        prompts: Sequence[str],
+        folder: Path,
+        options: ReinforceOptions,
+        *,
+        rewards: WeightedRewards,
+        teacher: FewStepGenerator | None = None,
+        **more: Any,
+    ) -> None:
+        """Describe the run.
+
+        Args:
+            generator: What is trained, in place; of several steps that draw noise.
+            prompts: Of the images.
+            folder: Where everything is written.
+            options: Losses and schedule.
+            rewards: What is raised.
+            teacher: Of the matching term.
+            **more: As for ``JudgedRun``.
+
+        Raises:
+            UserError: If an option makes no sense, or nothing could be learnt.
+        """
+        options.check()
+        distinct = len({*prompts})
+        require(distinct >= 2, "there is one prompt only; give several, which are drawn from")
+        self._per_step = options.batch_size // options.images_per_prompt
+        require(
+            self._per_step <= distinct,
+            f"batch_size {options.batch_size} is {self._per_step} prompts; there are {distinct}",
+        )
+        require(
+            (teacher is not None) == (options.match_weight > 0),
+            "--teacher and --match_weight need each other; give both",
+        )
+        require(
+            options.final_reward_weight == 0 or rewards.differentiable,
+            "final_reward_weight needs rewards with a gradient; leave it out for the others",
+        )
+        require(generator.guidance_scale == 1, "leave guidance_scale out: RL knows no guidance")
+        shape = generator.latent_shape(*TargetImages(generator, more.get("resolution")).size)
+        steps = generator.steps(shape)
+        self._noisy = [k for k, step in enumerate(steps) if step.noise]
+        require(
+            bool(self._noisy) or options.policy_weight == 0,
+            "none of its steps draws noise to learn from: give --num_inference_steps 2 or more "
+            "with --cps_eta, or --policy_weight 0; one step is for sft --reward",
+        )
+        require(steps[-1].noise == 0, "the last step draws noise; take another sampler")
+        roles, match = None, None
+        if teacher is not None:
+            levels = Levels(generator, shape)
+            same = vars(levels).keys() == vars(Levels(teacher, shape)).keys()
+            of = [
+                {k: tuple(p.shape) for k, p in one.denoiser.named_parameters()}
+                for one in (generator, teacher)
+            ]
+            require(same and of[0] == of[1], "the teacher's network is of another shape or kind")
+            roles = Roles(generator, False, teacher)
+            match = StudentLoss(roles, levels, "dmd", 0.0, options.teacher_guidance)
+        weights = options.preserve_latent_weight, options.preserve_pixel_weight
+        loss = ReinforceLoss(
+            rewards,
+            options.policy_weight,
+            options.final_reward_weight,
+            options.final_reward_margin,
+            options.match_weight,
+            match,
+            Preserve(*weights) if options.preserves else None,
+        )
+        super().__init__(generator, loss, prompts, folder, options, rewards=rewards, **more)
+        self.teacher, self._flat = teacher, 0
+        if roles is not None and match is not None:
+            self.trainees[FAKE] = roles.fake
+            self.losses[FAKE] = FakeLoss(roles, match.levels, "dmd", 0.0, "noise", 0.0)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "command": "reinforce",
+            "rewards": self.names,
+            **self.options.settings(),
+            "final_reward_margin": str(self.options.final_reward_margin),
+            "seed": self.seed,
+            **self.generator.settings(self.size),
+            "teacher": self.teacher and self.teacher.fingerprint(),
+            "eval_samples": self.eval_samples,
+            "samples": len(self.prompts),
+            "prompts": content_id(*self.prompts),
+        }
+
+    def learn(self) -> dict[str, Any]:
+        return self.learn_from(self.options.steps_per_epoch * self.options.batch_size)
+
+    def trainer(self, name: str, steps: int) -> Trainer:
+        if name == STUDENT:
+            trainer = super().trainer(name, steps)
+            trainer.chooses = False  # its loss says nothing of how good it is
+            return trainer
+        options = self.options.of_fake
+        return Trainer(self.trainees[name], self.losses[name], options, steps, self.seed)
+
+    def after_epoch(self, epoch: int) -> dict[str, Any]:
+        self.trainers[STUDENT].keep_best(0.0)  # the last one
+        return super().after_epoch(epoch)
+
+    def take_step(self, rows: list[int], step: int) -> None:
+        """Images, one step of the fake on them if there is one, and one of the generator."""
+        batch = self.batch(rows, step)
+        if FAKE in self.trainers:
+            made = batch["rollout"]
+            extra = self._draws(step, "fake", len(made), FAKE_NOISES)
+            fakes = Rows(made.noise, made.conditioning, extra | {"sample": made.extra["made"]})
+            self.trainers[FAKE](Batch(dmd=fakes))
+        self.trainers[STUDENT](batch)
+
+    @torch.no_grad()
+    def batch(self, rows: list[int], step: int) -> Batch:
+        """The rollout of a step, whose prompts it draws itself."""
+        K, generator = self.options.images_per_prompt, self.generator
+        draw = torch.Generator().manual_seed(derived_seed(self.seed, "rl prompts", step))
+        distinct = [*dict.fromkeys(self.prompts)]
+        chosen = torch.randperm(len(distinct), generator=draw)[: self._per_step].tolist()
+        texts = [distinct[k] for k in chosen for _ in range(K)]
+        seeds = [derived_seed(self.seed, "rl", step, k) for k in range(len(texts))]
+        told = generator.told(texts, seeds)
+        learns = [*self._noisy]
+        if learns:
+            count = len(self._noisy)
+            learns = [
+                learns[k] for k in chosen_steps(count, self.options.policy_steps, self.seed, step)
+            ]
+        shared = {k: self._shared(texts, k, step, told.embeds.device) for k in self._noisy}
+
+        def noise(k: int, x: Tensor) -> Tensor:
+            own = [derived_seed(seed, "step", k) for seed in seeds]
+            return gaussian(own, x.shape[1:]).to(x) if k in learns else shared[k]
+
+        samples = generator.rollout(
+            gaussian(seeds, self.noise_shape).to(generator.device), told, noise
+        )
+        scores = self._scores(samples[-1], texts)
+        advantage = torch.zeros(len(texts), device=generator.device)
+        if all(values.isfinite().all() for values in scores.values()):
+            advantage = advantages(scores, self.rewards.weights, texts)
+        self._flat = 0 if advantage.any() else self._flat + 1
+        if self._flat == _FLAT:
+            raise UserError(
+                f"in {_FLAT} steps in a row the rewards of a prompt's images were all equal, or "
+                "not finite; nothing can be learnt from them: take another --reward"
+            )
+        extra: dict[str, Any] = {
+            "steps": [learns] * len(texts),
+            "before": self._stacked(samples, learns, 0),
+            "after": self._stacked(samples, learns, 1),
+            "last": samples[-2],
+            "made": samples[-1],
+            "advantage": advantage,
+            "texts": texts,
+        }
+        drawn = self._draws(step, "match", len(texts), STUDENT_NOISES) if self.teacher else {}
+        extra |= {name: value for name, value in drawn.items() if name != "steps"}
+        return Batch(rollout=Rows(samples[0], told, extra), **self.preserved(step))
+
+    @staticmethod
+    def _stacked(samples: Sequence[Tensor], steps: Sequence[int], further: int) -> Tensor:
+        if not steps:
+            return samples[0][:, None]
+        return torch.stack([samples[k + further] for k in steps], 1)
+
+    def _shared(self, texts: Sequence[str], k: int, step: int, device: torch.device) -> Tensor:
+        """Noise of step ``k`` that all images of a prompt share, [B, C, h, w]."""
+        seeds = [derived_seed(self.seed, "shared", step, k, text) for text in texts]
+        return gaussian(seeds, self.noise_shape).to(device)
+
+    def _scores(self, latents: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Rewards of the images by name, [B] each, some images at a time."""
+        found: dict[str, list[Tensor]] = {}
+        for start in range(0, len(texts), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            images = self.generator.decode(latents[part])
+            for name, values in self.rewards.scores(images, texts[part]).items():
+                found.setdefault(name, []).append(values)
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def _draws(self, step: int, of: str, count: int, names: Sequence[str]) -> dict[str, Any]:
+        seeds = [derived_seed(self.seed, of, step, k) for k in range(count)]
+        found = Draws(seeds, self.generator.num_inference_steps).extra(self.noise_shape, names)
+        device = self.generator.device
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in found.items()}

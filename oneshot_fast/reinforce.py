@@ -1,0 +1,116 @@
+"""Command line: reinforce a few-step generator by rewards, near its teacher."""
+
+import functools
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tyro.conf import UseAppendAction
+
+from oneshot_fast.cli import finish, run_command
+from oneshot_fast.data.prompts import read_prompts
+from oneshot_fast.errors import UserError, require
+from oneshot_fast.generators.options import ModelOptions
+from oneshot_fast.jobs.reinforce.options import ReinforceOptions
+from oneshot_fast.rewards.options import RewardOptions
+from oneshot_fast.runtime.options import RunOptions
+
+
+@dataclass(frozen=True)
+class ReinforceCommand:
+    """Raise rewards of a few-step generator's images, by the gradient of its noisy steps' policy.
+
+    SubGRPO on some of the steps that draw noise, which needs no gradient of the reward, the last
+    step's own gradient by --final_reward_weight, and a matching term that holds the generator near
+    its --teacher (RTDMD). An interrupted run resumes when the same command is repeated.
+    """
+
+    model_id: str | None = None
+    """Few-step generator, such as checkpoint-final of distill: folder in diffusers layout, hub id,
+    or a packaged model."""
+    teacher: str | None = None
+    """Many-step model of the same shape, for --match_weight."""
+    prompt_file: Path | None = None
+    """Prompts: .txt with one per line, .tsv or .csv with a header, or .jsonl."""
+    prompt_field: str | None = None
+    """Column or field of prompt_file; by default the first of prompt, text and caption."""
+    output_dir: Path | None = None
+    """Folder of the results."""
+    resolution: int | None = None
+    """Image side in pixels; by default the model's own."""
+    eval_samples: int = 64
+    """Random noises, not trained on, on which the generator is measured before training and after
+    every epoch."""
+    judge: UseAppendAction[tuple[str, ...]] = ()
+    """NAME of a reward that is measured but not trained on, and so tells whether others are
+    over-optimised; may be given several times."""
+    save_minutes: float = 5.0
+    """Minutes between saved training states; 0 saves after every step."""
+    keep_checkpoints: int = 0
+    """Also keep checkpoint-<step> of the newest so many epochs; 0 keeps none."""
+    offload_encoders: bool | None = None
+    """Move text encoders and image encoder to the CPU while training; by default on a GPU."""
+    training: ReinforceOptions = ReinforceOptions()
+    rewards: RewardOptions = RewardOptions()
+    model: ModelOptions = ModelOptions()
+    run: RunOptions = RunOptions()
+
+
+def execute(command: ReinforceCommand) -> int:
+    """Run the command; see ``run_command`` for exit codes."""
+    if command.model_id is None or command.prompt_file is None or command.output_dir is None:
+        raise UserError("give --model_id ID, --prompt_file FILE and --output_dir DIR")
+    require(bool(command.rewards.reward), "give --reward NAME[:WEIGHT]")
+
+    from oneshot_fast.rewards.options import RewardTrainingOptions
+
+    RewardTrainingOptions(judge=command.judge).check(command.rewards.reward)
+    command.training.check()
+    model = command.model
+    require(model.guidance_scale == 1, "--guidance_scale: RL knows no guidance; leave it out")
+    prompts = read_prompts(command.prompt_file, command.prompt_field)
+
+    from oneshot_fast.generators.few_step import FewStepGenerator
+    from oneshot_fast.generators.pipeline import PipelineGenerator
+    from oneshot_fast.jobs.reinforce.run import ReinforceRun
+
+    def load(name: str, master_weights: bool, model: ModelOptions = model) -> FewStepGenerator:
+        found = model.load(name, master_weights=master_weights)
+        if isinstance(found, FewStepGenerator):
+            return found
+        if not isinstance(found, PipelineGenerator):
+            raise UserError(f"{name} is no pipeline of diffusers, which takes several steps")
+        return FewStepGenerator.over(found, 1)
+
+    generator = load(command.model_id, command.training.weights_dtype == "float32")
+    generator.recompute(command.rewards.recomputed(generator.device))
+    teacher = None
+    if command.teacher is not None:
+        teacher = load(command.teacher, False, replace(model, lora=()))
+    run = ReinforceRun(
+        generator,
+        prompts,
+        command.output_dir,
+        command.training,
+        teacher=teacher,
+        rewards=command.rewards.rewards(generator.device),
+        judge=command.rewards.judges(generator.device, command.judge),
+        resolution=command.resolution,
+        eval_samples=command.eval_samples,
+        names=[*command.rewards.names, *(f"judge {name}" for name in command.judge)],
+        seed=command.run.seed,
+        save_minutes=command.save_minutes,
+        keep_checkpoints=command.keep_checkpoints,
+        offload_encoders=command.offload_encoders,
+    )
+    summary = run.run(**command.run.arguments)
+
+    from oneshot_fast.report.reinforce import print_summary, write_reinforce_report
+
+    return finish(command, run.folder, summary, write_reinforce_report, print_summary, "")
+
+
+main = functools.partial(run_command, "reinforce", ReinforceCommand, execute)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Reinforcement of a few-step generator: SubGRPO, the last step's reward, and a matching term.
+
+    A_i = sum over rewards of w (r_i - mean of the prompt) / (std of all + 1e-4), made mean 0 and
+          std 1 over all images, clamped to [-5, 5], and 0 where a prompt's images do not differ
+    policy:  mean max(-A p, -A clamp(p, 1 - c, 1 + c)),  p = exp(lp - lp_old)  in nats, of some of
+             the steps that draw noise; in the others all images of a prompt share theirs
+    final:   mean relu(margin - r) of the last step, which draws nothing, through the decoder
+    match:   the student's term of losses/dmd.py at clean samples
+
+RTDMD (arXiv 2605.26108) after GRPO (Shao et al. 2024, arXiv 2402.03300). Its log-probabilities are
+means of squares: ours are nats, so that a clip means the same for any size of latents. Here every
+rollout serves one update, so p is 1 where the gradient is taken, and nothing is clipped.
+"""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.rewards import WeightedRewards
+from oneshot_fast.training.batch import Batch
+from oneshot_fast.training.losses.dmd import StudentLoss
+from oneshot_fast.training.losses.preserve import Preserve
+
+_SMALL, _MOST, _NOTHING = 1e-4, 5.0, 1e-8
+
+
+def advantages(
+    rewards: Mapping[str, Tensor], weights: Mapping[str, float], prompts: Sequence[str]
+) -> Tensor:
+    """How much better each image is than the others of its prompt, [N].
+
+    Args:
+        rewards: Of N images, [N] each, by name.
+        weights: Of the rewards.
+        prompts: Of the images.
+    """
+    names = [*dict.fromkeys(prompts)]
+    first = next(iter(rewards.values()))
+    groups = torch.tensor([names.index(prompt) for prompt in prompts], device=first.device)
+    count = torch.bincount(groups).to(first.dtype)
+    total = torch.zeros_like(first)
+    for name, values in rewards.items():
+        means = torch.zeros_like(count).index_add(0, groups, values) / count
+        apart = values - means[groups]
+        total = total + weights[name] * apart / (values.std(correction=0) + _SMALL)
+    normal = (total - total.mean()) / (total.std(correction=0) + _SMALL)
+    # rounding alone tells equal rewards of a prompt apart
+    return torch.where(normal.abs() < _NOTHING, torch.zeros_like(normal), normal).clamp(
+        -_MOST, _MOST
+    )
+
+
+def policy_loss(now: Tensor, old: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """PPO's clipped objective of log-probabilities [N] in nats, a scalar."""
+    ratio = (now - old).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return torch.maximum(-advantage * ratio, -advantage * clipped).mean()
+
+
+def chosen_steps(steps: int, count: int, seed: int, epoch: int) -> list[int]:
+    """``count`` of ``steps`` noisy steps, or all, which learn in an epoch; as RTDMD draws them."""
+    draw = random.Random(seed + 100_000 * epoch + 104_729)
+    return sorted(draw.sample(range(steps), min(count, steps)))
+
+
+@dataclass(frozen=True)
+class ReinforceLoss:
+    """Of a rollout's rows: what led to which sample, and how good it turned out.
+
+    ``rows.extra`` has "steps", the numbers of the steps that learn, "before" and "after", their
+    samples [B, S, C, h, w], "last", what the last step starts from [B, C, h, w], "advantage" [B],
+    and "texts".
+
+    Attributes:
+        rewards: Of the last step.
+        policy_weight: Of the policy's loss.
+        final_weight: Of the last step's reward.
+        final_margin: What that reward is raised to; infinite: minus the reward is lowered.
+        match_weight: Of the matching term.
+        match: That term; None: there is none.
+        preserve: Holds on to the base; None: there is none.
+        clip: Of the policy's ratio.
+    """
+
+    rewards: WeightedRewards
+    policy_weight: float
+    final_weight: float
+    final_margin: float
+    match_weight: float
+    match: StudentLoss | None
+    preserve: Preserve | None
+    clip: float = 0.2
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """See ``Loss``."""
+        return tuple(
+            name
+            for name, is_on in (
+                ("policy", self.policy_weight > 0),
+                ("final", self.final_weight > 0),
+                ("match", self.match is not None),
+                ("preserve", self.preserve is not None),
+            )
+            if is_on
+        )
+
+    def __call__(self, model: FewStepGenerator, batch: Batch) -> dict[str, Tensor]:
+        """See ``Loss``."""
+        losses = dict[str, Tensor]()
+        if self.preserve is not None and "preserve" in batch:
+            kept = batch["preserve"]
+            made = model.predict(kept.noise, kept.conditioning)
+            losses["preserve"] = self.preserve(model, made, kept)
+        if "rollout" not in batch:
+            return losses
+        rows = batch["rollout"]
+        told, extra = rows.conditioning, rows.extra
+        if self.policy_weight:
+            found = []
+            for place, k in enumerate(extra["steps"][0]):
+                made_of = model.transition(k, extra["before"][:, place], told)
+                now = made_of.log_probability(extra["after"][:, place])
+                found.append(policy_loss(now, now.detach(), extra["advantage"], self.clip))
+            losses["policy"] = self.policy_weight * torch.stack(found).mean()
+        if not self.final_weight and self.match is None:
+            return losses
+        x0 = model.next_sample(model.num_inference_steps - 1, extra["last"], told)
+        if self.final_weight:
+            reward = self.rewards(model.images(x0), extra["texts"])
+            has_end = math.isfinite(self.final_margin)
+            short = (self.final_margin - reward).relu() if has_end else -reward
+            losses["final"] = self.final_weight * short.mean()
+        if self.match is not None:
+            levels = self.match.levels
+            clean = levels.of_step(len(levels.timesteps) - 1, len(x0), x0)
+            losses["match"] = self.match_weight * self.match.match(x0, clean, 0.0, rows)
+        return losses

@@ -1,0 +1,153 @@
+"""Reinforcement: what learns, killed and resumed, near a teacher, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_samples import tiny_pipeline
+from torch import Tensor
+
+from oneshot_fast.errors import UserError
+from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.generators.sdxl import SdxlGenerator
+from oneshot_fast.jobs.reinforce.options import ReinforceOptions
+from oneshot_fast.jobs.reinforce.run import ReinforceRun
+from oneshot_fast.rewards import load_rewards
+from oneshot_fast.runtime.files import read_jsonl
+from oneshot_fast.training.checkpoints import STUDENT
+
+PROMPTS = ["a red bird", "a house by the sea", "a boat"]
+SMALL: dict[str, Any] = {
+    "batch_size": 4, "images_per_prompt": 2, "steps_per_epoch": 2, "epochs": 1, "lr": 1e-3
+}  # fmt: skip
+
+
+def bright(images: Tensor, prompts: list[str]) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+def equal(images: Tensor, prompts: list[str]) -> Tensor:
+    return images.new_ones(len(images))
+
+
+def few(steps: int = 3) -> FewStepGenerator:
+    generator = SdxlGenerator(tiny_pipeline("StableDiffusionXLPipeline"))
+    return FewStepGenerator.over(generator, steps, eta=0.9 if steps > 1 else None)
+
+
+def run_of(folder: Path, generator: Any, of: str = "bright", **options: Any) -> ReinforceRun:
+    teacher = options.pop("teacher", None)
+    prompts = options.pop("prompts", PROMPTS)
+    return ReinforceRun(
+        generator, prompts, folder, ReinforceOptions(**{**SMALL, **options}),
+        rewards=load_rewards([f"python:{__name__}.{of}"]), teacher=teacher, eval_samples=10,
+        save_minutes=0,
+    )  # fmt: skip
+
+
+def test_a_rollout_and_what_its_steps_share(tmp_path: Path) -> None:
+    run = run_of(tmp_path, few(4), policy_steps=1)
+    rows = run.batch([], 0)["rollout"]
+    assert len(rows) == 4 and rows.extra["texts"][0] == rows.extra["texts"][1]
+    (learns,) = rows.extra["steps"][0]
+    before, after = (rows.extra[name][:, 0] for name in ("before", "after"))
+    with torch.no_grad():
+        made = run.generator.transition(learns, before, rows.conditioning)
+        drawn = (after - made.mean) / made.std
+        assert abs(drawn.std() - 1) < 0.1 and not torch.allclose(drawn[0], drawn[1])
+        other = next(k for k in range(3) if k != learns)
+        samples = run.generator.rollout(rows.noise, rows.conditioning)
+        assert samples[other].shape == before.shape
+    shared = run._shared(rows.extra["texts"], other, 0, torch.device("cpu"))
+    assert torch.equal(shared[0], shared[1]) and not torch.equal(shared[0], shared[2])
+    # the policy's gradient raises what was better than the others
+    run.trainers = {STUDENT: run.trainer(STUDENT, 4)}
+    batch = run.batch([], 0)
+    advantage = batch["rollout"].extra["advantage"]
+    assert advantage.any() and abs(advantage.sum()) < 1e-5
+
+    def likely() -> Tensor:
+        with torch.no_grad():
+            found = run.generator.transition(learns, before, rows.conditioning)
+        return found.log_probability(after)
+
+    old = likely()
+    run.trainers[STUDENT](batch)
+    assert (advantage * (likely() - old)).mean() > 0
+
+
+def test_killed_and_resumed_beside_a_teacher(tmp_path: Path) -> None:
+    base = few(2)
+
+    def run(name: str) -> ReinforceRun:
+        return run_of(
+            tmp_path / name, copy.deepcopy(base), teacher=copy.deepcopy(base), match_weight=0.1,
+            final_reward_weight=0.1, final_reward_margin=2.0, preserve_latent_weight=0.1,
+            preserve_pool_size=4, teacher_guidance=2.0, lora_rank=2,
+        )  # fmt: skip
+
+    summary = run("whole").run()
+    assert summary["steps"] == 2 and summary["skipped_steps"] == 0
+    (row,) = read_jsonl(tmp_path / "whole/history.jsonl")
+    assert {"policy", "final", "match", "preserve", "fake loss", "reward", "drift"} <= row.keys()
+    assert row["drift"] > 0
+    broken = run("broken")
+    take = broken.take_step
+
+    def dies(rows: list[int], step: int) -> None:
+        if step == 1:
+            raise MemoryError
+        take(rows, step)
+
+    broken.take_step = dies  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        broken.run()
+    run("broken").run()
+    rows = [read_jsonl(tmp_path / name / "history.jsonl") for name in ("whole", "broken")]
+    assert rows[0] == rows[1]
+    name = "lora-final/pytorch_lora_weights.safetensors"
+    files = [(tmp_path / of / name).read_bytes() for of in ("whole", "broken")]
+    assert files[0] == files[1]
+
+
+def test_rewards_that_say_nothing_end_it(tmp_path: Path) -> None:
+    run = run_of(tmp_path, few(2), "equal", steps_per_epoch=30)
+    run.trainers = {STUDENT: run.trainer(STUDENT, 30)}
+    for step in range(19):
+        run.batch([], step)
+    with pytest.raises(UserError, match="in 20 steps in a row"):
+        run.batch([], 19)
+
+
+def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
+    generator = few()
+    for options, message in (
+        ({"images_per_prompt": 1}, "images_per_prompt is 1; give at least 2"),
+        ({"batch_size": 5}, "give a multiple of images_per_prompt"),
+        ({"batch_size": 8}, "is 4 prompts; there are 3"),
+        ({"prompts": PROMPTS[:1]}, "one prompt only"),
+        ({"policy_weight": 0.0}, "nothing to learn"),
+        ({"match_weight": 0.1}, "need each other"),
+        ({"teacher": generator}, "need each other"),
+        ({"final_reward_margin": 2.0}, "no effect without --final_reward_weight"),
+        ({"fake_lr": 1e-4}, "no effect without --match_weight"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_of(tmp_path, generator, **options)
+    with pytest.raises(UserError, match="none of its steps draws noise"):
+        run_of(tmp_path, few(1))
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    flags = ["--model_id", "tiny-teacher", "--output_dir", tmp_path / "run"]
+    flags += ["--prompt_file", tmp_path / "p.txt"]
+    for more, message in (
+        ([], "give --reward NAME"),
+        (["--reward", "thickness", "--judge", "thickness"], "cannot judge what is trained on it"),
+        (["--reward", "thickness", "--guidance_scale", 2], "RL knows no guidance"),
+    ):
+        ended = call("reinforce", *flags, *more)
+        assert ended.code == 2 and message in ended.error, ended
