@@ -8,6 +8,7 @@ from pathlib import Path
 from tyro.conf import UseAppendAction
 
 from oneshot_fast.cli import OK, finish, run_command
+from oneshot_fast.data.options import SizeOptions
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.data.records import Record
 from oneshot_fast.data.sources import open_pairs
@@ -38,8 +39,6 @@ class DistillCommand:
     """Folder of the results."""
     images_per_prompt: int = 8
     """Images of each prompt in an epoch, each from a new noise."""
-    resolution: int | None = None
-    """Image side in pixels; by default the model's own."""
     eval_samples: int = 64
     """Random noises, not trained on, on which the student is measured before training and after
     every epoch."""
@@ -58,6 +57,7 @@ class DistillCommand:
     dry_run: bool = False
     """Print parameters, memory by part, disk and time needed, from a few timed passes on random
     data; nothing is written."""
+    size: SizeOptions = SizeOptions()
     training: DistillOptions = DistillOptions()
     judges: JudgeModels = JudgeModels()
     model: ModelOptions = ModelOptions()
@@ -75,7 +75,7 @@ def execute(command: DistillCommand) -> int:
         "--features has no effect without --heldout_root; give it, too",
     )
     command.training.check()
-    model = command.model
+    model, size = command.model, command.size.size
     require(model.guidance_scale == 1, "--guidance_scale: the student does without; leave it out")
     require(
         model.backprop_steps is None,
@@ -110,7 +110,7 @@ def execute(command: DistillCommand) -> int:
         features=command.features,
         setup=command.judges.setup(device),
         judge=command.judges.judges(device, command.judge),
-        resolution=command.resolution,
+        resolution=size,
         eval_samples=command.eval_samples,
         names=[f"judge {name}" for name in command.judge],
         seed=command.run.seed,

@@ -45,7 +45,8 @@ pairs, failures = read_manifest(Path(sys.argv[1]))
 found = Examples.load(generator, TargetImages(generator), pairs, failures)
 here = oneshot_fast.runtime.processes.processes()
 place = Path(sys.argv[2]) / str(here.process_index)
-save_file({"noises": found.noises, "latents": found.latents}, place.with_suffix(".safetensors"))
+both = {"noises": torch.stack(found.noises), "latents": torch.stack(found.latents)}
+save_file(both, place.with_suffix(".safetensors"))
 reasons = [failure.reason for failure in failures]
 ids = [pair.id for pair in found.pairs]
 shared = oneshot_fast.runtime.processes.map_over_processes(lambda k: (k, here.process_index), 7)
@@ -147,8 +148,8 @@ def test_each_process_encodes_its_part_and_knows_all(tmp_path, damaged, tiny, fo
     assert len(one.pairs) == 4 and len(failures) == 2
     for process in ("0", "1"):
         tensors = load_file(tmp_path / f"{process}.safetensors")
-        assert torch.equal(tensors["latents"], one.latents)
-        assert torch.equal(tensors["noises"], one.noises)
+        assert torch.equal(tensors["latents"], torch.stack(one.latents))
+        assert torch.equal(tensors["noises"], torch.stack(one.noises))
         kept = json.loads((tmp_path / f"{process}.json").read_text())
         ids, reasons, encoded, numbers, added = kept
         assert ids == [pair.id for pair in one.pairs]

@@ -120,9 +120,9 @@ def test_errors_of_reading_and_writing_are_raised(
     records = read_pairs(small_data)[0]
     run = run_of(tiny, records, tmp_path / "b", FULL, 2, read_ahead=read_ahead)
     original: Callable[..., Any] = run.targets.image
-    run.targets.image = lambda path, mode: (  # type: ignore[method-assign]
+    run.targets.image = lambda *place: (  # type: ignore[method-assign]
         (tmp_path / "b" / "images").write_text("a file in the folder's place"),
-        original(path, mode),
+        original(*place),
     )[1]
     with pytest.raises(OSError, match="images"):
         run.run()
