@@ -200,8 +200,8 @@ Tensor latent_mse(Tensor eps_hat, Tensor x, Tensor target, double sigma) {
       [&](void* stream) {
         const Tensor work = workspace(x, cuda::loss_workspace_bytes(B, n));
         return cuda::latent_mse(dtype, B, n, eps_hat.const_data_ptr(), x.const_data_ptr(),
-                                target.const_data_ptr(), sigma, 1.0, work.mutable_data_ptr(),
-                                loss.mutable_data_ptr(), nullptr, stream);
+                                target.const_data_ptr(), sigma, work.mutable_data_ptr(),
+                                loss.mutable_data_ptr(), stream);
       });
   return loss;
 }
@@ -250,8 +250,8 @@ Tensor pixel_l1(Tensor y, Tensor target) {
       },
       [&](void* stream) {
         const Tensor work = workspace(y, cuda::loss_workspace_bytes(B, n));
-        return cuda::pixel_l1(dtype, B, n, y.const_data_ptr(), target.const_data_ptr(), 1.0,
-                              work.mutable_data_ptr(), loss.mutable_data_ptr(), nullptr, stream);
+        return cuda::pixel_l1(dtype, B, n, y.const_data_ptr(), target.const_data_ptr(),
+                              work.mutable_data_ptr(), loss.mutable_data_ptr(), stream);
       });
   return loss;
 }

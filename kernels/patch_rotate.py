@@ -52,17 +52,17 @@ def _useful(configs: list[Any], arguments: dict[str, Any], **constants: Any) -> 
 
 @triton.autotune(
     configs=CONFIGS[:1] if INTERPRETED.value else CONFIGS,
-    key=["images", "C", "H", "W", "tile_h", "tile_w", "P", "TRANSPOSED", "PRECISION"],
+    key=["batch", "C", "H", "W", "tile_h", "tile_w", "P", "TRANSPOSED", "PRECISION"],
     prune_configs_by={"early_config_prune": _useful},
 )
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def patch_rotate_kernel(
     # z_n = q x_n for every patch vector x_n, ordered (channel, row, column).
     # dx_n = q^T dz_n, the same kernel; dq = sum over n of dz_n x_n^T, patch_outer.
     x_ptr,  # [B, C, H, W]
     q_ptr,  # [D, D], [B, D, D] or [B, Gh, Gw, D, D]; memory of q^T where TRANSPOSED
     z_ptr,  # [B, C, H, W]
-    images,
+    batch,  # images, rounded up to a power of two: who tunes looks at it, nobody else
     C,
     H,
     W,
@@ -163,7 +163,7 @@ def patch_rotate(
 
     with torch.cuda.device_of(x):
         patch_rotate_kernel[grid](
-            *(x, q, z, *x.shape, *tiles),
+            *(x, q, z, triton.next_power_of_2(x.shape[0]), *x.shape[1:], *tiles),
             SHARED=q.dim() == 2,
             TRANSPOSED=transpose,
             P=p,

@@ -12,8 +12,6 @@ from oneshot_fast.kernels.patch_tiles import INTERPRETED, dot
 from oneshot_fast.kernels.skew_exp_tiled import d_skew_exp_tiled, skew_exp_tiled
 from oneshot_fast.kernels.skew_series import (
     MAX_SQUARINGS,
-    THETA32,
-    THETA64,
     UNPOLISHED,
     half_power,
     identity,
@@ -23,6 +21,7 @@ from oneshot_fast.kernels.skew_series import (
     squarings_for,
     top_terms,
 )
+from oneshot_fast.kernels.skew_table import THETA32, THETA64
 
 # PTX, which neither the interpreter nor an AMD GPU understands
 ASSEMBLY = tl.constexpr(not INTERPRETED.value and torch.version.hip is None)

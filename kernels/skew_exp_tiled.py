@@ -20,8 +20,6 @@ from oneshot_fast.kernels.matrix_tiles import (
 )
 from oneshot_fast.kernels.skew_series import (
     MAX_SQUARINGS,
-    THETA32,
-    THETA64,
     UNPOLISHED,
     half_power,
     identity,
@@ -29,6 +27,7 @@ from oneshot_fast.kernels.skew_series import (
     squarings_for,
     top_terms,
 )
+from oneshot_fast.kernels.skew_table import THETA32, THETA64
 
 # Launched, not necessarily done. ||S|| above theta 2^16, a rotation by 16,000 turns, gives NaN.
 _SQUARINGS = 16

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-# exp(S) is its Taylor series up to S^12 while ||S||_2 <= theta = (u 13!)^(1 / 13) with the unit
-# roundoff u: there the first term left out is below u. Larger S are halved `squarings` times.
-THETA32 = tl.constexpr(1.576)
-THETA64 = tl.constexpr(0.3367)
+from oneshot_fast.kernels.skew_table import INVERSE_FACTORIALS
+
+# exp(S) is its Taylor series up to S^12 while ||S||_2 <= THETA, see csrc/skew_table.h. Larger S are
+# halved `squarings` times.
 # Every squaring doubles the distance to orthogonality; after so many it is still a few ulp.
 UNPOLISHED = tl.constexpr(2)
 # More halvings than any generator with a meaningful phase needs.
@@ -53,17 +53,14 @@ def identity(i, j, D, DTYPE: tl.constexpr):
 @triton.jit
 def quadratic(one, s, s2, FIRST: tl.constexpr):
     """Terms S^k / (FIRST + k)! for k = 0, 1, 2; exactly I at S = 0 for FIRST = 0."""
-    if FIRST == 0:
-        return one + s + s2 * (1 / 2)
-    elif FIRST == 3:
-        return one * (1 / 6) + s * (1 / 24) + s2 * (1 / 120)
-    elif FIRST == 6:
-        return one * (1 / 720) + s * (1 / 5040) + s2 * (1 / 40320)
-    else:
-        return one * (1 / 362880) + s * (1 / 3628800) + s2 * (1 / 39916800)
+    return (
+        one * INVERSE_FACTORIALS[FIRST]
+        + s * INVERSE_FACTORIALS[FIRST + 1]
+        + s2 * INVERSE_FACTORIALS[FIRST + 2]
+    )
 
 
 @triton.jit
 def top_terms(one, s, s2, s3):
     """S^k / (9 + k)! for k = 0 .. 3, where Horner's scheme in S^3 starts."""
-    return quadratic(one, s, s2, 9) + s3 * (1 / 479001600)
+    return quadratic(one, s, s2, 9) + s3 * INVERSE_FACTORIALS[12]

@@ -1,4 +1,4 @@
-"""Time every op of ``OPS`` beside plain torch and torch.compile; prints a table and writes JSON.
+"""Time every op beside plain torch and torch.compile; prints a table and writes JSON.
 
 All variants of a case run in turn, round after round, so that other load on the machine hits each
 of them alike; the ratios of their medians are the result. On a GPU the inputs are cold and the time
@@ -8,6 +8,7 @@ package at another commit is measured as well, see compare.py.
 
 import argparse
 import gc
+import importlib
 import json
 import math
 import time
@@ -46,7 +47,39 @@ TARGETS: dict[str, list[tuple[Any, ...]]] = {
     "cayley": [((64, D, D), 1.0) for D in (16, 64, 256)],
     "latent_mse": [((64, 4, 64, 64), 14.6), ((256, 4, 128, 128), 14.6)],
     "pixel_l1": [((16, 3, 512, 512),)],
+    "rotation_step": [((64, D, D),) for D in (16, 64)],
 }
+
+
+def _step(step: Callable[..., None]) -> Callable[..., Tensor]:
+    """A step of rotations in place, with the matrices as its value."""
+
+    def stepped(q: Tensor, *state: Tensor) -> Tensor:
+        step(q, *state, lr=0.01)
+        return q
+
+    return stepped
+
+
+def _steps(shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Rotations, a gradient, moments and step counts in the midst of a run."""
+    a, g, m = torch.randn(3, *shape, dtype=torch.float64)
+    v = (m - m.mT).square()
+    return torch.linalg.matrix_exp(a - a.mT), g, m - m.mT, v, torch.full(shape[:-2], 7.0).double()
+
+
+# no function with a gradient, so none of OPS
+_ROTATION_STEP = OpSpec(
+    name="rotation_step",
+    fn=_step(ops.rotation_step),
+    reference=_step(importlib.import_module("oneshot_fast.ops.rotation_step").reference),
+    inputs=_steps,
+    small=[],
+    large=[((B, D, D),) for B, D in ((1, 16), (64, 16), (1, 64), (64, 64), (1, 256))],
+    trained=0,
+)
+BENCHED = (*OPS, _ROTATION_STEP)
+
 Variant = tuple[Callable[..., Any], Any]
 """A function, and what makes the context in which it is called."""
 
@@ -60,7 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    names = [spec.name for spec in OPS]
+    names = [spec.name for spec in BENCHED]
     dtypes = ["float32", "bfloat16", "float16", "float64"]
     every = ["all", "targets", "none"]
     add = parser.add_argument
@@ -167,7 +200,7 @@ def run(config: argparse.Namespace, results: dict[str, Any]) -> list[dict[str, A
 
 def cases(config: argparse.Namespace) -> Iterator[tuple[OpSpec, tuple[Any, ...], bool]]:
     """Op, case and whether it is a target; on a GPU the targets first."""
-    chosen = [spec for spec in OPS if spec.name in config.ops]
+    chosen = [spec for spec in BENCHED if spec.name in config.ops]
     if config.device == "cuda" or config.cases == "targets":
         yield from ((spec, case, True) for spec in chosen for case in TARGETS.get(spec.name, []))
     if config.cases == "all":
@@ -195,7 +228,7 @@ def bench_case(
         for _ in range(input_sets(config.device, read))
     ]
     measure = cpu_times if config.device == "cpu" else cuda_times
-    for name in PASSES[config.device]:
+    for name in PASSES[config.device] if spec.trained else ("forward",):
         jobs = jobs_of(name, variants(spec, config.device, compiled), sets, spec.trained)
         gc.freeze()  # every capture collects garbage, and torch has many objects to look at
         times: Times = measure(jobs, len(sets), config.seconds)
@@ -203,11 +236,13 @@ def bench_case(
 
 
 def arguments(spec: OpSpec, case: tuple[Any, ...], dtype: str, device: str, seed: int) -> list[Any]:
-    """The arguments of a case, random by ``seed``."""
+    """The arguments of a case, random by ``seed``; of a step only the gradient is narrower."""
     torch.manual_seed(seed)
+    given = getattr(torch, dtype)
+    state = given if spec.trained else torch.promote_types(given, torch.float32)
     return [
-        a.to(device, getattr(torch, dtype)) if isinstance(a, Tensor) else a
-        for a in spec.inputs(*case)
+        a.to(device, given if i == 1 else state) if isinstance(a, Tensor) else a
+        for i, a in enumerate(spec.inputs(*case))
     ]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.common import ROOT
 from benchmarks.ops.results import OURS, labels
 
-TESTS = ROOT / "tests" / "ops" / "test_ops.py"
+TESTS = [ROOT / "tests" / "ops" / name for name in ("test_ops.py", "test_rotation_step.py")]
 
 
 def failing_ops(names: list[str], device: str) -> dict[str, str]:
@@ -24,11 +24,11 @@ def failing_ops(names: list[str], device: str) -> dict[str, str]:
     The tests are those of contiguous float32 tensors.
     """
     backends = "cpu" if device == "cpu" else "(cuda or triton)"
-    chosen = f"test_value_and_gradients and contiguous and float32 and {backends}"
+    chosen = f"(test_value_and_gradients or test_values) and contiguous and float32 and {backends}"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider"]
-        command += [str(TESTS), "-k", f"{chosen} and ({' or '.join(names)})"]
+        command += [*map(str, TESTS), "-k", f"{chosen} and ({' or '.join(names)})"]
         ended = subprocess.run(
             [*command, f"--junit-xml={report}"], cwd=ROOT, capture_output=True, text=True
         )
@@ -46,7 +46,8 @@ def judge(names: list[str], report: Path) -> dict[str, str]:
         test = case.get("name", "")
         tags = {child.tag for child in case}
         for name in names:
-            if f"-{name}-" not in test:
+            of_it = case.get("classname", "").endswith(f"test_{name}")
+            if not (of_it or f"-{name}-" in test):
                 continue
             if tags & {"failure", "error"}:
                 failing.setdefault(name, f"{test} fails")

@@ -1,4 +1,5 @@
 #pragma once
+#include "../skew_table.h"
 #include "gemm.h"
 
 // Products of commuting symmetric and skew matrices, and Taylor series of exp(S) made of them.
@@ -171,38 +172,7 @@ class Squares {
   const Threads& threads_;
 };
 
-// exp(S) = C + S K with C = sum X^k / (2k)!, K = sum X^k / (2k + 1)!, X = S^2, cut after X^m where
-// m = levels * powers: with two levels X^(r + 1) .. X^(2 r) cost one product, X^r times a sum of
-// X .. X^r. Up to ||S||_2 = theta the series and its derivative are exact to rounding: theta is
-// (u (2 m + 1)!)^(1 / (2 m + 1)) with the unit roundoff u.
-struct Scheme {
-  int powers, levels, half_products;
-  double theta32, theta64;
-};
-constexpr int kMaxPowers = 4;
-constexpr Scheme kSchemes[] = {{2, 1, 3, 9.36e-2, 1.68e-3},
-                               {3, 1, 4, 3.14e-1, 1.78e-2},
-                               {2, 2, 5, 6.54e-1, 7.02e-2},
-                               {3, 2, 6, 1.576, 3.37e-1},
-                               {4, 2, 7, 2.701, 8.25e-1}};
-constexpr double kInverseFactorials[] = {1.,
-                                         1.,
-                                         1. / 2,
-                                         1. / 6,
-                                         1. / 24,
-                                         1. / 120,
-                                         1. / 720,
-                                         1. / 5040,
-                                         1. / 40320,
-                                         1. / 362880,
-                                         1. / 3628800,
-                                         1. / 39916800,
-                                         1. / 479001600,
-                                         1. / 6227020800,
-                                         1. / 87178291200,
-                                         1. / 1307674368000,
-                                         1. / 20922789888000,
-                                         1. / 355687428096000};
+constexpr double kInverseFactorials[] = OSF_INVERSE_FACTORIALS(double);
 
 }  // namespace
 }  // namespace osf::OSF_ISA

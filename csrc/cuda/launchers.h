@@ -59,16 +59,13 @@ int rotation_step(DType, int64_t B, int64_t D, const RotationOptions&,
 // Of either loss below
 int64_t loss_workspace_bytes(int64_t B, int64_t n);
 
-// loss = mean of (x - sigma eps_hat - target)^2 over the n elements of an image, and in the same
-// pass, unless it is null, gradient = scale d loss / dx. With 1 / n in it, a float16 gradient loses
-// its small values: give such a scale that they stay in range.
+// loss = mean of (x - sigma eps_hat - target)^2 over the n elements of an image
 int latent_mse(DType, int64_t B, int64_t n,
                const void* eps_hat,  // [B, n]
                const void* x,        // [B, n]
                const void* target,   // [B, n]
-               double sigma, double scale, void* workspace,
-               void* loss,      // [B], accumulation dtype
-               void* gradient,  // [B, n] or null
+               double sigma, void* workspace,
+               void* loss,  // [B], accumulation dtype
                void* stream);
 
 // out = scale d <grad, loss> / dx
@@ -81,14 +78,12 @@ int d_latent_mse(DType, int64_t B, int64_t n,
                  void* out,  // [B, n]
                  void* stream);
 
-// loss = mean of |clamp(y / 2 + 0.5, 0, 1) - target| over the n elements of an image, and in the
-// same pass, unless it is null, gradient = scale d loss / dy.
+// loss = mean of |clamp(y / 2 + 0.5, 0, 1) - target| over the n elements of an image
 int pixel_l1(DType, int64_t B, int64_t n,
              const void* y,       // [B, n]
              const void* target,  // [B, n]
-             double scale, void* workspace,
-             void* loss,      // [B], accumulation dtype
-             void* gradient,  // [B, n] or null
+             void* workspace,
+             void* loss,  // [B], accumulation dtype
              void* stream);
 
 // out = d <grad, loss> / dy, or / dtarget

@@ -32,7 +32,7 @@ __device__ __forceinline__ double block_sum(double sum) {
 }
 
 // partial[chunk] = sum of f over a chunk; loss = its mean if images have one chunk only. f(b, i)
-// returns the sum of V terms from element i of all on, and may write their gradients. A thread sums
+// returns the sum of V terms from element i of all on. A thread sums
 // every 256th run of V elements in the accumulation dtype, the block in double.
 template <class T, int V, class F>
 __global__ void __launch_bounds__(kLossThreads, 1)

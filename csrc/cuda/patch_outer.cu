@@ -36,8 +36,15 @@ cudaError_t on_tensor_cores(const Outer& o, const OuterPlan& plan) {
   });
 }
 
+template <class S, int P, int K>
+cudaError_t in_rows(const Outer& o, const OuterPlan& plan) {
+  return launch(outer_rows<S, P, K>, plan.blocks(), kPatchThreads, o.stream, o.tiles, plan,
+                static_cast<const S*>(o.a), static_cast<const S*>(o.b),
+                static_cast<float*>(o.workspace), static_cast<S*>(o.out));
+}
+
 template <class S>
-cudaError_t first_stage(const Outer& o, const OuterPlan& plan) {
+cudaError_t by_size(const Outer& o, const OuterPlan& plan) {
   switch (tile_side(o.tiles.D)) {
     case 16: return tiled<S, 16, 4, 4, 128>(o, plan);
     case 32: return tiled<S, 32, 4, 4, 64>(o, plan);
@@ -46,6 +53,21 @@ cudaError_t first_stage(const Outer& o, const OuterPlan& plan) {
   if constexpr (sizeof(S) == 2)
     if (o.tiles.D >= 64) return on_tensor_cores<S>(o, plan);
   return tiled<S, 64, 8, 4, 32>(o, plan);
+}
+
+template <class S>
+cudaError_t first_stage(const Outer& o, const OuterPlan& plan) {
+  const auto otherwise = [&] { return by_size<S>(o, plan); };
+  if constexpr (sizeof(S) == 2)
+    return with_patch_runs(
+        o.tiles,
+        [&]<int P, int K>() {
+          if constexpr (P < 4) return in_rows<S, P, K>(o, plan);
+          return otherwise();
+        },
+        otherwise, o.a, o.b);
+  else
+    return otherwise();
 }
 
 template <class S>

@@ -1,6 +1,7 @@
 #pragma once
 #include "patches.cuh"
 #include "tensor_tile.cuh"
+#include "warp_product.cuh"
 
 // The kernels of patch_outer, out = sum over n of a_n b_n^T, in two stages of fixed order: a block
 // sums one part of the patches of one output, then the parts are added.
@@ -136,6 +137,95 @@ __global__ void __launch_bounds__(kPatchThreads, 1)
       __syncthreads();
     }
     write_sums<TD, TD>(tiles, plan, block, memory, partial, out);
+  }
+}
+
+// float16 and bfloat16, D = 16 K, side 1 or 2, on tensor cores. A lane reads the runs of 16 bytes
+// of R patches side by side, each of one row of the image; they are the operands, for which patch
+// is which column of a product, and which element which row, is chosen. Shared memory: the sums of
+// each warp, added in order.
+template <class S, int P, int K>
+__global__ void __launch_bounds__(kPatchThreads, 1)
+    outer_rows(Tiles tiles, OuterPlan plan,
+               const S* __restrict__ a,      // [B, C, H, W]
+               const S* __restrict__ b,      // [B, C, H, W]
+               float* __restrict__ partial,  // [outputs, splits, D, D]
+               S* __restrict__ out) {        // [outputs, D, D]
+  constexpr int D = 16 * K, R = PatchRuns<P>::R, kRuns = 2 * K / P, kWarps = kPatchThreads / kWarp;
+  constexpr int kSteps = kRuns < 4 ? 4 / kRuns : 1;  // whose loads are on their way together
+  __shared__ __align__(16) float sums[kWarps][D * D];
+  const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+  // element that is row g (h = 0) or g + 8 (1) of tile m of 16
+  const auto element = [](int m, int h, int g) {
+    return P == 1 ? m * 16 + h * 8 + g : m * 16 + g * 2 + h;
+  };
+  const auto load = [&](const S* x, int64_t origin, int64_t n, int64_t end,
+                        Pack<S, 8>(&runs)[kRuns]) {
+#pragma unroll
+    for (int u = 0; u < kRuns; ++u) {
+      const int row = u * 8 + g;
+      const int64_t place = origin + tiles.patch(n < end ? n : 0);
+      runs[u] = Pack<S, 8>::load(x + place + tiles.grid.row(row / P, row % P));
+    }
+  };
+  // the patches 2 i, 2 i + 1 of the runs in that element
+  const auto pair = [](const Pack<S, 8>(&runs)[kRuns], int m, int h, int i) {
+    const S* const run = runs[P == 1 ? 2 * m + h : m].value + (P == 1 ? 0 : h);
+    return word(run[2 * i * P], run[(2 * i + 1) * P]);
+  };
+  for (int64_t work = blockIdx.x; work < plan.blocks(); work += gridDim.x) {
+    const OuterPlan::Block block = plan.block<D>(work);
+    float sum[K][2 * K][4] = {};
+    for (int64_t part = block.first; part < block.last; ++part) {
+      const int64_t tile = plan.parts.quotient(part), origin = tiles.origin(tile);
+      const int64_t n1 = (part - tile * plan.parts.divisor()) * plan.length;
+      const int64_t n2 = min(tiles.patches, n1 + plan.length);
+      for (int64_t n0 = n1 + warp * (4 * R * kSteps); n0 < n2; n0 += kWarps * 4 * R * kSteps) {
+        Pack<S, 8> left[kSteps][kRuns], right[kSteps][kRuns];
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+          load(a, origin, n0 + (i * 4 + t) * R, n2, left[i]);
+          load(b, origin, n0 + (i * 4 + t) * R, n2, right[i]);
+        }
+        if (n0 + kSteps * 4 * R > n2) {  // the last ones: nothing beyond the end
+#pragma unroll
+          for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+            for (int u = 0; u < kRuns; ++u)
+              if (n0 + (i * 4 + t) * R >= n2) left[i][u] = right[i][u] = {};
+        }
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+          for (int k = 0; k < R / 4; ++k)
+#pragma unroll
+            for (int m = 0; m < K; ++m) {
+              const unsigned rows[4] = {pair(left[i], m, 0, 2 * k), pair(left[i], m, 1, 2 * k),
+                                        pair(left[i], m, 0, 2 * k + 1),
+                                        pair(left[i], m, 1, 2 * k + 1)};
+#pragma unroll
+              for (int n = 0; n < 2 * K; ++n) {
+                const unsigned columns[2] = {pair(right[i], n / 2, n % 2, 2 * k),
+                                             pair(right[i], n / 2, n % 2, 2 * k + 1)};
+                add_product<S>(rows, columns, sum[m][n]);
+              }
+            }
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < K; ++m)
+#pragma unroll
+      for (int n = 0; n < 2 * K; ++n)
+#pragma unroll
+        for (int w = 0; w < 4; ++w)
+          sums[warp][element(m, w / 2, g) * D + element(n / 2, n % 2, 2 * t + w % 2)] =
+              sum[m][n][w];
+    __syncthreads();
+    for (int u = threadIdx.x; u < D * D; u += kPatchThreads)
+      for (int w = 1; w < kWarps; ++w) sums[0][u] += sums[w][u];
+    __syncthreads();
+    write_sums<D, D>(tiles, plan, block, sums[0], partial, out);
   }
 }
 

@@ -30,6 +30,14 @@ cudaError_t in_registers(const Rotation& r) {
   return run(rotate_registers<S, P, C, 1, 1>, 1);
 }
 
+template <class S, int P, int K>
+cudaError_t in_rows(const Rotation& r) {
+  const Divider blocks(ceil_div(r.tiles.patches, RowsOfPatches<S, P, K>::kPatches));
+  return launch(rotate_rows<S, P, K>, r.tiles.count * blocks.divisor(), kPatchThreads, r.stream,
+                r.tiles, blocks, static_cast<const S*>(r.x), static_cast<const S*>(r.q.data),
+                r.q.stride, r.q.transposed, static_cast<S*>(r.out));
+}
+
 template <class S, int TM, int TN, int RM, int RN>
 cudaError_t tiled(const Rotation& r) {
   const int width = access_width<S>(r.tiles, r.x, r.out);
@@ -54,7 +62,7 @@ cudaError_t on_tensor_cores(const Rotation& r) {
 
 // The kernel by size; which is faster at D = 64 in float32 is not measured.
 template <class S>
-cudaError_t rotate(const Rotation& r) {
+cudaError_t by_size(const Rotation& r) {
   const int64_t p = r.tiles.grid.p, C = r.tiles.grid.C, D = r.tiles.D;
   switch (p * 100 + (C < 100 ? C : 0)) {
     case 104: return in_registers<S, 1, 4>(r);
@@ -72,6 +80,16 @@ cudaError_t rotate(const Rotation& r) {
   if constexpr (sizeof(S) == 2)
     if (D >= 64) return on_tensor_cores<S>(r);
   return tiled<S, 64, 64, 8, 4>(r);
+}
+
+template <class S>
+cudaError_t rotate(const Rotation& r) {
+  if constexpr (sizeof(S) == 2)
+    return with_patch_runs(
+        r.tiles, [&]<int P, int K>() { return in_rows<S, P, K>(r); }, [&] { return by_size<S>(r); },
+        r.x, r.out);
+  else
+    return by_size<S>(r);
 }
 
 }  // namespace

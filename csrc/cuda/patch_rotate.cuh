@@ -1,6 +1,7 @@
 #pragma once
 #include "patches.cuh"
 #include "tensor_tile.cuh"
+#include "warp_product.cuh"
 
 // The kernels of patch_rotate, z = q x on every patch x of a tile. q[i][k] is q.data[i D + k], or
 // data[k D + i] if the memory holds q^T.
@@ -23,23 +24,28 @@ __global__ void __launch_bounds__(kPatchThreads, 1)
   for (int64_t work = blockIdx.x; work < tiles.count * blocks.divisor(); work += gridDim.x) {
     const int64_t tile = blocks.quotient(work);
     const int64_t n = (blocks.remainder(work) * kPatchThreads + threadIdx.x) * R;
+    const bool inside = n < tiles.patches;
+    const int64_t first = tiles.origin(tile) + tiles.patch(inside ? n : 0);
+    // on their way from device memory while q is staged
+    Pack<S, A> runs[C * P][kRow / A];
+#pragma unroll
+    for (int row = 0; row < C * P; ++row)
+#pragma unroll
+      for (int e = 0; e < kRow / A; ++e)
+        runs[row][e] = Pack<S, A>::load(x + first + tiles.grid.row(row / P, row % P) + e * A);
     __syncthreads();
     for (int u = threadIdx.x; u < D * D; u += kPatchThreads) {
       const int row = u / D, column = u % D;
       matrix[transposed ? column * LD + row : row * LD + column] = widen(q[tile * stride + u]);
     }
     __syncthreads();
-    if (n >= tiles.patches) continue;
-    const int64_t first = tiles.origin(tile) + tiles.patch(n);
+    if (!inside) continue;
     T patch[R][D];
 #pragma unroll
     for (int row = 0; row < C * P; ++row)
 #pragma unroll
-      for (int e = 0; e < kRow; e += A) {
-        const auto run = Pack<S, A>::load(x + first + tiles.grid.row(row / P, row % P) + e);
-#pragma unroll
-        for (int i = 0; i < A; ++i) patch[(e + i) / P][row * P + (e + i) % P] = widen(run.value[i]);
-      }
+      for (int e = 0; e < kRow; ++e)
+        patch[e / P][row * P + e % P] = widen(runs[row][e / A].value[e % A]);
 #pragma unroll 1
     for (int row = 0; row < C * P; ++row) {
       T z[kRow] = {};
@@ -59,6 +65,96 @@ __global__ void __launch_bounds__(kPatchThreads, 1)
 #pragma unroll
         for (int i = 0; i < A; ++i) run.value[i] = convert<S>(z[e + i]);
         run.store(out + first + tiles.grid.row(row / P, row % P) + e);
+      }
+    }
+  }
+}
+
+// float16 and bfloat16, D = 16 K, side 1, 2 or 4, on tensor cores: Z^T = X^T Q^T with a patch per
+// row. A lane holds R patches side by side in runs of 16 bytes, each of one row of the image; which
+// patch is which row of a product, and which element which column, is chosen such that the runs are
+// the operands, so x and z pass through no shared memory. A warp takes G such groups of 8 R
+// patches.
+template <class S, int P, int K>
+struct RowsOfPatches {
+  static constexpr int R = PatchRuns<P>::R, kRuns = 4 * K / P;
+  static constexpr int G = kRuns < 4 ? 4 / kRuns : 1, kPatches = kPatchThreads / 4 * R * G;
+};
+template <class S, int P, int K>
+__global__ void __launch_bounds__(kPatchThreads, 1)
+    rotate_rows(Tiles tiles, Divider blocks,  // per tile
+                const S* __restrict__ x,      // [B, C, H, W]
+                const S* __restrict__ q,      // [tiles, D, D], `stride` elements apart
+                int64_t stride, bool transposed,
+                S* __restrict__ out) {  // [B, C, H, W]
+  using Rows = RowsOfPatches<S, P, K>;
+  constexpr int D = 16 * K, R = Rows::R, G = Rows::G, kRuns = Rows::kRuns, kPairs = 2 * K;
+  const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+  // first of the elements 2 t, 2 t + 1 of pair j of columns
+  const auto element = [](int j, int t) {
+    return P == 4 ? j / 2 * 16 + t * 4 + j % 2 * 2 : j * 8 + t * 2;
+  };
+  // place of element e of run u in the pairs of a patch
+  const auto pair = [](int u, int e) { return P == 1 ? u / 2 : u * (P / 2) + e % P / 2; };
+  const auto half = [](int u, int e) { return P == 1 ? u % 2 : e % 2; };
+  const auto row = [&](int u) {
+    const int r = P == 1 ? u / 2 * 8 + t * 2 + u % 2 : u * 4 + t;
+    return tiles.grid.row(r / P, r % P);
+  };
+  for (int64_t work = blockIdx.x; work < tiles.count * blocks.divisor(); work += gridDim.x) {
+    const int64_t tile = blocks.quotient(work), origin = tiles.origin(tile);
+    const int64_t n0 = blocks.remainder(work) * Rows::kPatches + warp * (8 * R * G) + g * R;
+    Pack<S, 8> runs[G][kRuns];
+    int64_t places[G];
+#pragma unroll
+    for (int i = 0; i < G; ++i) {
+      const int64_t n = n0 + i * 8 * R;  // beyond the last patch any other is read, none written
+      places[i] = origin + tiles.patch(n < tiles.patches ? n : 0);
+#pragma unroll
+      for (int u = 0; u < kRuns; ++u) runs[i][u] = Pack<S, 8>::load(x + places[i] + row(u));
+    }
+    const S* const matrix = q + tile * stride;
+    unsigned right[kPairs][K][2];
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j)
+#pragma unroll
+      for (int k = 0; k < kPairs; ++k) {
+        const int m = element(j, g / 2) + g % 2, d = element(k, t);
+        const S* const at = matrix + (transposed ? d * D + m : m * D + d);
+        right[j][k / 2][k % 2] = word(at[0], at[transposed ? D : 1]);
+      }
+#pragma unroll
+    for (int i = 0; i < G; ++i) {
+      S left[R][kPairs][2], z[R][kPairs][2];
+#pragma unroll
+      for (int u = 0; u < kRuns; ++u)
+#pragma unroll
+        for (int e = 0; e < 8; ++e) left[e / P][pair(u, e)][half(u, e)] = runs[i][u].value[e];
+#pragma unroll
+      for (int r = 0; r < R; r += 2)
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j) {
+          float sum[4] = {};
+#pragma unroll
+          for (int k = 0; k < K; ++k) {
+            unsigned a[4];
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+              const S(&both)[2] = left[r + w % 2][2 * k + w / 2];
+              a[w] = word(both[0], both[1]);
+            }
+            add_product<S>(a, right[j][k], sum);
+          }
+#pragma unroll
+          for (int w = 0; w < 4; ++w) z[r + w / 2][j][w % 2] = convert<S>(sum[w]);
+        }
+      if (n0 + i * 8 * R >= tiles.patches) continue;
+#pragma unroll
+      for (int u = 0; u < kRuns; ++u) {
+        Pack<S, 8> run;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) run.value[e] = z[e / P][pair(u, e)][half(u, e)];
+        run.store(out + places[i] + row(u));
       }
     }
   }

@@ -3,23 +3,23 @@
 namespace osf::cuda {
 namespace {
 
-// gradient[i] = factor weights[b] slope sign(error) with error = clamp(y / 2 + 0.5, 0, 1) - target
-// and slope = d error / dy, or / dtarget; returns the sum of |error| over V elements. Every tensor
-// is read once.
+// The sum of |error| over V elements, error = clamp(y / 2 + 0.5, 0, 1) - target, or, where there
+// are weights, gradient[i] = factor weights[b] slope sign(error) with slope = d error / dy, or /
+// dtarget.
 template <class S>
 struct AbsoluteError {
   using T = Accumulator<S>;
   const S* y;       // [B, n]
   const S* target;  // [B, n]
-  bool wrt_target;
-  T factor;
-  const T* weights;  // [B], or null for 1
-  S* gradient;       // [B, n], or null
+  bool wrt_target = false;
+  T factor = 0;
+  const T* weights = nullptr;  // [B]
+  S* gradient = nullptr;       // [B, n]
 
   template <int V>
   __device__ __forceinline__ T operator()(int64_t b, int64_t i) const {
     const auto v = Pack<S, V>::load(y + i), t = Pack<S, V>::load(target + i);
-    const T weight = weights ? factor * weights[b] : factor;
+    const T weight = weights ? factor * weights[b] : T(0);
     Pack<S, V> out;
     T sum = 0;
 #pragma unroll
@@ -36,18 +36,13 @@ struct AbsoluteError {
 
 }  // namespace
 
-int pixel_l1(DType dtype, int64_t B, int64_t n, const void* y, const void* target, double scale,
-             void* workspace, void* loss, void* gradient, void* stream) {
+int pixel_l1(DType dtype, int64_t B, int64_t n, const void* y, const void* target, void* workspace,
+             void* loss, void* stream) {
   return with_dtype(dtype, [&]<class S>(S) {
     using T = Accumulator<S>;
-    const AbsoluteError<S> f{static_cast<const S*>(y),
-                             static_cast<const S*>(target),
-                             false,
-                             T(scale / double(n)),
-                             nullptr,
-                             static_cast<S*>(gradient)};
-    const bool wide = wide_runs<S>(n, y, target, gradient);
-    return mean_per_image<S>(B, n, wide, f, workspace, static_cast<T*>(loss), stream);
+    const AbsoluteError<S> f{static_cast<const S*>(y), static_cast<const S*>(target)};
+    return mean_per_image<S>(B, n, wide_runs<S>(n, y, target), f, workspace, static_cast<T*>(loss),
+                             stream);
   });
 }
 

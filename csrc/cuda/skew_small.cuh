@@ -23,7 +23,7 @@ class Series {
         sums(Q + Team::kElements),
         team_(team) {}
   T *const S, *const Q, *const sums;
-  Scheme scheme;
+  ChosenScheme scheme;
   T bound;  // of ||S||_2
 
   __device__ __forceinline__ T* X(int power) const { return S + power * Team::kElements; }

@@ -4,7 +4,9 @@ Both run in processes of their own: Triton decides at import whether it interpre
 """
 
 import importlib.util
+import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +68,18 @@ def test_kernels_agree_with_the_references_in_the_interpreter(which):
         *("-k", f"interpreter and {which} and not ({PYTHONS_WORK})"),
         TRITON_INTERPRET="1",
     )
+
+
+@needs_triton
+def test_the_series_has_the_numbers_of_cpp():
+    tool = runpy.run_path(str(ROOT / "tools" / "series_table.py"))
+    assert tool["TABLE"].read_text() == tool["table"]()
+    numbers = runpy.run_path(str(tool["TABLE"]))
+    for n, value in enumerate(numbers["INVERSE_FACTORIALS"].value):
+        assert value == 1 / math.factorial(n)
+    for name, roundoff in (("THETA32", 2**-24), ("THETA64", 2**-53)):
+        truth = (roundoff * math.factorial(13)) ** (1 / 13)
+        assert numbers[name].value == pytest.approx(truth, rel=5e-3)
 
 
 FOR_ROCM = """

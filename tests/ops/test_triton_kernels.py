@@ -90,3 +90,15 @@ def test_more_squarings_than_are_launched_give_nan(device, monkeypatch):
     da = skew_exp.d_skew_exp(torch.ones_like(a), a, q)
     assert da[0].isnan().any()
     assert not da[1].isnan().any()
+
+
+def test_a_batch_tunes_for_those_up_to_a_power_of_two(device, monkeypatch):
+    kernel, tuned = patch_rotate.patch_rotate_kernel, []
+    monkeypatch.setattr(kernel, "configs", patch_rotate.CONFIGS[:2])
+    monkeypatch.setattr(kernel, "early_config_prune", lambda configs, *_, **__: configs)
+    monkeypatch.setattr(kernel, "_bench", lambda *_, **__: tuned.append(None) or [1.0, 1.0, 1.0])
+    monkeypatch.setattr(kernel, "cache", {})
+    for batch, times in ((5, 2), (8, 2), (6, 2), (9, 4)):
+        x, q = torch.zeros(batch, 1, 2, 2, device=device), torch.eye(4, device=device)
+        patch_rotate.patch_rotate(x, q, 2)
+        assert len(tuned) == times

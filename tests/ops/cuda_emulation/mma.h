@@ -57,3 +57,31 @@ void store_matrix_sync(float* p, const C& c, unsigned row, layout_t) {
 }
 
 }  // namespace nvcuda::wmma
+
+namespace emulation {
+
+// mma.m16n8k16 of a warp: see csrc/cuda/warp_product.cuh for who holds what.
+template <class S>
+void add_product(const unsigned (&a)[4], const unsigned (&b)[2], float (&sum)[4]) {
+  unsigned words[6][32];
+  const unsigned warp = threadIdx.x / 32 * 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int i = 0; i < 6; ++i) {
+    memcpy(slot(threadIdx.x), i < 4 ? &a[i] : &b[i - 4], 4);
+    wait_for_warp();
+    for (unsigned lane = 0; lane < 32; ++lane) memcpy(&words[i][lane], slot(warp + lane), 4);
+    wait_for_warp();
+  }
+  const auto element = [&](unsigned i, unsigned lane, unsigned half) {
+    S pair[2];
+    memcpy(pair, &words[i][lane], 4);
+    return nvcuda::wmma::widen(pair[half]);
+  };
+  for (unsigned w = 0; w < 4; ++w)
+    for (unsigned k = 0; k < 16; ++k) {
+      const unsigned within = k % 8 / 2, upper = k / 8;
+      sum[w] += element(upper * 2 + w / 2, g * 4 + within, k % 2) *
+                element(4 + upper, (t * 2 + w % 2) * 4 + within, k % 2);
+    }
+}
+
+}  // namespace emulation

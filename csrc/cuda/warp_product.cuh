@@ -1,0 +1,70 @@
+#pragma once
+#include "common.cuh"
+#ifndef __CUDACC__
+#include <mma.h>  // the emulation's
+#endif
+
+// Products of 16-bit numbers on tensor cores whose operands a warp holds in registers.
+namespace osf::cuda {
+
+// Two neighbouring elements of a row of A or of a column of B, the first in the lower half
+template <class S>
+__device__ __forceinline__ unsigned word(S first, S second) {
+  const S both[] = {first, second};
+  unsigned bits;
+  memcpy(&bits, both, sizeof bits);
+  return bits;
+}
+
+// sum += A B for A [16, 16] and B [16, 8]. Lane 4 g + t of the warp holds, of A, the rows g (words
+// 0, 2) and g + 8 (1, 3) in the columns 2 t, 2 t + 1 (0, 1) and 2 t + 8, 2 t + 9 (2, 3); of B the
+// column g in the same rows (0 and 1); of the sum the rows g (0, 1) and g + 8 (2, 3) in the columns
+// 2 t, 2 t + 1. PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type".
+template <class S>
+__device__ __forceinline__ void add_product(const unsigned (&a)[4], const unsigned (&b)[2],
+                                            float (&sum)[4]) {
+#ifdef __CUDACC__
+#define OSF_MMA(type)                                                        \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])               \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (__is_same(S, __half))
+    OSF_MMA("f16");
+  else
+    OSF_MMA("bf16");
+#undef OSF_MMA
+#else
+  emulation::add_product<S>(a, b, sum);
+#endif
+}
+
+// Patches as runs of 16 bytes of an image row: R patches side by side in each.
+template <int P>
+struct PatchRuns {
+  static constexpr int R = 8 / P;
+
+  // Whether no run leaves a tile or is misaligned
+  template <class Tiles, class... Pointers>
+  static bool fit(const Tiles& tiles, Pointers... images) {
+    return tiles.columns.divisor() % R == 0 && aligned(16, images...);
+  }
+};
+
+// f<P, K>() where patches of side P have 16 K elements, K = 1 or 2, and fit; else otherwise().
+template <class Tiles, class F, class Otherwise, class... Pointers>
+cudaError_t with_patch_runs(const Tiles& tiles, F f, Otherwise otherwise, Pointers... images) {
+  const auto with_side = [&]<int P>() {
+    if (!PatchRuns<P>::fit(tiles, images...)) return otherwise();
+    return tiles.D == 16 ? f.template operator()<P, 1>() : f.template operator()<P, 2>();
+  };
+  if (tiles.D != 16 && tiles.D != 32) return otherwise();
+  switch (tiles.grid.p) {
+    case 1: return with_side.template operator()<1>();
+    case 2: return with_side.template operator()<2>();
+    case 4: return with_side.template operator()<4>();
+    default: return otherwise();
+  }
+}
+
+}  // namespace osf::cuda
