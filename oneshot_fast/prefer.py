@@ -1,11 +1,14 @@
-"""Command line of training on preferences among a generator's own images."""
+"""Command line of training on preferences, among a generator's own images or given ones."""
 
 import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from oneshot_fast.cli import OK, finish, run_command
+from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.preferences import read_preferences
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.evaluation.features import Features, load_features
@@ -13,6 +16,7 @@ from oneshot_fast.evaluation.random_noise import classifier_for
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.prefer.options import PreferData, PreferOptions
+from oneshot_fast.jobs.prefer.pairs import PairRun
 from oneshot_fast.jobs.prefer.run import PreferRun
 from oneshot_fast.rewards.options import check_judges
 from oneshot_fast.runtime.options import RunOptions
@@ -20,12 +24,12 @@ from oneshot_fast.runtime.options import RunOptions
 
 @dataclass(frozen=True)
 class PreferCommand:
-    """Train a one-step generator on preferences among its own images.
+    """Train a one-step generator on preferences, among its own images or given ones.
 
-    In every step images of prompts are drawn, scored by --reward, which needs no gradient, and
-    compared; --objective says how the generator moves towards the better ones. --judge tells
-    whether the reward is over-optimised. An interrupted run resumes when the same command is
-    repeated.
+    With --reward and --prompt_file: in every step images of prompts are drawn, scored, which needs
+    no gradient, and compared; --objective says how the generator moves towards the better ones.
+    With --pairs: better and worse images are given. --judge tells whether what is learnt is
+    over-optimised. An interrupted run resumes when the same command is repeated.
     """
 
     model_id: str = "stabilityai/sdxl-turbo"
@@ -49,33 +53,9 @@ class PreferCommand:
 
 def execute(command: PreferCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
-    data, options = command.data, command.training
-    if data.prompt_file is None or not data.reward:
-        raise UserError("give --prompt_file FILE and --reward NAME")
     require(bool(command.output_dir or command.dry_run), "give --output_dir DIR")
-    check_judges(data.reward, data.judge)
-    options.check()
-    size = data.size
-    prompts = read_prompts(data.prompt_file, data.prompt_field)
-    generator = command.model.load(
-        command.model_id, master_weights=options.weights_dtype == "float32"
-    )
-    run = PreferRun(
-        generator,
-        prompts,
-        command.output_dir or Path(),
-        options,
-        rewards=data.load(generator.device, data.reward),
-        judge=data.judges(generator.device, data.judge),
-        features=_features(command, generator, prompts),
-        resolution=size,
-        eval_samples=data.eval_samples,
-        names=data.names,
-        seed=command.run.seed,
-        save_minutes=command.save_minutes,
-        keep_checkpoints=command.keep_checkpoints,
-        offload_encoders=command.offload_encoders,
-    )
+    check_judges(command.data.reward, command.data.judge)
+    run = _on_drawn(command) if command.data.pairs is None else _on_pairs(command)
     if command.dry_run:
         print(run.plan())
         return OK
@@ -83,7 +63,65 @@ def execute(command: PreferCommand) -> int:
 
     from oneshot_fast.report.prefer import print_summary, write_report
 
-    return finish(command, run.folder, summary, write_report, print_summary)
+    return finish(command, run.folder, summary, write_report, print_summary, "pairs ")
+
+
+def _on_drawn(command: PreferCommand) -> PreferRun:
+    data, options = command.data, command.training
+    if data.prompt_file is None or not data.reward:
+        raise UserError("give --prompt_file FILE and --reward NAME, or --pairs FILE")
+    require(
+        not data.manifest_path,
+        "--manifest_path has no effect without --pairs; give --pairs, too",
+    )
+    options.check()
+    prompts = read_prompts(data.prompt_file, data.prompt_field)
+    common = _common(command)
+    generator = common["generator"]
+    return PreferRun(
+        prompts=prompts,
+        rewards=data.load(generator.device, data.reward),
+        features=_features(command, generator, prompts),
+        **common,
+    )
+
+
+def _on_pairs(command: PreferCommand) -> PairRun:
+    data, options = command.data, command.training
+    assert data.pairs is not None
+    for flag in ("reward", "prompt_file", "prompt_field"):
+        require(
+            not getattr(data, flag),
+            f"--{flag} is of images that are drawn, and --pairs are given; leave one out",
+        )
+    options.check_pairs()
+    require(
+        not data.manifest_path or options.pair_noise == "assigned",
+        "--manifest_path has no effect on --pair_noise random; leave one out",
+    )
+    pairs, failures = read_preferences(data.pairs)
+    matched = [pair for path in data.manifest_path for pair in read_manifest(path)[0]]
+    return PairRun(pairs=pairs, matched=matched, failures=failures, **_common(command))
+
+
+def _common(command: PreferCommand) -> dict[str, Any]:
+    """Arguments of either run."""
+    data, size = command.data, command.data.size
+    master_weights = command.training.weights_dtype == "float32"
+    generator = command.model.load(command.model_id, master_weights=master_weights)
+    return {
+        "generator": generator,
+        "folder": command.output_dir or Path(),
+        "options": command.training,
+        "judge": data.judges(generator.device, data.judge),
+        "resolution": size,
+        "eval_samples": data.eval_samples,
+        "names": data.names,
+        "seed": command.run.seed,
+        "save_minutes": command.save_minutes,
+        "keep_checkpoints": command.keep_checkpoints,
+        "offload_encoders": command.offload_encoders,
+    }
 
 
 def _features(command: PreferCommand, generator: Generator, prompts: list[str]) -> Features | None:

@@ -36,6 +36,7 @@ def _steps(rows: list[Any]) -> Section:
     """What the steps drew and did."""
     panels = {
         "reward of what was drawn": {"mean": "sampled", "largest": "sampled max"},
+        "squared distance to the images": {"better": "winner", "worse": "loser"},
         "distance to the base": {"moved": "moved"},
         "gradient norm before clipping": {"norm": "gradient_norm"},
     }
@@ -48,9 +49,10 @@ def _steps(rows: list[Any]) -> Section:
             "Means over the epoch's steps.",
         )
         for title, lines in panels.items()
+        if all(key in rows[0] for key in lines.values())
     ]  # fmt: skip
     text = [
-        "The loss of a preference says little of progress; the reward of what is drawn does. Bad: "
+        "The loss of a preference says little of progress; rewards and distances do. Bad: "
         "a distance that grows without bound, or a norm that does (lower the learning rate)."
     ]
     return Section("The steps", text, plots=figures)

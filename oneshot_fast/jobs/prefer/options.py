@@ -14,7 +14,7 @@ from oneshot_fast.data.options import SizeOptions
 from oneshot_fast.errors import require
 from oneshot_fast.rewards.options import JudgeModels
 from oneshot_fast.training.losses.d3po import d3po
-from oneshot_fast.training.losses.dpo import GroupDPO
+from oneshot_fast.training.losses.dpo import GroupDPO, PairDPO
 from oneshot_fast.training.losses.drpo import DrPO
 from oneshot_fast.training.losses.neighbor_grpo import NeighborGRPO
 from oneshot_fast.training.losses.preference import (
@@ -46,6 +46,11 @@ _OWN = {flag for flags in _OF.values() for flag in flags}
 _KL = {"rlcm": 0.2, "rebel": 0.2, "neighbor_grpo": 0.2}
 _BETA = {"pso": 0.1, "d3po": 0.1, "dpo": 30.0}
 _PAIRED = ("pso", "d3po")
+# flags of given pairs of images, and of images that are drawn
+_PAIRS = ("pair_noise", "loser_weight", "winner_weight")
+_DRAWN = ("group", "groups_per_prompt", *sorted(_OWN - {"beta"}))
+# of half the difference of distances for dpo, of all of it for pso, as published
+_PAIR_BETA = {"dpo": 5000.0, "pso": 200.0}
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class PreferOptions(TrainOptions):
     in deviations of latents); inf never ends it."""
     beta: float | None = None
     """pso, d3po: how much the loss makes of a log-ratio, per nat, by default 0.1; dpo: of a squared
-    distance, by default 30."""
+    distance, by default 30. With --pairs of squared distances: dpo 5000, pso 200."""
     clip: float | None = None
     """pso: bound of the log-ratio to the base in nats, by default 25; d3po: of the ratio of means,
     by default 0.1."""
@@ -108,10 +113,23 @@ class PreferOptions(TrainOptions):
     """drpo: how many of the best draw, and of the worst push; by default half of the group."""
     reference_weight: float = 0.2
     """drpo: weight of the term that draws to the base generator's images."""
+    pair_noise: Literal["assigned", "random"] = "assigned"
+    """With --pairs: train better and worse image on the noise that was assigned to each, or
+    (baseline) both on the same new random noise at every step."""
+    loser_weight: float = 1.0
+    """With --pairs: factor of the worse image's part; less than 1 pushes less from it."""
+    winner_weight: float = 0.0
+    """With --pairs: weight of the better image's own squared distance, which may grow as long as
+    the worse one's grows more."""
 
     def check(self) -> None:
         super().check()
         name = self.objective
+        for flag in _PAIRS:
+            require(
+                getattr(self, flag) == getattr(PreferOptions, flag),
+                f"--{flag} has no effect without --pairs; give --pairs, too",
+            )
         for field in fields(self):
             if field.name in _OWN and field.name not in _OF[name]:
                 require(
@@ -155,6 +173,35 @@ class PreferOptions(TrainOptions):
             self.clip is None or self.clip < 1 or not self._on_means,
             f"clip is {self.clip}; of ratios of means give less than 1",
         )
+
+    def check_pairs(self) -> None:
+        """Raise UserError for values that make no sense on given pairs of images."""
+        name = self.objective
+        require(
+            name in _PAIR_BETA,
+            f"--objective {name} draws its own images; with --pairs give dpo or pso",
+        )
+        for flag in _DRAWN:
+            require(
+                getattr(self, flag) == getattr(PreferOptions, flag),
+                f"--{flag} has no effect with --pairs, whose images are given; leave it out",
+            )
+        for flag in ("loser_weight", "winner_weight"):
+            value = getattr(self, flag)
+            require(0 <= value < math.inf, f"{flag} is {value}; give a finite number, 0 or more")
+        super().check()
+        for flag in ("beta", "max_drift"):
+            value = getattr(self, flag)
+            require(value is None or value > 0, f"{flag} is {value}; give a positive number")
+
+    def pair_loss(self) -> PreferenceLoss:
+        """What is lowered on given pairs."""
+        beta = _PAIR_BETA[self.objective] if self.beta is None else self.beta
+        beta = beta if self.objective == "dpo" else 2 * beta
+        objective = PairDPO(beta, self.loser_weight, self.winner_weight)
+        preserve = Preserve(self.preserve_latent_weight, self.preserve_pixel_weight)
+        weight = self.kl_weight or 0.0
+        return PreferenceLoss(objective, CleanLatents(), weight, preserve, sampled=False)
 
     @property
     def _on_means(self) -> bool:
@@ -227,6 +274,12 @@ class PreferData(SizeOptions, JudgeModels):
     judge: UseAppendAction[tuple[str, ...]] = ()
     """NAME of a reward that is measured but not trained on, and so tells whether others are
     over-optimised; may be given several times."""
+    pairs: Path | None = None
+    """Instead of drawn images: JSON lines {"prompt", "image", "rejected"[, "weight"]}, a better and
+    a worse image each, with paths relative to the file; for --objective dpo and pso."""
+    manifest_path: UseAppendAction[tuple[Path, ...]] = ()
+    """With --pairs: manifest.jsonl of assign with the noises of their images; may be given several
+    times, such as of assign --image_field image and --image_field rejected."""
     prompt_file: Path | None = None
     """Prompts: .txt with one per line, .tsv or .csv with a header, or .jsonl."""
     prompt_field: str | None = None

@@ -22,8 +22,9 @@ def prefer_plan(
     resolution: Resolution,
     samples: int,
     offload_encoders: bool | None = None,
+    pairs: bool = False,
 ) -> Plan:
-    """As ``training_plan``, of a training on ``samples`` groups an epoch.
+    """As ``training_plan``, of a training on ``samples`` groups, or given ``pairs``, an epoch.
 
     The base generator's passes are in time and memory; drawing and scoring images, which need no
     gradient, and features are not.
@@ -31,15 +32,16 @@ def prefer_plan(
     size = math.prod(generator.latent_shape(*size_of(resolution)))
 
     def loss(model: Generator, _: WeightedRewards | None) -> Loss:
-        found = options.loss(size)
+        found = options.pair_loss() if pairs else options.loss(size)
         # in a plan the adapter is there or not, and a second denoiser's weights are counted apart
         found.reference = Reference(model, adapts=True)
         return found
 
+    unit = "pairs" if pairs else "groups"
     plan = training_plan(
         generator,
         options,
-        Kind(loss, lambda model: _batch(model, options, resolution), True, "groups"),
+        Kind(loss, lambda model: _batch(model, options, resolution, pairs), True, unit),
         resolution=resolution,
         samples=samples,
         offload_encoders=offload_encoders,
@@ -48,17 +50,23 @@ def prefer_plan(
     if not options.lora_rank:
         count = sum(p.nbytes for p in generator.denoiser.parameters())
         base = f"the base generator: a second denoiser of {count / 1e6:.1f} MB, not counted above"
-    extra = "not counted: drawing and scoring images, " + f"{options.group} in each group"
-    return Plan([*plan.lines, base, extra], plan.seconds)
+    drawn = f"not counted: drawing and scoring images, {options.group} in each group"
+    return Plan([*plan.lines, base, *([] if pairs else [drawn])], plan.seconds)
 
 
-def _batch(generator: Generator, options: PreferOptions, resolution: Resolution) -> Batch:
-    count, group = options.batch_size, options.group
-    noise = torch.zeros(count, options.noises, *generator.noise_shape(*size_of(resolution)))
+def _batch(
+    generator: Generator, options: PreferOptions, resolution: Resolution, pairs: bool
+) -> Batch:
+    count, group = options.batch_size, 2 if pairs else options.group
+    noise = torch.zeros(
+        count, 2 if pairs else options.noises, *generator.noise_shape(*size_of(resolution))
+    )
     latents = torch.zeros(count, group, *generator.latent_shape(*size_of(resolution)))
     extra = {"rewards": torch.zeros(count, group), "ties": torch.zeros(count)}
     extra |= {"candidates": latents, "old": latents[:, : options.noises], "actions": latents}
-    if options.drawing == "pairs":
+    if pairs:
+        extra = {"targets": latents, "weight": torch.ones(count)}
+    elif options.drawing == "pairs":
         extra |= {"preference": torch.zeros(count, group // 2), "pairs": torch.ones(count)}
     elif options.drawing == "actions":
         del extra["old"]

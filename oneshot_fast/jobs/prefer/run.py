@@ -31,16 +31,73 @@ from oneshot_fast.training.trainer import Trainer
 EQUAL = 20  # batches in a row without any difference between rewards, which end a training
 
 
-class PreferRun(JudgedRun):
+class ComparingRun(JudgedRun):
+    """Training on preferences, drawn or given, which ends where it leaves the base too far.
+
+    checkpoint-best is the generator after the epoch with the highest sum of judges, or of rewards
+    where there is no judge, or the lowest loss where nothing else is measured.
+    """
+
+    options: PreferOptions
+
+    def compare(self, count: int) -> dict[str, Any]:
+        """Train on ``count`` examples an epoch; returns the summary."""
+        loss = self.losses[STUDENT]
+        assert isinstance(loss, PreferenceLoss)
+        loss.reference = Reference(self.generator, self.options.lora_rank > 0)
+        found = self.learn_from(count)
+        if self._is_measured:
+            rows = [{"epoch": 0} | found["base"], *self.trainers[STUDENT].history]
+            found["best_epoch"] = max(rows, key=self._quality)["epoch"]
+        return found | {"stopped": self._stopped()}
+
+    def trainer(self, name: str, steps: int) -> Trainer:
+        """One whose best weights are the first ones, until an epoch is better."""
+        trainer = super().trainer(name, steps)
+        if self._is_measured:
+            trainer.keep_best(math.inf)
+            trainer.chooses = False
+        return trainer
+
+    def after_epoch(self, epoch: int) -> dict[str, Any]:
+        found, trainer = super().after_epoch(epoch), self.trainers[STUDENT]
+        if self._is_measured:
+            before = [self._measured("base"), *trainer.history[:-1]]
+            if self._quality(found) > max(map(self._quality, before)):
+                trainer.keep_best(-self._quality(found))
+        return found
+
+    def is_over(self) -> bool:
+        moved = self.trainers[STUDENT].last.get("moved", 0.0)
+        return moved > self.options.max_drift
+
+    @property
+    def _is_measured(self) -> bool:
+        return self.judge is not None or self.rewards is not None
+
+    def _quality(self, found: dict[str, Any]) -> float:
+        judged = [value for name, value in found.items() if name.startswith("judge ")]
+        return sum(judged) if judged else found["reward"]
+
+    def _stopped(self) -> str | None:
+        """Why the training ended early."""
+        if not self.is_over():
+            return None
+        trainer = self.trainers[STUDENT]
+        return (
+            f"drift {trainer.last['moved']:.3f} after step {trainer.step}, above max_drift "
+            f"{self.options.max_drift:g}"
+        )
+
+
+class PreferRun(ComparingRun):
     """Training on preferences among a generator's own images, into one folder.
 
     Measured as ``JudgedRun``. Its columns of history.jsonl besides: "sampled" and "sampled max",
     mean and largest reward of the groups that were drawn, "ties", "moved" (RMS distance of their
-    clean latents to the base's) and what the objective tells. checkpoint-best is the generator
-    after the epoch with the highest sum of judges, or of rewards where there is no judge.
+    clean latents to the base's) and what the objective tells.
     """
 
-    options: PreferOptions
     rewards: WeightedRewards
 
     def __init__(
@@ -113,31 +170,7 @@ class PreferRun(JudgedRun):
         )
 
     def learn(self) -> dict[str, Any]:
-        loss = self.losses[STUDENT]
-        assert isinstance(loss, PreferenceLoss)
-        loss.reference = Reference(self.generator, self.options.lora_rank > 0)
-        found = self.learn_from(len(self._examples))
-        history = self.trainers[STUDENT].history
-        best = max([{"epoch": 0} | found["base"], *history], key=self._quality)
-        return found | {"best_epoch": best["epoch"], "stopped": self._stopped()}
-
-    def trainer(self, name: str, steps: int) -> Trainer:
-        """One whose best weights are the first ones, until an epoch is better."""
-        trainer = super().trainer(name, steps)
-        trainer.keep_best(math.inf)
-        trainer.chooses = False
-        return trainer
-
-    def after_epoch(self, epoch: int) -> dict[str, Any]:
-        found, trainer = super().after_epoch(epoch), self.trainers[STUDENT]
-        before = [self._measured("base"), *trainer.history[:-1]]
-        if self._quality(found) > max(map(self._quality, before)):
-            trainer.keep_best(-self._quality(found))
-        return found
-
-    def is_over(self) -> bool:
-        moved = self.trainers[STUDENT].last.get("moved", 0.0)
-        return moved > self.options.max_drift
+        return self.compare(len(self._examples))
 
     def batch(self, rows: list[int], step: int) -> Batch:
         texts = [self._examples[k] for k in rows]
@@ -160,17 +193,3 @@ class PreferRun(JudgedRun):
                 f"all images of a prompt had the same reward in {EQUAL} steps in a row: {names} "
                 "says nothing of them; name another --reward"
             )
-
-    def _quality(self, found: dict[str, Any]) -> float:
-        judged = [value for name, value in found.items() if name.startswith("judge ")]
-        return sum(judged) if judged else found["reward"]
-
-    def _stopped(self) -> str | None:
-        """Why the training ended early."""
-        if not self.is_over():
-            return None
-        trainer = self.trainers[STUDENT]
-        return (
-            f"drift {trainer.last['moved']:.3f} after step {trainer.step}, above max_drift "
-            f"{self.options.max_drift:g}"
-        )

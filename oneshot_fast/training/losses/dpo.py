@@ -70,3 +70,30 @@ class GroupDPO:
         gap = group_gap(policy, better, worse) - group_gap(base, better, worse)
         told = extra["ties"] < 1
         return -F.logsigmoid(self.beta * gap) * told, {"preferred": (gap.detach() > 0).float()}
+
+
+@dataclass(frozen=True)
+class PairDPO:
+    """On clean latents [G, 2, C, h, w] of the noises of a winner and a loser.
+
+    ``extra`` has their images' latents "targets" [G, 2, C, h, w] and the pairs' "weight" [G].
+
+    Attributes:
+        beta: Per mean squared deviation of the latents.
+        loser: Factor of the loser's part.
+        winner_weight: Of the winner's own distance, which the difference alone does not lower.
+    """
+
+    beta: float = 5000.0
+    loser: float = 1.0
+    winner_weight: float = 0.0
+    measures = ("preferred", "winner", "loser")
+
+    def __call__(self, policy: Tensor, base: Tensor, extra: Extra) -> Found:
+        """See ``Objective``."""
+        apart, before = ((x - extra["targets"]).square().flatten(2).mean(2) for x in (policy, base))
+        loss, logit = dpo_loss(apart, before, self.beta, self.loser)
+        known = apart.detach()
+        loss = extra["weight"] * loss + self.winner_weight * apart[:, 0]
+        told = {"preferred": (logit.detach() > 0).float(), "winner": known[:, 0]}
+        return loss, told | {"loser": known[:, 1]}

@@ -101,7 +101,12 @@ class PreferenceLoss:
     parts = ("preference", "preserve")
 
     def __init__(
-        self, objective: Objective, policy: Policy, kl_weight: float, preserve: Preserve
+        self,
+        objective: Objective,
+        policy: Policy,
+        kl_weight: float,
+        preserve: Preserve,
+        sampled: bool = True,
     ) -> None:
         """Lower both; ``reference`` has to be set before the first call.
 
@@ -110,11 +115,13 @@ class PreferenceLoss:
             policy: What it compares.
             kl_weight: Of the policy's distance to the base, which is added to it.
             preserve: On the group "preserve".
+            sampled: Whether ``extra`` has the "rewards" [G, K] of drawn images, and "ties" [G].
         """
         self.objective, self.policy = objective, policy
         self.kl_weight, self.preserve = kl_weight, preserve
         self.reference: Reference | None = None
-        self.measures = (*objective.measures, *SAMPLED)
+        self.sampled = sampled
+        self.measures = (*objective.measures, *(SAMPLED if sampled else SAMPLED[-1:]))
 
     def __call__(self, model: Generator, batch: Batch) -> dict[str, Tensor]:
         """See ``Loss``."""
@@ -140,13 +147,11 @@ class PreferenceLoss:
         apart = x0 - start
         if self.kl_weight:
             loss = loss + self.kl_weight * self.policy.distance(apart)
-        mean, largest = mean_and_max(rows.extra["rewards"])
-        return loss, measures | {
-            "sampled": mean,
-            "sampled max": largest,
-            "ties": rows.extra["ties"],
-            "moved": apart.detach().square().flatten(1).mean(1).sqrt(),
-        }
+        measures = measures | {"moved": apart.detach().square().flatten(1).mean(1).sqrt()}
+        if self.sampled:
+            mean, largest = mean_and_max(rows.extra["rewards"])
+            measures |= {"sampled": mean, "sampled max": largest, "ties": rows.extra["ties"]}
+        return loss, measures
 
 
 def log_prob(action: Tensor, mean: Tensor, std: float) -> Tensor:

@@ -1,0 +1,156 @@
+"""Train a generator on given pairs of images, of which one is preferred."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oneshot_fast.data.manifests import MatchedPair
+from oneshot_fast.data.noise_files import read_noise
+from oneshot_fast.data.preferences import PreferredPair, noise_of, noises_by_image
+from oneshot_fast.data.records import Failure
+from oneshot_fast.data.sizes import Resolution
+from oneshot_fast.errors import DataError, UserError, require
+from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.jobs.prefer.options import PreferOptions
+from oneshot_fast.jobs.prefer.plan import prefer_plan
+from oneshot_fast.jobs.prefer.run import ComparingRun
+from oneshot_fast.planning.timing import Plan
+from oneshot_fast.runtime.files import write_jsonl
+from oneshot_fast.runtime.processes import is_main, map_over_processes
+from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
+from oneshot_fast.training.batch import Batch, Rows
+
+
+class PairRun(ComparingRun):
+    """Training on pairs of images into one folder: Diffusion-DPO and PSO in clean latents.
+
+    Winner and loser are made closer and farther from the noises that were assigned to each, or with
+    ``pair_noise`` "random" both from new random ones. A pair whose image or noise cannot be read
+    fails alone.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        pairs: Sequence[PreferredPair],
+        folder: Path,
+        options: PreferOptions,
+        *,
+        matched: Sequence[MatchedPair] = (),
+        failures: Sequence[Failure] = (),
+        resolution: Resolution | None = None,
+        **more: Any,
+    ) -> None:
+        """Describe the run.
+
+        Args:
+            generator: The generator to train, in place; float32 weights.
+            pairs: Better and worse images.
+            folder: Where everything is written.
+            options: Objective and schedule.
+            matched: Lines of manifests that have the images' noises.
+            failures: Lines that could not be used.
+            resolution: Image side in pixels, or height and width; by default the generator's own.
+            **more: As for ``JudgedRun``.
+
+        Raises:
+            UserError: If an option makes no sense.
+        """
+        options.check_pairs()
+        self.targets = TargetImages(generator, resolution)
+        prompts = [pair.prompt for pair in pairs]
+        size = self.targets.size
+        super().__init__(
+            generator, options.pair_loss(), prompts, folder, options, resolution=size, **more
+        )
+        assigned = options.pair_noise == "assigned"
+        require(
+            bool(matched) or not assigned,
+            "pairs need the noises of their images: give --manifest_path of assign, for better and "
+            "worse ones, or --pair_noise random",
+        )
+        self._noises = noises_by_image(matched) if assigned else {}
+        self.pairs, self.failures = list(pairs), list(failures)
+        self._found: list[tuple[PreferredPair, Tensor, Tensor]] = []
+
+    def settings(self) -> dict[str, Any]:
+        lines = [vars(pair) for pair in self.pairs]
+        noises = sorted((key, pair.digest) for key, pair in self._noises.items())
+        return {
+            "command": "prefer",
+            "rewards": self.names,
+            **self.options.settings(),
+            "seed": self.seed,
+            **self.generator.settings(self.size),
+            "eval_samples": self.eval_samples,
+            "samples": len(self.pairs),
+            "pairs": content_id(*lines, *noises),
+        }
+
+    def plan(self) -> Plan:
+        """What the run will need; does nothing of it."""
+        return prefer_plan(
+            self.generator,
+            self.options,
+            resolution=self.size,
+            samples=len(self.pairs),
+            offload_encoders=self.offloads,
+            pairs=True,
+        )
+
+    def learn(self) -> dict[str, Any]:
+        failures = list(self.failures)
+        for pair, found in zip(self.pairs, self._read(), strict=True):
+            if isinstance(found, str):
+                failures.append(Failure(found, pair.line, pair.id, pair.prompt, str(pair.image)))
+            else:
+                self._found.append((pair, *found))
+        if not self._found:
+            raise UserError(f"no pair can be used; the first: {failures[0].reason}")
+        if is_main():
+            write_jsonl(self.folder / "failures.jsonl", [failure.row for failure in failures])
+        return self.compare(len(self._found)) | {"failed": len(failures)}
+
+    def batch(self, rows: list[int], step: int) -> Batch:
+        found = [self._found[k] for k in rows]
+        texts = [pair.prompt for pair, *_ in found]
+        seeds = [derived_seed(self.seed, "pair", step, k) for k in rows]
+        noise = torch.stack([noise for *_, noise in found])
+        if not self._noises:  # one for both
+            noise = gaussian(seeds, self.noise_shape)[:, None].expand(-1, 2, -1, -1, -1)
+        extra = {
+            "targets": torch.stack([latents for _, latents, _ in found]),
+            "weight": torch.tensor([pair.weight for pair, *_ in found]),
+        }
+        device = self.generator.device
+        extra = {name: value.to(device) for name, value in extra.items()}
+        told = self.generator.told(texts, seeds)
+        return Batch(preference=Rows(noise.to(device), told, extra), **self.preserved(step))
+
+    def _read(self) -> list[tuple[Tensor, Tensor] | str]:
+        """Of each pair the latents and the noises, [2, C, h, w] each, or what is wrong."""
+
+        def read(k: int) -> tuple[Tensor, Tensor] | str:
+            pair = self.pairs[k]
+            try:
+                images = (pair.image, pair.rejected)
+                latents = [self.targets.latent(image, "crop") for image in images]
+                noises = [self._noise(image, pair.prompt) for image in images]
+            except DataError as error:
+                return str(error)
+            return torch.stack(latents), torch.stack(noises)
+
+        return map_over_processes(read, len(self.pairs))
+
+    def _noise(self, image: Any, prompt: str) -> Tensor:
+        if not self._noises:
+            return torch.zeros(self.noise_shape)
+        found = noise_of(self._noises, image, prompt)
+        noise = read_noise(found.noise_path, found.noise_index)
+        if tuple(noise.shape) != self.noise_shape:
+            raise DataError(f"{found.noise_path}: the noise is {list(noise.shape)}")
+        return noise

@@ -1,0 +1,103 @@
+"""Training on given pairs: what is read, what fails alone, that the better image is preferred."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from oneshot_fast.data.preferences import read_preferences
+from oneshot_fast.errors import DataError, UserError
+from oneshot_fast.jobs.prefer.options import PreferOptions
+
+PROMPT = "a handwritten digit three"
+FLAGS = (
+    "--model_id tiny --judge thickness --objective dpo --eval_samples 10 --batch_size 3 --epochs 4 "
+    "--lr 1e-4"
+)
+
+
+@pytest.fixture
+def pairs(data: Path) -> Path:
+    """Three pairs, and lines that cannot be used; a manifest with the noise of each image."""
+    images = sorted((data / "images").iterdir())
+    names = [f"images/{image.name}" for image in images]
+    (data / "broken.png").write_bytes(b"no image")
+    rows: list[Any] = [
+        {"prompt": PROMPT, "image": names[k], "rejected": names[k + 3]} for k in range(3)
+    ]
+    rows[1]["weight"] = 2.0
+    rows += [
+        {"prompt": PROMPT, "image": names[0]},
+        {"prompt": PROMPT, "image": names[0], "rejected": names[0]},
+        {"prompt": PROMPT, "image": names[0], "rejected": names[1], "weight": -1},
+        {"prompt": PROMPT, "image": names[0], "rejected": "absent.png"},
+        {"prompt": PROMPT, "image": names[0], "rejected": "broken.png"},
+        {"prompt": "another prompt", "image": names[0], "rejected": names[1]},
+    ]
+    path = data / "preferences.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    save_file({"z": torch.randn(7, 4, 8, 8)}, data / "z.safetensors")
+    lines = [
+        {"prompt": PROMPT, "target_image_path": name, "noise_path": "z.safetensors"}
+        | {"noise_index": k}
+        for k, name in enumerate([*names, "broken.png"])
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (data / "manifest.jsonl").write_text(text, encoding="utf-8")
+    return path
+
+
+def test_pairs_are_read_and_bad_lines_fail_alone(pairs: Path) -> None:
+    found, failures = read_preferences(pairs)
+    assert [pair.line for pair in found] == [1, 2, 3, 8, 9] and found[1].weight == 2
+    assert len({pair.id for pair in found}) == 5
+    said = {failure.line: failure.reason for failure in failures}
+    assert said[4] == "missing field 'rejected'" and "the same file" in said[5]
+    assert said[6] == "'weight' is -1: give a finite number, 0 or more"
+    assert said[7].startswith("no such file: absent.png")
+    with pytest.raises(DataError, match="no such file of pairs"):
+        read_preferences(pairs.parent / "absent.jsonl")
+
+
+def test_the_better_image_is_preferred(pairs: Path, call: Callable[..., Any]) -> None:
+    folder = pairs.parent / "run"
+    flags = [*FLAGS.split(), "--pairs", pairs, "--output_dir", folder]
+    flags += ["--manifest_path", pairs.parent / "manifest.jsonl"]
+    ended = call("prefer", *flags)
+    assert ended.code == 1 and "6 pairs failed" in ended.err
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    first, last = rows[0], rows[-1]
+    assert last["preference"] < first["preference"] and last["preferred"] == 1
+    assert last["loser"] - last["winner"] > first["loser"] - first["winner"]
+    assert first["moved"] == 0 and first["preferred"] == 0  # the first step begins at the base
+    reasons = [json.loads(x) for x in (folder / "failures.jsonl").read_text().splitlines()]
+    said = {row["line"]: row["reason"] for row in reasons}
+    assert "broken.png" in said[8] and "no manifest has a noise" in said[9]
+    assert (folder / "report.html").exists() and (folder / "curves.png").exists()
+
+
+def test_flags_that_have_no_effect_are_refused(pairs: Path, call: Callable[..., Any]) -> None:
+    for more, said in (
+        ({"objective": "drpo"}, "--objective drpo draws its own images; with --pairs give dpo"),
+        ({"objective": "dpo", "group": 8}, "--group has no effect with --pairs"),
+        ({"objective": "pso", "action_std": 0.1}, "--action_std has no effect with --pairs"),
+        ({"objective": "dpo", "loser_weight": -1.0}, "loser_weight is -1.0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            PreferOptions(**more).check_pairs()
+    with pytest.raises(UserError, match="--loser_weight has no effect without --pairs"):
+        PreferOptions(loser_weight=0.5).check()
+    flags = [*FLAGS.split(), "--pairs", pairs, "--output_dir", pairs.parent / "run"]
+    for flag, said in (
+        (["--reward", "digit"], "--reward is of images that are drawn"),
+        (["--manifest_path", pairs, "--pair_noise", "random"], "no effect on --pair_noise random"),
+        ([], "give --manifest_path of assign"),
+    ):
+        ended = call("prefer", *flags, *flag)
+        assert ended.code == 2 and said in ended.err
