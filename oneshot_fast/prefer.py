@@ -74,7 +74,7 @@ def _on_drawn(command: PreferCommand) -> PreferRun:
         not data.manifest_path,
         "--manifest_path has no effect without --pairs; give --pairs, too",
     )
-    options.check()
+    options.check_drawn()
     prompts = read_prompts(data.prompt_file, data.prompt_field)
     common = _common(command)
     generator = common["generator"]

@@ -50,7 +50,7 @@ _PAIRED = ("pso", "d3po")
 _PAIRS = ("pair_noise", "loser_weight", "winner_weight")
 _DRAWN = ("group", "groups_per_prompt", *sorted(_OWN - {"beta"}))
 # of half the difference of distances for dpo, of all of it for pso, as published
-_PAIR_BETA = {"dpo": 5000.0, "pso": 200.0}
+_PAIR_BETA = {"dpo": 100.0, "pso": 50.0}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class PreferOptions(TrainOptions):
     in deviations of latents); inf never ends it."""
     beta: float | None = None
     """pso, d3po: how much the loss makes of a log-ratio, per nat, by default 0.1; dpo: of a squared
-    distance, by default 30. With --pairs of squared distances: dpo 5000, pso 200."""
+    distance, by default 30. With --pairs, of squared distances of clean latents: dpo 100, pso 50."""
     clip: float | None = None
     """pso: bound of the log-ratio to the base in nats, by default 25; d3po: of the ratio of means,
     by default 0.1."""
@@ -125,11 +125,6 @@ class PreferOptions(TrainOptions):
     def check(self) -> None:
         super().check()
         name = self.objective
-        for flag in _PAIRS:
-            require(
-                getattr(self, flag) == getattr(PreferOptions, flag),
-                f"--{flag} has no effect without --pairs; give --pairs, too",
-            )
         for field in fields(self):
             if field.name in _OWN and field.name not in _OF[name]:
                 require(
@@ -174,6 +169,15 @@ class PreferOptions(TrainOptions):
             f"clip is {self.clip}; of ratios of means give less than 1",
         )
 
+    def check_drawn(self) -> None:
+        """Raise UserError for values that make no sense on images that are drawn."""
+        for flag in _PAIRS:
+            require(
+                getattr(self, flag) == getattr(PreferOptions, flag),
+                f"--{flag} has no effect without --pairs; give --pairs, too",
+            )
+        self.check()
+
     def check_pairs(self) -> None:
         """Raise UserError for values that make no sense on given pairs of images."""
         name = self.objective
@@ -189,10 +193,7 @@ class PreferOptions(TrainOptions):
         for flag in ("loser_weight", "winner_weight"):
             value = getattr(self, flag)
             require(0 <= value < math.inf, f"{flag} is {value}; give a finite number, 0 or more")
-        super().check()
-        for flag in ("beta", "max_drift"):
-            value = getattr(self, flag)
-            require(value is None or value > 0, f"{flag} is {value}; give a positive number")
+        self.check()
 
     def pair_loss(self) -> PreferenceLoss:
         """What is lowered on given pairs."""

@@ -127,6 +127,7 @@ class PreferRun(ComparingRun):
         Raises:
             UserError: If an option makes no sense.
         """
+        options.check_drawn()
         size = TargetImages(generator, resolution).size
         elements = math.prod(generator.latent_shape(*size))
         self.features = features

@@ -84,7 +84,7 @@ class PairDPO:
         winner_weight: Of the winner's own distance, which the difference alone does not lower.
     """
 
-    beta: float = 5000.0
+    beta: float = 100.0
     loser: float = 1.0
     winner_weight: float = 0.0
     measures = ("preferred", "winner", "loser")

@@ -92,7 +92,7 @@ def test_flags_that_have_no_effect_are_refused(pairs: Path, call: Callable[..., 
         with pytest.raises(UserError, match=said):
             PreferOptions(**more).check_pairs()
     with pytest.raises(UserError, match="--loser_weight has no effect without --pairs"):
-        PreferOptions(loser_weight=0.5).check()
+        PreferOptions(loser_weight=0.5).check_drawn()
     flags = [*FLAGS.split(), "--pairs", pairs, "--output_dir", pairs.parent / "run"]
     for flag, said in (
         (["--reward", "digit"], "--reward is of images that are drawn"),
@@ -101,3 +101,5 @@ def test_flags_that_have_no_effect_are_refused(pairs: Path, call: Callable[..., 
     ):
         ended = call("prefer", *flags, *flag)
         assert ended.code == 2 and said in ended.err
+    ended = call("prefer", *flags, "--pair_noise", "random", "--dry_run")
+    assert ended.code == 0 and "peak of a step of 3 pairs" in ended.out, ended.err
