@@ -148,7 +148,6 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axes.scatter(*points, s=12, alpha=0.5, color=color)
         means = [statistics.fmean(values) for values in points]
         axes.scatter(*means, s=70, marker="X", color=color, label=TITLES[name])
-    axes.set_yscale("symlog", linthresh=0.1)
     axes.set_xlabel("reward: stroke thickness in pixels, on fresh noise")
     axes.set_ylabel("judge: log-probability of the digit")
     axes.grid(alpha=0.3)
@@ -170,7 +169,7 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     for name, rows in found["results"].items():
         taken = [row["steps"] for row in rows if "steps" in row]
-        steps = f"{min(taken)}-{max(taken)}" if taken else ""
+        steps = "-".join(map(str, sorted({min(taken), max(taken)}))) if taken else ""
         cells = [_cell([row[key] for row in rows]) for key in MEASURES]
         lines.append(f"| {TITLES[name]} | {steps} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -82,7 +82,8 @@ class PreferOptions(TrainOptions):
     in deviations of latents); inf never ends it."""
     beta: float | None = None
     """pso, d3po: how much the loss makes of a log-ratio, per nat, by default 0.1; dpo: of a squared
-    distance, by default 30. With --pairs, of squared distances of clean latents: dpo 100, pso 50."""
+    distance of clean latents, by default 30. With --pairs dpo and pso: of such a one, by default
+    100 and 50."""
     clip: float | None = None
     """pso: bound of the log-ratio to the base in nats, by default 25; d3po: of the ratio of means,
     by default 0.1."""
