@@ -53,7 +53,9 @@ def drift_loss(
     ones = x.new_ones(groups, count)
     of = (ones, _rows(weights[1], ones, many), _rows(weights[0], ones, few))
     weight = torch.cat(of, 1)[:, None]
-    distance = torch.cdist(new, known, compute_mode="donot_use_mm_for_euclid_dist")
+    # around their mean, where products of matrices lose little
+    middle = known.mean(1, keepdim=True)
+    distance = torch.cdist(new - middle, known - middle, compute_mode="use_mm_for_euclid_dist")
     distance = distance.clamp(min=_NEAREST)
     scale = ((distance * weight).mean((1, 2)) / weight.mean((1, 2))).clamp(min=_SMALLEST)
     unit = (scale / size**0.5)[:, None, None]
