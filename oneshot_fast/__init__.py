@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from oneshot_fast.jobs.optimize.run import OptimizeRun
     from oneshot_fast.jobs.prefer.options import PreferOptions
     from oneshot_fast.jobs.prefer.run import PreferRun
+    from oneshot_fast.jobs.scale.options import ScaleOptions
+    from oneshot_fast.jobs.scale.run import ScaleRun
     from oneshot_fast.jobs.sft.options import SftOptions
     from oneshot_fast.jobs.sft.rewards import RewardRun
     from oneshot_fast.jobs.sft.run import SftRun
@@ -58,6 +60,8 @@ _LAZY = {
     "Reward": "rewards.base",
     "RewardEmRun": "jobs.em.rewards",
     "RewardRun": "jobs.sft.rewards",
+    "ScaleOptions": "jobs.scale.options",
+    "ScaleRun": "jobs.scale.run",
     "SftOptions": "jobs.sft.options",
     "SftRun": "jobs.sft.run",
     "WeightedRewards": "rewards.base",
