@@ -17,6 +17,8 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from oneshot_fast.data.images import load_image
+from oneshot_fast.embedded.classifier import load_classifier
 from oneshot_fast.jobs.scale.run import by_prompt
 from oneshot_fast.jobs.scale.simulate import gain_of
 from oneshot_fast.report.plots import BLUE, GREEN, GREY, ORANGE, new_axes
@@ -56,6 +58,15 @@ def arms_of(runs: dict[str, list[Any]]) -> dict[str, list[Any]]:
     }  # fmt: skip
 
 
+def recognised(folder: Path, kind: str, rows: list[Any]) -> float:
+    """Share of a run's images whose digit the packaged classifier sees: no reward asked for it."""
+    classifier, right = load_classifier(), 0
+    for row in rows:
+        image = load_image(folder / "images" / f"{row['id']}-{kind}.png", SIDE, SIDE)
+        right += int(classifier(image[None]).argmax()) == classifier.label_of(row["prompt"])
+    return right / len(rows)
+
+
 def main(config: Config) -> None:
     """Run what is not there, print the table and draw the figures."""
     runs = {}
@@ -65,17 +76,23 @@ def main(config: Config) -> None:
         runs[name] = [json.loads(line) for line in (folder / "manifest.jsonl").open()]
     rows, arms = runs["pruned"], arms_of(runs)
     totals = {name: np.array([row["best"]["total"] for row in arm]) for name, arm in arms.items()}
-    print("| arm | GFLOP per image | reward | against Best-of-8 | against Best-of-8, ancestral |")
-    print("| --- | --- | --- | --- | --- |")
+    places = [("pruned", "best_of_n"), ("pruned", "best"), ("fk", "best_of_n"), ("fk", "best")]
+    places.append(("svdd", "best"))
+    print(
+        "| arm | GFLOP per image | reward | against Best-of-8 | against Best-of-8, ancestral "
+        "| recognised |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
     plain, ancestral = "Best-of-8", "Best-of-8, ancestral"
     gains = {}
-    for name, values in totals.items():
+    for (name, values), (run, kind) in zip(totals.items(), places, strict=True):
         cells = [name, f"{arms[name][0]['flops'] / 1e9:.1f}", f"{values.mean():.3f}"]
         for base in (plain, ancestral):
             gain = gain_of(by_prompt(rows, (values - totals[base]).tolist()))
             gains[name, base] = gain
             shown = f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
             cells.append("" if name == base else shown)
+        cells.append(f"{recognised(config.output_dir / run, kind, rows):.1%}")
         print(f"| {' | '.join(cells)} |")
     shown = [("pruned, 21 noises", plain), ("FK, 6 particles", ancestral)]
     shown.append(("SVDD, 3 lines of 4", ancestral))

@@ -9,7 +9,14 @@ from safetensors.numpy import save_file
 
 from oneshot_fast.errors import DataError
 from oneshot_fast.jobs.scale.pools import Pool, read_pool, write_pool
-from oneshot_fast.jobs.scale.simulate import Arm, curve, search_schedule, simulate
+from oneshot_fast.jobs.scale.simulate import (
+    PUBLISHED,
+    Arm,
+    agreement,
+    curve,
+    search_schedule,
+    simulate,
+)
 from oneshot_fast.scale import main
 from oneshot_fast.search.pruning import Cost, Draws, Schedule
 
@@ -164,3 +171,15 @@ def test_the_command_simulates_searches_and_converts(tmp_path: Path, capsys):
     )
     assert "give at least" in capsys.readouterr().err
     assert main(["simulate", pool, out, "--after", "9", "--keep", "0.5"]) == 2
+
+
+def test_a_pool_of_the_packaged_teacher():
+    """Made by the `scale data` command of docs/scale.md: 20 prompts, 32 images, 20 steps."""
+    pool = read_pool(Path(__file__).with_name("teacher_pool.safetensors"))
+    assert pool.base.shape == (20, 32, 20, 1) and pool.rewards == ("thickness",)
+    found = [row["spearman"] for row in agreement(pool)]
+    assert found[2] < found[6] < found[11] < found[18] and found[18] > 0.99
+    cost = Cost(0.2407, 0.2261, 20)  # GFLOP
+    plain, pruned = curve(pool, {"pruned": Arm(PUBLISHED)}, [40.33], cost)
+    assert (plain["n"], pruned["n"]) == (8, 21)
+    assert pruned["gain"]["low"] > 0
