@@ -24,7 +24,7 @@ from oneshot_fast.runtime.options import RunOptions
 
 @dataclass(frozen=True)
 class PreferCommand:
-    """Train a one-step generator on preferences, among its own images or given ones.
+    """Train a generator on preferences, among its own images or given ones.
 
     With --reward and --prompt_file: in every step images of prompts are drawn, scored, which needs
     no gradient, and compared; --objective says how the generator moves towards the better ones.
@@ -33,7 +33,7 @@ class PreferCommand:
     """
 
     model_id: str = "stabilityai/sdxl-turbo"
-    """One-step generator: folder in diffusers layout, hub id, .safetensors file, or "tiny"."""
+    """Generator: folder in diffusers layout, hub id, .safetensors file, or "tiny"."""
     output_dir: Path | None = None
     """Folder of the results."""
     save_minutes: float = 5.0

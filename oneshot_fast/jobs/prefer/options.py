@@ -23,6 +23,7 @@ from oneshot_fast.training.losses.preference import (
     Objective,
     Policy,
     PreferenceLoss,
+    Steps,
 )
 from oneshot_fast.training.losses.preserve import Preserve
 from oneshot_fast.training.losses.pso import PSO, Clip
@@ -94,7 +95,7 @@ class PreferOptions(TrainOptions):
     """pso, rlcm, rebel: take beta, clip and eta as the papers do, of log-probabilities that are
     means over the latent's elements instead of sums."""
     action_std: float = 0.3
-    """Deviation of the noise that is added to clean latents, in deviations of latents."""
+    """One step: deviation of the noise that is added to clean latents, in deviations of latents."""
     action_pool: int = 1
     """Draw that noise once for each block of so many latent pixels a side and channel: the fewer
     numbers decide, the more a reward says of each."""
@@ -227,15 +228,47 @@ class PreferOptions(TrainOptions):
         of = {"pairs": self.group // 2, "actions": 1, "neighbors": self.anchors}
         return of.get(self.drawing, self.group)
 
-    def loss(self, size: int, features: Callable[[Tensor], Tensor] | None = None) -> PreferenceLoss:
+    def check_steps(self, draws_noise: bool) -> None:
+        """Raise UserError for what makes no sense over several steps.
+
+        Args:
+            draws_noise: Whether those before the last one draw some.
+        """
+        name = self.objective
+        require(
+            self.drawing in ("pairs", "actions"),
+            f"--objective {name} is of one step; leave --num_inference_steps out, or give pso, "
+            "d3po, rlcm or rebel",
+        )
+        require(
+            draws_noise,
+            "a step that draws no noise has no likelihood: give --cps_eta, or a scheduler that "
+            "draws; or leave --num_inference_steps out: one step has actions around its image",
+        )
+        for flag in ("action_std", "action_pool"):
+            require(
+                getattr(self, flag) == getattr(PreferOptions, flag),
+                f"--{flag} has no effect on several steps, which draw noise themselves; leave it "
+                "out",
+            )
+
+    def loss(
+        self,
+        size: int,
+        features: Callable[[Tensor], Tensor] | None = None,
+        several: bool = False,
+    ) -> PreferenceLoss:
         """What is lowered.
 
         Args:
             size: Elements of a latent.
             features: For drpo: [B, F] of clean latents [B, C, h, w].
+            several: Of several steps, each with a likelihood of its own.
         """
         acts = self.drawing in ("pairs", "actions")
         policy: Policy = Actions(self.action_std) if acts else CleanLatents()
+        if several:
+            policy = Steps()
         weight = _KL.get(self.objective, 0.0) if self.kl_weight is None else self.kl_weight
         preserve = Preserve(self.preserve_latent_weight, self.preserve_pixel_weight)
         return PreferenceLoss(self._objective(size, features), policy, weight, preserve)

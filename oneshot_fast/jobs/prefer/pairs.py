@@ -14,6 +14,7 @@ from oneshot_fast.data.records import Failure
 from oneshot_fast.data.sizes import Resolution
 from oneshot_fast.errors import DataError, UserError, require
 from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.prefer.options import PreferOptions
 from oneshot_fast.jobs.prefer.plan import prefer_plan
@@ -61,6 +62,10 @@ class PairRun(ComparingRun):
             UserError: If an option makes no sense.
         """
         options.check_pairs()
+        require(
+            not isinstance(generator, FewStepGenerator),
+            "--pairs train one step; leave --num_inference_steps out",
+        )
         self.targets = TargetImages(generator, resolution)
         prompts = [pair.prompt for pair in pairs]
         size = self.targets.size

@@ -6,6 +6,7 @@ import torch
 
 from oneshot_fast.data.sizes import Resolution, size_of
 from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.jobs.prefer.options import PreferOptions
 from oneshot_fast.jobs.training_plan import Kind, blank_rows, training_plan
 from oneshot_fast.planning.timing import Plan
@@ -31,8 +32,10 @@ def prefer_plan(
     """
     size = math.prod(generator.latent_shape(*size_of(resolution)))
 
+    several = isinstance(generator, FewStepGenerator)
+
     def loss(model: Generator, _: WeightedRewards | None) -> Loss:
-        found = options.pair_loss() if pairs else options.loss(size)
+        found = options.pair_loss() if pairs else options.loss(size, several=several)
         # in a plan the adapter is there or not, and a second denoiser's weights are counted apart
         found.reference = Reference(model, adapts=True)
         return found
@@ -64,6 +67,10 @@ def _batch(
     latents = torch.zeros(count, group, *generator.latent_shape(*size_of(resolution)))
     extra = {"rewards": torch.zeros(count, group), "ties": torch.zeros(count)}
     extra |= {"candidates": latents, "old": latents[:, : options.noises], "actions": latents}
+    if isinstance(generator, FewStepGenerator):
+        steps = generator.steps(latents.shape[2:])
+        extra["samples"] = latents[:, :, None].expand(-1, -1, len(steps) + 1, -1, -1, -1)
+        extra["scales"] = torch.ones(count, sum(step.noise > 0 for step in steps))
     if pairs:
         extra = {"targets": latents, "weight": torch.ones(count)}
     elif options.drawing == "pairs":

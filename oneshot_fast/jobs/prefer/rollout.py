@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.base import Conditioning, Generator
+from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.jobs.prefer.options import PreferOptions
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.training.losses.neighbor_grpo import neighbors
-from oneshot_fast.training.losses.preference import preferences
+from oneshot_fast.training.losses.preference import kl_scales, preferences
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,19 @@ class Rollout:
 
         Returns:
             "noise" [N, C, h, w], to be evaluated with a gradient, "rewards" [K] and what the
-            objective needs besides: "actions" [K, C, h, w], or "candidates" [K, C, h, w] and "old"
-            [N, C, h, w], the anchors among them.
+            objective needs besides: "actions" [K, C, h, w]; or "candidates" [K, C, h, w] and "old"
+            [N, C, h, w], the anchors among them; over T steps "samples" [K, T + 1, C, h, w] and
+            "scales" [S] of those that draw noise.
         """
         kind, count = self.options.drawing, self.options.group
+        if isinstance(self.generator, FewStepGenerator):
+            noise = self._draw(seed, "noise", self.options.noises)
+            noise = noise.repeat_interleave(count // len(noise), 0)
+            told = self._told(prompt, count, seed)
+            samples = self.generator.rollout(noise.to(self.generator.device), told)
+            found = {"samples": torch.stack(samples, 1)}
+            found["scales"] = kl_scales(self.generator, self.shape)
+            return self._scored(prompt, samples[-1], noise=noise, **found)
         if kind in ("pairs", "actions"):
             noise = self._draw(seed, "noise", self.options.noises)
             x0 = self._made(prompt, noise, seed)
@@ -70,9 +80,12 @@ class Rollout:
         return fine[..., : self.shape[-2], : self.shape[-1]]
 
     def _made(self, prompt: str, noise: Tensor, seed: int) -> Tensor:
-        seeds = [derived_seed(seed, "later", k) for k in range(len(noise))]
-        told = self.generator.told([prompt] * len(noise), seeds)
+        told = self._told(prompt, len(noise), seed)
         return self.generator.latents(noise.to(self.generator.device), told)
+
+    def _told(self, prompt: str, count: int, seed: int) -> Conditioning:
+        seeds = [derived_seed(seed, "later", k) for k in range(count)]
+        return self.generator.told([prompt] * count, seeds)
 
     def _scored(self, prompt: str, latents: Tensor, **found: Tensor) -> dict[str, Tensor]:
         scores = self.rewards(self.generator.decode(latents), [prompt] * len(latents))

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from oneshot_fast.data.sizes import Resolution
-from oneshot_fast.errors import UserError, require
+from oneshot_fast.errors import UserError
 from oneshot_fast.evaluation.features import Features
 from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.judged import JudgedRun
 from oneshot_fast.jobs.prefer.options import PreferOptions
@@ -136,13 +137,12 @@ class PreferRun(ComparingRun):
             assert features is not None
             return features.of(generator.images(latents))
 
-        loss = options.loss(elements, None if features is None else of)
+        several = isinstance(generator, FewStepGenerator)
+        if several:
+            options.check_steps(generator.draws_noise)
+        loss = options.loss(elements, None if features is None else of, several)
         super().__init__(
             generator, loss, prompts, folder, options, rewards=rewards, resolution=size, **more
-        )
-        require(
-            generator.backprop_steps == 1 and not generator.draws_noise,
-            f"--objective {options.objective} trains one step; leave --num_inference_steps out",
         )
         self._examples = [text for text in prompts for _ in range(options.groups_per_prompt)]
         self._equal = 0

@@ -5,7 +5,7 @@ scored around them. Policy and base generator are evaluated on the same, the bas
 Log-probabilities are float32 sums over the D elements of a latent, in nats.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.generators.base import Generator
-from oneshot_fast.generators.few_step import Transition
+from oneshot_fast.generators.few_step import FewStepGenerator, Transition
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.losses.preserve import Preserve
 from oneshot_fast.training.reference import Reference
@@ -46,11 +46,11 @@ class Objective(Protocol):
 class Policy(Protocol):
     """How a generator is looked at."""
 
-    def distance(self, apart: Tensor) -> Tensor:
-        """That of clean latents from the base's, [G, N, C, h, w] -> [G], to be weighed."""
+    def distance(self, apart: Tensor, extra: Extra) -> Tensor:
+        """That of clean latents from the base's, [G, N, ...] -> [G], to be weighed."""
 
     def __call__(self, generator: Generator, rows: Rows) -> tuple[Tensor, Tensor]:
-        """What an objective compares, [G, K, ...], and clean latents [G, N, C, h, w].
+        """What an objective compares, [G, K, ...], and clean latents [G, N, ..., C, h, w].
 
         By the distance of the latter from the base's is told how far a training went.
         """
@@ -59,7 +59,7 @@ class Policy(Protocol):
 class CleanLatents:
     """For objectives on what is made: the clean latents [G, N, C, h, w] themselves."""
 
-    def distance(self, apart: Tensor) -> Tensor:
+    def distance(self, apart: Tensor, extra: Extra) -> Tensor:
         """Mean square."""
         return apart.square().flatten(1).mean(1)
 
@@ -83,7 +83,7 @@ class Actions:
 
     std: float
 
-    def distance(self, apart: Tensor) -> Tensor:
+    def distance(self, apart: Tensor, extra: Extra) -> Tensor:
         """The KL divergence of the actions, in nats: |x0 - base|^2 / (2 std^2)."""
         return apart.square().flatten(2).sum(2).mean(1) / (2 * self.std**2)
 
@@ -93,6 +93,44 @@ class Actions:
         actions = rows.extra["actions"]
         means = x0.repeat_interleave(actions.shape[1] // x0.shape[1], 1)
         return log_prob(actions, means, self.std)[:, :, None], x0
+
+
+class Steps:
+    """For several steps: the log-probability of each one that draws noise, [G, K, S].
+
+    ``extra`` has "samples" [G, K, T + 1, C, h, w], all of a sampler's from the first noise on, and
+    "scales" [G, S]: what the squared distance of a step's clean latents is times in its KL. The
+    last step draws nothing, so that S is T - 1.
+    """
+
+    def distance(self, apart: Tensor, extra: Extra) -> Tensor:
+        """The KL divergence of what is drawn, in nats, summed over steps."""
+        squares = apart.square().flatten(3).sum(3).mean(1)  # [G, S]
+        return (squares * extra["scales"]).sum(1)
+
+    def __call__(self, generator: Generator, rows: Rows) -> tuple[Tensor, Tensor]:
+        """See ``Policy``; the clean latents are the steps' estimates, [G, K, S, C, h, w]."""
+        assert isinstance(generator, FewStepGenerator)
+        samples = rows.extra["samples"]
+        groups, count = samples.shape[:2]
+        told = rows.conditioning.select(torch.arange(groups).repeat_interleave(count))
+        found, clean = [], []
+        for k, step in enumerate(generator.steps(samples.shape[3:])):
+            if not step.noise:
+                continue
+            x, after = (samples[:, :, j].flatten(0, 1) for j in (k, k + 1))
+            made = generator.transition(k, x, told)
+            output = (made.mean - step.keep * x) / step.change
+            found.append(made.log_probability(after).unflatten(0, (groups, count)))
+            estimate = step.skip * x - step.sigma * output
+            clean.append(estimate.unflatten(0, (groups, count)))
+        return torch.stack(found, 2), torch.stack(clean, 2)
+
+
+def kl_scales(generator: FewStepGenerator, shape: Sequence[int]) -> Tensor:
+    """Of the steps that draw noise, [S]: (change / sigma)^2 / (2 std^2), see ``Steps``."""
+    steps = [step for step in generator.steps(shape) if step.noise]
+    return torch.tensor([(s.change / s.sigma / s.noise) ** 2 / 2 for s in steps])
 
 
 class PreferenceLoss:
@@ -146,7 +184,7 @@ class PreferenceLoss:
         loss, measures = self.objective(policy, base, rows.extra)
         apart = x0 - start
         if self.kl_weight:
-            loss = loss + self.kl_weight * self.policy.distance(apart)
+            loss = loss + self.kl_weight * self.policy.distance(apart, rows.extra)
         measures = measures | {"moved": apart.detach().square().flatten(1).mean(1).sqrt()}
         if self.sampled:
             mean, largest = mean_and_max(rows.extra["rewards"])

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.base import Generator
+from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.generators.pipeline import PipelineGenerator
 from oneshot_fast.jobs.prefer import run as prefer_run
 from oneshot_fast.jobs.prefer.options import Name, PreferOptions
 from oneshot_fast.jobs.prefer.rollout import Rollout, compared
@@ -25,6 +27,7 @@ from oneshot_fast.jobs.prefer.run import PreferRun
 from oneshot_fast.rewards import Reward, WeightedRewards, load_rewards
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.losses.base import shared_losses, total
+from oneshot_fast.training.losses.preference import Steps
 from oneshot_fast.training.reference import Reference
 
 SMALL: dict[str, Any] = {"group": 4, "groups_per_prompt": 1, "batch_size": 2, "anchors": 2}
@@ -102,6 +105,73 @@ def test_the_reference_is_the_network_without_its_adapter(tiny: Generator) -> No
         assert all(a is b for a, b in zip(*shared, strict=True))
         theirs = dict(base.denoiser.named_parameters())
         assert all(torch.equal(v, theirs[k]) for k, v in tiny.denoiser.named_parameters())
+
+
+def test_several_steps_have_likelihoods_of_their_own(tiny: Generator) -> None:
+    assert isinstance(tiny, PipelineGenerator)
+    few = FewStepGenerator.over(tiny, 3, eta="ancestral")
+    steps = few.steps((4, 8, 8))
+    for name in ("pso", "rlcm"):
+        chosen = options(name)
+        chosen.check_steps(few.draws_noise)
+        batch = drawn(few, chosen)
+        rows = batch["preference"]
+        samples = rows.extra["samples"]
+        assert samples.shape == (2, 4, 4, 4, 8, 8)
+        shared = samples[:, 0, 0] == samples[:, 1, 0]  # the first noise, of a pair or of all
+        assert shared.all() and not torch.equal(samples[:, 0, 1], samples[:, 1, 1])
+        loss = chosen.loss(256, several=True)
+        loss.reference = Reference(few, adapts=True)
+        weight = few.denoiser.conv_out.weight.requires_grad_(True)
+        try:
+            found = loss(few, batch)
+            gradient = torch.autograd.grad(found["preference"], weight)[0]
+        finally:
+            weight.requires_grad_(False)
+        assert gradient.norm() > 0 and found["moved"] == 0
+        if name == "pso":
+            assert found["preference"].item() == pytest.approx(math.log(2), rel=1e-5)
+    with torch.no_grad():
+        lp, clean = Steps()(few, rows)
+    assert lp.shape == (2, 4, 2) and clean.shape == (2, 4, 2, 4, 8, 8)  # the last draws nothing
+    # what was drawn is N(0, 1): -|z|^2 / 2 over 256 elements
+    assert (-2 * lp / 256).mean().item() == pytest.approx(1, abs=0.1)
+    told = tiny.told([PROMPTS[0]] * 4, [0] * 4)
+    x = samples[0, :, 1]
+    with torch.no_grad():
+        output = (few.transition(1, x, told).mean - steps[1].keep * x) / steps[1].change
+    torch.testing.assert_close(clean[0, :, 1], steps[1].skip * x - steps[1].sigma * output)
+    # the scale makes of a distance of clean latents the KL divergence of what is drawn
+    apart = torch.randn(1, 1, 2, 4, 8, 8)
+    means = [a * s.change / s.sigma for a, s in zip(apart[0, 0], steps[:2], strict=True)]
+    kl = sum(m.square().sum() / (2 * s.noise**2) for m, s in zip(means, steps[:2], strict=True))
+    scales = rows.extra["scales"][:1]
+    torch.testing.assert_close(Steps().distance(apart, {"scales": scales})[0], kl)
+
+
+def test_what_makes_no_sense_over_steps_is_refused(tiny: Generator, tmp_path: Path) -> None:
+    assert isinstance(tiny, PipelineGenerator)
+    for name, eta, said in (
+        ("drpo", "ancestral", "--objective drpo is of one step"),
+        ("pso", 0.0, "no noise has no likelihood: give --cps_eta"),
+    ):
+        few = FewStepGenerator.over(tiny, 2, eta=eta)
+        with pytest.raises(UserError, match=said):
+            PreferRun(few, PROMPTS, tmp_path, options(name), rewards=load_rewards(["thickness"]))
+    with pytest.raises(UserError, match="--action_std has no effect on several steps"):
+        options("pso", action_std=0.1).check_steps(True)
+
+
+def test_one_step_never_asks_for_the_likelihood_of_a_step(
+    tiny: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FewStepGenerator, "transition", None)
+    monkeypatch.setattr(Steps, "__call__", None)
+    chosen = options("pso")
+    loss = chosen.loss(256)
+    loss.reference = Reference(tiny, adapts=True)
+    with torch.no_grad():
+        assert torch.isfinite(loss(tiny, drawn(tiny, chosen))["preference"])
 
 
 class Same(Reward):
