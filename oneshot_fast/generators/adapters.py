@@ -1,5 +1,6 @@
 """Low-rank adapters of attention (LoRA, Hu et al. 2021, arXiv 2106.09685), by peft."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +53,8 @@ def add_adapter(
     config = LoraConfig(
         r=rank, lora_alpha=scale, init_lora_weights="gaussian", target_modules=list(TARGETS)
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, of a second adapter
         torch.manual_seed(seed)
         denoiser.add_adapter(config if start is None else start.config, name)
     cast_training_params(denoiser, torch.float32)

@@ -35,8 +35,9 @@ class ReinforceOptions(TrainOptions):
     final_reward_margin: float = math.inf
     """What that reward is raised to, at most; by default there is no end."""
     match_weight: float = 0.0
-    """Weight of the matching term towards the --teacher, against over-optimisation: RTDMD 0.001;
-    for small models more, such as 0.05."""
+    """Weight of the matching term towards the --teacher, against over-optimisation. The policy's
+    loss is in nats, and its gradient large: see docs/distill.md for how much is felt. RTDMD's 0.001
+    is beside means of squares, which are smaller by the size of the latents."""
     teacher_guidance: float = 5.0
     """The teacher's classifier-free guidance, see distill."""
     fake_lr: float | None = None
