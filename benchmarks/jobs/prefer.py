@@ -50,10 +50,12 @@ PREFER: dict[str, dict[str, Any]] = {
     "rlcm": {},
     "rebel": {},
     "dpo": {},
+    "d3po": {},
 }  # the options of each beside its defaults
 TITLES = {
     "base": "base", "raft": "RAFT", "draft": "DRaFT-1", "pso": "PSO", "rlcm": "RLCM (PPO)",
     "neighbor_grpo": "Neighbor-GRPO", "drpo": "DrPO", "rebel": "REBEL", "dpo": "DPO-1step",
+    "d3po": "D3PO",
 }  # fmt: skip
 
 
