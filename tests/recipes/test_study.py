@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
 
+from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.recipes.study import few_step
 from oneshot_fast.recipes.study.cells import cells
+from oneshot_fast.recipes.study.few_step import DiffusionLoss
 from oneshot_fast.recipes.study.outcome import BESIDE, ROWS, outcome_table
 from oneshot_fast.recipes.study.subjects import SUBJECTS
+from oneshot_fast.runtime.seeds import derived_seed
 from oneshot_fast.study import main
+from oneshot_fast.training.batch import Batch, Rows
+
+LOSS = "diffusion loss at the sampler's timesteps"
 
 
 @pytest.mark.timeout(600)
@@ -70,6 +82,49 @@ def test_flags_without_an_effect_are_refused(
     assert "--seeds has no effect with --quick" in capsys.readouterr().err
     assert main(["--outcome", "--budget", "200", "--output_dir", str(tmp_path)]) == 2
     assert "--budget has no effect with --outcome" in capsys.readouterr().err
+    assert main(["--few_step", "--datasets", "digits", "--output_dir", str(tmp_path)]) == 2
+    assert "--datasets has no effect with --few_step" in capsys.readouterr().err
+    assert main(["--few_step", "--outcome", "--output_dir", str(tmp_path)]) == 2
+    assert "give one of --outcome and --few_step" in capsys.readouterr().err
+
+
+def test_the_diffusion_loss_is_that_of_diffusers_training() -> None:
+    generator: Any = load_generator("tiny-teacher", device="cpu")
+    generator = FewStepGenerator.over(generator, 4)
+    noise, latents = torch.randn(2, 3, 4, 8, 8)
+    told = generator.told(["a handwritten digit one"] * 3, [4, 5, 6])
+    loss = DiffusionLoss([249, 999])
+    found = loss(generator, Batch(matching=Rows(noise, told, {"latents": latents})))["matching"]
+    drawn = [[249, 999][derived_seed(k, "timestep") % 2] for k in (4, 5, 6)]
+    assert len({*drawn}) == 2
+    scheduler = DDPMScheduler.from_config(generator.pipe.scheduler.config)
+    t = torch.tensor(drawn)
+    added = {"text_embeds": told.pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 3)}
+    x = scheduler.add_noise(latents, noise, t)
+    output = generator.pipe.unet(x, t, told.embeds, added_cond_kwargs=added).sample
+    assert found.item() == pytest.approx((output - noise).square().mean().item(), rel=1e-5)
+
+
+def test_the_few_step_study_runs_and_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few_step, "SUBJECTS", {"tiny": (1, (1e-3,))})
+    rows = {name: few_step.ROWS[name] for name in ("matched, through the loop", LOSS)}
+    monkeypatch.setattr(few_step, "ROWS", rows)
+    argv = ["--few_step", "--quick", "--output_dir", str(tmp_path)]
+    assert main(argv) == 0
+    found = json.loads((tmp_path / "few_step.json").read_text())["results"]["tiny"]
+    text = (tmp_path / "few_step.md").read_text()
+    for name, (run,) in found["rows"].items():
+        assert run["updates"] == 3 and run["lr"] == 1e-3
+        assert f"| {name} | 3 | {run['evaluations']} | {run['lr']:g} |" in text
+    (base,), (targets,) = found["base"], found["targets"]
+    assert base["frechet_distance"] > 2 * targets["frechet_distance"] > 0
+    with Image.open(tmp_path / "tiny" / "samples.png") as picture:
+        assert picture.size == (640, 64 * (1 + len(rows)))
+    kept = [*(tmp_path / "tiny" / "results").glob("*.json")]
+    made = [path.stat().st_mtime_ns for path in kept]
+    assert main(argv) == 0 and made == [path.stat().st_mtime_ns for path in kept]
 
 
 def test_tables_have_intervals_over_all_runs_and_the_worst() -> None:

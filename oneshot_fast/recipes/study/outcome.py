@@ -228,16 +228,17 @@ def outcome_table(
     for name, runs in rows.items():
         change = [100 * (run["frechet_distance"] / base["frechet_distance"] - 1) for run in runs]
         sets = [run["data_seed"] for run in runs]
-        cells = [_interval(change, sets, "{:+.0f}") + " %", f"{max(change):+.0f} %"]
+        cells = [interval(change, sets, "{:+.0f}") + " %", f"{max(change):+.0f} %"]
         for key in ("accuracy", "diversity"):
-            cells.append(_interval([run[key] - base[key] for run in runs], sets, "{:+.3f}"))
+            cells.append(interval([run[key] - base[key] for run in runs], sets, "{:+.3f}"))
         kept = sum(run["best_cycle"] == 0 for run in runs if "best_cycle" in run)
         cells.append(f"{kept} of {len(runs)}" if "best_cycle" in runs[0] else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _interval(values: Sequence[float], sets: Sequence[int], digits: str) -> str:
+def interval(values: Sequence[float], sets: Sequence[int], digits: str) -> str:
+    """Mean and Student's 95 % interval, of the means of each of ``sets``, in this format."""
     groups = {k: [v for v, of in zip(values, sets, strict=True) if of == k] for k in sets}
     means = [fmean(group) for group in groups.values()]
     text = digits.format(fmean(means))
