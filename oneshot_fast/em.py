@@ -70,7 +70,7 @@ def execute(command: EmCommand) -> int:
     by_reward = bool(command.rewards.reward)
     own_data = command.data.data_root is not None or by_reward
     model_id = command.initial_model_id or ("stabilityai/sdxl-turbo" if own_data else "tiny")
-    command.em.resolve(width=320).check()  # before any model is loaded
+    command.em.resolve(320, by_reward=by_reward).check()  # before any model is loaded
     command.data.check()
     command = dataclasses.replace(command, initial_model_id=model_id)
     run = _on_rewards(command) if by_reward else _on_targets(command)
@@ -152,7 +152,7 @@ def _on_rewards(command: EmCommand) -> RewardEmRun:
         "--reward takes prompts, no targets; leave data_root, the flags that say how it is read, "
         "heldout_root, compare_direct and num_images out",
     )
-    command.em.optimize().check()
+    command.em.resolve(320, by_reward=True).optimize().check()
     prompts = read_prompts(options.prompt_file, command.data.prompt_field)
     more = _more(command)
     device = more["generator"].device
@@ -170,11 +170,12 @@ def _on_rewards(command: EmCommand) -> RewardEmRun:
 def _more(command: EmCommand) -> dict[str, Any]:
     """Arguments of either run."""
     generator = command.model.load(command.initial_model_id or "tiny", master_weights=True)
-    own_data = command.data.data_root is not None or bool(command.rewards.reward)
+    by_reward = bool(command.rewards.reward)
+    embedded = command.data.data_root is None and not by_reward
     return {
         "generator": generator,
         "folder": command.work_dir,
-        "options": command.em.resolve(generator.width, embedded=not own_data),
+        "options": command.em.resolve(generator.width, embedded, by_reward),
         "seed": command.run.seed,
         "resolution": command.data.size,
         "eval_samples": command.eval_samples,

@@ -47,6 +47,8 @@ _OUTPUTS = (
 class Cycles(ABC):
     """The stages of one run, in order; a subclass says how noises are found."""
 
+    by_reward = False  # whether there are rewards in place of targets
+
     def __init__(
         self,
         generator: Generator,
@@ -77,7 +79,7 @@ class Cycles(ABC):
             UserError: If an option makes no sense.
         """
         require(eval_samples >= 10, "eval_samples must be at least 10")
-        self.asked = self.options = options.resolve(generator.width)
+        self.asked = self.options = options.resolve(generator.width, by_reward=self.by_reward)
         self.options.check()
         if options.save_single_file:
             generator.check_single_file()

@@ -26,8 +26,9 @@ _OF_TARGETS = (
 class EmOptions:
     """How often and how thoroughly the two steps alternate."""
 
-    num_cycles: int = 2
-    """Cycles of one E-step and one M-step."""
+    num_cycles: int | None = None
+    """Cycles of one E-step and one M-step; by default 4, for the embedded data and with --reward 2.
+    """
     em_schedule: str | None = None
     """Instead of num_cycles, assign_steps and train_epochs: E:M of every cycle, as in
     "40:10,20:5,20:5", with E the gradient steps (best_of_n, pool: candidates) and M the epochs."""
@@ -61,8 +62,9 @@ class EmOptions:
     """E-step: targets whose noises are in one pool; bounds the memory."""
     pool_reject_below: float = 0.0
     """E-step: drop a pool's noises that are nearer than this loss to any target."""
-    assign_steps: int = 40
-    """E-step: gradient steps per target."""
+    assign_steps: int | None = None
+    """E-step: gradient steps per target; by default 20, for the embedded data and with --reward 40.
+    """
     assign_lr: float | Literal["auto"] = "auto"
     """E-step: radians by which a gradient step turns the noise; auto: found on the way."""
     assign_lr_unit: Literal["radians", "matrix"] = "radians"
@@ -99,8 +101,9 @@ class EmOptions:
     """E-step: end it once its loss has not fallen for so many steps; 0: never."""
     stop_improvement: float = 0.01
     """E-step: fall of the loss that counts for stop_patience, relative to the loss."""
-    train_epochs: int = 10
-    """M-step: passes over the matched pairs per cycle."""
+    train_epochs: int | None = None
+    """M-step: passes over the matched pairs per cycle; by default 20, for the embedded data and
+    with --reward 10."""
     train_batch_size: int = 8
     """M-step: matched pairs per step."""
     train_lr: float | None = None
@@ -170,7 +173,7 @@ class EmOptions:
     """M-step: random noises whose initial outputs are computed once."""
 
     def resolve(self, width: int, embedded: bool = False, by_reward: bool = False) -> "EmOptions":
-        """Fill in the defaults of the M-step.
+        """Fill in the defaults that depend on the model and the data.
 
         Large steps are as safe in wide networks as small ones divided by the width (Yang et al.
         2022, arXiv:2203.03466).
@@ -180,7 +183,11 @@ class EmOptions:
             embedded: Whether the data are the embedded ones.
             by_reward: Whether there are rewards in place of targets.
         """
+        own_targets = not (embedded or by_reward)
         defaults = {
+            "num_cycles": 4 if own_targets else 2,
+            "assign_steps": 20 if own_targets else 40,
+            "train_epochs": 20 if own_targets else 10,
             "train_lr": 0.0064 / width * (10 if self.train_lora_rank else 1),
             "train_lr_scheduler": "constant" if embedded else "linear",
             "preserve_latent_weight": 0.5 if by_reward else 0.0,
@@ -201,6 +208,8 @@ class EmOptions:
             UserError: If em_schedule is no such list.
         """
         if self.em_schedule is None:
+            assert self.num_cycles is not None and self.assign_steps is not None
+            assert self.train_epochs is not None
             plain = AssignOptions(self.assign_method, self.assign_candidates)
             effort = self.assign_steps if plain.mover else plain.draws
             return [(effort, self.train_epochs)] * self.num_cycles
@@ -214,7 +223,7 @@ class EmOptions:
 
     def check(self) -> None:
         """Raise UserError for values that make no sense."""
-        require(self.num_cycles >= 1, "num_cycles must be at least 1")
+        require(self.num_cycles is None or self.num_cycles >= 1, "num_cycles must be at least 1")
         require(0 < self.assign_fraction <= 1, "assign_fraction must be above 0 and at most 1")
         require(self.patience >= 0, "patience must not be negative")
         require(self.pool_refresh >= 0, "pool_refresh must not be negative")

@@ -23,6 +23,8 @@ from oneshot_fast.runtime.seeds import content_id
 class RewardEmRun(Cycles):
     """EM on prompts and rewards, without targets."""
 
+    by_reward = True
+
     def __init__(
         self,
         generator: Generator,

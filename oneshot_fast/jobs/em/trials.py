@@ -86,7 +86,7 @@ def follow(options: EmOptions, method: str, lr: float) -> EmOptions:
     What a cheaper E-step saves goes into more cycles.
     """
     found = dataclasses.replace(options, assign_method=method, train_lr=lr)
-    cycles = round(options.num_cycles * _cycle(options) / _cycle(found))
+    cycles = round(len(options.schedule()) * _cycle(options) / _cycle(found))
     return dataclasses.replace(found, num_cycles=max(1, cycles))
 
 
@@ -94,7 +94,7 @@ def short(options: EmOptions, method: str, lr: float) -> EmOptions:
     """Options of a trial: a cycle with half as many steps or candidates."""
     found = dataclasses.replace(options, assign_method=method, train_lr=lr, num_cycles=1)
     draws = None if found.assign().mover else max(2, found.assign().draws // 2)
-    steps = max(1, found.assign_steps // 2)
+    steps = max(1, found.assign().steps // 2)
     return dataclasses.replace(
         found, recipe=None, assign_fraction=1.0, assign_candidates=draws, assign_steps=steps
     )
@@ -109,7 +109,7 @@ def trained_on(options: EmOptions, count: int) -> int:
     tried = [short(options, method, _rate(options)) for method in options.methods]
     rounds = len(tried) + len(OTHER_RATES)
     trials = sum(map(_e_step, tried)) + rounds * _m_step(options)
-    share = PART / (1 - PART) * options.num_cycles * _cycle(options) / trials
+    share = PART / (1 - PART) * len(options.schedule()) * _cycle(options) / trials
     return int(count * min(MOST, share))
 
 

@@ -71,7 +71,8 @@ class Setting:
     def evaluations(self) -> float:
         """Of the denoiser per target, which `em` takes with its defaults."""
         options = self.em().resolve(64)
-        return options.num_cycles * (evaluations(options.assign()) + 3 * options.train_epochs)
+        each = evaluations(options.assign()) + 3 * options.sft().epochs
+        return len(options.schedule()) * each
 
 
 Row = Callable[[Setting, Path], tuple[Generator, dict[str, Any]]]
@@ -153,11 +154,9 @@ def _on_random_noise(
     return generator, {}
 
 
-ROWS: Mapping[str, Row] = {
-    "em, its defaults": _em(),
-    "em --recipe auto": _em(recipe="auto"),
-}
+ROWS: Mapping[str, Row] = {"em, its defaults": _em()}
 BESIDE: Mapping[str, Row] = {  # on each set of targets, with the first seed
+    "em --recipe auto": _em(recipe="auto"),
     "em, best of 32": _em(assign_method="best_of_n"),
     "em, usual rotation": _rotation,
     "direct SFT": _direct,

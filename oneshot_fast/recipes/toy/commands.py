@@ -249,7 +249,10 @@ class EmToyCommand(PairOptions):
     """Minutes between saved training states; 0 saves after every step."""
     dry_run: bool = False
     """Print memory, disk and time needed; nothing but the data is written."""
-    em: EmOptions = EmOptions(train_epochs=_SFT.epochs, train_batch_size=16, train_lr=_SFT.lr)
+    em: EmOptions = EmOptions(
+        num_cycles=2, assign_steps=40, train_epochs=_SFT.epochs, train_batch_size=16,
+        train_lr=_SFT.lr,
+    )  # fmt: skip
 
     def execute(self) -> int:
         """Run ``toy em`` and compare all that is there."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from samples import PROMPTS
 
 from oneshot_fast.jobs.em.options import EmOptions
+from oneshot_fast.jobs.em.rewards import RewardEmRun
 
 Call = Callable[..., Any]
 FLAGS = (
@@ -59,6 +60,16 @@ def test_the_e_steps_options_are_those_of_a_search() -> None:
     assert found.max_angle == 0.6 and found.noise_l2_weight == 2.0
     found = EmOptions(assign_method="search", em_schedule="5:1").optimize()
     assert (found.method, found.draws, found.gradient_steps) == ("best_of_n", 5, 0)
+
+
+def test_rewards_keep_the_preserve_losses_by_default(
+    tmp_path: Path, prompts: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RewardEmRun, "plan", lambda run: repr(run.options))
+    flags = ["--reward", "thickness", "--prompt_file", prompts, "--work_dir", tmp_path / "run"]
+    said = call("em", *flags, "--initial_model_id", "tiny", "--dry_run").out
+    assert "preserve_latent_weight=0.5, preserve_pixel_weight=0.05" in said
+    assert "num_cycles=2" in said
 
 
 def test_a_dry_run_shows_both_steps(tmp_path: Path, prompts: Path, call: Call) -> None:
