@@ -157,6 +157,7 @@ def _on_random_noise(
 ROWS: Mapping[str, Row] = {"em, its defaults": _em()}
 BESIDE: Mapping[str, Row] = {  # on each set of targets, with the first seed
     "em --recipe auto": _em(recipe="auto"),
+    "em, 2 cycles of 40 steps and 10 epochs": _em(num_cycles=2, assign_steps=40, train_epochs=10),
     "em, best of 32": _em(assign_method="best_of_n"),
     "em, usual rotation": _rotation,
     "direct SFT": _direct,
