@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import family_samples
+import pytest
 import torch
 
+from oneshot_fast.generators.few_step import Transition
 from oneshot_fast.training.losses.grpo import advantages, chosen_steps, policy_loss
 
 VECTORS = json.loads((Path(family_samples.__file__).parent / "rtdmd_vectors.json").read_text())
@@ -21,8 +24,36 @@ def test_advantages_of_the_authors_code() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     equal = [k for k, prompt in enumerate(case["prompts"]) if prompt == "c"]
     assert not found[equal].any()  # theirs keeps 2e-16
-    same = {name: torch.ones(8) for name in rewards}
-    assert not advantages(same, case["weights"], case["prompts"]).any()
+    single = VECTORS["advantage_single"]
+    rewards = {"one": torch.tensor(single["rewards"])}
+    found = advantages(rewards, {"one": 1.0}, single["prompts"])
+    once = torch.tensor(single["global_std"])  # of one reward, before the sum is made std 1
+    expected = once / (once.std(correction=0) + 1e-4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", range(3, 9))
+def test_equal_rewards_teach_nothing(count: int) -> None:
+    prompts = [name for name in "abc" for _ in range(count)]
+    flat = torch.tensor([0.21, 0.22, 0.23]).repeat_interleave(count)  # as scores are: float32
+    weights = {"flat": 1.0, "other": 1.0}
+    near = flat * (1 + torch.arange(3 * count) % 2 * 2**-23)  # of equal images, in other batches
+    for values in (flat, near):
+        assert not advantages({"flat": values}, weights, prompts).any()
+    other = flat.clone()
+    other[0] += 1e-3
+    found = advantages({"flat": flat, "other": other}, weights, prompts)
+    assert found[:count].all() and not found[count:].any()
+
+
+def test_log_probabilities_of_the_authors_code() -> None:
+    # theirs are means over elements, with the constants; their std is before the root of the time
+    for step, time in zip(VECTORS["sde_logprob"]["steps"], (0.15, 0.25), strict=True):
+        means, stds, found = (torch.tensor(step[name]) for name in ("mean", "std", "prev"))
+        for k, std in enumerate((stds * math.sqrt(time)).tolist()):
+            nats = Transition(means[k, None], std).log_probability(found[k, None])
+            mean = nats / means[k].numel() - math.log(std) - math.log(2 * math.pi) / 2
+            torch.testing.assert_close(mean[0], torch.tensor(step["log_prob"][k]))
 
 
 def test_the_clipped_loss_of_the_authors_code() -> None:

@@ -1,7 +1,7 @@
 """Reinforcement of a few-step generator: SubGRPO, the last step's reward, and a matching term.
 
     A_i = sum over rewards of w (r_i - mean of the prompt) / (std of all + 1e-4), made mean 0 and
-          std 1 over all images, clamped to [-5, 5], and 0 where a prompt's images do not differ
+          std 1 over all images, clamped to [-5, 5], and 0 where a prompt's rewards are equal
     policy:  mean max(-A p, -A clamp(p, 1 - c, 1 + c)),  p = exp(lp - lp_old)  in nats, of some of
              the steps that draw noise; in the others all images of a prompt share theirs
     final:   mean relu(margin - r) of the last step, which draws nothing, through the decoder
@@ -26,7 +26,8 @@ from oneshot_fast.training.batch import Batch
 from oneshot_fast.training.losses.dmd import StudentLoss
 from oneshot_fast.training.losses.preserve import Preserve
 
-_SMALL, _MOST, _NOTHING = 1e-4, 5.0, 1e-8
+_SMALL, _MOST = 1e-4, 5.0
+_ROUNDING = 4  # of the rewards' type: what equal images may be apart by
 
 
 def advantages(
@@ -39,20 +40,20 @@ def advantages(
         weights: Of the rewards.
         prompts: Of the images.
     """
-    names = [*dict.fromkeys(prompts)]
     first = next(iter(rewards.values()))
-    groups = torch.tensor([names.index(prompt) for prompt in prompts], device=first.device)
-    count = torch.bincount(groups).to(first.dtype)
-    total = torch.zeros_like(first)
+    names = torch.tensor([prompts.index(prompt) for prompt in prompts])
+    groups = [names == name for name in names.unique()]
+    total = torch.zeros(len(names), dtype=torch.float64)
     for name, values in rewards.items():
-        means = torch.zeros_like(count).index_add(0, groups, values) / count
-        apart = values - means[groups]
-        total = total + weights[name] * apart / (values.std(correction=0) + _SMALL)
+        exact, least = values.cpu().double(), _ROUNDING * torch.finfo(values.dtype).eps
+        apart = torch.zeros_like(exact)
+        for group in groups:
+            own = exact[group]
+            if own.max() - own.min() > least * own.abs().max():
+                apart[group] = own - own.mean()
+        total += weights[name] * apart / (exact.std(correction=0) + _SMALL)
     normal = (total - total.mean()) / (total.std(correction=0) + _SMALL)
-    # rounding alone tells equal rewards of a prompt apart
-    return torch.where(normal.abs() < _NOTHING, torch.zeros_like(normal), normal).clamp(
-        -_MOST, _MOST
-    )
+    return torch.where(total == 0, 0.0, normal).clamp(-_MOST, _MOST).to(first)
 
 
 def policy_loss(now: Tensor, old: Tensor, advantage: Tensor, clip: float) -> Tensor:
