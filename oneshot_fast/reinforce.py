@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tyro.conf import UseAppendAction
 
-from oneshot_fast.cli import finish, run_command
+from oneshot_fast.cli import OK, finish, run_command
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
@@ -50,6 +50,9 @@ class ReinforceCommand:
     """Also keep checkpoint-<step> of the newest so many epochs; 0 keeps none."""
     offload_encoders: bool | None = None
     """Move text encoders and image encoder to the CPU while training; by default on a GPU."""
+    dry_run: bool = False
+    """Print parameters, memory by part, disk and time needed, from a few timed passes and
+    rollouts; nothing is written."""
     training: ReinforceOptions = ReinforceOptions()
     rewards: RewardOptions = RewardOptions()
     model: ModelOptions = ModelOptions()
@@ -58,8 +61,10 @@ class ReinforceCommand:
 
 def execute(command: ReinforceCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
-    if command.model_id is None or command.prompt_file is None or command.output_dir is None:
-        raise UserError("give --model_id ID, --prompt_file FILE and --output_dir DIR")
+    if command.model_id is None or command.prompt_file is None:
+        raise UserError("give --model_id ID and --prompt_file FILE")
+    if command.output_dir is None and not command.dry_run:
+        raise UserError("give --output_dir DIR")
     require(bool(command.rewards.reward), "give --reward NAME[:WEIGHT]")
 
     from oneshot_fast.rewards.options import RewardTrainingOptions
@@ -90,7 +95,7 @@ def execute(command: ReinforceCommand) -> int:
     run = ReinforceRun(
         generator,
         prompts,
-        command.output_dir,
+        command.output_dir or Path(),
         command.training,
         teacher=teacher,
         rewards=command.rewards.rewards(generator.device),
@@ -103,6 +108,9 @@ def execute(command: ReinforceCommand) -> int:
         keep_checkpoints=command.keep_checkpoints,
         offload_encoders=command.offload_encoders,
     )
+    if command.dry_run:
+        print(run.plan())
+        return OK
     summary = run.run(**command.run.arguments)
 
     from oneshot_fast.report.reinforce import print_summary, write_reinforce_report

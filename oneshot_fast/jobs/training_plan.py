@@ -26,7 +26,7 @@ from oneshot_fast.training.options import TrainOptions
 
 # torchao keeps the moments of smaller tensors, and of those not of whole blocks, as they are
 _BLOCK, _SMALL = 256, 4096
-_AVERAGE = "average of the weights"
+_AVERAGE, _MOMENTS = "average of the weights", "optimiser's moments"
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,28 @@ class Kind:
     prompt: str = ""
 
 
+@dataclass(frozen=True)
+class Fake:
+    """A network, or an adapter, that is trained beside the student for a matching term.
+
+    Attributes:
+        kind: What it is trained on.
+        options: How it is trained.
+        times: Steps of it to one of the student.
+        teacher: Bytes of the teacher's networks, where these are not the student's.
+    """
+
+    kind: Kind
+    options: TrainOptions
+    times: float
+    teacher: int
+
+    @property
+    def part(self) -> str:
+        """What its weights are called."""
+        return "the fake's adapter" if self.options.lora_rank else "the fake"
+
+
 def training_plan(
     generator: Generator,
     options: TrainOptions,
@@ -58,21 +80,28 @@ def training_plan(
     resolution: Resolution,
     samples: int,
     offload_encoders: bool | None = None,
+    fake: Fake | None = None,
+    rollout: Callable[[], object] | None = None,
+    updates: int = 1,
 ) -> Plan:
     """Parameters, memory by part, disk and time of a training on ``samples`` of its units.
 
     Memory is found on tensors without data, time from forward and backward passes on random data
-    that keep no gradient: the weights stay as they are.
+    that keep no gradient: the weights stay as they are. A ``rollout`` makes what so many
+    ``updates`` learn from: its time is counted, its memory is not.
     """
     on_gpu = generator.device.type != "cpu"
     offloads = on_gpu if offload_encoders is None else offload_encoders
-    needed = memory_of(generator, options, kind, offloads)
+    needed = memory_beside(generator, options, kind, fake, offloads)
     lines = [
         *memory.parameter_lines(generator.networks),
         f"trained parameters: {count_text(needed.trained)}",
         *needed.lines(f"{options.batch_size} {kind.unit}"),
     ]
-    seconds = _training_seconds(generator, options, kind)
+    of = {} if rollout is None else {"images and rewards": shortest(rollout) / updates}
+    if fake is not None:
+        of["the fake"] = fake.times * _training_seconds(generator, fake.options, fake.kind)
+    seconds = _training_seconds(generator, options, kind) + sum(of.values())
     lines += memory.peak_lines(generator.device)
     per_epoch = math.ceil(samples / options.batch_size)
     steps = per_epoch * options.epochs
@@ -80,16 +109,38 @@ def training_plan(
     checkpoints = 2 * needed.trained_bytes + pipeline if options.lora_rank else 2 * pipeline
     best = needed.kept[_AVERAGE] or needed.trained_bytes
     state = needed.trained_bytes + sum(needed.kept.values()) + best
+    state += 0 if fake is None else needed.weights[fake.part]
     latent = 4 * math.prod(generator.latent_shape(*size_of(resolution)))
     pool = latent * options.preserve_pool_size if options.preserves else 0
     size = f"{options.batch_size} {kind.unit}"
+    parts = "".join(f", {duration(part)} of it for {name}" for name, part in of.items())
     lines += [
         f"disk: {size_text(checkpoints)} for the checkpoints, {size_text(state)} for the training "
         f"state (twice that while it is replaced), {size_text(pool)} for the preserve pool",
-        f"time: {duration(seconds)} per step of {size}, optimiser not counted",
+        f"time: {duration(seconds)} per step of {size}{parts}, optimiser not counted",
         f"in all, for {samples} {kind.unit} and {steps} steps: {duration(seconds * steps)}",
     ]
     return Plan(lines, seconds * steps)
+
+
+def memory_beside(
+    generator: Generator, options: TrainOptions, kind: Kind, fake: Fake | None, offloads: bool
+) -> memory.StepMemory:
+    """As ``memory_of``: the larger of a student's and a fake's step, and all that stays."""
+    student = memory_of(generator, options, kind, offloads)
+    if fake is None:
+        return student
+    found = memory_of(generator, fake.options, fake.kind, offloads)
+    larger = max(student, found, key=lambda need: need.step)
+    return dataclasses.replace(
+        student,
+        weights=student.weights
+        | {fake.part: found.trained_bytes}
+        | ({"the teacher": fake.teacher} if fake.teacher else {}),
+        kept=student.kept | {"moments of the fake": found.kept[_MOMENTS]},
+        held=larger.held,
+        step=larger.step,
+    )
 
 
 def memory_of(
@@ -120,7 +171,7 @@ def memory_of(
     return memory.StepMemory(
         weights,
         {
-            "optimiser's moments": sum(_moment_bytes(p, options) for p in trained),
+            _MOMENTS: sum(_moment_bytes(p, options) for p in trained),
             _AVERAGE: 4 * count if options.use_ema else 0,
         },
         {"gradients": gradients, "activations": kept},
@@ -198,7 +249,9 @@ def _training_seconds(generator: Generator, options: TrainOptions, kind: Kind) -
     with torch.device(generator.device):
         batch = kind.batch(generator)
     for rows in batch.values():
-        rows.noise.requires_grad_(bool(rank))
+        for value in (rows.noise, *rows.extra.values()):
+            if isinstance(value, Tensor) and value.ndim >= rows.noise.ndim:  # latents
+                value.requires_grad_(bool(rank))
     denoiser.requires_grad_(not rank)
     hooks = _drop_gradients(denoiser.parameters())
     checkpoint_activations(denoiser, options)

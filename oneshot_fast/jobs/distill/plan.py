@@ -9,7 +9,13 @@ import torch
 from oneshot_fast.data.sizes import Resolution, size_of
 from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.jobs.distill.options import DistillOptions
-from oneshot_fast.jobs.training_plan import Kind, blank_rows, memory_of, training_plan
+from oneshot_fast.jobs.training_plan import (
+    Fake,
+    Kind,
+    blank_rows,
+    memory_beside,
+    training_plan,
+)  # fmt: skip
 from oneshot_fast.planning.memory import StepMemory, bytes_of
 from oneshot_fast.planning.timing import Plan
 from oneshot_fast.runtime.units import size_text
@@ -34,20 +40,9 @@ def distill_memory(
     With an adapter there is one base network: the fake adds an adapter and its moments. Else the
     fake and the teacher are networks of their own.
     """
-    found = {
-        name: memory_of(generator, options, _kind(losses, resolution, options, name), offloads)
-        for name in (STUDENT, FAKE)
-    }
-    one = max(found.values(), key=lambda need: need.step)
-    network = bytes_of(generator.denoiser.parameters())
-    more = (
-        {"the fake's adapter": one.trained_bytes}
-        if options.lora_rank
-        else {"the fake": one.trained_bytes, "the teacher": network}
-    )
-    moments = one.kept["optimiser's moments"]
-    return replace(
-        one, weights=one.weights | more, kept=one.kept | {"moments of the fake": moments}
+    kind = _kind(losses, resolution, options, STUDENT)
+    return memory_beside(
+        generator, options, kind, _fake(generator, options, losses, resolution), offloads
     )
 
 
@@ -60,32 +55,31 @@ def distill_plan(
     samples: int,
     offload_encoders: bool | None = None,
 ) -> Plan:
-    """Parameters, memory by part, disk and time; the time is that of the student's step alone.
-
-    A step of the fake costs about as much, and there are ``ttur`` of them to one of the student.
-    """
-    kind = _kind(losses, resolution, options, STUDENT)
+    """Parameters, memory by part, disk and time, with all steps of the fake."""
     plan = training_plan(
         generator,
         options,
-        kind,
+        _kind(losses, resolution, options, STUDENT),
         resolution=resolution,
         samples=samples,
         offload_encoders=offload_encoders,
+        fake=_fake(generator, options, losses, resolution),
     )
-    offloads = generator.device.type != "cpu" if offload_encoders is None else offload_encoders
-    needed = distill_memory(generator, options, losses, resolution, offloads)
-    lines = [line for line in plan.lines if not line.startswith("memory, ")]
-    unit, times = f"{options.batch_size} images", 1 + options.ttur
     network = size_text(bytes_of(generator.denoiser.parameters()))
     base = f"one base network of {network} for all roles" if options.lora_rank else "three networks"
-    lines += [
-        *needed.lines(unit),
-        f"roles: {base}",
-        f"with {options.ttur} steps of the fake to one of the student, about as long each, the "
-        f"time is about {times} times that above, and what the first of several steps take",
-    ]
-    return Plan(lines, times * plan.seconds)
+    counted = f"time: {options.ttur} steps of the fake to one of the student"
+    return Plan(
+        [*plan.lines, f"roles: {base}", f"{counted}; not what the first of several steps take"],
+        plan.seconds,
+    )
+
+
+def _fake(
+    generator: FewStepGenerator, options: DistillOptions, losses: Losses, resolution: Resolution
+) -> Fake:
+    teacher = 0 if options.lora_rank else bytes_of(generator.denoiser.parameters())
+    kind = _kind(losses, resolution, options, FAKE)
+    return Fake(kind, options.of_fake, options.ttur, teacher)
 
 
 def _kind(losses: Losses, resolution: Resolution, options: DistillOptions, name: str) -> Kind:

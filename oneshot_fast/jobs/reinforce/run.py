@@ -13,10 +13,13 @@ from oneshot_fast.generators.levels import Levels
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.judged import JudgedRun
 from oneshot_fast.jobs.reinforce.options import ReinforceOptions
+from oneshot_fast.jobs.reinforce.plan import reinforce_plan
+from oneshot_fast.planning.timing import Plan
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.checkpoints import STUDENT
+from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.losses.dmd import (
     FAKE_NOISES,
     STUDENT_NOISES,
@@ -31,6 +34,32 @@ from oneshot_fast.training.trainer import Trainer
 
 _FLAT = 20  # steps in a row that nothing can be learnt from, which end the training
 _AT_ONCE = 16  # images
+
+
+def losses_of(
+    roles: Roles | None,
+    generator: FewStepGenerator,
+    shape: Sequence[int],
+    options: ReinforceOptions,
+    rewards: WeightedRewards,
+) -> dict[str, Loss]:
+    """What the generator lowers, for latents [C, h, w], and with ``roles`` the fake."""
+    match, losses = None, dict[str, Loss]()
+    if roles is not None:
+        levels = Levels(generator, shape)
+        match = StudentLoss(roles, levels, "dmd", 0.0, options.teacher_guidance)
+        losses[FAKE] = FakeLoss(roles, levels, "dmd", 0.0, "noise", 0.0)
+    weights = options.preserve_latent_weight, options.preserve_pixel_weight
+    losses[STUDENT] = ReinforceLoss(
+        rewards,
+        options.policy_weight,
+        options.final_reward_weight,
+        options.final_reward_margin,
+        options.match_weight,
+        match,
+        Preserve(*weights) if options.preserves else None,
+    )
+    return losses
 
 
 class ReinforceRun(JudgedRun):
@@ -95,32 +124,23 @@ class ReinforceRun(JudgedRun):
             "with --cps_eta, or --policy_weight 0; one step is for sft --reward",
         )
         require(steps[-1].noise == 0, "the last step draws noise; take another sampler")
-        roles, match = None, None
+        roles = None
         if teacher is not None:
-            levels = Levels(generator, shape)
-            same = vars(levels).keys() == vars(Levels(teacher, shape)).keys()
+            levels = (Levels(one, shape) for one in (generator, teacher))
+            same = len({frozenset(vars(one)) for one in levels}) == 1
             of = [
                 {k: tuple(p.shape) for k, p in one.denoiser.named_parameters()}
                 for one in (generator, teacher)
             ]
             require(same and of[0] == of[1], "the teacher's network is of another shape or kind")
             roles = Roles(generator, False, teacher)
-            match = StudentLoss(roles, levels, "dmd", 0.0, options.teacher_guidance)
-        weights = options.preserve_latent_weight, options.preserve_pixel_weight
-        loss = ReinforceLoss(
-            rewards,
-            options.policy_weight,
-            options.final_reward_weight,
-            options.final_reward_margin,
-            options.match_weight,
-            match,
-            Preserve(*weights) if options.preserves else None,
+        losses = losses_of(roles, generator, shape, options, rewards)
+        super().__init__(
+            generator, losses[STUDENT], prompts, folder, options, rewards=rewards, **more
         )
-        super().__init__(generator, loss, prompts, folder, options, rewards=rewards, **more)
         self.teacher, self._flat = teacher, 0
-        if roles is not None and match is not None:
-            self.trainees[FAKE] = roles.fake
-            self.losses[FAKE] = FakeLoss(roles, match.levels, "dmd", 0.0, "noise", 0.0)
+        if roles is not None:
+            self.trainees[FAKE], self.losses[FAKE] = roles.fake, losses[FAKE]
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -136,8 +156,31 @@ class ReinforceRun(JudgedRun):
             "prompts": content_id(*self.prompts),
         }
 
+    def plan(self) -> Plan:
+        """What the run will need; does nothing of it."""
+        return reinforce_plan(
+            self.generator,
+            self.options,
+            lambda roles, generator, shape, rewards: losses_of(
+                roles, generator, shape, self.options, rewards
+            ),
+            resolution=self.size,
+            samples=self._per_epoch,
+            rewards=self.rewards,
+            prompt=self.prompts[0],
+            learns=self._noisy[: self.options.policy_steps],
+            teacher=self.teacher,
+            rollout=lambda: self.batch([], 0),
+            offload_encoders=self.offloads,
+        )
+
+    @property
+    def _per_epoch(self) -> int:
+        """Images that an epoch's steps learn from."""
+        return self.options.steps_per_epoch * self.options.batch_size
+
     def learn(self) -> dict[str, Any]:
-        return self.learn_from(self.options.steps_per_epoch * self.options.batch_size)
+        return self.learn_from(self._per_epoch)
 
     def trainer(self, name: str, steps: int) -> Trainer:
         if name == STUDENT:

@@ -124,6 +124,21 @@ def test_rewards_that_say_nothing_end_it(tmp_path: Path) -> None:
         run.batch([], 19)
 
 
+def test_the_dry_run(tmp_path: Path, call: Callable[..., Any]) -> None:
+    (tmp_path / "p.txt").write_text("a handwritten digit one\na handwritten digit seven\n")
+    flags = [
+        "--model_id", "tiny-teacher", "--prompt_file", tmp_path / "p.txt", "--batch_size", 4,
+        "--images_per_prompt", 2, "--num_inference_steps", 2, "--cps_eta", 0.9,
+        "--reward", "thickness", "--lora_rank", 2,
+    ]  # fmt: skip
+    more = ["--teacher", "tiny-teacher", "--match_weight", 1, "--final_reward_weight", 0.1]
+    ended = call("reinforce", *flags, *more, "--dry_run")
+    assert ended.code == 0 and "memory, weights of the teacher" in ended.out, ended
+    for said in ("moments of the fake", "of it for the fake", "of it for images and rewards"):
+        assert said in ended.out, ended
+    assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
+
+
 def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
     generator = few()
     for options, message in (
