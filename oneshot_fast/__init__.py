@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from oneshot_fast.data.sources import open_pairs
     from oneshot_fast.evaluation.measures import frechet_distance
     from oneshot_fast.generators.base import Generator
+    from oneshot_fast.generators.few_step import FewStepGenerator
     from oneshot_fast.generators.loading import OneStepGenerator
     from oneshot_fast.jobs.assign.in_memory import assign_noise
     from oneshot_fast.jobs.assign.options import AssignOptions
     from oneshot_fast.jobs.assign.run import AssignRun
+    from oneshot_fast.jobs.distill.options import DistillOptions
+    from oneshot_fast.jobs.distill.run import DistillRun
     from oneshot_fast.jobs.em.options import EmOptions
     from oneshot_fast.jobs.em.rewards import RewardEmRun
     from oneshot_fast.jobs.em.targets import EmRun
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     from oneshot_fast.jobs.optimize.run import OptimizeRun
     from oneshot_fast.jobs.prefer.options import PreferOptions
     from oneshot_fast.jobs.prefer.run import PreferRun
+    from oneshot_fast.jobs.reinforce.options import ReinforceOptions
+    from oneshot_fast.jobs.reinforce.run import ReinforceRun
+    from oneshot_fast.jobs.sample.run import SampleRun
     from oneshot_fast.jobs.scale.options import ScaleOptions
     from oneshot_fast.jobs.scale.run import ScaleRun
     from oneshot_fast.jobs.sft.options import SftOptions
@@ -47,9 +53,12 @@ __version__ = importlib.metadata.version("oneshot-fast")
 _LAZY = {
     "AssignOptions": "jobs.assign.options",
     "AssignRun": "jobs.assign.run",
+    "DistillOptions": "jobs.distill.options",
+    "DistillRun": "jobs.distill.run",
     "EmOptions": "jobs.em.options",
     "EmRun": "jobs.em.targets",
     "EvaluateRun": "jobs.evaluate.run",
+    "FewStepGenerator": "generators.few_step",
     "Generator": "generators.base",
     "OneStepGenerator": "generators.loading",
     "OptimizeOptions": "jobs.optimize.options",
@@ -57,9 +66,12 @@ _LAZY = {
     "PatchRotation": "noise.rotation",
     "PreferOptions": "jobs.prefer.options",
     "PreferRun": "jobs.prefer.run",
+    "ReinforceOptions": "jobs.reinforce.options",
+    "ReinforceRun": "jobs.reinforce.run",
     "Reward": "rewards.base",
     "RewardEmRun": "jobs.em.rewards",
     "RewardRun": "jobs.sft.rewards",
+    "SampleRun": "jobs.sample.run",
     "ScaleOptions": "jobs.scale.options",
     "ScaleRun": "jobs.scale.run",
     "SftOptions": "jobs.sft.options",
