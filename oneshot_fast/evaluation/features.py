@@ -167,7 +167,7 @@ def features_of(images: Tensor, name: str) -> Tensor:
     ``name`` is python:module.function; it returns a floating tensor [B, ...], differentiable.
 
     Raises:
-        UserError: If it returns something else, or no gradient where one is needed.
+        UserError: If it returns something else.
     """
     found = feature_function(name)(images)
     require(
@@ -178,12 +178,6 @@ def features_of(images: Tensor, name: str) -> Tensor:
         found.ndim > 0 and len(found) == len(images) and found.numel() >= len(images),
         f"features {name} have shape {list(found.shape)}, expected [{len(images)}, ...], a row for "
         "each image",
-    )
-    needs_gradient = images.requires_grad and torch.is_grad_enabled()
-    require(
-        found.requires_grad or not needs_gradient,
-        f"features {name} carry no gradient; make them differentiable, or use --method "
-        "best_of_n or pool",
     )
     return found.float().flatten(1) if found.ndim > 1 else found.float()[:, None]
 

@@ -347,7 +347,13 @@ def test_rewards_that_are_no_numbers_are_left_out() -> None:
     for name in ("neighbor_grpo", "drpo", "dpo"):
         objective, part = OBJECTIVES[name]
         assert torch.isfinite(objective(*part((x0, base, extra | {"rewards": rewards})))[0]).all()
+    kept = [1, 2, 4, 5]
+    alone = {"rewards": rewards[1:2, kept], "ties": torch.zeros(1)}
+    among = GroupDPO()(x0, base, extra | {"rewards": rewards})[0]
+    torch.testing.assert_close(among[1:2], GroupDPO()(x0[1:2, kept], base[1:2, kept], alone)[0])
+    nothing = extra | {"rewards": torch.full((3, 6), math.nan), "ties": torch.ones(3)}
+    assert GroupDPO()(x0, base, nothing)[0].tolist() == [0, 0, 0]
     mean, largest = mean_and_max(rewards)
-    known = rewards[1, [1, 2, 4, 5]]
+    known = rewards[1, kept]
     torch.testing.assert_close(mean[1], known.mean())
     assert largest[1] == known.max()

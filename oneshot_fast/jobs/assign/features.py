@@ -27,9 +27,15 @@ def feature_mse(images: Tensor, target: Tensor, name: str) -> Tensor:
     """Mean squared distance, [B] differentiable, of images' features from ``target`` [B, F].
 
     Raises:
-        UserError: If the function ``name`` does not fit.
+        UserError: If the function ``name`` does not fit, or gives no gradient where one is needed.
     """
     found = features_of(images, name)
+    needs_gradient = images.requires_grad and torch.is_grad_enabled()
+    require(
+        found.requires_grad or not needs_gradient,
+        f"features {name} carry no gradient; make them differentiable, or use --method "
+        "best_of_n or pool",
+    )
     require(
         found.shape == target.shape,
         f"features {name} of a made image have {found.shape[1]} values, of its target "

@@ -1,10 +1,10 @@
 """How a generator is trained on preferences: the objective, and what it draws and compares."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from oneshot_fast.training.losses.preference import (
     Steps,
 )
 from oneshot_fast.training.losses.preserve import Preserve
-from oneshot_fast.training.losses.pso import PSO, Clip
+from oneshot_fast.training.losses.pso import PSO, Clip, original_pso
 from oneshot_fast.training.losses.rebel import REBEL
 from oneshot_fast.training.losses.rlcm import RLCM
 from oneshot_fast.training.options import TrainOptions
@@ -36,7 +36,7 @@ Name = Literal["pso", "d3po", "rlcm", "rebel", "neighbor_grpo", "drpo", "dpo"]
 _OF = {
     "pso": ("beta", "clip", "clip_form", "original_scale", "action_std", "action_pool"),
     "d3po": ("beta", "clip", "clip_form", "action_std", "action_pool"),
-    "rlcm": ("original_scale", "action_std", "action_pool"),
+    "rlcm": ("action_std", "action_pool"),
     "rebel": ("eta", "original_scale", "action_std", "action_pool"),
     "neighbor_grpo": ("neighbor_spread", "anchors", "temperature"),
     "drpo": ("features", "positives", "reference_weight"),
@@ -45,7 +45,6 @@ _OF = {
 _OWN = {flag for flags in _OF.values() for flag in flags}
 # where the distance to the base is weighed if nothing is said
 _KL = {"rlcm": 0.2, "rebel": 0.2, "neighbor_grpo": 0.2}
-_BETA = {"pso": 0.1, "d3po": 0.1, "dpo": 30.0}
 _PAIRED = ("pso", "d3po")
 # flags of given pairs of images, and of images that are drawn
 _PAIRS = ("pair_noise", "loser_weight", "winner_weight")
@@ -75,25 +74,26 @@ class PreferOptions(TrainOptions):
     preserve_pixel_weight: float = 0.0
     """The same in pixels ([0, 1] RGB); 0 never decodes."""
     kl_weight: float | None = None
-    """Weight of the distance of the step's own images to the base generator's: for rlcm and rebel
-    the KL divergence of the actions in nats, by default 0.2, for others the mean square of clean
-    latents, by default 0.2 for neighbor_grpo and else 0."""
+    """Weight of the distance of the step's own images to the base generator's: for pso, d3po, rlcm
+    and rebel the KL divergence of what they draw in nats, by default 0 for pso and d3po and 0.2 for
+    the others; for neighbor_grpo, drpo, dpo and --pairs the mean square of clean latents, by
+    default 0.2 for neighbor_grpo and else 0."""
     max_drift: float = 0.5
     """The training ends when the clean latents of a step are so far from the base generator's (RMS,
     in deviations of latents); inf never ends it."""
     beta: float | None = None
-    """pso, d3po: how much the loss makes of a log-ratio, per nat, by default 0.1; dpo: of a squared
-    distance of clean latents, by default 30. With --pairs dpo and pso: of such a one, by default
-    100 and 50."""
+    """pso, d3po: how much the loss makes of a log-ratio, by default 0.1, and 50 for pso with
+    --original_scale; dpo: of a squared distance of clean latents, by default 30. With --pairs dpo
+    and pso: of such a one, by default 100 and 50."""
     clip: float | None = None
-    """pso: bound of the log-ratio to the base in nats, by default 25; d3po: of the ratio of means,
-    by default 0.1."""
+    """pso: bound of the log-ratio to the base in nats, by default 25; d3po, and pso with
+    --original_scale: of the ratio of means, by default 0.1."""
     clip_form: Clip | None = None
     """pso, d3po: "ppo", by default for pso, clips only what would be rewarded for going further;
-    "original", by default for d3po, all."""
+    "original", by default for d3po and for pso with --original_scale, all."""
     original_scale: bool = False
-    """pso, rlcm, rebel: take beta, clip and eta as the papers do, of log-probabilities that are
-    means over the latent's elements instead of sums."""
+    """pso, rebel: take beta, clip and eta as the papers do, of log-probabilities that are means
+    over the latent's elements instead of sums."""
     action_std: float = 0.3
     """One step: deviation of the noise that is added to clean latents, in deviations of latents."""
     action_pool: int = 1
@@ -109,8 +109,9 @@ class PreferOptions(TrainOptions):
     """neighbor_grpo: of the choice among neighbours, in squared deviations; auto: the group's mean
     squared distance."""
     features: str | None = None
-    """drpo: what images are compared by, see evaluate --help, or latents; by default what is there
-    of the prompts' classifier, CLIP, DINOv2, latents."""
+    """drpo: what images are compared by, with a gradient: clip, dinov2, python:module.function, see
+    evaluate --help, or latents; by default what is there of the prompts' classifier, CLIP, DINOv2,
+    latents."""
     positives: int | None = None
     """drpo: how many of the best draw, and of the worst push; by default half of the group."""
     reference_weight: float = 0.2
@@ -133,16 +134,20 @@ class PreferOptions(TrainOptions):
                     getattr(self, field.name) == field.default,
                     f"--{field.name} has no effect on --objective {name}; leave it out",
                 )
-        for flag in ("beta", "clip", "action_std", "eta", "neighbor_spread", "max_drift"):
+        for flag in ("clip", "max_drift"):
             value = getattr(self, flag)
             require(value is None or value > 0, f"{flag} is {value}; give a positive number")
+        for flag in ("beta", "action_std", "eta", "neighbor_spread"):
+            value = getattr(self, flag)
+            good = value is None or 0 < value < math.inf
+            require(good, f"{flag} is {value}; give a finite positive number")
         for flag in ("kl_weight", "reference_weight"):
             value = getattr(self, flag)
             good = value is None or 0 <= value < math.inf
             require(good, f"{flag} is {value}; give a finite number, 0 or more")
         require(
-            self.temperature == "auto" or self.temperature > 0,
-            f"temperature is {self.temperature}; give a positive number, or auto",
+            self.temperature == "auto" or 0 < self.temperature < math.inf,
+            f"temperature is {self.temperature}; give a finite positive number, or auto",
         )
         require(self.neighbor_spread <= 1, "neighbor_spread is a share; give at most 1")
         self._check_numbers()
@@ -228,6 +233,11 @@ class PreferOptions(TrainOptions):
         of = {"pairs": self.group // 2, "actions": 1, "neighbors": self.anchors}
         return of.get(self.drawing, self.group)
 
+    def drawn(self, shape: Sequence[int]) -> int:
+        """How many numbers are drawn for a latent [C, h, w] in a step that draws noise."""
+        channels, *sides = shape
+        return channels * math.prod(-(-side // self.action_pool) for side in sides)
+
     def check_steps(self, draws_noise: bool) -> None:
         """Raise UserError for what makes no sense over several steps.
 
@@ -261,12 +271,12 @@ class PreferOptions(TrainOptions):
         """What is lowered.
 
         Args:
-            size: Elements of a latent.
+            size: How many numbers a step draws, see ``drawn``.
             features: For drpo: [B, F] of clean latents [B, C, h, w].
             several: Of several steps, each with a likelihood of its own.
         """
         acts = self.drawing in ("pairs", "actions")
-        policy: Policy = Actions(self.action_std) if acts else CleanLatents()
+        policy: Policy = Actions(self.action_std, self.action_pool) if acts else CleanLatents()
         if several:
             policy = Steps()
         weight = _KL.get(self.objective, 0.0) if self.kl_weight is None else self.kl_weight
@@ -274,23 +284,20 @@ class PreferOptions(TrainOptions):
         return PreferenceLoss(self._objective(size, features), policy, weight, preserve)
 
     def _objective(self, size: int, features: Callable[[Tensor], Tensor] | None) -> Objective:
-        name, scale = self.objective, 1 / size if self.original_scale else 1.0
-        beta = _BETA.get(name, 0.0) if self.beta is None else self.beta
-        if name == "pso":
-            clip = (0.1 if self.original_scale else 25.0) if self.clip is None else self.clip
-            return PSO(beta, clip, self.clip_form or "ppo", scale)
-        if name == "d3po":
-            published = d3po(size)
-            clip = published.clip if self.clip is None else self.clip
-            return PSO(beta, clip, self.clip_form or published.form, published.scale)
+        name = self.objective
+        if name in _PAIRED:
+            found = d3po(size) if name == "d3po" else original_pso(size)
+            found = found if self._on_means else PSO()
+            given: dict[str, Any] = {"beta": self.beta, "clip": self.clip, "form": self.clip_form}
+            return replace(found, **{k: v for k, v in given.items() if v is not None})
         if name == "rlcm":
-            return RLCM(scale=scale)
+            return RLCM()
         if name == "rebel":
-            return REBEL(self.eta, scale)
+            return REBEL(self.eta, 1 / size if self.original_scale else 1.0)
         if name == "neighbor_grpo":
             return NeighborGRPO(self.temperature)
         if name == "dpo":
-            return GroupDPO(beta)
+            return GroupDPO() if self.beta is None else GroupDPO(self.beta)
         half = self.group // 2 if self.positives is None else self.positives
         return DrPO(features or _flat, half, self.reference_weight)
 

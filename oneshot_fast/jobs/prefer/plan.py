@@ -1,7 +1,5 @@
 """What a training on preferences will need; writes nothing."""
 
-import math
-
 import torch
 
 from oneshot_fast.data.sizes import Resolution, size_of
@@ -30,8 +28,7 @@ def prefer_plan(
     The base generator's passes are in time and memory; drawing and scoring images, which need no
     gradient, and features are not.
     """
-    size = math.prod(generator.latent_shape(*size_of(resolution)))
-
+    size = options.drawn(generator.latent_shape(*size_of(resolution)))
     several = isinstance(generator, FewStepGenerator)
 
     def loss(model: Generator, _: WeightedRewards | None) -> Loss:

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from oneshot_fast.data.sizes import Resolution
-from oneshot_fast.errors import UserError
+import torch
+
+from oneshot_fast.data.sizes import Resolution, Size
+from oneshot_fast.errors import UserError, one_line, require
 from oneshot_fast.evaluation.features import Features
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.few_step import FewStepGenerator
@@ -91,6 +93,23 @@ class ComparingRun(JudgedRun):
         )
 
 
+def _check_gradient(features: Features, size: Size, generator: Generator) -> None:
+    """Raise UserError if they give none on an image."""
+    image = torch.rand(1, 3, *size, device=generator.device).requires_grad_()
+    try:
+        with torch.enable_grad():
+            found = features.of(image)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"features {features.name} cannot be taken: {one_line(error)}") from None
+    require(
+        found.requires_grad,
+        f"features {features.name} carry no gradient, which drpo needs; name others, or "
+        "--features latents",
+    )
+
+
 class PreferRun(ComparingRun):
     """Training on preferences among a generator's own images, into one folder.
 
@@ -130,17 +149,19 @@ class PreferRun(ComparingRun):
         """
         options.check_drawn()
         size = TargetImages(generator, resolution).size
-        elements = math.prod(generator.latent_shape(*size))
         self.features = features
 
         def of(latents: Any) -> Any:
             assert features is not None
             return features.of(generator.images(latents))
 
+        if features is not None:
+            _check_gradient(features, size, generator)
+        drawn = options.drawn(generator.latent_shape(*size))
         several = isinstance(generator, FewStepGenerator)
         if several:
             options.check_steps(generator.draws_noise)
-        loss = options.loss(elements, None if features is None else of, several)
+        loss = options.loss(drawn, None if features is None else of, several)
         super().__init__(
             generator, loss, prompts, folder, options, rewards=rewards, resolution=size, **more
         )

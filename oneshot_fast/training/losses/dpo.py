@@ -19,6 +19,7 @@ all x, t of mean_D (x - t)^2 and W and L the better and the worse half of the gr
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -53,6 +54,8 @@ def group_gap(x: Tensor, better: Tensor, worse: Tensor) -> Tensor:
 class GroupDPO:
     """On the clean latents [G, K, C, h, w] of a group, and their "rewards" [G, K] in ``extra``.
 
+    Images whose reward is not finite are left out.
+
     Attributes:
         beta: Per squared deviation of the latents.
     """
@@ -62,13 +65,18 @@ class GroupDPO:
 
     def __call__(self, policy: Tensor, base: Tensor, extra: Extra) -> Found:
         """See ``Objective``."""
-        half = policy.shape[1] // 2
-        order = extra["rewards"].nan_to_num(-3e38, posinf=-3e38, neginf=-3e38).argsort(1)
-        shape = (*order.shape, *[1] * (policy.ndim - 2))
-        ranked = policy.detach().gather(1, order.view(shape).expand_as(policy))
-        worse, better = ranked[:, :half], ranked[:, -half:]
-        gap = group_gap(policy, better, worse) - group_gap(base, better, worse)
-        told = extra["ties"] < 1
+        gaps = []
+        for x, start, rewards in zip(policy, base, extra["rewards"], strict=True):
+            order = rewards.argsort()
+            order = order[rewards[order].isfinite()]
+            half = len(order) // 2
+            if half == 0:
+                gaps.append(0 * x.sum())
+                continue
+            worse, better = (x.detach()[k][None] for k in (order[:half], order[-half:]))
+            parts = (group_gap(y[order][None], better, worse) for y in (x, start))
+            gaps.append((next(parts) - next(parts))[0])
+        gap, told = torch.stack(gaps), extra["ties"] < 1
         return -F.logsigmoid(self.beta * gap) * told, {"preferred": (gap.detach() > 0).float()}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from oneshot_fast.generators.base import Generator
@@ -79,20 +80,31 @@ class Actions:
 
     Attributes:
         std: In deviations of the latents.
+        pool: z is one number for each block of so many latent pixels a side and channel, so that
+            the likelihood is that of the means of blocks.
     """
 
     std: float
+    pool: int = 1
 
     def distance(self, apart: Tensor, extra: Extra) -> Tensor:
         """The KL divergence of the actions, in nats: |x0 - base|^2 / (2 std^2)."""
-        return apart.square().flatten(2).sum(2).mean(1) / (2 * self.std**2)
+        return self.blocks(apart).square().flatten(2).sum(2).mean(1) / (2 * self.std**2)
 
     def __call__(self, generator: Generator, rows: Rows) -> tuple[Tensor, Tensor]:
         """See ``Policy``."""
         x0, _ = CleanLatents()(generator, rows)
         actions = rows.extra["actions"]
         means = x0.repeat_interleave(actions.shape[1] // x0.shape[1], 1)
-        return log_prob(actions, means, self.std)[:, :, None], x0
+        found = log_prob(self.blocks(actions), self.blocks(means), self.std)
+        return found[:, :, None], x0
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """Their means, [G, N, C, h, w] -> [G, N, C, ceil(h / pool), ceil(w / pool)]."""
+        if self.pool == 1:
+            return x
+        found = F.avg_pool2d(x.flatten(0, 1), self.pool, ceil_mode=True)
+        return found.unflatten(0, x.shape[:2])
 
 
 class Steps:

@@ -87,3 +87,8 @@ class PSO:
             # the samples are the policy's, so that 1 / ratio - 1 + log ratio is never far off
             "kl": mean(((-known).exp() - 1 + known).mean(-1)),
         }
+
+
+def original_pso(size: int) -> PSO:
+    """As published, of latents with ``size`` elements."""
+    return PSO(beta=50.0, clip=0.1, form="original", scale=1 / size)

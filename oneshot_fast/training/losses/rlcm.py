@@ -29,16 +29,14 @@ class RLCM:
 
     Attributes:
         clip: Of the ratio.
-        scale: Factor of the log-ratios; 1 / D for the original's ratio of means.
     """
 
     clip: float = 0.2
-    scale: float = 1.0
     measures = ("ratio", "clipped", "kl")
 
     def __call__(self, policy: Tensor, base: Tensor, extra: Extra) -> Found:
         """See ``Objective``."""
-        log_ratio = self.scale * (policy - extra.get("old", policy.detach()))
+        log_ratio = policy - extra.get("old", policy.detach())
         gain = advantages(extra["rewards"])[:, :, None]
         known = log_ratio.detach()
         return ppo_loss(log_ratio, gain, self.clip).mean((1, 2)), {

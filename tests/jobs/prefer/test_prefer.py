@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+import feature_samples
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,8 @@ from samples import PROMPTS
 from torch import Tensor
 
 from oneshot_fast.errors import UserError
+from oneshot_fast.evaluation.features import Features, of_classifier
+from oneshot_fast.evaluation.random_noise import classifier_for
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.loading import load_generator
@@ -27,7 +30,8 @@ from oneshot_fast.jobs.prefer.run import PreferRun
 from oneshot_fast.rewards import Reward, WeightedRewards, load_rewards
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.losses.base import shared_losses, total
-from oneshot_fast.training.losses.preference import Steps
+from oneshot_fast.training.losses.preference import Actions, CleanLatents, Steps, log_prob
+from oneshot_fast.training.losses.pso import PSO
 from oneshot_fast.training.reference import Reference
 
 SMALL: dict[str, Any] = {"group": 4, "groups_per_prompt": 1, "batch_size": 2, "anchors": 2}
@@ -92,6 +96,21 @@ def test_the_images_of_a_group(tiny: Generator) -> None:
         x0 = tiny.latents(coarse.noise[0], tiny.encode_prompts([PROMPTS[0]]))
     z = ((coarse.extra["actions"][0] - x0) / 0.3).unflatten(2, (2, 4)).unflatten(4, (2, 4))
     torch.testing.assert_close(z, z[:, :, :, :1, :, :1].expand_as(z), rtol=0, atol=1e-5)
+    # of 4 x 2 x 2 numbers, so that the log-ratio to another mean has twice its mean as variance
+    chosen = options("rlcm", action_pool=4)
+    assert chosen.drawn((4, 8, 8)) == 16 and chosen.drawn((4, 9, 7)) == 24
+    rollout = Rollout(tiny, load_rewards(["thickness"]), chosen, (4, 8, 8))
+    policy = chosen.loss(16).policy
+    assert isinstance(policy, Actions)
+    actions = 0.3 * rollout._actions(0, 4000)
+    apart = 0.1 * torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    lp = [
+        log_prob(policy.blocks(actions[None]), policy.blocks(m.expand_as(actions)[None]), 0.3)
+        for m in (torch.zeros(4, 8, 8), apart)
+    ]
+    ratio, kl = lp[0] - lp[1], policy.distance(apart[None, None], {})
+    assert ratio.mean().item() == pytest.approx(kl.item(), rel=0.1)
+    assert ratio.var().item() == pytest.approx(2 * kl.item(), rel=0.1)
     near = drawn(tiny, options("neighbor_grpo"))["preference"]
     correlation = torch.corrcoef(near.noise[0].flatten(1))[0, 1]
     assert correlation.item() == pytest.approx(1 - 0.3**2, abs=0.05)
@@ -238,9 +257,9 @@ def test_the_dry_run(call: Callable[..., Any], prompts: Path) -> None:
     [
         ({"group": 1}, "group is 1; preferences need at least 2"),
         ({"group": 5}, "group is 5; pso compares pairs: give an even number"),
-        ({"beta": 0.0}, "beta is 0.0; give a positive number"),
-        ({"action_std": -1.0}, "action_std is -1.0; give a positive"),
-        ({"action_std": math.nan}, "action_std is nan; give a positive"),
+        ({"beta": 0.0}, "beta is 0.0; give a finite positive number"),
+        ({"action_std": -1.0}, "action_std is -1.0; give a finite"),
+        ({"action_std": math.nan}, "action_std is nan; give a finite"),
         ({"eta": 2.0}, "--eta has no effect on --objective pso; leave it out"),
         ({"objective": "rlcm", "beta": 1.0}, "--beta has no effect on --objective rlcm"),
         ({"objective": "neighbor_grpo", "temperature": 0.0}, "temperature is 0.0"),
@@ -249,11 +268,50 @@ def test_the_dry_run(call: Callable[..., Any], prompts: Path) -> None:
         ({"objective": "d3po", "clip": 1.5}, "clip is 1.5; of ratios of means give less than 1"),
         ({"kl_weight": -1.0}, "kl_weight is -1.0; give a finite number, 0 or more"),
         ({"max_drift": 0.0}, "max_drift is 0.0"),
+        ({"beta": math.inf}, "beta is inf; give a finite positive number"),
+        ({"action_std": math.inf}, "action_std is inf; give a finite"),
+        ({"objective": "rebel", "eta": math.inf}, "eta is inf; give a finite"),
+        ({"objective": "neighbor_grpo", "temperature": math.inf}, "temperature is inf"),
+        ({"objective": "rlcm", "original_scale": True}, "--original_scale has no effect"),
+        ({"original_scale": True, "clip": 25.0}, "of ratios of means give less than 1"),
     ],
 )
 def test_options_that_make_no_sense(flags: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         dataclasses.replace(PreferOptions(), **flags).check()
+
+
+def test_numbers_of_the_papers_and_what_takes_nats() -> None:
+    PreferOptions(clip=math.inf, max_drift=math.inf).check()
+    found = options("pso", original_scale=True).loss(64).objective
+    assert found == PSO(beta=50.0, clip=0.1, form="original", scale=1 / 64)
+    assert options("d3po").loss(64).objective == PSO(0.1, 0.1, "original", 1 / 64)
+    assert options("pso", beta=2.0).loss(64).objective == PSO(beta=2.0)
+    apart = torch.full((1, 1, 4, 8, 8), 0.1)
+    for name in get_args(Name):
+        distance = options(name).loss(256).policy.distance(apart, {}).item()
+        nats = name in ("pso", "d3po", "rlcm", "rebel")
+        assert distance == pytest.approx(256 * 0.01 / (2 * 0.3**2) if nats else 0.01, rel=1e-5)
+    assert isinstance(PreferOptions(objective="pso").pair_loss().policy, CleanLatents)
+
+
+def test_features_without_a_gradient_are_refused(
+    call: Callable[..., Any], prompts: Path, tiny: Generator
+) -> None:
+    flags = ["--model_id", "tiny", "--prompt_file", prompts, "--reward", "thickness", "--dry_run"]
+    flags += ["--objective", "drpo", "--batch_size", 1, "--group", 2, "--features"]
+    for name, said in (
+        ("vae", "carry no gradient, which drpo needs; name others, or --features latents"),
+        ("python:feature_samples.rounded", "carry no gradient, which drpo needs"),
+        ("python:json.dumps", "features python:json.dumps cannot be taken: Object of type"),
+        ("python:feature_samples.counts", "error: features python:feature_samples.counts must be"),
+    ):
+        ended = call("prefer", *flags, name)
+        assert ended.code == 2 and said in ended.err and ended.err.count("\n") == 1, ended.err
+    classifier = classifier_for(tiny, PROMPTS)
+    assert classifier is not None
+    for features in (of_classifier(classifier), Features("rows", feature_samples.rows)):
+        prefer_run._check_gradient(features, (64, 64), tiny)
 
 
 def test_commands_that_make_no_sense(call: Callable[..., Any], prompts: Path) -> None:
