@@ -21,7 +21,8 @@ class ConvertConfig:
     """
 
     file: Positional[Path]
-    """generator_ema.pt, or a folder that holds it; code in it is never run."""
+    """generator_ema.pt, a folder that holds it, or a checkpoint's folder with transformer/; code in
+    it is never run."""
     output_dir: Positional[Path]
     """Folder to write; it must not be there yet."""
     part: Literal["transformer", "unet"] = "transformer"
@@ -71,14 +72,19 @@ def execute(command: LoraCommand) -> int:
     import torch
 
     from oneshot_fast.generators.base import LoadOptions
-    from oneshot_fast.generators.lora_files import LoraFile, check_alpha, convert_torch, weights_of
+    from oneshot_fast.generators.lora_files import (
+        LoraFile,
+        check_alpha,
+        convert_rtdmds,
+        is_rtdmds,
+        weights_of,
+    )
 
     if isinstance(config, ConvertConfig):
         file = LoraFile(weights_of(config.file, f"{config.file}"), alpha=alpha)
-        pt = file.path.suffix != ".safetensors"
-        require(pt, f"{file.path} is a .safetensors file, which diffusers and peft read themselves")
+        require(is_rtdmds(file.path), f"{file.path}: diffusers and peft read it themselves")
         check_alpha(alpha, [file])
-        count = convert_torch(file, config.part, config.output_dir)
+        count = convert_rtdmds(file, config.part, config.output_dir)
         print(f"{count} modules of {config.part}: {config.output_dir}")
         return OK
 

@@ -8,17 +8,21 @@ from pathlib import Path
 
 from tyro.conf import UseAppendAction
 
-from oneshot_fast.cli import OK, run_command
+from oneshot_fast.cli import OK, SOME_FAILED, run_command
 from oneshot_fast.data.options import SizeOptions
-from oneshot_fast.data.prompts import read_prompts
-from oneshot_fast.data.records import text_field
+from oneshot_fast.data.prompts import named_prompts
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.rewards.options import JudgeModels
 from oneshot_fast.runtime.options import RunOptions
 
-# of the model, what a YAML file says nothing of
-_BESIDE_CONFIG = ("device", "variant", "revision", "channels_last", "cache_dir")
+# flags that a YAML file says, and its keys
+_BY_CONFIG = {
+    "model_id": "pretrained_path", "batch_size": "batch_size", "lora_alpha": "lora_alpha",
+    "reward": "reward_fn", "resolution": "image_resolution", "seed": "seed", "dtype": "dtype",
+    "lora": "lora_paths", "num_inference_steps": "num_steps",
+    "step_list": "denoising_step_list", "guidance_scale": "guidance_scale", "cps_eta": "cps_eta",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class SampleCommand:
     """Make images of prompts: samples.jsonl, images/*.png and grid.png.
 
     An image depends on the seed and on its prompt's place in the list, never on the batch. With
-    --config, an inference file of RTDMD says all of it. An interrupted run goes on when the same
+    --config, an inference file of RTDMD says most of it. An interrupted run goes on when the same
     command is repeated.
     """
 
@@ -35,9 +39,10 @@ class SampleCommand:
     override: UseAppendAction[tuple[str, ...]] = ()
     """KEY=VALUE in place of the YAML file's; may be given several times."""
     prompt: UseAppendAction[tuple[str, ...]] = ()
-    """A prompt; may be given several times. It goes before all that the YAML file names."""
+    """A prompt; may be given several times. It goes before those of prompt_file; with --config
+    both are in place of all that the YAML file names."""
     prompt_file: Path | None = None
-    """Prompts: .txt with one per line, .tsv or .csv with a header, or .jsonl."""
+    """Prompts: .txt with one per line, .tsv or .csv with a header, .jsonl or .json."""
     prompt_field: str | None = None
     """Column or field of prompt_file; by default the first of prompt, text and caption."""
     model_id: str | None = None
@@ -49,7 +54,7 @@ class SampleCommand:
     batch_size: int = 4
     """Images that are made at once."""
     lora_alpha: float | None = None
-    """Scale times rank of RTDMD's LoRA files, which do not say it; by default twice the rank."""
+    """Scale times rank of RTDMD's LoRA files that do not say it; by default twice the rank."""
     reward: UseAppendAction[tuple[str, ...]] = ()
     """NAME of a reward whose scores of the images are written, too; may be given several times."""
     size: SizeOptions = SizeOptions()
@@ -60,19 +65,19 @@ class SampleCommand:
 
 def execute(command: SampleCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
-    prompts = [text_field({"--prompt": prompt}, "--prompt") for prompt in command.prompt]
     require(command.run.report_to == "none", "--report_to: images go to no tracker; leave it out")
-    pipeline = None
-    if command.config is not None:
-        command, prompts, pipeline = _configured(command, prompts)
-    else:
-        require(not command.override, "--override has no effect without --config; give it, too")
-        if command.prompt_file is not None:
-            prompts += read_prompts(command.prompt_file, command.prompt_field)
+    for flag in ("backprop_steps", "decoder_checkpointing"):
+        is_usual = getattr(command.model, flag) == getattr(ModelOptions, flag)
+        require(is_usual, f"--{flag} is for gradients, and nothing here has any; leave it out")
+    of_file, pipeline = command.config is not None, None
     require(
-        command.prompt_file is not None or command.prompt_field is None,
-        "--prompt_field has no effect without --prompt_file; give both",
+        of_file or not command.override,
+        "--override has no effect without --config; give it, too",
     )
+    named = command.prompt, command.prompt_file, command.prompt_field
+    prompts = named_prompts(*named) if any(named) else []
+    if of_file:
+        command, prompts, pipeline = _configured(command, prompts)
     if command.model_id is None or command.output_dir is None:
         raise UserError("give --model_id ID and --output_dir DIR, or --config FILE")
     require(bool(prompts), "give --prompt TEXT or --prompt_file FILE")
@@ -98,6 +103,9 @@ def execute(command: SampleCommand) -> int:
     summary = run.run(overwrite=command.run.overwrite, verify=command.run.verify)
     means = "".join(f", mean {name} {value:.4f}" for name, value in summary["means"].items())
     print(f"{summary['samples']} images{means}, in {summary['seconds']:.0f} s: {run.folder}")
+    if summary["failed"]:
+        print(f"{summary['failed']} failed: {run.folder / 'failures.jsonl'}", file=sys.stderr)
+        return SOME_FAILED
     return OK
 
 
@@ -106,14 +114,14 @@ def _configured(command: SampleCommand, prompts: list[str]) -> tuple[SampleComma
     from oneshot_fast.jobs.sample.config import read_config
 
     assert command.config is not None
-    own = {name: getattr(command.model, name) for name in _BESIDE_CONFIG}
-    _left_out(command.model, tuple(own))
-    beside = ("config", "override", "prompt", "output_dir", "images_per_prompt")
-    _left_out(command, (*beside, "size", "judges", "model", "run"))
-    _left_out(command.size)
-    require(
-        command.run.seed == RunOptions.seed, "--seed: with --config give --override seed=N instead"
-    )
+    for group in (command, command.size, command.run, command.model):
+        for field in dataclasses.fields(group):
+            key = _BY_CONFIG.get(field.name)
+            require(
+                key is None or getattr(group, field.name) == field.default,
+                f"--{field.name}: with --config give --override {key}=VALUE instead",
+            )
+    by_sides = command.size.size is not None
     found = read_config(command.config, command.override, prompts)
     judges = command.judges
     if found.models_dir is not None:
@@ -123,12 +131,12 @@ def _configured(command: SampleCommand, prompts: list[str]) -> tuple[SampleComma
             command,
             model_id=found.model_id,
             output_dir=command.output_dir or found.output_dir,
-            size=SizeOptions(found.resolution),
+            size=command.size if by_sides else SizeOptions(found.resolution),
             batch_size=found.batch_size,
             lora_alpha=found.lora_alpha if _needs_alpha(found.model["lora"]) else None,
             reward=found.rewards,
             judges=judges,
-            model=ModelOptions(**own, **found.model),
+            model=replace(command.model, **found.model),
             run=replace(command.run, seed=found.seed),
         ),
         found.prompts,
@@ -140,17 +148,6 @@ def _needs_alpha(files: tuple[str, ...]) -> bool:
     from oneshot_fast.generators.lora_files import LoraFile
 
     return not all(LoraFile.parse(file).has_alpha for file in files)
-
-
-def _left_out(
-    group: SampleCommand | SizeOptions | ModelOptions, names: tuple[str, ...] = ()
-) -> None:
-    """Refuse flags, all but ``names``, that the YAML file says."""
-    for field in dataclasses.fields(group):
-        require(
-            field.name in names or getattr(group, field.name) == field.default,
-            f"--{field.name}: with --config give --override KEY=VALUE instead",
-        )
 
 
 main = functools.partial(run_command, "sample", SampleCommand, execute)

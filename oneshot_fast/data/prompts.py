@@ -1,6 +1,7 @@
 """Lists of prompts."""
 
 import csv
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def read_prompts(path: Path, prompt_field: str | None = None) -> list[str]:
     """Prompts of a file: of text one per line, of a table by its header, of JSON lines by field.
 
     Args:
-        path: .txt (or no suffix), .tsv or .csv with a header, or .jsonl.
+        path: .txt (or no suffix), .tsv or .csv with a header, .jsonl, or .json with a list of
+            texts or objects.
         prompt_field: column or field; by default the first of prompt, text and caption, which may
             begin with a capital. A text file has none. A list of JSON is several prompts.
 
@@ -56,7 +58,7 @@ def read_prompts(path: Path, prompt_field: str | None = None) -> list[str]:
         raise DataError(f"{path}: no such file")
     suffix = path.suffix.lower()
     readers = {"": _text_rows, ".txt": _text_rows, ".jsonl": read_objects}
-    readers |= {".csv": read_table, ".tsv": read_table}
+    readers |= {".csv": read_table, ".tsv": read_table, ".json": _list_rows}
     if suffix not in readers:
         known = ", ".join(sorted(filter(None, readers)))
         raise DataError(f"{path}: files {suffix} are not read as prompts; give one of {known}")
@@ -74,7 +76,8 @@ def read_prompts(path: Path, prompt_field: str | None = None) -> list[str]:
                 raise DataError(f"no field {wanted}; set --prompt_field, one of: {names}")
             found += texts_field(row, name)
         except DataError as error:
-            raise DataError(f"{path}: line {number}: {error}") from None
+            place = "entry" if suffix == ".json" else "line"
+            raise DataError(f"{path}: {place} {number}: {error}") from None
     require(bool(found), f"{path}: has no prompt")
     return found
 
@@ -128,6 +131,18 @@ def read_table(path: Path) -> Iterator[Row]:
             )
         else:
             yield number, dict(zip(header, fields, strict=False))
+
+
+def _list_rows(path: Path) -> Iterator[Row]:
+    """Entries of a JSON file that is one list, with their places in it, from 1."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: broken JSON: {one_line(error)}") from None
+    if not isinstance(found, list):
+        raise DataError(f"{path}: it is no list of prompts")
+    for number, entry in enumerate(found, 1):
+        yield number, entry if isinstance(entry, dict) else {"prompt": entry}
 
 
 def _text_rows(path: Path) -> Iterator[Row]:

@@ -71,8 +71,8 @@ class Frame:
 class Buckets:
     """Sizes of about the same area, of which each picture takes the one that a crop costs least.
 
-    As kohya's sd-scripts make them: sides are multiples of a step, and none has more pixels than
-    the square.
+    Sides are multiples of a step, from half of the square's to twice of it, and none has more
+    pixels than the square.
     """
 
     sizes: tuple[Size, ...]

@@ -1,7 +1,8 @@
 """LoRA files of diffusers, peft, kohya's scripts and RTDMD, merged, or given another form.
 
 All are read by diffusers' own loaders. RTDMD (https://github.com/Harahan/RTDMD) saves a trained
-generator with torch.save: ``<module>.lora_A.default.weight`` and the same of B, without alpha.
+generator with torch.save: ``<module>.lora_A.default.weight`` and the same of B, without alpha; and
+in its checkpoint's transformer/ by the same names, with peft's configuration, which says alpha.
 """
 
 import copy
@@ -34,6 +35,8 @@ _TORCH_KEY = re.compile(
 )
 # how torch and transformers name a weight of another shape
 _MISFIT = re.compile(r"size mismatch for (\S+):|^(\S*\.lora_\S+) *\| *MISMATCH", re.MULTILINE)
+_UNETS = ("down_blocks.", "mid_block.", "up_blocks.")  # how modules of a UNet begin
+_TRANSFORMERS = ("transformer_blocks.", "single_transformer_blocks.")
 _UNSUPPORTED = {
     "dora_scale": "DoRA's magnitudes",
     "lora_magnitude_vector": "DoRA's magnitudes",
@@ -48,8 +51,8 @@ class LoraFile:
     Attributes:
         path: A .safetensors file, or RTDMD's .pt file.
         weight: Factor of its change of the weights.
-        alpha: Scale times rank of a .pt file that has no adapter_config.json beside it, which says
-            it; None is twice the rank.
+        alpha: Scale times rank of a file of RTDMD that has no adapter_config.json beside it, which
+            says it; None is twice the rank.
     """
 
     path: Path
@@ -77,7 +80,7 @@ class LoraFile:
     @property
     def has_alpha(self) -> bool:
         """Whether the file, or the one beside it, says its alpha."""
-        return self.path.suffix not in _TORCH or (self.path.parent / _PEFT_CONFIG).is_file()
+        return not is_rtdmds(self.path) or (self.path.parent / _PEFT_CONFIG).is_file()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -151,7 +154,10 @@ class Adapters:
             raise ModelError(f"{said}it is not for this model: {text}") from None
         finally:
             pipe.lora_state_dict = convert
-        added = [v for k, v in _adapters(self._networks).items() if k not in before]
+        new = {k: v for k, v in _adapters(self._networks).items() if k not in before}
+        if key := next((key for key, value in new.items() if value.is_meta), None):
+            raise ModelError(f"{said}it has no weights of {key}, which its configuration names")
+        added = [*new.values()]
         if key := _unused(raw, converted, added, told):
             raise ModelError(f"{said}it is not for this model, which has no use for {key}")
         # diffusers loses kohya's alphas of attention where they differ
@@ -184,12 +190,22 @@ class Adapters:
                 yield f"{module}.weight", total
 
     @torch.no_grad()
-    def merge(self, part: str, network: nn.Module, weights: Sequence[float]) -> None:
-        """Add the changes to a network: in float64, and rounded once to the type it has."""
+    def merge(
+        self,
+        part: str,
+        network: nn.Module,
+        weights: Sequence[float],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Add the changes to a network: in float64, and rounded once to the type it has.
+
+        With ``dtype`` the weights that change are rounded once to this type, and have it then.
+        """
         parameters = dict(network.named_parameters())
         for name, delta in self.change(part, weights):
             value = parameters[name]
-            value.copy_((value.double() + delta.to(value.device)).to(value.dtype))
+            total = value.double() + delta.to(value.device)
+            value.data = total.to(dtype or value.dtype)
 
     def trainable(self, part: str) -> "Adapter":
         """The first file's adapter of a network.
@@ -254,9 +270,22 @@ class MergedSource:
         stored: Type of each network's weights, by name; merging keeps it.
     """
 
-    def __init__(self, source: Any, parts: Sequence[str], loras: Sequence[LoraFile]) -> None:
-        """Describe it; ``source`` is a ``PipelineFolder`` or a ``PipelineFile``."""
-        self._source, self._parts = source, parts
+    def __init__(
+        self,
+        source: Any,
+        parts: Sequence[str],
+        loras: Sequence[LoraFile],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Describe it.
+
+        Args:
+            source: A ``PipelineFolder`` or a ``PipelineFile``.
+            parts: Names of its networks; the first is the denoiser.
+            loras: What is merged.
+            dtype: Type that the sums are rounded to; None is that of the files.
+        """
+        self._source, self._parts, self._dtype = source, parts, dtype
         self._loras, self.stored = loras, source.stored
         self._adapters: Adapters | None = None
 
@@ -269,7 +298,8 @@ class MergedSource:
         for part in self._parts:
             network = getattr(pipe, part)
             if part not in given and network is not None and self._adapters.adapts(part):
-                self._adapters.merge(part, network, [lora.weight for lora in self._loras])
+                weights = [lora.weight for lora in self._loras]
+                self._adapters.merge(part, network, weights, self._dtype)
                 merged[part] = network.to(dtype or self.stored[part])
         # the others in the types that they have without LoRAs
         return pipe if dtype is None else self._source.read(dtype, **merged)
@@ -280,13 +310,16 @@ def check_alpha(alpha: float | None, files: Sequence[LoraFile]) -> None:
     require(alpha is None or 0 < alpha < math.inf, f"lora_alpha is {alpha}; give a positive number")
     require(
         alpha is None or not all(file.has_alpha for file in files),
-        "--lora_alpha has no effect: it is of RTDMD's .pt files, and here is none; leave it out",
+        "--lora_alpha has no effect: it is of RTDMD's files that do not say it, and here is none; "
+        "leave it out",
     )
 
 
 def weights_of(path: Path, said: str) -> Path:
-    """The .safetensors or .pt file at ``path``, or in this folder."""
+    """The .safetensors or .pt file at ``path``, in this folder, or in RTDMD's of a checkpoint."""
     if path.is_dir():
+        if (path / "transformer" / _PEFT).is_file():
+            return path / "transformer" / _PEFT
         found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pt"))
         named = [p for p in found if p.name in (_OURS, _PEFT)] or found
         require(
@@ -305,10 +338,20 @@ def weights_of(path: Path, said: str) -> Path:
 def lora_sha256(path: Path) -> str:
     """sha256 of a LoRA file, or of it and peft's configuration beside it, where that counts."""
     digest, config = file_sha256(path), path.parent / _PEFT_CONFIG
-    has_config = path.suffix in _TORCH or _is_pefts(read_header(path)[0])
+    has_config = is_rtdmds(path) or _is_pefts(read_header(path)[0])
     if not has_config or not config.is_file():
         return digest
     return hashlib.sha256(f"{digest} {file_sha256(config)}".encode()).hexdigest()
+
+
+def is_rtdmds(path: Path) -> bool:
+    """Whether a file has RTDMD's names of modules: one of torch.save, or of its checkpoint.
+
+    Raises:
+        ModelError: If it is damaged.
+    """
+    names = () if path.suffix in _TORCH else read_header(path)[0]
+    return path.suffix in _TORCH or _TORCH_KEY.fullmatch(next(iter(names), "")) is not None
 
 
 def _is_pefts(names: Iterable[str]) -> bool:
@@ -319,15 +362,16 @@ def _is_pefts(names: Iterable[str]) -> bool:
 def _read_file(lora: LoraFile, denoiser: str, said: str) -> tuple[dict[str, Tensor], Any]:
     """Tensors of a LoRA in float32, by name, and peft's configuration of its networks, or None."""
     path = lora.path
-    if path.suffix in _TORCH:
-        pairs, config = read_torch(lora, said)
-        found = {f"{denoiser}.{key}": value for key, value in pairs.items()}
-        return found, {f"{denoiser}.{key}": value for key, value in config.items()}
     try:
-        header = read_header(path)[1]
-        tensors = {key: value.float() for key, value in read_safetensors(path).items()}
+        if others := not is_rtdmds(path):
+            header = read_header(path)[1]
+            tensors = {key: value.float() for key, value in read_safetensors(path).items()}
     except ModelError as error:
         raise ModelError(f"{said}{error}") from None
+    if not others:
+        pairs, config = read_rtdmds(lora, said)
+        found = {f"{denoiser}.{key}": value for key, value in pairs.items()}
+        return found, {f"{denoiser}.{key}": value for key, value in config.items()}
     if not tensors:
         raise ModelError(f"{said}it holds no tensors")
     for key, value in tensors.items():
@@ -355,8 +399,8 @@ def _beside(path: Path, said: str) -> dict[str, Any]:
     return known
 
 
-def read_torch(lora: LoraFile, said: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A denoiser's LoRA in a file of RTDMD; code in a pickle is never run.
+def read_rtdmds(lora: LoraFile, said: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A denoiser's LoRA in a file of RTDMD's names; code in a pickle is never run.
 
     Args:
         lora: The file, and its alpha.
@@ -367,12 +411,15 @@ def read_torch(lora: LoraFile, said: str) -> tuple[dict[str, Tensor], dict[str, 
         arguments of peft's LoraConfig.
 
     Raises:
-        ModelError: If it is damaged, holds anything else, or lacks a half of a pair.
+        ModelError: If it is damaged, holds anything else, lacks a half of a pair, or has other
+            ranks than the configuration beside it.
     """
     from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
 
     try:
-        raw = read_pickle(lora.path, mmap=True)
+        is_pickle = lora.path.suffix in _TORCH
+        raw = read_pickle(lora.path, mmap=True) if is_pickle else read_safetensors(lora.path)
     except ModelError as error:
         raise ModelError(f"{said}{error}") from None
     tensors, ranks = dict[str, Tensor](), dict[str, int]()
@@ -400,7 +447,15 @@ def read_torch(lora: LoraFile, said: str) -> tuple[dict[str, Tensor], dict[str, 
         ranks[module] = rank
     modules = "|".join(map(re.escape, ranks))
     if (lora.path.parent / _PEFT_CONFIG).is_file():
-        return tensors, _beside(lora.path, said) | {"target_modules": modules}
+        known = _beside(lora.path, said)
+        for module, rank in ranks.items():
+            patterns = known["rank_pattern"]
+            wanted = patterns.get(get_pattern_key(patterns, module), known["r"])
+            if wanted != rank:
+                raise ModelError(
+                    f"{said}{module} has rank {rank}, but {_PEFT_CONFIG} beside it says {wanted}"
+                )
+        return tensors, known | {"target_modules": modules}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     alpha = 2.0 * usual if lora.alpha is None else lora.alpha
     config: Any = LoraConfig(
@@ -417,7 +472,7 @@ def read_torch(lora: LoraFile, said: str) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, {k: v for k, v in config.to_dict().items() if k != "peft_type"}
 
 
-def convert_torch(lora: LoraFile, part: str, folder: Path) -> int:
+def convert_rtdmds(lora: LoraFile, part: str, folder: Path) -> int:
     """Write a LoRA of RTDMD as files that others read.
 
     ``folder`` has pytorch_lora_weights.safetensors for ``pipe.load_lora_weights(folder)`` and, in
@@ -432,12 +487,17 @@ def convert_torch(lora: LoraFile, part: str, folder: Path) -> int:
         How many modules it adapts.
 
     Raises:
-        ModelError: See ``read_torch``.
+        ModelError: See ``read_rtdmds``; or a module is one of the other kind of network.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    tensors, config = read_torch(lora, f"{lora.path}: ")
+    tensors, config = read_rtdmds(lora, f"{lora.path}: ")
+    for key in tensors:
+        kinds = ("unet", _UNETS), ("transformer", _TRANSFORMERS)
+        of = next((kind for kind, begins in kinds if key.startswith(begins)), part)
+        if of != part:
+            raise ModelError(f"{lora.path}: {key} is of a {of}; give --part {of}")
     metadata = {f"{part}.{key}": value for key, value in config.items()}
     text = json.dumps(metadata, indent=2, sort_keys=True, default=sorted)
     with write_folder(folder) as temporary:

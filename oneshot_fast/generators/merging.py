@@ -25,7 +25,7 @@ def write_merged(
 ) -> None:
     """Write a pipeline with ``loras`` merged in, in diffusers layout, atomically.
 
-    The changes of all files are added up in float64 and the sum is rounded once.
+    The changes of all files are added up in float64 and the sum is rounded once, to ``dtype``.
 
     Args:
         model_id: Folder in diffusers layout or hub id, also of a model of many steps.
@@ -40,10 +40,14 @@ def write_merged(
     family: Any
     family, source_id = find_family(model_id, options)
     known = issubclass(family, PipelineGenerator) and not source_id.endswith(".safetensors")
-    require(known, f"model {model_id} is no folder of diffusers; leave --lora out")
+    require(
+        known,
+        f"--model_id {model_id} is no pipeline's folder in diffusers layout, which merge needs; "
+        "give one (pipe.save_pretrained writes it)",
+    )
     try:
         source = open_folder(family, source_id, options)
-        pipe = MergedSource(source, family.parts, loras).read(dtype)
+        pipe = MergedSource(source, family.parts, loras, dtype).read(dtype)
     except ModelError as error:
         raise ModelError(f"cannot merge into model {model_id}: {error}") from None
     with write_folder(folder) as temporary:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from family_samples import tiny_pipeline
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from oneshot_fast.errors import ModelError
-from oneshot_fast.generators.lora_files import Adapters, LoraFile, convert_torch
+from oneshot_fast.generators.lora_files import Adapters, LoraFile, convert_rtdmds
 
 SD3 = "StableDiffusion3Pipeline"
 TARGETS = {
@@ -56,7 +56,7 @@ def test_converted_and_merged_alike(name: str, tmp_path: Path) -> None:
     base = getattr(pipe, part)
     expected = merged(base, state, scale=2.0)
     # diffusers
-    assert convert_torch(LoraFile(tmp_path / "a.pt"), part, tmp_path / "out") == len(state) // 2
+    assert convert_rtdmds(LoraFile(tmp_path / "a.pt"), part, tmp_path / "out") == len(state) // 2
     with torch.no_grad():
         theirs = tiny_pipeline(name)
         getattr(theirs, part).load_state_dict(base.state_dict())
@@ -103,6 +103,37 @@ def test_a_stack_has_no_order_and_is_rounded_once(tmp_path: Path) -> None:
 class Code:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, ("touch ran",)
+
+
+def test_a_checkpoint_folder(tmp_path: Path, call: Callable[..., Any]) -> None:
+    """RTDMD's own, whose keys have .default. in them and no prefix, with adapter_config.json."""
+    state = trained(SD3, tmp_path / "a.pt")
+    pipe, folder = tiny_pipeline(SD3), tmp_path / "checkpoint-7"
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS[SD3])
+    config.save_pretrained(str(folder / "transformer"))
+    save_file(state, folder / "transformer/adapter_model.safetensors")
+    (folder / "meta.pt").write_bytes(b"")
+    lora = LoraFile.parse(f"{folder}")
+    mine = copy.deepcopy(pipe.transformer)
+    Adapters(pipe, ["transformer"], [lora], "--lora").merge("transformer", mine, [1.0])
+    expected = merged(pipe.transformer, state, scale=1.5)
+    for key, value in mine.state_dict().items():
+        torch.testing.assert_close(value.double(), expected[key], rtol=0, atol=1e-6)
+    noted = lora.settings
+    assert call("lora", "convert", folder, tmp_path / "out").code == 0
+    ended = call("lora", "convert", folder, tmp_path / "no", "--part", "unet")
+    assert ended.code == 2 and "is of a transformer; give --part transformer" in ended.error, ended
+    # the configuration beside counts, and has to be true
+    LoraConfig(r=8, lora_alpha=6).save_pretrained(str(folder / "transformer"))
+    ended = call("lora", "convert", folder, tmp_path / "no")
+    assert ended.code == 2 and "has rank 4, but adapter_config.json beside it says 8" in ended.error
+    first = next(iter(state)).split(".lora_")[0]
+    other = {f"^{first}": 4}
+    LoraConfig(r=8, lora_alpha=6, rank_pattern=other).save_pretrained(str(folder / "transformer"))
+    with pytest.raises(ModelError, match="says 8") as caught:
+        Adapters(pipe, ["transformer"], [lora], "--lora")
+    assert first not in str(caught.value)
+    assert lora.settings != noted and not (tmp_path / "no").exists()
 
 
 def test_broken_files_are_refused_by_their_first_key(
@@ -164,6 +195,12 @@ def test_the_commands(tmp_path: Path, call: Callable[..., Any]) -> None:
         .items()
     ):
         assert torch.equal(value, expected[key].half()), key
+    # of another type the sum is rounded once, too
+    exact = [*flags[:3], tmp_path / "exact", "--dtype", "float32"]
+    assert call("lora", "merge", *exact, *loras, "--lora_alpha", 8).code == 0
+    weights = load_file(tmp_path / "exact/transformer/diffusion_pytorch_model.safetensors")
+    for key, value in weights.items():
+        assert torch.equal(value, expected[key].float()), key
     for more, message in (
         ([*loras[:2], "--lora_alpha", 8], "has no effect"),
         ([*loras, "--lora", tmp_path / "none.pt"], "no such file"),
@@ -172,3 +209,6 @@ def test_the_commands(tmp_path: Path, call: Callable[..., Any]) -> None:
         place = tmp_path / ("merged" if "another" in message else "other")
         ended = call("lora", "merge", *flags[:3], place, *more)
         assert ended.code == 2 and message in ended.error, ended
+    file = tmp_path / "merged/transformer/diffusion_pytorch_model.safetensors"
+    ended = call("lora", "merge", "--model_id", file, *flags[2:3], tmp_path / "other", *loras)
+    assert ended.code == 2 and "which merge needs; give one" in ended.error, ended

@@ -1,5 +1,6 @@
 """RTDMD's YAML files of inference (https://github.com/Harahan/RTDMD, configs/inference)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 import yaml
 
 from oneshot_fast.data.prompts import read_prompts
+from oneshot_fast.data.records import text_field
 from oneshot_fast.errors import UserError, one_line, require
-from oneshot_fast.generators.lora_files import LoraFile, read_torch
+from oneshot_fast.generators.lora_files import LoraFile, read_rtdmds
 from oneshot_fast.runtime.ledger import say
 
 _FAMILIES = {"sd35": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
@@ -19,7 +21,11 @@ _REWARDS = {
     "imagereward": "imagereward",
 }  # fmt: skip
 _IGNORED = ("preload_reward_models", "reward_dataset_map", "distributed", "strategy")
-_PROMPT_FILES = ("test.txt", "test_metadata.jsonl", "test.jsonl", "prompts.txt")
+_PROMPT_FILES = (
+    "test.txt", "test.jsonl", "test_metadata.jsonl", "prompts.json", "prompts.txt",
+    "metadata.jsonl",
+)  # fmt: skip
+_TIMESTEPS = 1000  # of a flow's training
 # what is read, and what is taken where it is not given
 _KEYS: dict[str, Any] = {
     "pretrained_path": "", "model_type": "sd35", "dtype": "bf16", "image_resolution": 512,
@@ -79,7 +85,7 @@ def read_config(
     require(path.is_file(), f"--config {path}: no such file")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: {one_line(error)}") from None
     require(isinstance(raw, dict), f"--config {path}: it is no YAML of keys and values")
     given = {str(key): value for key, value in raw.items()}
@@ -89,84 +95,110 @@ def read_config(
         outer, _, inner = key.partition(".")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"--override {override}: {one_line(error)}") from None
         given[outer] = {**_mapping(given.get(outer), outer), inner: value} if inner else value
     unknown = [key for key in given if key not in _KEYS and key not in _IGNORED]
     require(not unknown, f"--config {path}: unknown key {', '.join(unknown[:3])}; remove it")
-    if ignored := [key for key in _IGNORED if key in given]:
-        say(f"{path}: not used here: {', '.join(ignored)}")
     # what is empty in the file counts as left out
-    return _Reader(path, _KEYS | {k: v for k, v in given.items() if v not in (None, "")}).read(
-        list(prompts)
-    )
+    given = {key: value for key, value in given.items() if value not in (None, "")}
+    return _Reader(path, given).read(list(prompts))
 
 
 class _Reader:
     """Values of a YAML file by key, and what is wrong with them."""
 
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        self._path, self._values = path, values
+    def __init__(self, path: Path, given: Mapping[str, Any]) -> None:
+        self._path, self._given, self._values = path, given, _KEYS | dict(given)
 
     def read(self, prompts: list[str]) -> InferenceConfig:
         family, mode = self._one("model_type", _FAMILIES), self._text("mode")
         self._need(mode in ("distilled", "normal"), "mode", "give distilled or normal")
-        steps, guidance = self._number("num_steps", 1), float(self._values["guidance_scale"])
+        model_id = self._text("pretrained_path")
+        self._need(bool(model_id.strip()), "pretrained_path", "name the base model")
+        steps = self._whole("num_steps", 1)
         model: dict[str, Any] = {
             "num_inference_steps": steps,
             "dtype": self._one("dtype", _DTYPES),
-            "lora": tuple(self._list("lora_paths")),
+            "lora": tuple(self._texts("lora_paths", split=True)),
         }
         if mode == "distilled":
-            levels = tuple(map(float, self._list("denoising_step_list")))
-            fits = steps <= len(levels)
-            self._need(fits, "num_steps", f"denoising_step_list has {len(levels)} timesteps")
+            levels, eta = self._levels(steps), self._real("cps_eta", 0, 1)
             if steps > 1:
-                model |= {"step_list": levels, "cps_eta": float(self._values["cps_eta"])}
-            self._need(steps > 1 or levels[0] == 1000, "denoising_step_list", "begin at 1000")
-        if steps > 1:
-            model["guidance_scale"] = guidance
-        self._need(steps > 1 or guidance == 1, "guidance_scale", "one step has none: 1")
+                model |= {"step_list": levels, "cps_eta": eta}
+        else:
+            guidance = self._real("guidance_scale", 1)
+            self._need(steps > 1 or guidance == 1, "guidance_scale", "one step has none: 1")
+            if steps > 1:
+                model["guidance_scale"] = guidance
         self._check_ranks(model["lora"])
         ckpt = self._text("reward_ckpt_path")
-        return InferenceConfig(
-            model_id=self._text("pretrained_path"),
+        of_dataset = self._text("eval_prompt_source") == "dataset"
+        found = InferenceConfig(
+            model_id=model_id,
             pipeline=family,
             model=model,
-            lora_alpha=float(self._values["lora_alpha"]),
-            resolution=self._number("image_resolution", 1),
-            seed=self._number("seed", 0),
-            batch_size=self._number("batch_size", 1),
-            prompts=prompts or self._prompts(),
+            lora_alpha=self._real("lora_alpha", 0),
+            resolution=self._whole("image_resolution", 1),
+            seed=self._whole("seed", 0),
+            batch_size=self._whole("batch_size", 1),
+            prompts=prompts or self._prompts(of_dataset),
             output_dir=Path(self._text("output_dir")),
-            rewards=self._rewards() if self._values["eval_reward"] else (),
+            rewards=self._rewards() if self._flag("eval_reward") else (),
             models_dir=Path(ckpt) if ckpt else None,
         )
+        other_mode = (
+            ("guidance_scale",) if mode == "distilled" else ("denoising_step_list", "cps_eta")
+        )
+        other_source = ("prompts", "eval_prompt_path", "prompt_file") if of_dataset else ()
+        self._say_unused(other_mode, () if prompts else other_source)
+        return found
+
+    def _say_unused(self, *groups: Sequence[str]) -> None:
+        """Name the keys that have no effect here, where they say anything but the usual."""
+        unused = [key for key in _IGNORED if key in self._given]
+        for key in (key for group in groups for key in group):
+            if key in self._given and self._given[key] != _KEYS[key]:
+                unused.append(key)
+        if unused:
+            say(f"{self._path}: not used here: {', '.join(unused)}")
+
+    def _levels(self, steps: int) -> tuple[float, ...]:
+        """Timesteps that the steps begin at."""
+        key = "denoising_step_list"
+        found = tuple(self._float(value, key, 0, _TIMESTEPS) for value in self._list(key))
+        self._need(
+            all(a > b for a, b in zip(found, [*found[1:], 0], strict=False)) and bool(found),
+            key,
+            f"give falling timesteps, from {_TIMESTEPS} to above 0",
+        )
+        self._need(steps <= len(found), "num_steps", f"{key} has {len(found)} timesteps")
+        self._need(steps > 1 or found[0] == _TIMESTEPS, key, f"begin at {_TIMESTEPS}")
+        return found
 
     def _check_ranks(self, files: Sequence[str]) -> None:
         """The scale is lora_alpha / lora_rank in the original, and alpha / the file's rank here."""
-        rank = self._number("lora_rank", 1)
+        rank = self._whole("lora_rank", 1)
         for file in map(LoraFile.parse, files):
             if not file.has_alpha:
-                found = read_torch(file, f"{file.path}: ")[1]["r"]
+                found = read_rtdmds(file, f"{file.path}: ")[1]["r"]
                 self._need(found == rank, "lora_rank", f"{file.path} has {found}")
 
-    def _prompts(self) -> list[str]:
-        if inline := self._list("prompts"):
-            return inline
-        named = self._text("eval_prompt_path") or self._text("prompt_file")
-        source = self._text("eval_prompt_source")
-        known = source in ("dataset", "prompt_file")
+    def _prompts(self, of_dataset: bool) -> list[str]:
+        """As the original finds them: of the data set, or inline, or of a file."""
+        known = of_dataset or self._text("eval_prompt_source") == "prompt_file"
         self._need(known, "eval_prompt_source", "give dataset or prompt_file")
-        if source == "prompt_file" or named:
+        most = self._whole("num_media_images", 0)
+        if of_dataset:
+            folder = Path(self._text("dataset_path")) / self._text("dataset")
+            files = [folder / name for name in _PROMPT_FILES if (folder / name).is_file()]
+            none_there = f"{folder} has none of {', '.join(_PROMPT_FILES)}; or give --prompt TEXT"
+            self._need(bool(files), "dataset", none_there)
+            found = read_prompts(files[0])
+        elif not (found := self._texts("prompts")):
+            named = self._text("eval_prompt_path") or self._text("prompt_file")
             self._need(bool(named), "prompt_file", "name the file of the prompts")
-            return read_prompts(Path(named))
-        folder = Path(self._text("dataset_path")) / self._text("dataset")
-        files = [folder / name for name in _PROMPT_FILES if (folder / name).is_file()]
-        listed = ", ".join(_PROMPT_FILES)
-        self._need(bool(files), "dataset", f"{folder} has none of {listed}; or give --prompt TEXT")
-        found = read_prompts(files[0])
-        most = self._number("num_media_images", 0)
+            found = read_prompts(Path(named))
         return found[:most] if most else found
 
     def _rewards(self) -> tuple[str, ...]:
@@ -178,30 +210,61 @@ class _Reader:
             f"{', '.join(others)} are not here; --override eval_reward=false, or name others: "
             f"'reward_fn={{pickscore: 1.0}}'",
         )
-        return tuple(f"{_REWARDS[name]}:{float(value)}" for name, value in weights.items())
+        for value in weights.values():
+            self._float(value, "reward_fn")
+        self._need(bool(weights), "reward_fn", "name rewards, or --override eval_reward=false")
+        return tuple(_REWARDS[name] for name in weights)
 
     def _text(self, key: str) -> str:
         value = self._values[key]
         self._need(isinstance(value, str), key, "give a text")
         return str(value)
 
-    def _number(self, key: str, least: int) -> int:
+    def _whole(self, key: str, least: int) -> int:
         value = self._values[key]
-        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        fits = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
         self._need(fits, key, f"give a whole number from {least}")
         return int(value)
+
+    def _real(self, key: str, least: float, most: float = math.inf) -> float:
+        return self._float(self._values[key], key, least, most)
+
+    def _float(
+        self, value: Any, key: str, least: float = -math.inf, most: float = math.inf
+    ) -> float:
+        """A number, which YAML takes for a text where it is written as 1e-3."""
+        try:
+            found = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            found = math.nan
+        remedy = f"give a number from {least:g}" if least > -math.inf else "give numbers"
+        remedy += f" to {most:g}" if most < math.inf else ""
+        self._need(math.isfinite(found) and least <= found <= most, key, remedy)
+        return found
+
+    def _flag(self, key: str) -> bool:
+        value = self._values[key]
+        self._need(isinstance(value, bool), key, "give true or false")
+        return bool(value)
 
     def _one(self, key: str, known: Mapping[str, str]) -> str:
         value = str(self._values[key]).lower()
         self._need(value in known, key, f"only these are read: {', '.join(known)}")
         return known[value]
 
-    def _list(self, key: str) -> list[Any]:
+    def _list(self, key: str, split: bool = False) -> list[Any]:
+        """A list, or one value alone; with ``split`` a text is several, with commas between."""
         value = self._values[key]
         if isinstance(value, str):
-            value = [part.strip() for part in value.split(",")]
+            value = value.split(",") if split else [value]
         self._need(isinstance(value, list), key, "give a list")
-        return [part for part in value if part != ""]
+        return list(value)
+
+    def _texts(self, key: str, split: bool = False) -> list[str]:
+        found = self._list(key, split)
+        self._need(all(isinstance(text, str) for text in found), key, "give a list of texts")
+        texts = [text.strip() for text in found]
+        return [text_field({key: text}, key) for text in texts if text]
 
     def _need(self, holds: bool, key: str, remedy: str) -> None:
         require(holds, f"{self._path}: {key} is {self._values[key]!r:.80}: {remedy}")

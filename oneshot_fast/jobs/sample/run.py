@@ -1,5 +1,6 @@
 """Images of prompts, each from a noise of its own, into one folder."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 import torch
 
 from oneshot_fast.data.images import save_png, shrink, tile
+from oneshot_fast.data.records import Failure
 from oneshot_fast.data.sizes import Resolution, size_of
-from oneshot_fast.errors import require
+from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.concurrency import Interrupts, stop
@@ -26,10 +28,11 @@ class SampleRun:
     """Images that a generator makes of prompts; what is there already is not made again.
 
     An image is a function of the seed, its prompt's place in the list, and its number among those
-    of the prompt: never of the batch. ``samples.jsonl`` has a row for each.
+    of the prompt: never of the batch. ``samples.jsonl`` has a row for each; what became NaN or
+    infinite has its row in failures.jsonl, and no picture.
     """
 
-    outputs = ("images", SAMPLES, "grid.png", "summary.json")
+    outputs = ("images", SAMPLES, "failures.jsonl", "grid.png", "summary.json")
 
     def __init__(
         self,
@@ -80,7 +83,11 @@ class SampleRun:
         }
 
     def run(self, *, overwrite: bool = False, verify: bool = False) -> dict[str, Any]:
-        """Make the images that are not there; returns the summary, as in summary.json."""
+        """Make the images that are not there; returns the summary, as in summary.json.
+
+        Raises:
+            UserError: If no image is finite.
+        """
         self.generator.warn_of_cut(self.prompts)
         folder = RunFolder(self.folder, self.settings(), self.outputs, overwrite, verify)
         with folder, Interrupts() as interrupts:
@@ -94,23 +101,28 @@ class SampleRun:
                 (n, k) for n in range(len(self.prompts)) for k in range(self.images_per_prompt)
             ]
             left = [at for at in wanted if not self._is_there(_name(*at), rows)]
-            started = time.perf_counter()
+            started, failures = time.perf_counter(), list[Failure]()
             with progress(len(wanted), "sample", "image") as bar:
                 bar.update(len(wanted) - len(left))
                 for start in range(0, len(left), self.batch_size):
                     part = left[start : start + self.batch_size]
-                    rows |= {row["image"]: row for row in self._make(part)}
+                    made, failed = self._make(part)
+                    rows |= {row["image"]: row for row in made}
+                    failures += failed
                     names = (_name(*at) for at in wanted)
                     write_jsonl(self.folder / SAMPLES, [rows[n] for n in names if n in rows])
                     bar.update(len(part))
                     if interrupts.pending:
                         stop(interrupts.pending)
-            self._write_grid([_name(*at) for at in wanted])
+            write_jsonl(self.folder / "failures.jsonl", [failure.row for failure in failures])
+            if not rows:
+                raise UserError(f"no image could be made; the first: {failures[0].reason}")
+            self._write_grid([name for name in (_name(*at) for at in wanted) if name in rows])
             summary = {
-                "samples": len(wanted),
+                "samples": len(rows),
                 "means": self._means([*rows.values()]),
                 "seconds": round(time.perf_counter() - started, 1),
-                "failed": 0,
+                "failed": len(failures),
                 "settings": self.settings(),
             }
             write_json(path, summary)
@@ -120,21 +132,33 @@ class SampleRun:
         return name in rows and (self.folder / name).is_file()
 
     @torch.no_grad()
-    def _make(self, places: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-        """Make and write the images at (prompt, number); rows of samples.jsonl."""
+    def _make(
+        self, places: Sequence[tuple[int, int]]
+    ) -> tuple[list[dict[str, Any]], list[Failure]]:
+        """Make and write the images at (prompt, number); rows of samples.jsonl, and failures."""
         prompts = [self.prompts[n] for n, _ in places]
         seeds = [derived_seed(self.seed, "sample", n, k) for n, k in places]
         noise = gaussian(seeds, self.noise_shape).to(self.generator.device)
-        images = self.generator.decode(
-            self.generator.latents(noise, self.generator.told(prompts, seeds))
-        )
-        scores = self.rewards.scores(images, prompts) if self.rewards is not None else {}
-        rows = []
-        for i, (place, prompt, seed) in enumerate(zip(places, prompts, seeds, strict=True)):
-            save_png(self.folder / _name(*place), images[i])
-            values = {name: found[i].item() for name, found in scores.items()}
-            rows.append({"image": _name(*place), "prompt": prompt, "seed": seed, **values})
-        return rows
+        latents = self.generator.latents(noise, self.generator.told(prompts, seeds))
+        images = self.generator.decode(latents)
+        good = [
+            i for i, x in enumerate(latents) if x.isfinite().all() and images[i].isfinite().all()
+        ]
+        scores = dict[str, torch.Tensor]()
+        if self.rewards is not None and good:
+            scores = self.rewards.scores(images[good], [prompts[i] for i in good])
+        rows, failures = [], []
+        for i, (place, prompt) in enumerate(zip(places, prompts, strict=True)):
+            name, bad = _name(*place), None if i in good else "it"
+            values = {} if bad else {k: v[good.index(i)].item() for k, v in scores.items()}
+            bad = bad or next((k for k, v in values.items() if not math.isfinite(v)), None)
+            if bad is not None:
+                reason = f"{bad} became NaN or infinite"
+                failures.append(Failure(reason, prompt=prompt, image=name))
+                continue
+            save_png(self.folder / name, images[i])
+            rows.append({"image": name, "prompt": prompt, "seed": seeds[i], **values})
+        return rows, failures
 
     def _write_grid(self, names: Sequence[str]) -> None:
         """The first images, the ones of a prompt side by side."""

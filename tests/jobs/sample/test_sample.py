@@ -99,6 +99,7 @@ def test_what_a_yaml_file_cannot_say(
     published: Path, call: Callable[..., Any], tmp_path: Path
 ) -> None:
     path = published / "sd35m.yaml"
+    of_file = ["eval_reward=false", "eval_prompt_source=prompt_file"]
     for overrides, message in (
         (["step=3"], "unknown key step"),
         (["eval_reward=true"], "geneval are not here"),
@@ -110,6 +111,22 @@ def test_what_a_yaml_file_cannot_say(
         (["mode=fast"], "give distilled or normal"),
         (["seed"], "give KEY=VALUE"),
         (["seed=[1"], "--override seed="),
+        (["seed=2024-99-99"], "--override seed="),
+        (["pretrained_path=' '"], "name the base model"),
+        (["mode=normal", "guidance_scale=abc"], "guidance_scale is 'abc': give a number from 1"),
+        (["mode=normal", "guidance_scale=[1]"], "give a number from 1"),
+        (["cps_eta=abc"], "give a number from 0 to 1"),
+        (["cps_eta=2"], "give a number from 0 to 1"),
+        (["eval_reward=false", "lora_alpha=abc"], "lora_alpha is 'abc': give a number from 0"),
+        (["denoising_step_list=[a,b]"], "give a number from 0 to 1000"),
+        (["denoising_step_list=[500,750]", "num_steps=2"], "give falling timesteps"),
+        (["denoising_step_list=[1000,.nan]"], "give a number from 0 to 1000"),
+        (["reward_fn={pickscore: abc}"], "give numbers"),
+        (["eval_reward='no'"], "give true or false"),
+        (["lora_paths=[1]"], "lora_paths is .1.: give a list of texts"),
+        ([*of_file, "prompts=[1,2]"], "give a list of texts"),
+        ([*of_file, "prompts=[[a]]"], "give a list of texts"),
+        (of_file, "name the file of the prompts"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             read_config(path, overrides)
@@ -118,11 +135,18 @@ def test_what_a_yaml_file_cannot_say(
     assert found.model["num_inference_steps"] == 20 and not found.model["lora"]
     assert "cps_eta" not in found.model and found.prompts == PROMPTS
     found = read_config(path, ["reward_fn={clipscore: 2}"], ["mine"])
-    assert found.rewards == ("clip:2.0",) and found.prompts == ["mine"]
+    assert found.rewards == ("clip",) and found.prompts == ["mine"]
     for flags, message in (
         (["--config", path, "--model_id", "tiny"], "--model_id: with --config give --override"),
         (["--config", path, "--cps_eta", 0.5], "--cps_eta: with --config give --override"),
-        (["--config", path, "--seed", 3], "--override seed=N"),
+        (["--config", path, "--seed", 3], "--override seed=VALUE"),
+        (["--config", path, "--num_inference_steps", 3], "--override num_steps=VALUE"),
+        (["--config", path, "--backprop_steps", 1], "--backprop_steps is for gradients"),
+        (["--config", path, "--width", 16], "--width and --height go together"),
+        (["--config", path, "--override", "eval_reward=no", "--compile_mode", "max-autotune"],
+         "--compile_mode is for --compile"),
+        (["--model_id", "tiny", "--output_dir", tmp_path, "--prompt", "x",
+          "--decoder_checkpointing"], "--decoder_checkpointing is for gradients"),
         (["--config", path, "--override", "eval_reward=no", "--override", "model_type=flux"],
          "is a StableDiffusion3Pipeline, not a FluxPipeline"),
         (["--override", "a=b"], "no effect without --config"),
@@ -134,6 +158,70 @@ def test_what_a_yaml_file_cannot_say(
     ):  # fmt: skip
         ended = call("sample", *flags)
         assert ended.code == 2 and message in ended.err, ended
+
+
+def test_prompts_and_guidance_as_the_original_has_them(
+    published: Path, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    def read(*overrides: str) -> Any:
+        return read_config(published / "sd35m.yaml", ["eval_reward=false", *overrides])
+
+    # inline and named prompts are of the other source
+    (tmp_path / "mine.txt").write_text("of a file\nanother")
+    others = ("prompts=[a cat]", f"eval_prompt_path={tmp_path / 'mine.txt'}")
+    assert read(*others).prompts == PROMPTS
+    assert read("num_media_images=2").prompts == PROMPTS[:2]
+    source = "eval_prompt_source=prompt_file"
+    assert read(*others, source).prompts == ["a cat"]
+    assert read(others[1], source, "num_media_images=1").prompts == ["of a file"]
+    assert read("prompts=a cat, red", source).prompts == ["a cat, red"]
+    # of a data set's files the first of this order
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name, text in (
+        ("metadata.jsonl", '{"text": "6"}'), ("prompts.txt", "5"), ("prompts.json", '["4"]'),
+        ("test_metadata.jsonl", '{"prompt": "3"}'), ("test.jsonl", '{"prompt": "2"}'),
+    ):  # fmt: skip
+        (folder / name).write_text(text)
+        found = read(f"dataset_path={tmp_path}", "dataset=set").prompts
+        assert found == [text.strip('{}[]"').split('"')[-1]], name
+    # guidance is of the other mode
+    assert "guidance_scale" not in read("guidance_scale=7").model
+    assert read("guidance_scale=7", "mode=normal").model["guidance_scale"] == 7
+    flags = ["--config", published / "sd35m.yaml", "--override", "eval_reward=false"]
+    more = (x for one in (*others, "guidance_scale=7") for x in ("--override", one))
+    ended = call("sample", *flags, *more,
+                 "--width", 16, "--height", 32, "--output_dir", tmp_path / "out")  # fmt: skip
+    assert ended.code == 0 and ended.err.count("not used here:") == 1, ended
+    assert "guidance_scale, prompts, eval_prompt_path" in ended.err
+    assert Image.open(tmp_path / "out/images/00000-00.png").size == (16, 32)
+
+
+def test_what_is_not_finite_is_no_image(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., Any]
+) -> None:
+    kind, usual = type(tiny), type(tiny).latents
+    bad = {0}
+
+    def latents(self: Any, eps: torch.Tensor, told: Any) -> torch.Tensor:
+        found = usual(self, eps, told)
+        found[[n for n in range(len(eps)) if n in bad]] = torch.nan
+        return found
+
+    monkeypatch.setattr(kind, "latents", latents)
+    flags = ["--model_id", "tiny", "--output_dir", tmp_path, "--prompt", PROMPTS[0]]
+    flags += ["--prompt", PROMPTS[1], "--reward", "thickness"]
+    for _ in range(2):  # the second finds it done
+        ended = call("sample", *flags)
+        assert ended.code == 1 and "1 failed: " in ended.err, ended
+    (row,) = read_jsonl(tmp_path / "samples.jsonl")
+    assert row["image"] == "images/00001-00.png" and row["thickness"] > 0
+    (failed,) = read_jsonl(tmp_path / "failures.jsonl")
+    assert failed["image"] == "images/00000-00.png" and "NaN" in failed["reason"]
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["00001-00.png"]
+    bad.add(1)
+    ended = call("sample", *flags, "--overwrite")
+    assert ended.code == 2 and "no image could be made; the first: it became NaN" in ended.err
 
 
 def test_step_lists_that_make_no_sense() -> None:
