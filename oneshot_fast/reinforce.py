@@ -8,6 +8,7 @@ from pathlib import Path
 from tyro.conf import UseAppendAction
 
 from oneshot_fast.cli import OK, finish, run_command
+from oneshot_fast.data.options import SizeOptions
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
@@ -29,15 +30,14 @@ class ReinforceCommand:
     """Few-step generator, such as checkpoint-final of distill: folder in diffusers layout, hub id,
     or a packaged model."""
     teacher: str | None = None
-    """Many-step model of the same shape, for --match_weight."""
+    """Many-step model of the same shape, for --match_weight: its denoiser is taken. --revision,
+    --model_config, --timestep, --lora and the decoder's flags are not for it."""
     prompt_file: Path | None = None
     """Prompts: .txt with one per line, .tsv or .csv with a header, or .jsonl."""
     prompt_field: str | None = None
     """Column or field of prompt_file; by default the first of prompt, text and caption."""
     output_dir: Path | None = None
     """Folder of the results."""
-    resolution: int | None = None
-    """Image side in pixels; by default the model's own."""
     eval_samples: int = 64
     """Random noises, not trained on, on which the generator is measured before training and after
     every epoch."""
@@ -53,6 +53,7 @@ class ReinforceCommand:
     dry_run: bool = False
     """Print parameters, memory by part, disk and time needed, from a few timed passes and
     rollouts; nothing is written."""
+    size: SizeOptions = SizeOptions()
     training: ReinforceOptions = ReinforceOptions()
     rewards: RewardOptions = RewardOptions()
     model: ModelOptions = ModelOptions()
@@ -71,7 +72,7 @@ def execute(command: ReinforceCommand) -> int:
 
     RewardTrainingOptions(judge=command.judge).check(command.rewards.reward)
     command.training.check()
-    model = command.model
+    model, size = command.model, command.size.size
     require(model.guidance_scale == 1, "--guidance_scale: RL knows no guidance; leave it out")
     prompts = read_prompts(command.prompt_file, command.prompt_field)
 
@@ -89,18 +90,20 @@ def execute(command: ReinforceCommand) -> int:
 
     generator = load(command.model_id, command.training.weights_dtype == "float32")
     generator.recompute(command.rewards.recomputed(generator.device))
-    teacher = None
-    if command.teacher is not None:
-        teacher = load(command.teacher, False, replace(model, lora=()))
+    # what is said of the generator's files and decoder is not of its
+    of_teacher = replace(
+        model, lora=(), revision=None, model_config=None, timestep=None, decoder_id=None,
+        decoder_dtype="auto", decoder_checkpointing=False, decoder_tiling=0, cache_dir=None,
+    )  # fmt: skip
     run = ReinforceRun(
         generator,
         prompts,
         command.output_dir or Path(),
         command.training,
-        teacher=teacher,
+        teacher=None if command.teacher is None else load(command.teacher, False, of_teacher),
         rewards=command.rewards.rewards(generator.device),
         judge=command.rewards.judges(generator.device, command.judge),
-        resolution=command.resolution,
+        resolution=size,
         eval_samples=command.eval_samples,
         names=[*command.rewards.names, *(f"judge {name}" for name in command.judge)],
         seed=command.run.seed,

@@ -254,6 +254,15 @@ class FewStepGenerator(PipelineGenerator):
         other.draws_noise  # noqa: B018 (refuses what it cannot take)
         return other
 
+    def with_denoiser(self, of: PipelineGenerator) -> "FewStepGenerator":
+        """This one with the denoiser of another, such as its teacher; all else is shared."""
+        other = copy.copy(self)
+        other.pipe = copy.copy(self.pipe)
+        setattr(other.pipe, self.parts[0], of.denoiser)
+        other.autocast, other._compiled, other.is_compiled = of.autocast, None, False
+        other._forget()
+        return other
+
     def steps(self, shape: Sequence[int]) -> list[SamplerStep]:
         """The sampler's steps for latents of ``shape`` [C, h, w]: some shift by the size."""
         key = tuple(shape)

@@ -66,6 +66,14 @@ class Levels:
                 alphas = sampler.alphas_cumprod.double()
                 self._sigmas = ((1 - alphas) / alphas).sqrt().float()
 
+    @property
+    def kind(self) -> str:
+        """What its networks give and what timesteps mean, in words."""
+        if self.is_flow:
+            return f"a flow of {self.last:g} timesteps"
+        ends = f"{self._sigmas[0]:.4g} to {self._sigmas[-1]:.4g}"
+        return f"{self._form} of {len(self._sigmas)} timesteps with noise {ends}"
+
     def at(self, timestep: Tensor) -> Level:
         """That of timesteps [B]; in sigma space whole numbers."""
         if self.is_flow:

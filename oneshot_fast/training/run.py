@@ -33,6 +33,7 @@ from oneshot_fast.training.memory import offloaded
 from oneshot_fast.training.options import TrainOptions
 from oneshot_fast.training.trainer import BadStepsError, Trainee, Trainer
 
+_NOTHING = "no step had a finite loss and gradient, or rewards that differ; lower the lr"
 BEGUN = "begun.json"  # which examples an interrupted training has
 _PROMPTS = "prompts"  # encodings, where they are too many for memory
 _STATE = ("state.safetensors", BEGUN, _PROMPTS)
@@ -264,7 +265,7 @@ class TrainingRun(ABC):
                 trainer.close()
         seconds = time.perf_counter() - started
         for trainer in self.trainers.values():
-            require(bool(trainer.history), "no step had a finite loss and gradient; lower the lr")
+            require(bool(trainer.history), _NOTHING)
             trainer.load_weights(trainer.final())
         measured = self.at_end()
         if is_main():

@@ -108,7 +108,8 @@ class Trainer:
         checkpoint_activations(module, options)
         self.parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self.optimizer = WeightOptimizer(self.parameters, options, steps, seed)
-        self.step = self.skipped = self.bad_in_a_row = self.good_in_epoch = 0
+        self.step = self.skipped = self.good_in_epoch = 0
+        self.bad_in_a_row = self.empty_in_a_row = 0
         device = next(module.parameters()).device
         self.columns = (*loss.parts, *getattr(loss, "measures", ()))
         self.sums = torch.zeros(len(self.columns) + 1, device=device)  # and the gradient's norm
@@ -220,6 +221,7 @@ class Trainer:
             BadStepsError: After the third step in a row without a finite loss and gradient.
         """
         self.optimizer.begin(self.step)
+        self.empty_in_a_row = 0
         seen = torch.cat((self.losses, self.optimizer.clip()[None]))
         # The one wait for the device in a step. The next batch would wait for it, too: it is
         # copied there from memory that is not pinned.
@@ -245,6 +247,12 @@ class Trainer:
                 "repeat the command to go on with the next step, or start anew with a lower lr "
                 "and --overwrite"
             )
+
+    def skip(self) -> None:
+        """Take a step that nothing can be learnt from: weights and moments stay as they are."""
+        self.step += 1
+        self.skipped += 1
+        self.empty_in_a_row += 1
 
     def final(self) -> dict[str, Tensor]:
         """The weights that the training ends with, as it stands: the average or the last ones."""
@@ -289,6 +297,7 @@ class Trainer:
             "step": self.step,
             "skipped": self.skipped,
             "bad_in_a_row": self.bad_in_a_row,
+            "empty_in_a_row": self.empty_in_a_row,
             "good_in_epoch": self.good_in_epoch,
             "history": self.history,
             "best_loss": self.best_loss if self.best else None,
@@ -296,7 +305,8 @@ class Trainer:
 
     def resume(self, tensors: dict[str, Tensor], position: dict[str, Any]) -> None:
         """Continue from what ``state`` gave."""
-        for key in ("step", "skipped", "bad_in_a_row", "good_in_epoch", "history"):
+        counts = "step", "skipped", "bad_in_a_row", "empty_in_a_row", "good_in_epoch"
+        for key in (*counts, "history"):
             setattr(self, key, position[key])
         self.best_loss = math.inf if position["best_loss"] is None else position["best_loss"]
         self.load_weights(below(tensors, "weight/"))

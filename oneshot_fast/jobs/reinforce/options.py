@@ -71,6 +71,11 @@ class ReinforceOptions(TrainOptions):
                 self.match_weight > 0 or getattr(self, name) == getattr(default, name),
                 f"--{name} has no effect without --match_weight; give it, too",
             )
+        require(
+            self.fake_lr is None or self.fake_lr > 0,
+            f"fake_lr is {self.fake_lr}; give a positive number",
+        )
+        TrainOptions.check(self.of_fake)
         require(1 <= self.teacher_guidance < math.inf, "teacher_guidance must be at least 1")
         require(
             not self.optimizer_in_backward,
@@ -81,7 +86,8 @@ class ReinforceOptions(TrainOptions):
     def of_fake(self) -> TrainOptions:
         """How the fake is trained: all of its weights, as it is a network of its own."""
         lr = 2 * self.lr if self.fake_lr is None else self.fake_lr
+        dtype = self.weights_dtype if self.optimizer == "adamw8bit" else "float32"
         return dataclasses.replace(
             self, lr=lr, use_ema=False, lora_from=None, lora_rank=0, lora_alpha=None,
-            lora_format="diffusers",
+            lora_format="diffusers", weights_dtype=dtype,
         )  # fmt: skip

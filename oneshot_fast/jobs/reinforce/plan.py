@@ -75,8 +75,8 @@ def reinforce_plan(
     fake = None
     if teacher is not None:
         kind = Kind(lambda model, found: loss(model, found, FAKE), fake_batch, True)
-        networks = (network.parameters() for network in teacher.networks.values())
-        fake = Fake(kind, options.of_fake, 1, sum(map(bytes_of, networks)))
+        network = teacher.denoiser.parameters()  # all else is the generator's
+        fake = Fake(kind, options.of_fake, 1, bytes_of(network))
     plan = training_plan(
         generator,
         options,

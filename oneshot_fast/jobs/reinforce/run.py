@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oneshot_fast.errors import UserError, require
+from oneshot_fast.errors import require
 from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.levels import Levels
 from oneshot_fast.generators.target_images import TargetImages
@@ -16,6 +16,8 @@ from oneshot_fast.jobs.reinforce.options import ReinforceOptions
 from oneshot_fast.jobs.reinforce.plan import reinforce_plan
 from oneshot_fast.planning.timing import Plan
 from oneshot_fast.rewards import WeightedRewards
+from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.checkpoints import STUDENT
@@ -30,7 +32,7 @@ from oneshot_fast.training.losses.dmd import (
 from oneshot_fast.training.losses.grpo import ReinforceLoss, advantages, chosen_steps
 from oneshot_fast.training.losses.preserve import Preserve
 from oneshot_fast.training.roles import FAKE, Roles
-from oneshot_fast.training.trainer import Trainer
+from oneshot_fast.training.trainer import BadStepsError, Trainer
 
 _FLAT = 20  # steps in a row that nothing can be learnt from, which end the training
 _AT_ONCE = 16  # images
@@ -92,7 +94,7 @@ class ReinforceRun(JudgedRun):
             folder: Where everything is written.
             options: Losses and schedule.
             rewards: What is raised.
-            teacher: Of the matching term.
+            teacher: Of the matching term; only its denoiser is kept.
             **more: As for ``JudgedRun``.
 
         Raises:
@@ -126,19 +128,20 @@ class ReinforceRun(JudgedRun):
         require(steps[-1].noise == 0, "the last step draws noise; take another sampler")
         roles = None
         if teacher is not None:
-            levels = (Levels(one, shape) for one in (generator, teacher))
-            same = len({frozenset(vars(one)) for one in levels}) == 1
+            kinds = [Levels(one, shape).kind for one in (generator, teacher)]
+            require(kinds[0] == kinds[1], f"the teacher is {kinds[1]}, the generator {kinds[0]}")
             of = [
                 {k: tuple(p.shape) for k, p in one.denoiser.named_parameters()}
                 for one in (generator, teacher)
             ]
-            require(same and of[0] == of[1], "the teacher's network is of another shape or kind")
+            require(of[0] == of[1], "the teacher's network is of another shape")
+            teacher = generator.with_denoiser(teacher)
             roles = Roles(generator, False, teacher)
         losses = losses_of(roles, generator, shape, options, rewards)
         super().__init__(
             generator, losses[STUDENT], prompts, folder, options, rewards=rewards, **more
         )
-        self.teacher, self._flat = teacher, 0
+        self.teacher = teacher
         if roles is not None:
             self.trainees[FAKE], self.losses[FAKE] = roles.fake, losses[FAKE]
 
@@ -192,17 +195,38 @@ class ReinforceRun(JudgedRun):
 
     def after_epoch(self, epoch: int) -> dict[str, Any]:
         self.trainers[STUDENT].keep_best(0.0)  # the last one
-        return super().after_epoch(epoch)
+        return {"skipped_steps": self.trainers[STUDENT].skipped, **super().after_epoch(epoch)}
 
     def take_step(self, rows: list[int], step: int) -> None:
         """Images, one step of the fake on them if there is one, and one of the generator."""
         batch = self.batch(rows, step)
+        if self.options.policy_weight and not batch["rollout"].extra["advantage"].any():
+            self._skip()
+            return
         if FAKE in self.trainers:
             made = batch["rollout"]
             extra = self._draws(step, "fake", len(made), FAKE_NOISES)
             fakes = Rows(made.noise, made.conditioning, extra | {"sample": made.extra["made"]})
             self.trainers[FAKE](Batch(dmd=fakes))
         self.trainers[STUDENT](batch)
+
+    def _skip(self) -> None:
+        """Take no step; after many in a row the training ends."""
+        for trainer in self.trainers.values():
+            trainer.skip()
+        student = self.trainers[STUDENT]
+        if student.empty_in_a_row == _FLAT:
+            student.empty_in_a_row = 0
+            raise BadStepsError(
+                f"in {_FLAT} steps in a row the rewards of a prompt's images were all equal, or "
+                "not finite; nothing can be learnt from them: take another --reward, or repeat the "
+                "command to go on with the next step"
+            )
+        if is_main():
+            say(
+                f"step {student.step} is skipped: the rewards of each prompt's images are equal, "
+                "or not finite"
+            )
 
     @torch.no_grad()
     def batch(self, rows: list[int], step: int) -> Batch:
@@ -233,12 +257,6 @@ class ReinforceRun(JudgedRun):
         advantage = torch.zeros(len(texts), device=generator.device)
         if all(values.isfinite().all() for values in scores.values()):
             advantage = advantages(scores, self.rewards.weights, texts)
-        self._flat = 0 if advantage.any() else self._flat + 1
-        if self._flat == _FLAT:
-            raise UserError(
-                f"in {_FLAT} steps in a row the rewards of a prompt's images were all equal, or "
-                "not finite; nothing can be learnt from them: take another --reward"
-            )
         extra: dict[str, Any] = {
             "steps": [learns] * len(texts),
             "before": self._stacked(samples, learns, 0),

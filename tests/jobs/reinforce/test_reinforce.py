@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from oneshot_fast.jobs.reinforce.options import ReinforceOptions
 from oneshot_fast.jobs.reinforce.run import ReinforceRun
 from oneshot_fast.rewards import load_rewards
 from oneshot_fast.runtime.files import read_jsonl
-from oneshot_fast.training.checkpoints import STUDENT
+from oneshot_fast.training.checkpoints import STUDENT, load_state
 
 PROMPTS = ["a red bird", "a house by the sea", "a boat"]
 SMALL: dict[str, Any] = {
@@ -52,7 +53,16 @@ def run_of(folder: Path, generator: Any, of: str = "bright", **options: Any) -> 
 
 def test_a_rollout_and_what_its_steps_share(tmp_path: Path) -> None:
     run = run_of(tmp_path, few(4), policy_steps=1)
+    runs = list[list[Tensor]]()
+    rollout = run.generator.rollout
+
+    def seen(*given: Any) -> list[Tensor]:
+        runs.append(rollout(*given))
+        return runs[-1]
+
+    run.generator.rollout = seen  # type: ignore[method-assign]
     rows = run.batch([], 0)["rollout"]
+    assert sorted(Counter(rows.extra["texts"]).values()) == [2, 2]
     assert len(rows) == 4 and rows.extra["texts"][0] == rows.extra["texts"][1]
     (learns,) = rows.extra["steps"][0]
     before, after = (rows.extra[name][:, 0] for name in ("before", "after"))
@@ -60,11 +70,14 @@ def test_a_rollout_and_what_its_steps_share(tmp_path: Path) -> None:
         made = run.generator.transition(learns, before, rows.conditioning)
         drawn = (after - made.mean) / made.std
         assert abs(drawn.std() - 1) < 0.1 and not torch.allclose(drawn[0], drawn[1])
-        other = next(k for k in range(3) if k != learns)
-        samples = run.generator.rollout(rows.noise, rows.conditioning)
-        assert samples[other].shape == before.shape
-    shared = run._shared(rows.extra["texts"], other, 0, torch.device("cpu"))
-    assert torch.equal(shared[0], shared[1]) and not torch.equal(shared[0], shared[2])
+        for k in {0, 1, 2} - {learns}:  # what the images of a prompt drew in the others
+            x, after_it = runs[0][k], runs[0][k + 1]
+            made = run.generator.transition(k, x, rows.conditioning)
+            z = (after_it - made.mean) / made.std
+            assert abs(z.std() - 1) < 0.1 and not torch.allclose(x[0], x[1])
+            torch.testing.assert_close(z[0], z[1], rtol=0, atol=1e-4)
+            torch.testing.assert_close(z[2], z[3], rtol=0, atol=1e-4)
+            assert (z[0] - z[2]).abs().max() > 0.1
     # the policy's gradient raises what was better than the others
     run.trainers = {STUDENT: run.trainer(STUDENT, 4)}
     batch = run.batch([], 0)
@@ -117,11 +130,37 @@ def test_killed_and_resumed_beside_a_teacher(tmp_path: Path) -> None:
 
 def test_rewards_that_say_nothing_end_it(tmp_path: Path) -> None:
     run = run_of(tmp_path, few(2), "equal", steps_per_epoch=30)
-    run.trainers = {STUDENT: run.trainer(STUDENT, 30)}
-    for step in range(19):
-        run.batch([], step)
+    before = [p.clone() for p in run.generator.denoiser.parameters()]
     with pytest.raises(UserError, match="in 20 steps in a row"):
-        run.batch([], 19)
+        run.run()
+    assert all(map(torch.equal, before, run.generator.denoiser.parameters()))
+    again = run_of(tmp_path, few(2), "equal", steps_per_epoch=30)
+    again.trainers = {STUDENT: again.trainer(STUDENT, 30)}
+    load_state(tmp_path / "state.safetensors", again.trainers)
+    student = again.trainers[STUDENT]
+    assert (student.step, student.skipped, student.empty_in_a_row) == (20, 20, 0)
+
+
+def test_of_the_teacher_the_denoiser_is_taken(tmp_path: Path) -> None:
+    generator, teacher = few(), few()
+    run = run_of(tmp_path, generator, teacher=teacher, match_weight=0.1)
+    assert run.teacher is not None and run.teacher.denoiser is teacher.denoiser
+    own, shared = generator.networks, run.teacher.networks
+    assert all(own[name] is shared[name] for name in [*own][1:])
+    other = tiny_pipeline("StableDiffusionXLPipeline")
+    kind, how = type(other.scheduler), other.scheduler.config
+    other.scheduler = kind.from_config(how, prediction_type="v_prediction")
+    other = FewStepGenerator.over(SdxlGenerator(other), 3, eta=0.9)
+    with pytest.raises(
+        UserError, match=r"the teacher is v_prediction of .*, the generator epsilon"
+    ):
+        run_of(tmp_path, generator, teacher=other, match_weight=0.1)
+
+
+def test_the_fake_of_an_adapter_has_weights_that_can_be_updated() -> None:
+    options = ReinforceOptions(lora_rank=2, weights_dtype="bfloat16", match_weight=0.1)
+    options.check()
+    assert options.of_fake.weights_dtype == "float32" and not options.of_fake.lora_rank
 
 
 def test_the_dry_run(tmp_path: Path, call: Callable[..., Any]) -> None:
@@ -150,6 +189,7 @@ def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
         ({"match_weight": 0.1}, "need each other"),
         ({"teacher": generator}, "need each other"),
         ({"final_reward_margin": 2.0}, "no effect without --final_reward_weight"),
+        ({"match_weight": 0.1, "fake_lr": -1.0}, "fake_lr is -1"),
         ({"fake_lr": 1e-4}, "no effect without --match_weight"),
     ):
         with pytest.raises(UserError, match=message):
@@ -163,6 +203,7 @@ def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
         ([], "give --reward NAME"),
         (["--reward", "thickness", "--judge", "thickness"], "cannot judge what is trained on it"),
         (["--reward", "thickness", "--guidance_scale", 2], "RL knows no guidance"),
+        (["--reward", "thickness", "--width", 64], "--width and --height go together"),
     ):
         ended = call("reinforce", *flags, *more)
         assert ended.code == 2 and message in ended.error, ended
