@@ -19,6 +19,7 @@ from oneshot_fast.jobs.optimize.options import OptimizeOptions
 from oneshot_fast.jobs.optimize.run import OptimizeRun
 from oneshot_fast.rewards.options import RewardOptions
 from oneshot_fast.runtime.options import RunOptions
+from oneshot_fast.search.samples import check_count
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,7 @@ def execute(command: OptimizeCommand) -> int:
     if command.output_dir is None and not command.dry_run:
         raise UserError("give --output_dir DIR")
     require(bool(command.rewards.reward), "give --reward NAME[:WEIGHT]")
-    require(
-        command.num_images_per_prompt >= 1,
-        f"num_images_per_prompt is {command.num_images_per_prompt}; give at least 1",
-    )
+    check_count(command.num_images_per_prompt, command.seeds)
     command.search.check()
     last = command.search.gradient_steps
     for step in command.save_steps:

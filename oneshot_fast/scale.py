@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -49,8 +50,9 @@ class PoolOptions:
         """Read the pool; UserError if it cannot be used."""
         from oneshot_fast.jobs.scale.pools import read_pool
 
-        require(self.evaluation_cost >= 0, "evaluation_cost must not be negative")
-        require(self.verification_cost >= 0, "verification_cost must not be negative")
+        for name in ("evaluation_cost", "verification_cost"):
+            fits = 0 <= getattr(self, name) < math.inf
+            require(fits, f"{name} is {getattr(self, name)}; give a finite number from 0")
         require(self.evaluation_cost + self.verification_cost > 0, "both costs are 0")
         pool = read_pool(self.pool)
         if self.reward:
@@ -141,9 +143,12 @@ class _Made:
             ("checkpointing", self.rewards.checkpointing == "auto"),
             ("backprop_steps", model.backprop_steps is None),
             ("decoder_checkpointing", not model.decoder_checkpointing),
-            ("compile", not model.compile),
         ):
             require(is_usual, f"--{flag} is for gradients, and nothing here has any; leave it out")
+        require(
+            not model.compile,
+            "--compile compiles anew for every size of a batch, and sizes vary here; leave it out",
+        )
         self.run.check()
         _ = self.size.size
 
@@ -182,7 +187,9 @@ class DataConfig(_Made):
             known = len(ends) <= 2 and all(end.strip().isdecimal() for end in ends)
             require(known, f"steps_saved is {self.steps_saved}; write it as 0:15,19")
             first = int(ends[0])
-            found += range(first, int(ends[1]) if len(ends) == 2 else first + 1)
+            steps = range(first, int(ends[1]) if len(ends) == 2 else first + 1)
+            require(bool(steps), f"steps_saved has {part}, which is no step; write it as 0:15,19")
+            found += steps
         return found
 
     def check(self) -> None:
@@ -218,9 +225,10 @@ class ScaleRunConfig(_Made):
     def check(self) -> None:
         super().check()
         require(self.output_dir is not None or self.dry_run, "give --output_dir DIR")
-        count = self.num_images_per_prompt
-        require(count >= 1, f"num_images_per_prompt is {count}; give at least 1")
-        self.scale.check(self.model.num_inference_steps, True)
+        from oneshot_fast.search.samples import check_count
+
+        check_count(self.num_images_per_prompt, self.seeds)
+        self.scale.checked(self.model.num_inference_steps, True)
 
 
 @dataclass(frozen=True)
@@ -376,12 +384,15 @@ def _run(config: ScaleRunConfig) -> int:
         seed=config.run.seed,
         batch_size=config.batch_size,
         resolution=config.size.size,
+        begins_anew=config.run.overwrite,
     )
     if config.output_dir is None or config.dry_run:
         print(run.plan())
         return OK
     summary = run.run(**config.run.arguments)
-    say = functools.partial(_print_summary, model_id=config.model_id)
+    say = functools.partial(
+        _print_summary, model=["--model_id", config.model_id, *config.model.flags]
+    )
     return finish(config, config.output_dir, summary, write_run_report, say, "images ")
 
 
@@ -415,7 +426,7 @@ def _data(config: DataConfig) -> int:
     return finish(config, folder, summary, write_data_report, say, "prompts ")
 
 
-def _print_summary(summary: dict[str, Any], folder: Path, model_id: str) -> None:
+def _print_summary(summary: dict[str, Any], folder: Path, model: Sequence[str]) -> None:
     from oneshot_fast.data.found_pairs import MANIFEST
 
     arms = {summary["settings"]["method"]: summary}
@@ -430,11 +441,7 @@ def _print_summary(summary: dict[str, Any], folder: Path, model_id: str) -> None
         gain = beside["gain"]
         print(f"against Best-of-N: {gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]")
     if summary["training_pairs"]:
-        flags = ["--model_id", model_id, "--manifest_path", str(folder / MANIFEST)]
-        for name in ("num_inference_steps", "guidance_scale", "cps_eta"):
-            value = summary["settings"].get(name)
-            if value is not None:  # one step notes none of them
-                flags += [f"--{name}", str(value)]
+        flags = [*model, "--manifest_path", str(folder / MANIFEST)]
         print(f"to train on these images: python -m oneshot_fast.sft {shlex.join(flags)} "
               "--output_dir DIR")  # fmt: skip
 

@@ -1,5 +1,6 @@
 """How a generator is loaded: the flags of every command that takes one."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -69,6 +70,22 @@ class ModelOptions:
     cache_dir: Path | None = None
     """Folder that keeps encoded prompts and target images (safetensors, named by content) for other
     runs and commands too; by default each run encodes them anew."""
+
+    @property
+    def flags(self) -> list[str]:
+        """Arguments of a command line that give all that is not a default."""
+        found = list[str]()
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            if field.name == "lora":  # given once for each
+                found += [part for one in value for part in ("--lora", one)]
+                continue
+            found.append(f"--{field.name}")
+            if value is not True:
+                found += map(str, value if isinstance(value, tuple) else (value,))
+        return found
 
     def load(
         self, model_id: str, master_weights: bool = False, lora_alpha: float | None = None

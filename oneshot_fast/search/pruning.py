@@ -104,11 +104,14 @@ def affordable(cost: Callable[[int], float], budget: float) -> int:
     """The largest number whose cost, which must not fall, is within the budget.
 
     Raises:
-        UserError: If not even 1 is.
+        UserError: If not even 1 is, or more are than can be counted.
     """
     limit, least = budget * (1 + 1e-12), cost(1)
     require(
         least <= limit, f"a budget of {budget:g} is below one candidate; give at least {least:g}"
+    )
+    require(
+        budget < least * 2**53, f"a budget of {budget:g} pays more than can be counted; give less"
     )
     low, high = 1, 2
     while cost(high) <= limit:

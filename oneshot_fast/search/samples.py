@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from oneshot_fast.errors import require
 from oneshot_fast.runtime.seeds import derived_seed
 
 
@@ -20,10 +21,21 @@ class Sample:
         return derived_seed(self.seed, "candidate", k) if k else self.seed
 
 
+def check_count(images_per_prompt: int, seeds: Sequence[int]) -> None:
+    """Raise UserError unless images of a prompt are counted by a number, or by their seeds."""
+    count = images_per_prompt
+    require(count >= 1, f"num_images_per_prompt is {count}; give at least 1")
+    require(
+        count == 1 or not seeds,
+        "--num_images_per_prompt has no effect with --seeds, one for each image; leave one out",
+    )
+
+
 def samples_of(
     prompts: Sequence[str], images_per_prompt: int, seed: int, seeds: Sequence[int] = ()
 ) -> list[Sample]:
     """The images to make, prompt by prompt; ``seeds`` go before those that follow from ``seed``."""
+    check_count(images_per_prompt, seeds)
     found: list[Sample] = []
     for k, prompt in enumerate(prompts):
         for j in range(len(seeds) or images_per_prompt):

@@ -1,6 +1,8 @@
 """How a budget is spent on the noises of a prompt."""
 
-from dataclasses import dataclass
+import math
+import operator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,7 +26,7 @@ class ScaleOptions:
     """Noises of each image; of svdd, lines."""
     budget: float | None = None
     """Instead: as many as this pays for each image, in the unit of cost_unit."""
-    cost_unit: Literal["flops", "seconds", "evaluations"] = "flops"
+    cost_unit: CostUnit = "flops"
     """Of the budget: TFLOP as counted, seconds as measured at the start, or evaluations of the
     denoiser alone."""
     schedule: Path | None = None
@@ -50,8 +52,12 @@ class ScaleOptions:
     temperature: float = 0.0
     """svdd: alpha; the choice is drawn by exp(reward / alpha), 0: the highest."""
 
-    def check(self, steps: int, draws_noise: bool) -> None:
-        """Raise UserError for values that make no sense with a sampler of so many steps."""
+    def checked(self, steps: int, draws_noise: bool) -> "ScaleOptions":
+        """With what ``schedule`` holds in its place; the file is read once.
+
+        Raises:
+            UserError: For values that make no sense with a sampler of so many steps.
+        """
         given = [self.candidates is not None, self.budget is not None]
         require(sum(given) == 1, "give --candidates N or --budget COST: one of them")
         require(self.candidates is None or self.candidates >= 1, "give at least 1 --candidates")
@@ -73,16 +79,23 @@ class ScaleOptions:
                 )
         require(self.potential in get_args(Potential), f"no potential {self.potential}")
         require(0 < self.resample_below <= 1, "resample_below must be above 0 and at most 1")
-        require(self.inverse_temperature > 0, "inverse_temperature must be above 0")
+        scale = self.inverse_temperature
+        require(0 < scale < math.inf, f"inverse_temperature is {scale}; give one above 0, finite")
         require(self.branches >= 1, "give at least 1 --branches")
-        require(self.temperature >= 0, "temperature must not be negative")
-        self._check_steps(steps, draws_noise)
+        alpha = self.temperature
+        require(0 <= alpha < math.inf, f"temperature is {alpha}; give a finite one from 0")
+        found = self
+        if self.schedule is not None:
+            require(
+                not (self.after or self.keep),
+                "--schedule holds the steps and shares; leave --after and --keep out",
+            )
+            plan = _read(self.schedule)
+            found = replace(self, schedule=None, after=plan.after, keep=plan.keep)
+        found._check_steps(steps, draws_noise)
+        return found
 
     def _check_steps(self, steps: int, draws_noise: bool) -> None:
-        require(
-            self.schedule is None or not (self.after or self.keep),
-            "--schedule holds the steps and shares; leave --after and --keep out",
-        )
         plan = self.pruning
         require(
             steps > 1 or not plan.after,
@@ -108,15 +121,20 @@ class ScaleOptions:
 
     @property
     def pruning(self) -> Schedule:
-        """When candidates are dropped; without shares where another method only scores."""
-        return Schedule(self.after, self.keep) if self.schedule is None else _read(self.schedule)
+        """When candidates are dropped; without shares where another method only scores.
+
+        Of options that were ``checked``: they hold the schedule itself.
+        """
+        assert self.schedule is None
+        return Schedule(self.after, self.keep)
 
 
 def _read(path: Path) -> Schedule:
     found = read_json(path)
     try:
         part = found["schedule"]
-        schedule = Schedule(tuple(map(int, part["after"])), tuple(map(float, part["keep"])))
+        after, keep = tuple(part["after"]), tuple(map(float, part["keep"]))
+        schedule = Schedule(tuple(map(operator.index, after)), keep)
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{path} is no schedule of `scale search`") from None
     require(bool(schedule.after), f"{path} recommends Best-of-N; give --method best_of_n")

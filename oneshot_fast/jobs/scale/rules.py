@@ -163,4 +163,3 @@ class Branch(Rule):
 METHODS: dict[str, type[Rule]] = {
     "prune": Prune, "best_of_n": Prune, "fk": Steer, "svdd": Branch,
 }  # fmt: skip
-BEST_OF_N = ScaleOptions("best_of_n")

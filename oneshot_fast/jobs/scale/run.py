@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from oneshot_fast.planning.timing import Plan
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.files import Json, read_json
 from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.processes import gather_objects, is_main
 from oneshot_fast.runtime.seeds import content_id, gaussian
 from oneshot_fast.runtime.shards import ShardRun, mean
 from oneshot_fast.runtime.units import duration
@@ -119,6 +121,7 @@ class ScaleRun(ShardRun[Sequence[Sample], Scaled]):
         seed: int = 0,
         batch_size: int = 16,
         resolution: Resolution | None = None,
+        begins_anew: bool = False,
     ) -> None:
         """Describe the run.
 
@@ -138,6 +141,8 @@ class ScaleRun(ShardRun[Sequence[Sample], Scaled]):
             seed: Seed of the run.
             batch_size: Rows that are evaluated at once.
             resolution: Image side in pixels, or height and width; by default the generator's own.
+            begins_anew: Whether to ``run`` with overwrite: then seconds that an earlier run in the
+                folder measured do not count.
 
         Raises:
             UserError: If there is no prompt, an option makes no sense, or the budget is below one
@@ -146,7 +151,7 @@ class ScaleRun(ShardRun[Sequence[Sample], Scaled]):
         self.samples = samples_of(prompts, images_per_prompt, seed, seeds)
         require(bool(self.samples), "there is no prompt")
         require(batch_size >= 1, f"batch_size is {batch_size}; give at least 1")
-        options.check(generator.num_inference_steps, generator.draws_noise)
+        options = options.checked(generator.num_inference_steps, generator.draws_noise)
         on_the_way = bool(options.pruning.after) or options.method == "svdd"
         for flag, given in (
             ("prune_reward", prune_rewards is not None),
@@ -157,7 +162,7 @@ class ScaleRun(ShardRun[Sequence[Sample], Scaled]):
                 f"--{flag} has no effect where nothing is scored on the way; leave it out",
             )
         self.size = TargetImages(generator, resolution).size  # checks it
-        self.options, self.seed, self._folder = options, seed, Path(folder)
+        self.options, self.seed = options, seed
         early = generator
         if score_decoder_id is not None:
             early = copy.copy(generator)  # the same networks with another decoder
@@ -168,7 +173,15 @@ class ScaleRun(ShardRun[Sequence[Sample], Scaled]):
         self._has_decoder = score_decoder_id is not None
         self._steps = generator.num_inference_steps
         self.flops = self._count()
-        self._each = each = self._units()
+        weighted = (f"{name}:{weight:g}" for name, weight in rewards.weights.items())
+        self.reward_names = [*(weighted if reward_names is None else reward_names)]
+        self._more = {
+            "prune_rewards": [*prune_reward_names],
+            "score_decoder": early.fingerprint() if self._has_decoder else None,
+        }
+        known = None if begins_anew else Path(folder)
+        # the same in all processes, and so what a budget pays
+        self._each = each = gather_objects([self._units(known) if is_main() else (0.0,) * 3])[0]
         self.n = options.candidates or affordable(
             lambda n: self._rule(n).counts().cost(*each), options.budget or 0.0
         )
@@ -180,12 +193,6 @@ class ScaleRun(ShardRun[Sequence[Sample], Scaled]):
         wave = -(-batch_size // self.counts.last)
         evaluations = self.counts.evaluations + (self.beside or 0) * self._steps
         super().__init__(folder, wave, len(self.samples), evaluations)
-        weighted = (f"{name}:{weight:g}" for name, weight in rewards.weights.items())
-        self.reward_names = [*(weighted if reward_names is None else reward_names)]
-        self._more = {
-            "prune_rewards": [*prune_reward_names],
-            "score_decoder": early.fingerprint() if self._has_decoder else None,
-        }
 
     def _rule(self, n: int, method: str | None = None, seeds: Sequence[int] = (0,)) -> Rule:
         """Of ``n`` candidates, by the method of the options or by Best-of-N."""
@@ -203,17 +210,19 @@ class ScaleRun(ShardRun[Sequence[Sample], Scaled]):
             early = count_flops(*parts, self.size, prompt).verification
         return work.evaluation, early, work.verification
 
-    def _units(self) -> tuple[float, float, float]:
-        """The same in the budget's unit."""
+    def _units(self, folder: Path | None) -> tuple[float, float, float]:
+        """The same in the budget's unit; seconds are those that this run began with, if it did."""
         if self.options.cost_unit == "evaluations":
             return 1.0, 0.0, 0.0
         if self.options.cost_unit == "flops":
             evaluation, early, last = (value / TERA for value in self.flops)
             return evaluation, early, last
-        path = self._folder / "run.json"  # a run that goes on has the times it began with
-        known = read_json(path).get("cost_seconds") if path.is_file() else None
-        evaluation, early, last = known or self._measure()
-        return evaluation, early, last
+        if folder is not None and (path := folder / "run.json").is_file():
+            then, now = read_json(path), json.loads(json.dumps(self._given()))
+            if all(then.get(key) == value for key, value in now.items()):
+                evaluation, early, last = then["cost_seconds"]
+                return evaluation, early, last
+        return self._measure()
 
     def _measure(self) -> tuple[float, float, float]:
         """Seconds of an evaluation and of both verifications of one image, in whole batches."""
@@ -244,24 +253,25 @@ class ScaleRun(ShardRun[Sequence[Sample], Scaled]):
         super().solve_all()
 
     def settings(self) -> dict[str, Any]:
+        found = self._given() | {"candidates": self.n, "compare_candidates": self.beside}
+        if self.options.cost_unit == "seconds":
+            found["cost_seconds"] = list(self._each)
+        return found
+
+    def _given(self) -> dict[str, Any]:
+        """Settings that do not follow from the cost of an image."""
         found = {
             "command": self.command,
             **dataclasses.asdict(self.options),
-            "schedule": None,
-            "after": list(self.options.pruning.after),
-            "keep": list(self.options.pruning.keep),
-            "candidates": self.n,
-            "compare_candidates": self.beside,
             "rewards": self.reward_names,
             **self._more,
             "flops": list(self.flops),
             "seed": self.seed,
             **self.walker.generator.settings(self.size),
-            "samples": self.total,
+            "samples": len(self.samples),
             "prompts": content_id(*((s.prompt, s.seed) for s in self.samples)),
         }
-        if self.options.cost_unit == "seconds":
-            found["cost_seconds"] = list(self._each)
+        del found["candidates"]
         return found
 
     def plan(self) -> Plan:
@@ -271,9 +281,10 @@ class ScaleRun(ShardRun[Sequence[Sample], Scaled]):
         lines.append(f"evaluation {evaluation:.4g} TFLOP, {duration(seconds[0])}")
         lines.append(f"verification on the way {early:.4g} TFLOP, {duration(seconds[1])}")
         lines.append(f"verification in the end {last:.4g} TFLOP, {duration(seconds[2])}")
-        for name, n in ((self.options.method, self.n), ("best_of_n", self.beside)):
+        arms = ((self.options.method, None, self.n), ("best_of_n", "best_of_n", self.beside))
+        for name, method, n in arms:
             if n is not None:
-                counts = self._rule(n, None if n is self.n else "best_of_n").counts()
+                counts = self._rule(n, method).counts()
                 took = counts.cost(*seconds) * len(self.samples)
                 total += took
                 lines.append(

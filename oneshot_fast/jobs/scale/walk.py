@@ -223,9 +223,10 @@ class Walker:
             images = generator.images(latents[rows])
             scores = rewards.scores(images, prompts[rows])
             scores["total"] = rewards.total(scores)
+            shown = (images * 255).round().to(torch.uint8).cpu() if wants_pixels else None
             found.append({name: value.double().cpu() for name, value in scores.items()})
-            if wants_pixels:
-                pixels.append((images * 255).round().to(torch.uint8).cpu())
+            if shown is not None:  # after all that can be out of memory
+                pixels.append(shown)
 
         self._in_batches(len(latents), run)
         scores = {name: torch.cat([one[name] for one in found]).numpy() for name in found[0]}

@@ -64,7 +64,11 @@ def test_some_steps_and_no_pictures(made: Path, tmp_path: Path, call: Callable[.
     pool, whole = (read_pool(place / "pool.safetensors") for place in (folder, made))
     assert pool.steps == (0, 2) and not (folder / "images").exists()
     np.testing.assert_array_equal(pool.base, whole.base[:, :, [0, 2]])
-    for steps, said in (("0-3", "write it as 0:15,19"), ("0:9", "there are 0 to 2")):
+    for steps, said in (
+        ("0-3", "write it as 0:15,19"),
+        ("0:9", "there are 0 to 2"),
+        ("2:0", "2:0, which is no step"),
+    ):
         ended = call("scale", *FLAGS, "--output_dir", tmp_path / "no", "--steps_saved", steps)
         assert ended.code == 2 and said in ended.error
     assert call("scale", *FLAGS).error.endswith("give --output_dir DIR")

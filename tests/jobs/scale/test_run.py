@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from oneshot_fast import cli, sft
 from oneshot_fast.data.images import load_image
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.scale.options import ScaleOptions
 from oneshot_fast.jobs.scale.rules import METHODS
 from oneshot_fast.jobs.scale.run import ScaleRun
@@ -120,7 +123,7 @@ def test_one_step_of_any_method_is_best_of_n(tiny: Any) -> None:
         ScaleOptions("svdd", candidates=2, branches=3),
     ):  # fmt: skip
         assert walk(tiny, options).winners.tolist() == best.winners.tolist()
-        options.check(1, False)
+        options.checked(1, False)
 
 
 def test_each_line_of_svdd_goes_on_with_its_best_sample(ancestral: Any) -> None:
@@ -159,7 +162,84 @@ def test_a_budget_pays_for_candidates_and_best_of_n_gets_no_less(
     assert of.beside * (STEPS * of.flops[0] + of.flops[2]) >= of.counts.cost(*of.flops)
     with pytest.raises(UserError, match="give at least"):
         run(budget=1.0, cost_unit="evaluations")
-    assert "Best" not in str(of.plan()) and "best_of_n, " in str(of.plan())
+    of.beside = of.n
+    pruned, plain = (line for line in str(of.plan()).splitlines() if "candidates: " in line)
+    assert f"{of.counts.evaluations} evaluations" in pruned
+    assert f"best_of_n, {of.n} candidates: {of.n * STEPS} evaluations" in plain
+
+
+def test_seconds_are_those_that_the_same_run_began_with(few_steps: Any, tmp_path: Path) -> None:
+    def run(**more: Any) -> ScaleRun:
+        options = ScaleOptions(
+            "best_of_n", budget=7.0, cost_unit="seconds", compare=more.pop("compare", "none")
+        )
+        rewards = load_rewards(["thickness"])
+        return ScaleRun(few_steps, PROMPTS, tmp_path, options, rewards=rewards, **more)
+
+    measured = iter([(1.0, 0.0, 0.0), (0.5, 0.0, 0.0), (0.25, 0.0, 0.0)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScaleRun, "_measure", lambda self: next(measured))
+        first = run()
+        assert first.n == 2
+        (tmp_path / "run.json").write_text(json.dumps(first.settings()))
+        again = run()
+        assert again.n == 2 and again.settings() == first.settings()
+        assert run(seed=1).n == 4  # another run
+        assert run(begins_anew=True).n == 9
+
+
+def test_a_schedule_is_read_once(few_steps: Any, tmp_path: Path) -> None:
+    path = tmp_path / "schedule.json"
+
+    def run() -> ScaleRun:
+        options = ScaleOptions(candidates=4, schedule=path)
+        return ScaleRun(few_steps, PROMPTS, tmp_path, options, rewards=load_rewards(["thickness"]))
+
+    path.write_text(json.dumps({"schedule": {"after": [0], "keep": [0.5]}}))
+    read = run()
+    path.write_text(json.dumps({"schedule": {"after": [0.9], "keep": [0.5]}}))
+    assert read.settings()["after"] == (0,) and read.counts.evaluations == 4 + 2 * 2
+    with pytest.raises(UserError, match="is no schedule"):
+        run()
+
+
+def test_memory_that_ends_after_the_scores_repeats_no_row(few_steps: Any) -> None:
+    rewards = load_rewards(["thickness"])
+    walker = Walker(few_steps, rewards, (64, 64), 4)
+
+    class Short(torch.Tensor):
+        """Cannot be made 8 bits of more than 2 rows."""
+
+        def round(self) -> Any:
+            if len(self) > 2:
+                raise torch.OutOfMemoryError
+            return self.as_subclass(torch.Tensor).round()
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        images = few_steps.images
+        patch.setattr(few_steps, "images", lambda x: images(x).as_subclass(Short))
+        scores, pixels = walker._score(torch.randn(4, 4, 8, 8), [PROMPTS[0]] * 4, True)
+    assert scores["total"].shape == (4,) and pixels is not None and len(pixels) == 4
+
+
+def test_the_printed_training_takes_the_flags_of_the_model(tmp_path: Path, call: Call) -> None:
+    flags = ["run", "--model_id", "tiny-teacher", "--num_inference_steps", 2, "--step_list", 900]
+    flags += [400, "--guidance_scale", 2, "--reward", "thickness", "--prompt", PROMPTS[0]]
+    flags += ["--candidates", 2, "--method", "best_of_n", "--output_dir", tmp_path / "run"]
+    ended = call("scale", *flags)
+    assert ended.code == 0, ended.err
+    line = next(row for row in ended.out.splitlines() if row.startswith("to train"))
+    words = shlex.split(line.partition("oneshot_fast.sft ")[2])
+    given = cli._parse("sft", sft.SftCommand, words)
+    assert given.model_id == "tiny-teacher" and given.manifest_path is not None
+    assert given.model == ModelOptions(
+        num_inference_steps=2, step_list=(900.0, 400.0), guidance_scale=2.0
+    )
+    sft._check_sampler(given.manifest_path, given.model)
+    options = ModelOptions(variant="fp16", lora=("a", "b:2"), timestep=399.0, compile=True)
+    assert options.flags == shlex.split(
+        "--variant fp16 --timestep 399.0 --lora a --lora b:2 --compile"
+    )
 
 
 def test_a_run_keeps_what_was_dropped_and_what_won(tmp_path: Path, call: Call) -> None:
@@ -248,7 +328,11 @@ def test_a_killed_run_goes_on(forks: Any, tmp_path: Path) -> None:
         ("--candidates 4 --method best_of_n --after 0", "--after is for the method"),
         ("--candidates 4 --cost_unit evaluations --after 0 --keep 0.5", "--cost_unit is that of"),
         ("--candidates 4 --method best_of_n --prune_reward digit", "--prune_reward has no effect"),
-        ("--candidates 4 --after 0 --keep 0.5 --compile", "--compile is for gradients"),
+        ("--candidates 4 --after 0 --keep 0.5 --compile", "compiles anew for every size"),
+        ("--candidates 4 --method fk --after 0 --inverse_temperature inf", "finite"),
+        ("--candidates 4 --method svdd --after 0 --temperature inf", "temperature is inf"),
+        ("--candidates 4 --after 0 --keep 0.5 --seeds 5 --num_images_per_prompt 4", "--seeds"),
+        ("--budget inf --after 0 --keep 0.5", "a budget of inf pays more than can be counted"),
         ("--budget 1e-9 --after 0 --keep 0.5", "is below one candidate; give at least"),
     ],
 )
