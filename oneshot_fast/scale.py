@@ -33,7 +33,8 @@ class PoolOptions:
     """Rewards of many candidates per prompt at many steps: .safetensors, .npz, .npy, .parquet, or a
     folder of TTSnap's YAML files."""
     reward: tuple[str, ...] = ()
-    """Names of the rewards, where the pool's file has none."""
+    """Names of the rewards, where the pool's file has none. With several each ranks the candidates,
+    and sums of ranks decide; in a pool of `scale data` the weighted sum does, as in `scale run`."""
     scale: Literal["none", "published"] = "none"
     """published: rewards named imr, pic and hps as papers print them."""
     deduplicate: bool = True
@@ -60,7 +61,7 @@ class PoolOptions:
             require(len(self.reward) == count, f"give {count} names with --reward: so many it has")
             pool = dataclasses.replace(pool, rewards=self.reward)
         pool = pool.published_scale() if self.scale == "published" else pool
-        return pool.without_copies() if self.deduplicate else pool
+        return (pool.without_copies() if self.deduplicate else pool).total()
 
     def of(self, pool: "Pool") -> "Cost":
         """What one of its candidates costs."""

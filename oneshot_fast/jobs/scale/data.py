@@ -209,7 +209,12 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
         write_text(self.folder / "labels.yaml", "".join(lines))
         names = tuple(self.walker.rewards.by_name)
         values = np.array([[row["scores"][name] for name in names] for row in rows])
-        pool = Pool(values.transpose(0, 3, 2, 1), tuple(self.steps), names)  # [P, R, S, N] before
+        pool = Pool(
+            values.transpose(0, 3, 2, 1),  # [P, R, S, N] before
+            tuple(self.steps),
+            names,
+            weights=tuple(float(weights[name]) for name in names),
+        )
         write_pool(self.folder / POOL, pool)
         return {
             "candidates": self.n,

@@ -40,6 +40,7 @@ class Pool:
         rewards: R names.
         noise_aware: [P, N, len(noise_aware_steps), R], of a reward trained for noisy estimates.
         noise_aware_steps: Steps of those; elsewhere the base reward prunes.
+        weights: Of the rewards in the sum that a run goes by; empty where nobody said any.
     """
 
     base: Floats
@@ -47,9 +48,12 @@ class Pool:
     rewards: tuple[str, ...]
     noise_aware: Floats | None = None
     noise_aware_steps: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise DataError for shapes that do not fit and values that are not finite."""
+        if len(self.weights) not in (0, len(self.rewards)) or not np.isfinite(self.weights).all():
+            raise DataError(f"a pool has weights {self.weights} of {len(self.rewards)} rewards")
         of_prune = () if self.noise_aware is None else ((self.noise_aware, self.noise_aware_steps),)
         for values, steps in ((self.base, self.steps), *of_prune):
             shape = (*self.base.shape[:2], len(steps), len(self.rewards))
@@ -96,6 +100,19 @@ class Pool:
         aware = self.noise_aware
         return dataclasses.replace(
             self, base=self.base[rows], noise_aware=None if aware is None else aware[rows]
+        )
+
+    def total(self) -> "Pool":
+        """The weighted sum of the rewards, as a run goes by, where the pool has weights."""
+        if not self.weights or self.weights == (1.0,):
+            return self
+        weights, aware = np.array(self.weights)[:, None], self.noise_aware
+        return dataclasses.replace(
+            self,
+            base=self.base @ weights,
+            rewards=("total",),
+            noise_aware=None if aware is None else aware @ weights,
+            weights=(),
         )
 
     def without_copies(self) -> "Pool":
@@ -148,10 +165,12 @@ def read_pool(path: Path) -> Pool:
 def write_pool(path: Path, pool: Pool) -> None:
     """Write a pool as .safetensors, float32."""
     tensors = {"base": torch.from_numpy(pool.base).float().contiguous()}
-    about = {"steps": [*pool.steps], "rewards": [*pool.rewards]}
+    about: dict[str, list[Any]] = {"steps": [*pool.steps], "rewards": [*pool.rewards]}
     if pool.noise_aware is not None:
         tensors["noise_aware"] = torch.from_numpy(pool.noise_aware).float().contiguous()
         about["noise_aware_steps"] = [*pool.noise_aware_steps]
+    if pool.weights:
+        about["weights"] = [*pool.weights]
     write_safetensors(path, tensors, {"pool": about})
 
 
@@ -196,6 +215,7 @@ def _read_safetensors(path: Path) -> Pool:
         tuple(about["rewards"]),
         values.get("noise_aware"),
         tuple(about.get("noise_aware_steps", ())),
+        tuple(about.get("weights", ())),
     )
 
 

@@ -16,6 +16,7 @@ from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.jobs.scale.pools import read_pool
 from oneshot_fast.rewards import load_rewards
 from oneshot_fast.runtime.seeds import gaussian
+from oneshot_fast.scale import PoolOptions
 
 PROMPTS = ("a photo of the digit three", "a photo of the digit seven")
 FLAGS = ["data", "--model_id", "tiny", "--num_inference_steps", 3, "--candidates", 2]
@@ -36,6 +37,10 @@ def test_labels_pool_and_pictures_are_of_the_same_images(made: Path, tiny: Any) 
     labels = [json.loads(line) for line in (made / "labels.jsonl").open()]
     pool = read_pool(made / "pool.safetensors")
     assert pool.base.shape == (2, 2, 3, 2) and pool.rewards == ("thickness", "digit")
+    assert pool.weights == (1.0, 0.5)
+    loaded = PoolOptions(made / "pool.safetensors").load()  # as scale run adds them up
+    assert loaded.rewards == ("total",)
+    np.testing.assert_allclose(loaded.base[..., 0], pool.base @ (1.0, 0.5), rtol=1e-12)
     assert [label["id"] for label in labels] == [f"p000{p}/id00{j}" for p in (0, 1) for j in (0, 1)]
     for label, values in zip(labels, pool.base.reshape(4, 3, 2), strict=True):
         for r, name in enumerate(pool.rewards):
