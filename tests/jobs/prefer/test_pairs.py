@@ -17,7 +17,7 @@ from oneshot_fast.jobs.prefer.options import PreferOptions
 
 PROMPT = "a handwritten digit three"
 FLAGS = (
-    "--model_id tiny --judge thickness --objective dpo --eval_samples 10 --batch_size 3 --epochs 4 "
+    "--model_id tiny --judge thickness --objective dpo --eval_samples 10 --batch_size 3 --epochs 2 "
     "--lr 1e-4"
 )
 

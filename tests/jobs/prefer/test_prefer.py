@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -203,28 +204,33 @@ class Same(Reward):
         return images.new_ones(len(images))
 
 
-def run(folder: Path, rewards: WeightedRewards, **more: Any) -> PreferRun:
-    generator = load_generator("tiny", master_weights=True)
+@pytest.fixture(scope="module")
+def trainable() -> Generator:
+    return load_generator("tiny", master_weights=True)
+
+
+def run(base: Generator, folder: Path, rewards: WeightedRewards, **more: Any) -> PreferRun:
     chosen = options("pso", epochs=3, **more)
+    generator = copy.deepcopy(base)
     return PreferRun(generator, PROMPTS, folder, chosen, rewards=rewards, eval_samples=10)
 
 
 def test_rewards_that_are_all_equal_end_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainable: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prefer_run, "EQUAL", 2)
     with pytest.raises(UserError, match="same reward in 2 steps in a row: same says nothing"):
-        run(tmp_path, WeightedRewards([(Same(), 1.0)])).run()
+        run(trainable, tmp_path, WeightedRewards([(Same(), 1.0)])).run()
 
 
-def test_drift_ends_the_training(tmp_path: Path) -> None:
-    job = run(tmp_path, load_rewards(["thickness"]), max_drift=1e-3)
+def test_drift_ends_the_training(trainable: Generator, tmp_path: Path) -> None:
+    job = run(trainable, tmp_path, load_rewards(["thickness"]), max_drift=1e-3)
     summary = job.run()
     assert summary["steps"] == 2 < 3  # the first step begins at the base
     assert summary["stopped"].startswith("drift 0.") and "after step 2" in summary["stopped"]
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2] and rows[1]["moved"] > 1e-3 > rows[0]["moved"]
-    assert run(tmp_path, load_rewards(["thickness"]), max_drift=1e-3).run() == summary
+    assert run(trainable, tmp_path, load_rewards(["thickness"]), max_drift=1e-3).run() == summary
 
 
 def test_a_killed_training_ends_the_same(tmp_path: Path, prompts: Path, forks: Any) -> None:
