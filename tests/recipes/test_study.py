@@ -23,6 +23,7 @@ from oneshot_fast.study import main
 from oneshot_fast.training.batch import Batch, Rows
 
 LOSS = "diffusion loss at the sampler's timesteps"
+FEW = {"samples": 20}  # a tenth of what --quick draws
 
 
 @pytest.mark.timeout(600)
@@ -111,6 +112,8 @@ def test_the_few_step_study_runs_and_is_kept(
     monkeypatch.setattr(few_step, "SUBJECTS", {"tiny": (1, (1e-3,))})
     rows = {name: few_step.ROWS[name] for name in ("matched, through the loop", LOSS)}
     monkeypatch.setattr(few_step, "ROWS", rows)
+    whole = few_step.few_step
+    monkeypatch.setattr(few_step, "few_step", lambda *of, **given: whole(*of, **given | FEW))
     argv = ["--few_step", "--quick", "--output_dir", str(tmp_path)]
     assert main(argv) == 0
     found = json.loads((tmp_path / "few_step.json").read_text())["results"]["tiny"]
