@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.options import ModelOptions
+from oneshot_fast.jobs.scale import run as scale_run
 from oneshot_fast.jobs.scale.options import ScaleOptions
 from oneshot_fast.jobs.scale.rules import METHODS
 from oneshot_fast.jobs.scale.run import ScaleRun
 from oneshot_fast.jobs.scale.walk import Walked, Walker
-from oneshot_fast.planning.costs import count_flops
+from oneshot_fast.planning.costs import Work, count_flops
 from oneshot_fast.rewards import load_rewards
 from oneshot_fast.runtime.seeds import gaussian
 from oneshot_fast.search.pruning import Cost, Schedule, winners
@@ -136,18 +138,24 @@ def test_each_line_of_svdd_goes_on_with_its_best_sample(ancestral: Any) -> None:
         assert (np.ptp(by_line, -1) > 0).all()
 
 
-def test_the_cost_of_the_embedded_generator(tiny: Any, few_steps: Any) -> None:
-    found = count_flops(few_steps, load_rewards(["thickness"]), (64, 64), "x")
-    assert found.evaluation / 1e6 == pytest.approx(120.34, abs=0.005)  # attention included
-    assert found.verification / 1e6 == pytest.approx(226.13, abs=0.005)
+@pytest.fixture(scope="module")
+def work(few_steps: Any) -> Work:
+    return count_flops(few_steps, load_rewards(["thickness"]), (64, 64), "x")
+
+
+def test_the_cost_of_the_embedded_generator(tiny: Any, work: Work) -> None:
+    assert work.evaluation / 1e6 == pytest.approx(120.34, abs=0.005)  # attention included
+    assert work.verification / 1e6 == pytest.approx(226.13, abs=0.005)
     guided = FewStepGenerator.over(tiny, STEPS, guidance_scale=2.0)
     twice = count_flops(guided, load_rewards(["thickness"]), (64, 64), "x")
-    assert twice.evaluation == 2 * found.evaluation
+    assert twice.evaluation == 2 * work.evaluation
 
 
 def test_a_budget_pays_for_candidates_and_best_of_n_gets_no_less(
-    few_steps: Any, tmp_path: Path
+    few_steps: Any, work: Work, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    monkeypatch.setattr(scale_run, "count_flops", lambda *of: work)
+
     def run(**options: Any) -> ScaleRun:
         given = ScaleOptions(after=(0, 1), keep=(0.6, 0.7), compare="best_of_n", **options)
         rewards = load_rewards(["thickness"])
@@ -299,18 +307,17 @@ def test_a_killed_run_goes_on(forks: Any, tmp_path: Path) -> None:
         flags = [*FLAGS, "--output_dir", folder, "--num_images_per_prompt", 2, "--candidates", 2]
         return [*flags, "--after", 0, "--keep", 0.4, "--batch_size", 2, "--cps_eta", "ancestral"]
 
-    whole = tmp_path / "whole"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert forks.run("scale", command(whole), whole).code == 0
     pictures = sorted(path.relative_to(whole) for path in whole.glob("images/*"))
     assert len(pictures) == 4
     for at in (3, "00000002.safetensors", "metrics_summary.json"):
-        killed = tmp_path / f"killed {at}"
-        assert forks.run("scale", command(killed), killed, at=at).code < 0
-        ended = forks.run("scale", command(killed), killed)
-        assert ended.code == 0, ended.err
-        for name in ("manifest.jsonl", *pictures):
-            assert (whole / name).read_bytes() == (killed / name).read_bytes()
-        assert not list(killed.rglob(".tmp-*"))
+        assert forks.run("scale", command(killed), killed, at=at).code == -signal.SIGKILL
+    ended = forks.run("scale", command(killed), killed)
+    assert ended.code == 0, ended.err
+    for name in ("manifest.jsonl", *pictures):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    assert not list(killed.rglob(".tmp-*"))
 
 
 @pytest.mark.parametrize(
