@@ -10,7 +10,7 @@ from oneshot_fast.report.rewards import draw_histories, history, rewards_section
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
 from oneshot_fast.runtime.units import decimals
 
-_LOSSES = ("policy", "final", "match", "preserve")
+_LOSSES = ("policy", "final", "match", "preserve", "clipped")
 
 
 def write_reinforce_report(folder: Path, flags: Mapping[str, Any]) -> None:

@@ -160,6 +160,10 @@ class TrainingRun(ABC):
         """Whether the training ends with the step that was just taken."""
         return False
 
+    def is_resumable(self, step: int) -> bool:
+        """Whether a training can be resumed after so many steps; else it is not saved there."""
+        return True
+
     def after_epoch(self, epoch: int) -> dict[str, Any]:
         """What is measured after an epoch, for its row of the history."""
         return {}
@@ -328,11 +332,12 @@ class TrainingRun(ABC):
                 if over:  # not saved before, so that a resumed run ends here, too
                     return
                 stopped = largest(interrupts.pending)  # all processes end after the same step
-                if stopped or time.monotonic() - saved >= 60 * self.save_minutes:
+                due = stopped or time.monotonic() - saved >= 60 * self.save_minutes
+                if due and self.is_resumable(student.step):
                     self._save()
                     saved = time.monotonic()
-                if stopped:
-                    stop(stopped)
+                    if stopped:
+                        stop(stopped)
                 bar.update()
 
     def _end_epoch(self, epoch: int) -> dict[str, Any] | None:

@@ -17,7 +17,10 @@ class ReinforceOptions(TrainOptions):
     images_per_prompt: int = 8
     """Images of a prompt that are compared with each other."""
     steps_per_epoch: int = 5
-    """Steps after which the generator is measured."""
+    """Rollouts, of inner_updates steps each, after which the generator is measured."""
+    inner_updates: int = 1
+    """Steps that learn from the same images. From the second on the policy is another than the one
+    that drew them, and the ratio of their likelihoods is clipped (PPO)."""
     lr: float = 2e-5
     """AdamW's learning rate."""
     preserve_latent_weight: float = 0.0
@@ -53,6 +56,11 @@ class ReinforceOptions(TrainOptions):
             f"batch_size is {size}; give a multiple of images_per_prompt, {count}",
         )
         require(self.steps_per_epoch >= 1, "steps_per_epoch must be at least 1")
+        require(self.inner_updates >= 1, f"inner_updates is {self.inner_updates}; give at least 1")
+        require(
+            self.inner_updates == 1 or self.policy_weight > 0,
+            "--inner_updates has no effect without --policy_weight; leave it out",
+        )
         require(self.policy_steps >= 1, "policy_steps must be at least 1")
         for name in ("policy_weight", "final_reward_weight", "match_weight"):
             value = getattr(self, name)

@@ -56,6 +56,7 @@ def reinforce_plan(
             "steps": [[*learns]] * count,
             "before": stacked,
             "after": stacked.clone(),
+            "old": torch.zeros(stacked.shape[:2]),
             "last": latents,
             "advantage": torch.zeros(count),
             "texts": [prompt] * count,
@@ -76,7 +77,7 @@ def reinforce_plan(
     if teacher is not None:
         kind = Kind(lambda model, found: loss(model, found, FAKE), fake_batch, True)
         network = teacher.denoiser.parameters()  # all else is the generator's
-        fake = Fake(kind, options.of_fake, 1, bytes_of(network))
+        fake = Fake(kind, options.of_fake, 1 / options.inner_updates, bytes_of(network))
     plan = training_plan(
         generator,
         options,
@@ -87,6 +88,7 @@ def reinforce_plan(
         offload_encoders=offload_encoders,
         fake=fake,
         rollout=rollout,
+        updates=options.inner_updates,
     )  # fmt: skip
     return Plan([*plan.lines, "memory not counted: making and scoring images"], plan.seconds)
 

@@ -1,5 +1,7 @@
 """Reinforce a few-step generator by rewards, into one folder."""
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,8 @@ def losses_of(
 class ReinforceRun(JudgedRun):
     """A few-step generator that learns from rewards of its own images, measured as ``JudgedRun``.
 
-    Each step makes new images of some prompts, and takes one update.
+    Each rollout makes new images of some prompts, from which ``inner_updates`` steps learn. A state
+    to resume from is saved between rollouts.
     """
 
     passing = frozenset({FAKE})
@@ -142,6 +145,7 @@ class ReinforceRun(JudgedRun):
             generator, losses[STUDENT], prompts, folder, options, rewards=rewards, **more
         )
         self.teacher = teacher
+        self._rollout: Rows | None = None
         if roles is not None:
             self.trainees[FAKE], self.losses[FAKE] = roles.fake, losses[FAKE]
 
@@ -179,8 +183,9 @@ class ReinforceRun(JudgedRun):
 
     @property
     def _per_epoch(self) -> int:
-        """Images that an epoch's steps learn from."""
-        return self.options.steps_per_epoch * self.options.batch_size
+        """Images that an epoch's steps learn from, as often as they do."""
+        options = self.options
+        return options.steps_per_epoch * options.inner_updates * options.batch_size
 
     def learn(self) -> dict[str, Any]:
         return self.learn_from(self._per_epoch)
@@ -190,47 +195,67 @@ class ReinforceRun(JudgedRun):
             trainer = super().trainer(name, steps)
             trainer.chooses = False  # its loss says nothing of how good it is
             return trainer
-        options = self.options.of_fake
+        options, steps = self.options.of_fake, steps // self.options.inner_updates
         return Trainer(self.trainees[name], self.losses[name], options, steps, self.seed)
+
+    def is_resumable(self, step: int) -> bool:
+        return step % self.options.inner_updates == 0  # what drew a rollout is not kept
 
     def after_epoch(self, epoch: int) -> dict[str, Any]:
         self.trainers[STUDENT].keep_best(0.0)  # the last one
         return {"skipped_steps": self.trainers[STUDENT].skipped, **super().after_epoch(epoch)}
 
     def take_step(self, rows: list[int], step: int) -> None:
-        """Images, one step of the fake on them if there is one, and one of the generator."""
+        """One step of the generator; before it, images and a step of the fake if they are due."""
+        begins = self._begins(step)
         batch = self.batch(rows, step)
         if self.options.policy_weight and not batch["rollout"].extra["advantage"].any():
-            self._skip()
+            self._skip(begins)
             return
-        if FAKE in self.trainers:
+        if begins and FAKE in self.trainers:
             made = batch["rollout"]
             extra = self._draws(step, "fake", len(made), FAKE_NOISES)
             fakes = Rows(made.noise, made.conditioning, extra | {"sample": made.extra["made"]})
             self.trainers[FAKE](Batch(dmd=fakes))
         self.trainers[STUDENT](batch)
 
-    def _skip(self) -> None:
+    def _skip(self, begins: bool) -> None:
         """Take no step; after many in a row the training ends."""
-        for trainer in self.trainers.values():
-            trainer.skip()
+        for name, trainer in self.trainers.items():
+            if begins or name == STUDENT:
+                trainer.skip()
         student = self.trainers[STUDENT]
-        if student.empty_in_a_row == _FLAT:
+        if student.empty_in_a_row == _FLAT * self.options.inner_updates:
             student.empty_in_a_row = 0
             raise BadStepsError(
                 f"in {_FLAT} steps in a row the rewards of a prompt's images were all equal, or "
                 "not finite; nothing can be learnt from them: take another --reward, or repeat the "
                 "command to go on with the next step"
             )
-        if is_main():
+        if begins and is_main():
             say(
                 f"step {student.step} is skipped: the rewards of each prompt's images are equal, "
                 "or not finite"
             )
 
-    @torch.no_grad()
+    def _begins(self, step: int) -> bool:
+        """Whether new images are due; those of a training that broke off are not there either."""
+        return self._rollout is None or self.is_resumable(step)
+
     def batch(self, rows: list[int], step: int) -> Batch:
-        """The rollout of a step, whose prompts it draws itself."""
+        """What a step learns from: its rollout, which draws its prompts itself, or the last one."""
+        if self._rollout is None or self._begins(step):
+            self._rollout = self._rolled(step)
+        made, extra = self._rollout, dict[str, Any]()
+        if self.teacher is not None:
+            extra = self._draws(step, "match", len(made), STUDENT_NOISES)
+            del extra["steps"]
+        made = dataclasses.replace(made, extra={**made.extra, **extra})
+        return Batch(rollout=made, **self.preserved(step))
+
+    @torch.no_grad()
+    def _rolled(self, step: int) -> Rows:
+        """New images of some prompts, with all that the losses need of them."""
         K, generator = self.options.images_per_prompt, self.generator
         draw = torch.Generator().manual_seed(derived_seed(self.seed, "rl prompts", step))
         distinct = [*dict.fromkeys(self.prompts)]
@@ -261,14 +286,13 @@ class ReinforceRun(JudgedRun):
             "steps": [learns] * len(texts),
             "before": self._stacked(samples, learns, 0),
             "after": self._stacked(samples, learns, 1),
+            "old": torch.full((len(texts), len(learns)), math.nan, device=generator.device),
             "last": samples[-2],
             "made": samples[-1],
             "advantage": advantage,
             "texts": texts,
         }
-        drawn = self._draws(step, "match", len(texts), STUDENT_NOISES) if self.teacher else {}
-        extra |= {name: value for name, value in drawn.items() if name != "steps"}
-        return Batch(rollout=Rows(samples[0], told, extra), **self.preserved(step))
+        return Rows(samples[0], told, extra)
 
     @staticmethod
     def _stacked(samples: Sequence[Tensor], steps: Sequence[int], further: int) -> Tensor:

@@ -8,8 +8,9 @@
     match:   the student's term of losses/dmd.py at clean samples
 
 RTDMD (arXiv 2605.26108) after GRPO (Shao et al. 2024, arXiv 2402.03300). Its log-probabilities are
-means of squares: ours are nats, so that a clip means the same for any size of latents. Here every
-rollout serves one update, so p is 1 where the gradient is taken, and nothing is clipped.
+means of squares: ours are nats, so that a clip means the same for any size of latents. Where a
+rollout serves one update, p is 1 as the gradient is taken, and nothing is clipped; where it serves
+several, lp_old is what the first of them found, by the same passes of the same rows.
 """
 
 import math
@@ -63,6 +64,12 @@ def policy_loss(now: Tensor, old: Tensor, advantage: Tensor, clip: float) -> Ten
     return torch.maximum(-advantage * ratio, -advantage * clipped).mean()
 
 
+def is_clipped(now: Tensor, old: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """Where ``policy_loss`` has no gradient as the policy has gone far enough, [N] of bool."""
+    further = (now - old).exp() - 1
+    return torch.where(advantage > 0, further > clip, (advantage < 0) & (further < -clip))
+
+
 def chosen_steps(steps: int, count: int, seed: int, epoch: int) -> list[int]:
     """``count`` of ``steps`` noisy steps, or all, which learn in an epoch; as RTDMD draws them."""
     draw = random.Random(seed + 100_000 * epoch + 104_729)
@@ -74,8 +81,9 @@ class ReinforceLoss:
     """Of a rollout's rows: what led to which sample, and how good it turned out.
 
     ``rows.extra`` has "steps", the numbers of the steps that learn, "before" and "after", their
-    samples [B, S, C, h, w], "last", what the last step starts from [B, C, h, w], "advantage" [B],
-    and "texts".
+    samples [B, S, C, h, w], "old", their log-probabilities [B, S], which the first pass writes
+    where they are NaN, "last", what the last step starts from [B, C, h, w], "advantage" [B], and
+    "texts".
 
     Attributes:
         rewards: Of the last step.
@@ -111,6 +119,11 @@ class ReinforceLoss:
             if is_on
         )
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The part of the ratios that the clip keeps from learning, see ``Loss``."""
+        return ("clipped",) if self.policy_weight > 0 else ()
+
     def __call__(self, model: FewStepGenerator, batch: Batch) -> dict[str, Tensor]:
         """See ``Loss``."""
         losses = dict[str, Tensor]()
@@ -123,12 +136,16 @@ class ReinforceLoss:
         rows = batch["rollout"]
         told, extra = rows.conditioning, rows.extra
         if self.policy_weight:
-            found = []
+            found, clipped, advantage = [], [], extra["advantage"]
             for place, k in enumerate(extra["steps"][0]):
                 made_of = model.transition(k, extra["before"][:, place], told)
                 now = made_of.log_probability(extra["after"][:, place])
-                found.append(policy_loss(now, now.detach(), extra["advantage"], self.clip))
+                old = extra["old"][:, place]
+                old.copy_(torch.where(old.isnan(), now.detach(), old))  # kept in the rollout's rows
+                found.append(policy_loss(now, old, advantage, self.clip))
+                clipped.append(is_clipped(now.detach(), old, advantage, self.clip))
             losses["policy"] = self.policy_weight * torch.stack(found).mean()
+            losses["clipped"] = torch.stack(clipped).float().mean()
         if not self.final_weight and self.match is None:
             return losses
         x0 = model.next_sample(model.num_inference_steps - 1, extra["last"], told)

@@ -20,7 +20,9 @@ from oneshot_fast.jobs.reinforce.options import ReinforceOptions
 from oneshot_fast.jobs.reinforce.run import ReinforceRun
 from oneshot_fast.rewards import load_rewards
 from oneshot_fast.runtime.files import read_jsonl
+from oneshot_fast.training.batch import Rows
 from oneshot_fast.training.checkpoints import STUDENT, load_state
+from oneshot_fast.training.losses.grpo import is_clipped, policy_loss
 
 PROMPTS = ["a red bird", "a house by the sea", "a boat"]
 SMALL: dict[str, Any] = {
@@ -128,6 +130,63 @@ def test_killed_and_resumed_beside_a_teacher(tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
+def test_several_updates_of_a_rollout(tmp_path: Path) -> None:
+    run = run_of(tmp_path, few(2), inner_updates=2)
+    run.trainers = {STUDENT: run.trainer(STUDENT, 4)}
+
+    def ratio(rows: Rows) -> Tensor:
+        ((k,), *_), before = rows.extra["steps"], rows.extra["before"][:, 0]
+        with torch.no_grad():
+            made = run.generator.transition(k, before, rows.conditioning)
+        return (made.log_probability(rows.extra["after"][:, 0]) - rows.extra["old"][:, 0]).exp()
+
+    rows = run.batch([], 0)["rollout"]
+    assert rows.extra["old"].isnan().all()
+    found = run.losses[STUDENT](run.generator, run.batch([], 1))
+    assert (ratio(rows) - 1).abs().max() < 1e-6 and found["clipped"] == 0
+    run.take_step([], 0)
+    assert run.trainers[STUDENT].last["clipped"] == 0
+    rows = run.batch([], 1)["rollout"]
+    old = rows.extra["old"].clone()
+    assert old.isfinite().all() and (ratio(rows) - 1).abs().max() > 0.2
+    run.take_step([], 1)
+    assert torch.equal(old, rows.extra["old"]) and run.trainers[STUDENT].last["clipped"] > 0
+    assert run.batch([], 2)["rollout"].extra["old"].isnan().all()  # of new images
+    gone = torch.tensor([1.5, 0.5, 1.5, 0.5, 9.0]).log()
+    for advantage, at in ((1.0, [0, 4]), (-1.0, [1, 3]), (0.0, [])):
+        found = is_clipped(gone, torch.zeros(5), torch.full((5,), advantage), 0.2)
+        assert set(found.nonzero().flatten().tolist()) >= {*at}
+        now = gone.clone().requires_grad_()
+        policy_loss(now, torch.zeros(5), torch.full((5,), advantage), 0.2).backward()
+        assert torch.equal(now.grad == 0, found | (torch.full((5,), advantage) == 0))
+
+
+def test_between_rollouts_it_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
+    base = few(2)
+
+    def run(name: str) -> ReinforceRun:
+        return run_of(tmp_path / name, copy.deepcopy(base), inner_updates=2, lora_rank=2)
+
+    assert run("whole").run()["steps"] == 4
+    broken = run("broken")
+    take = broken.take_step
+
+    def dies(rows: list[int], step: int) -> None:
+        if step == 3:  # in the middle of the second rollout
+            raise MemoryError
+        take(rows, step)
+
+    broken.take_step = dies  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        broken.run()
+    run("broken").run()
+    name = "lora-final/pytorch_lora_weights.safetensors"
+    files = [(tmp_path / of / name).read_bytes() for of in ("whole", "broken")]
+    assert files[0] == files[1]
+    rows = [read_jsonl(tmp_path / of / "history.jsonl") for of in ("whole", "broken")]
+    assert rows[0] == rows[1]
+
+
 def test_rewards_that_say_nothing_end_it(tmp_path: Path) -> None:
     run = run_of(tmp_path, few(2), "equal", steps_per_epoch=30)
     before = [p.clone() for p in run.generator.denoiser.parameters()]
@@ -186,6 +245,8 @@ def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
         ({"batch_size": 8}, "is 4 prompts; there are 3"),
         ({"prompts": PROMPTS[:1]}, "one prompt only"),
         ({"policy_weight": 0.0}, "nothing to learn"),
+        ({"inner_updates": 0}, "inner_updates is 0"),
+        ({"inner_updates": 2, "policy_weight": 0.0, "final_reward_weight": 1.0}, "no effect"),
         ({"match_weight": 0.1}, "need each other"),
         ({"teacher": generator}, "need each other"),
         ({"final_reward_margin": 2.0}, "no effect without --final_reward_weight"),
