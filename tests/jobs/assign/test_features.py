@@ -170,7 +170,7 @@ def test_the_commands_take_features(small_data: Path, tmp_path: Path, call: Any)
     assert other.code == 2 and "features: python:feature_samples.brightness then" in other.err
     wrong = call("assign", *flags[:-1], "python:feature_samples.absent")
     assert wrong.code == 2 and wrong.err.count("\n") == 1
-    em = EmOptions(feature_weight=2.0, features="python:feature_samples.rows").assign()
+    em = EmOptions(feature_weight=2.0, features="python:feature_samples.rows").resolve(64).assign()
     assert em.feature_weight == 2.0 and em.features == ROWS.features
 
 
