@@ -81,6 +81,7 @@ def execute(command: DistillCommand) -> int:
         model.backprop_steps is None,
         "--backprop_steps: the last step alone is differentiated here; leave it out",
     )
+    require(model.timestep is None, "--timestep: a student begins at the noisiest; leave it out")
     if model.num_inference_steps > 1 and model.cps_eta is None:
         model = replace(model, cps_eta=0.9)
     prompts = read_prompts(command.prompt_file, command.prompt_field)
@@ -90,15 +91,11 @@ def execute(command: DistillCommand) -> int:
         require(bool(heldout), f"--heldout_root {command.heldout_root}: no image can be read")
 
     from oneshot_fast.generators.few_step import FewStepGenerator
-    from oneshot_fast.generators.pipeline import PipelineGenerator
     from oneshot_fast.jobs.distill.run import DistillRun
 
     master_weights = command.training.weights_dtype == "float32"
-    generator = model.load(command.teacher, master_weights=master_weights)
-    if not isinstance(generator, PipelineGenerator):
-        raise UserError(f"{command.teacher} is no pipeline of diffusers, which a teacher has to be")
-    if not isinstance(generator, FewStepGenerator):
-        generator = FewStepGenerator.over(generator, 1)
+    generator = model.load(command.teacher, master_weights=master_weights, student=True)
+    assert isinstance(generator, FewStepGenerator)
     device = generator.device
     run = DistillRun(
         generator,

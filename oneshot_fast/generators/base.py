@@ -99,6 +99,7 @@ class LoadOptions:
     local_files_only: bool = False  # never ask the hub
     timestep: float | None = None  # where the one step begins, if not at the noisiest timestep
     lora: tuple[LoraFile, ...] = ()  # merged into the weights
+    several_steps: bool = False  # the single one, which many-step models lack, is not read
 
 
 def unit_rgb(raw: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Each step of it is linear in its sample x, the network's output and fresh noise 
 and these numbers are found by asking the scheduler itself, so that all is as ``pipe(...)`` has it.
 """
 
+import contextlib
 import copy
 import hashlib
 import math
@@ -22,6 +23,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -32,6 +34,8 @@ from oneshot_fast.errors import ModelError, UserError, refused, require
 from oneshot_fast.generators.base import Conditioning, Prediction
 from oneshot_fast.generators.pipeline import PipelineGenerator
 from oneshot_fast.generators.schedulers import CPSEulerScheduler, CPSScheduler, Eta
+from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
 # schedulers whose steps are of this form, and know nothing of the steps before
@@ -43,6 +47,9 @@ _KNOWN = (
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+
+# of Euler's noise levels, where they are not those of evenly spaced timesteps
+_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,7 @@ class FewStepGenerator(PipelineGenerator):
         backprop_steps: int | None = None,
         eta: Eta | None = None,
         step_list: Sequence[float] = (),
+        student: bool = False,
     ) -> "FewStepGenerator":
         """The same generator, networks and all, with more steps.
 
@@ -210,6 +218,9 @@ class FewStepGenerator(PipelineGenerator):
             eta: Sample with ``CPSScheduler``, by this eta, at the scheduler's noise levels.
             step_list: Timesteps that the steps begin at, falling, of a flow before its scheduler
                 shifts them; of a longer list the first. Empty for the scheduler's own.
+            student: Its few steps have to begin at the noisiest timestep: in sigma space they are
+                Euler's with trailing spacing, whatever the scheduler. The pipeline that is saved
+                has this scheduler.
 
         Raises:
             UserError: If a number makes no sense, or the scheduler's steps have another form.
@@ -236,7 +247,7 @@ class FewStepGenerator(PipelineGenerator):
         )
         start = generator.start
         require(
-            start is None or count == 1,
+            start is None or (count == 1 and not student),
             f"its one step begins at timestep {start}; leave num_inference_steps or timestep out",
         )
         kind = type(generator)
@@ -248,7 +259,13 @@ class FewStepGenerator(PipelineGenerator):
         other.__class__ = type(f"FewStep{kind.__name__}", (cls, kind), {})
         other.num_inference_steps, other.guidance_scale = count, guidance_scale
         other.backprop_steps = count if last is None else last
-        other.eta, other._sampler = eta, _with_eta(generator.pipe.scheduler, eta)
+        own = generator.pipe.scheduler
+        scheduler = _trailing(own) if student else _without_memory(own)
+        if scheduler is not own:
+            other.pipe = copy.copy(generator.pipe)
+            other.pipe.scheduler = scheduler
+            vars(other).pop("step", None)
+        other.eta, other._sampler = eta, _with_eta(scheduler, eta)
         other.step_list, other._steps = tuple(step_list[:count]), {}
         other._forget()
         other.draws_noise  # noqa: B018 (refuses what it cannot take)
@@ -462,6 +479,11 @@ class FewStepGenerator(PipelineGenerator):
         rows.pop("seeds", None)
         return replace(told, **{k: v.expand(count, *v.shape[1:]) for k, v in rows.items()})
 
+    def _step_text(self) -> str:
+        with contextlib.suppress(ModelError):  # that of many steps may have none
+            return super()._step_text()
+        return ""
+
     def fingerprint(self) -> str:
         digest = hashlib.sha256(super().fingerprint().encode())
         sampler = type(self._sampler).__name__, sorted(self._sampler.config.items(), key=str)
@@ -477,6 +499,32 @@ class FewStepGenerator(PipelineGenerator):
             "cps_eta": self.eta,
             **({"step_list": self.step_list} if self.step_list else {}),
         }
+
+
+def _trailing(scheduler: Any) -> Any:
+    """The scheduler, or in sigma space Euler's whose steps begin at the noisiest timestep."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return scheduler
+    config, spaced = scheduler.config, [k for k in _SPACINGS if scheduler.config.get(k)]
+    is_known = isinstance(scheduler, (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler))
+    if is_known and config.timestep_spacing == "trailing" and not spaced:
+        return scheduler
+    if is_main():
+        name = type(scheduler).__name__
+        say(f"the student's steps are those of EulerDiscreteScheduler, trailing, not of its {name}")
+    how = {"timestep_spacing": "trailing", **dict.fromkeys(_SPACINGS, False)}
+    return EulerDiscreteScheduler.from_config(config, **how)
+
+
+def _without_memory(scheduler: Any) -> Any:
+    """The scheduler, or Euler's at its timesteps for PNDM, whose steps know of those before."""
+    if not isinstance(scheduler, PNDMScheduler):
+        return scheduler
+    if is_main():
+        say("its PNDMScheduler remembers earlier steps: EulerDiscreteScheduler takes its place")
+    config = scheduler.config
+    how = {key: config[key] for key in ("timestep_spacing", "steps_offset")}
+    return EulerDiscreteScheduler.from_config(config, **how)
 
 
 def _with_eta(scheduler: Any, eta: Eta | None) -> Any:

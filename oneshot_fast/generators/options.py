@@ -88,12 +88,17 @@ class ModelOptions:
         return found
 
     def load(
-        self, model_id: str, master_weights: bool = False, lora_alpha: float | None = None
+        self,
+        model_id: str,
+        master_weights: bool = False,
+        lora_alpha: float | None = None,
+        student: bool = False,
     ) -> "Generator":
         """Load a generator: a diffusers folder, hub id, .safetensors file or packaged model.
 
         With ``master_weights`` it keeps float32 weights and computes in ``dtype`` by autocast;
-        ``lora_alpha`` is that of LoRA files that do not say it.
+        ``lora_alpha`` is that of LoRA files that do not say it; a ``student`` is a few-step
+        generator even of one step, see ``FewStepGenerator.over``.
         """
         import diffusers
         import torch
@@ -117,13 +122,18 @@ class ModelOptions:
             model_config=self.model_config,
             timestep=self.timestep,
             lora=tuple(LoraFile.parse(text, lora_alpha) for text in self.lora),
+            several_steps=student or self.num_inference_steps > 1,
         )
-        if self.num_inference_steps > 1:
+        if student or self.num_inference_steps > 1:
             from oneshot_fast.generators.few_step import FewStepGenerator
             from oneshot_fast.generators.pipeline import PipelineGenerator
 
             if not isinstance(generator, PipelineGenerator):
-                raise UserError(f"{model_id} takes one step; leave --num_inference_steps out")
+                raise UserError(
+                    f"{model_id} is no pipeline of diffusers, which a teacher has to be"
+                    if student
+                    else f"{model_id} takes one step; leave --num_inference_steps out"
+                )
             generator = FewStepGenerator.over(
                 generator,
                 self.num_inference_steps,
@@ -131,6 +141,7 @@ class ModelOptions:
                 backprop_steps=self.backprop_steps,
                 eta=self.cps_eta,
                 step_list=self.step_list,
+                student=student,
             )
         dtype = None if self.decoder_dtype == "auto" else getattr(torch, self.decoder_dtype)
         tuned = self.decoder_id, dtype, self.decoder_checkpointing, self.decoder_tiling

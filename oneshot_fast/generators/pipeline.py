@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import math
 from abc import abstractmethod
@@ -50,12 +51,17 @@ class PipelineGenerator(StoredPipeline):
     guidance_from = 0.0  # added to its pipeline's guidance_scale in off + scale (on - off)
 
     def __init__(
-        self, pipe: Any, autocast: torch.dtype | None = None, start: float | None = None
+        self,
+        pipe: Any,
+        autocast: torch.dtype | None = None,
+        start: float | None = None,
+        several_steps: bool = False,
     ) -> None:
         """Wrap ``pipe``; its modules keep their device and dtype.
 
         With ``autocast`` it computes in this type over float32 master weights. Its step begins at
-        the timestep ``start``, by default at the noisiest.
+        the timestep ``start``, by default at the noisiest; with ``several_steps`` there may be
+        no such step.
 
         Raises:
             ModelError: If the pipeline is not a one-step generator of this family.
@@ -70,7 +76,8 @@ class PipelineGenerator(StoredPipeline):
             if autocast == torch.float16:
                 vae_autocast = None
         self.start = None if start is None else float(start)
-        self.step = self._read_step()
+        if not several_steps:
+            self.step  # noqa: B018 (refuses what it cannot take)
         for network in self.networks.values():
             network.requires_grad_(False).eval()
         pipe.set_progress_bar_config(disable=True)
@@ -111,7 +118,8 @@ class PipelineGenerator(StoredPipeline):
             of_name = _recognised(names) if start is None else None
             try:
                 autocast = None if weights == dtype else dtype
-                generator = cls(pipe, autocast, of_name if start is None else start)
+                start = of_name if start is None else start
+                generator = cls(pipe, autocast, start, options.several_steps)
             except ModelError as error:
                 if of_name is None or "--timestep" not in str(error):
                     raise
@@ -120,9 +128,9 @@ class PipelineGenerator(StoredPipeline):
                     f"by its name {error}; or give --timestep {noisiest} for the noisiest"
                 ) from None
         except ModelError as error:
-            what = _OF_BASES if is_base(names) else ""
+            what = _OF_BASES if is_base(names) and not options.several_steps else ""
             raise ModelError(f"cannot use model {model_id}: {error}{what}") from None
-        if is_base(names) and is_main():
+        if is_base(names) and not options.several_steps and is_main():
             say(f"warning: {model_id}, by its name{_OF_BASES}")
         generator._sources = dict.fromkeys(generator.networks, (files, weights))
         generator.lora = options.lora
@@ -145,8 +153,16 @@ class PipelineGenerator(StoredPipeline):
         other._forget()
         return other
 
+    @functools.cached_property
+    def step(self) -> Step:
+        """The single step, from ``start``.
+
+        Raises:
+            ModelError: If the scheduler has none of this form.
+        """
+        return self._read_step()
+
     def _read_step(self) -> Step:
-        """The single step, from ``start``."""
         if self.start is not None and "timesteps" not in self._defaults:
             raise ModelError(f"--timestep {self.start:g}: a {self.pipeline.__name__} takes none")
         scheduler = self.pipe.scheduler
@@ -412,13 +428,17 @@ class PipelineGenerator(StoredPipeline):
             parts[self.parts[1]] = [m for name in names if (m := getattr(vae, name, None))]
         return parts
 
+    def _step_text(self) -> str:
+        """What differs where the single step does."""
+        return str(self.step)
+
     def fingerprint(self) -> str:
         """16 hex digits that change when any module or its precision changes.
 
         Hashes name, shape and up to 2047 evenly spaced values of every tensor in float32.
         """
         # the step's name when run folders first kept its hash
-        digest = hashlib.sha256(f"One{self.step}".encode())
+        digest = hashlib.sha256(f"One{self._step_text()}".encode())
         for name, network in self.networks.items():
             update_digest(digest, name, network)
         digest.update(self.decoder.fingerprint().encode())

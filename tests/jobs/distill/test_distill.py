@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from family_samples import tiny_pipeline
 from torch import Tensor
 
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.adapters import add_adapter, role
 from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.generators.sd3 import Sd3Generator
 from oneshot_fast.generators.sdxl import SdxlGenerator
 from oneshot_fast.jobs.distill.options import DistillOptions
@@ -216,6 +217,50 @@ def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
         ended = call("distill", *flags, *more)
         assert ended.code == 2 and message in ended.error, ended
     assert not (tmp_path / "run").exists()
+
+
+# schedulers as published with SDXL-base and SD1.5
+PUBLISHED = {
+    "stable-diffusion-xl-base-1.0": ("StableDiffusionXLPipeline", EulerDiscreteScheduler, {}),
+    "stable-diffusion-v1-5": (
+        "StableDiffusionPipeline", PNDMScheduler,
+        {"skip_prk_steps": True, "set_alpha_to_one": False},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_published_teachers(
+    tmp_path: Path, call: Callable[..., Any], name: str, steps: int
+) -> None:
+    family, scheduler, config = PUBLISHED[name]
+    teacher = tmp_path / name
+    tiny_pipeline(family, scheduler, timestep_spacing="leading", **config).save_pretrained(teacher)
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    count = ["--num_inference_steps", steps]
+    ended = call(
+        "distill", "--teacher", teacher, "--prompt_file", tmp_path / "p.txt", *count,
+        "--output_dir", tmp_path / "run", "--epochs", 1, "--batch_size", 2, "--ttur", 1,
+        "--images_per_prompt", 1, "--eval_samples", 10, "--lora_rank", 2,
+    )  # fmt: skip
+    assert ended.code == 0, ended
+    said = f"steps are those of EulerDiscreteScheduler, trailing, not of its {scheduler.__name__}"
+    assert said in ended.err and "a base model" not in ended.err
+    student = tmp_path / "run/checkpoint-final"
+    found = ModelOptions(num_inference_steps=steps).load(str(student), student=True)
+    assert isinstance(found, FewStepGenerator)
+    times = [int(step.timestep) for step in found.steps(found.latent_shape(16, 16))]
+    assert times == ([999] if steps == 1 else [999, 749, 499, 249])
+    if steps > 1:
+        # as the base model is used: its scheduler's own timesteps, with guidance
+        few = ModelOptions(num_inference_steps=4, guidance_scale=5.0).load(str(teacher))
+        assert isinstance(few, FewStepGenerator)
+        times = [int(step.timestep) for step in few.steps(few.latent_shape(16, 16))]
+        assert times == [751, 501, 251, 1]
+        assert few.generate(["a"], seed=1)[0].size == (16, 16)
+        with pytest.raises(UserError, match="starts at timestep 1, not at the noisiest"):
+            ModelOptions().load(str(teacher))
 
 
 def test_the_command(tmp_path: Path, call: Callable[..., Any]) -> None:
