@@ -78,6 +78,10 @@ def execute(command: DistillCommand) -> int:
     model, size = command.model, command.size.size
     require(model.guidance_scale == 1, "--guidance_scale: the student does without; leave it out")
     require(
+        model.embedded_guidance is None,
+        "--embedded_guidance: the student is told 1, the teacher --teacher_guidance; leave it out",
+    )
+    require(
         model.backprop_steps is None,
         "--backprop_steps: the last step alone is differentiated here; leave it out",
     )

@@ -33,6 +33,7 @@ class Conditioning:
             one that draws nothing.
         frames: Height and width of the original pictures, and rows and columns cut off above and to
             the left, [B, 4] int64; None: nothing was cut.
+        guidance: What a model that embeds its guidance is told, [B]; None: the generator's.
     """
 
     embeds: Tensor
@@ -40,6 +41,7 @@ class Conditioning:
     mask: Tensor | None = None
     seeds: Tensor | None = None
     frames: Tensor | None = None
+    guidance: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, [B, ...]; ``dataclasses.replace`` puts others in their place."""

@@ -220,7 +220,7 @@ class FewStepGenerator(PipelineGenerator):
                 shifts them; of a longer list the first. Empty for the scheduler's own.
             student: Its few steps have to begin at the noisiest timestep: in sigma space they are
                 Euler's with trailing spacing, whatever the scheduler. The pipeline that is saved
-                has this scheduler.
+                has this scheduler. A model that embeds its guidance is told 1.
 
         Raises:
             UserError: If a number makes no sense, or the scheduler's steps have another form.
@@ -266,6 +266,8 @@ class FewStepGenerator(PipelineGenerator):
             other.pipe.scheduler = scheduler
             vars(other).pop("step", None)
         other.eta, other._sampler = eta, _with_eta(scheduler, eta)
+        if student and other.embeds_guidance:
+            other.embedded_guidance = 1.0
         other.step_list, other._steps = tuple(step_list[:count]), {}
         other._forget()
         other.draws_noise  # noqa: B018 (refuses what it cannot take)
@@ -498,6 +500,7 @@ class FewStepGenerator(PipelineGenerator):
             "backprop_steps": self.backprop_steps,
             "cps_eta": self.eta,
             **({"step_list": self.step_list} if self.step_list else {}),
+            **({"embedded_guidance": told} if (told := self.embedded_guidance) is not None else {}),
         }
 
 

@@ -35,6 +35,10 @@ class FluxGenerator(TransformerGenerator):
         """T5's, which reads most."""
         return "tokenizer_2"
 
+    @property
+    def embeds_guidance(self) -> bool:
+        return bool(self.denoiser.config.guidance_embeds)
+
     @classmethod
     def check(cls, pipe: Any) -> None:
         """Raise ModelError unless the transformer takes packed latents of the VAE's."""
@@ -47,7 +51,7 @@ class FluxGenerator(TransformerGenerator):
         """Its names are among those that the converter of diffusers knows."""
 
     def _tokens_read(self) -> int:
-        return super()._tokens_read() if self.denoiser.config.guidance_embeds else _SCHNELL_TOKENS
+        return super()._tokens_read() if self.embeds_guidance else _SCHNELL_TOKENS
 
     @staticmethod
     def _sigmas(count: int) -> list[float]:
@@ -67,7 +71,7 @@ class FluxGenerator(TransformerGenerator):
     def _arguments(
         self, eps: Tensor, conditioning: Conditioning, dtype: torch.dtype
     ) -> dict[str, Any]:
-        """Text, where each token stands, and the pipeline's default guidance [B]."""
+        """Text, where each token stands, and guidance [B]."""
         assert conditioning.pooled is not None
         h, w, tokens = eps.shape[-2] // 2, eps.shape[-1] // 2, conditioning.embeds.shape[1]
         image_ids = self._constant(
@@ -78,12 +82,14 @@ class FluxGenerator(TransformerGenerator):
             ("ids", tokens, eps.device, dtype),
             lambda: torch.zeros(tokens, 3, device=eps.device, dtype=dtype),
         )
+        guidance = conditioning.guidance
+        guidance = self._guidance(eps) if guidance is None else guidance
         return {
             "encoder_hidden_states": conditioning.embeds.to(dtype),
             "pooled_projections": conditioning.pooled.to(dtype),
             "img_ids": image_ids,
             "txt_ids": text_ids,
-            "guidance": self._guidance(eps) if self.denoiser.config.guidance_embeds else None,
+            "guidance": guidance if self.embeds_guidance else None,
         }
 
     def _evaluate(

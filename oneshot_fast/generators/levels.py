@@ -5,6 +5,7 @@ and noise sigma, and the network gives e or v. One becomes the other by x_flow =
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -99,8 +100,12 @@ class Levels:
             x: [B, C, h, w] float32, at ``at(timestep)``.
             timestep: [B].
             told: Conditioning of B prompts.
-            guidance: Classifier-free guidance; 1 is none.
+            guidance: Classifier-free guidance, 1 is none; of a model that embeds it, what it is
+                told instead.
         """
+        if generator.embeds_guidance:
+            told = replace(told, guidance=x.new_full((len(x),), guidance))
+            guidance = 1.0
         level = self.at(timestep)
         if self.is_flow:
             output = generator.output_at(x, timestep, told, guidance)

@@ -1,6 +1,7 @@
 """How a generator is loaded: the flags of every command that takes one."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -39,6 +40,9 @@ class ModelOptions:
     its scheduler shifts them; of a longer list the first are taken. By default the scheduler's."""
     guidance_scale: float = 1.0
     """Several steps: classifier-free guidance; 1: none, as distilled models are used."""
+    embedded_guidance: float | None = None
+    """For a model that is told of guidance, FLUX.1-dev's kind: its scale; by default its pipeline's
+    (3.5). Students of distill and RTDMD's: 1."""
     backprop_steps: int | None = None
     """Several steps: differentiate only the last so many evaluations, for less time; gradients pass
     the others as if their output were given. By default all; each is computed again in the backward
@@ -124,6 +128,12 @@ class ModelOptions:
             lora=tuple(LoraFile.parse(text, lora_alpha) for text in self.lora),
             several_steps=student or self.num_inference_steps > 1,
         )
+        if self.embedded_guidance is not None:
+            require(
+                getattr(generator, "embeds_guidance", False),
+                f"--embedded_guidance: {model_id} is told of no guidance; leave it out",
+            )
+            generator.embedded_guidance = self.embedded_guidance  # type: ignore[attr-defined]
         if student or self.num_inference_steps > 1:
             from oneshot_fast.generators.few_step import FewStepGenerator
             from oneshot_fast.generators.pipeline import PipelineGenerator
@@ -163,6 +173,11 @@ class ModelOptions:
                 count > 1 or getattr(self, name) == getattr(ModelOptions, name),
                 f"--{name} has no effect without --num_inference_steps above 1; give it, too",
             )
+        told = self.embedded_guidance
+        require(
+            told is None or 0 <= told < math.inf,
+            f"embedded_guidance is {told}; give 0 or a positive number",
+        )
         require(
             count == 1 or self.timestep is None,
             "--timestep is where one step begins; leave it or --num_inference_steps out",

@@ -48,6 +48,7 @@ class PipelineGenerator(StoredPipeline):
     by_estimate: bool = False  # it decodes the scheduler's estimate, not where the step ends
     prompts_kept = 4096  # encodings in memory
     takes_lora = True
+    embedded_guidance: float | None = None  # what it is told; None: its pipeline's default
     guidance_from = 0.0  # added to its pipeline's guidance_scale in off + scale (on - off)
 
     def __init__(
@@ -428,6 +429,11 @@ class PipelineGenerator(StoredPipeline):
             parts[self.parts[1]] = [m for name in names if (m := getattr(vae, name, None))]
         return parts
 
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the denoiser is told of guidance, and so needs one evaluation for it."""
+        return False
+
     def _step_text(self) -> str:
         """What differs where the single step does."""
         return str(self.step)
@@ -442,6 +448,8 @@ class PipelineGenerator(StoredPipeline):
         for name, network in self.networks.items():
             update_digest(digest, name, network)
         digest.update(self.decoder.fingerprint().encode())
+        if self.embedded_guidance is not None:
+            digest.update(repr(self.embedded_guidance).encode())
         precision = self.autocast or self.denoiser.dtype, self.decoder.computes_in
         if set(precision) != {torch.float32}:
             digest.update(repr(precision).encode())
@@ -458,10 +466,11 @@ class TransformerGenerator(PipelineGenerator):
         return self.denoiser.config.patch_size
 
     def _guidance(self, eps: Tensor) -> Tensor:
-        """The pipeline's default guidance for each noise, [B], for a model that is told of it."""
-        scale = self._defaults["guidance_scale"]
-        row = self._constant(("guidance", eps.device), lambda: torch.tensor([scale]).to(eps.device))
-        return row.expand(len(eps))
+        """The guidance of each noise, [B], for a model that is told of it."""
+        scale = self.embedded_guidance
+        scale = self._defaults["guidance_scale"] if scale is None else scale
+        key = ("guidance", scale, eps.device)
+        return self._constant(key, lambda: torch.tensor([scale]).to(eps.device)).expand(len(eps))
 
     def _evaluate(
         self, run: Callable[..., Any], x: Tensor, timestep: Tensor, arguments: Mapping[str, Any]

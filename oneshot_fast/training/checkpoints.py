@@ -25,7 +25,8 @@ class Checkpoints:
     A training of all weights leaves what the trainee saves, for a generator pipelines:
     checkpoint-best, checkpoint-final. That of an adapter leaves adapters, lora-best and lora-final,
     for the generator it began with, and the pipeline checkpoint-final that has lora-final merged
-    in. On the way there is checkpoint-<step> after an epoch, of either kind.
+    in. One whose trainer keeps no best leaves none. On the way there is checkpoint-<step> after an
+    epoch, of either kind.
     """
 
     def __init__(self, folder: Path, keep: int = 0) -> None:
@@ -57,19 +58,20 @@ class Checkpoints:
             remove(self._folder / name)
 
     def finish(self, trainer: Trainer) -> None:
-        """Write the best and the final weights; the trainee ends with the final ones, frozen."""
+        """Write the best weights, if there are any, and the final ones; it ends with these."""
         trainee, module = trainer.trainee, trainer.trainee.module
         home = next(module.parameters()).device
         final = {name: p.clone() for name, p in trainer.final().items()}
         if trainer.options.lora_rank:
             if is_main():
-                _save_adapter(trainer, trainer.best, self._folder / "lora-best")
+                if trainer.best:
+                    _save_adapter(trainer, trainer.best, self._folder / "lora-best")
                 _save_adapter(trainer, final, self._folder / "lora-final")
             trainer.load_weights(final)
             # where there is room for the exact weights, which a GPU may not have
             merge_adapter(module, trainer.originals, trainee.save_dtype)
         else:
-            if is_main():
+            if trainer.best and is_main():
                 trainer.load_weights(trainer.best)
                 self._save(trainer, "checkpoint-best")
             trainer.load_weights(final)

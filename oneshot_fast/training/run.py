@@ -276,12 +276,13 @@ class TrainingRun(ABC):
             write_jsonl(self.folder / "history.jsonl", student.history)
         for name in self._kept:
             self._checkpoints(name).finish(self.trainers[name])
+        best = min(student.history, key=lambda row: row["loss"])["epoch"]
         return {
             "samples": count,
             "steps": student.step,
             "skipped_steps": student.skipped,
             **measured,
-            "best_epoch": min(student.history, key=lambda row: row["loss"])["epoch"],
+            **({"best_epoch": best} if student.chooses else {}),
             "seconds": round(seconds, 3),
             "steps_per_second": round((student.step - resumed_at) / max(seconds, 1e-9), 3),
         }

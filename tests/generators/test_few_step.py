@@ -231,6 +231,30 @@ def test_log_probabilities_of_the_authors_code() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+def test_levels_and_samples_of_the_authors_code() -> None:
+    vectors = json.loads((Path(family_samples.__file__).parent / VECTORS).read_text())
+    for name, key, count, config in (
+        ("StableDiffusion3Pipeline", "out", 4, {"shift": 3.0}),
+        ("StableDiffusion3Pipeline", "two_steps", 2, {"shift": 3.0}),
+        ("StableDiffusion3Pipeline", "one_step", 1, {"shift": 3.0}),
+        ("FluxPipeline", "out", 4, {"shift": 3.0, "use_dynamic_shifting": True}),
+    ):
+        case = vectors["sigmas_flux1_512px" if name == "FluxPipeline" else "sigmas_sd3"]
+        generator = family_of(name)(tiny_pipeline(name, FlowMatchEulerDiscreteScheduler, **config))
+        few = FewStepGenerator.over(generator, count, eta=0.9, step_list=case["steps"])
+        found = few.sampler_set((4, 64, 64)).sigmas
+        torch.testing.assert_close(found, torch.tensor([*case[key], 0.0]), rtol=0, atol=1e-6)
+    case = vectors["cps_scheduler_rollout"]
+    scheduler = CPSScheduler(shift=3.0, eta=case["eta"])
+    scheduler.set_timesteps(sigmas=[step / 1000 for step in vectors["sigmas_sd3"]["steps"]])
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor(case["sigmas"]), rtol=0, atol=1e-6)
+    x, v = (torch.tensor(vectors["cps_step"][name]) for name in ("x", "v"))
+    draw = torch.Generator().manual_seed(7)
+    for timestep, expected in zip(scheduler.timesteps, case["outs"], strict=True):
+        x = scheduler.step(v, timestep, x, generator=draw).prev_sample
+        torch.testing.assert_close(x, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
 def test_an_image_does_not_depend_on_its_batch(made: Callable[..., Any]) -> None:
     ours = made(SCHEDULERS["CPSEuler"])
     noise = gaussian(SEEDS, SHAPE)

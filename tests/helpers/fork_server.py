@@ -21,7 +21,7 @@ import torch
 
 COMMANDS = {
     name: importlib.import_module(f"oneshot_fast.{name}")
-    for name in ("assign", "sft", "em", "optimize", "prefer", "scale")
+    for name in ("assign", "distill", "sft", "em", "optimize", "prefer", "scale")
 }
 for name in (
     "accelerate",

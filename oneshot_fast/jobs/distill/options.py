@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from tyro.conf import Fixed, Suppress
+
 from oneshot_fast.errors import require
 from oneshot_fast.training.options import TrainOptions
 
@@ -13,6 +15,8 @@ from oneshot_fast.training.options import TrainOptions
 class DistillOptions(TrainOptions):
     """How the student is trained."""
 
+    epochs: int = 10
+    """Passes over images_per_prompt new noises of each prompt."""
     batch_size: int = 16
     """Images per step."""
     lr: float = 3e-5
@@ -21,10 +25,12 @@ class DistillOptions(TrainOptions):
     """End with an exponential moving average of the weights."""
     ema_decay: float = 0.99
     """For --use_ema; it rises to this value over the first steps."""
-    preserve_latent_weight: float = 0.0
-    """Has no meaning here: the teacher is what is held on to; 0."""
-    preserve_pixel_weight: float = 0.0
-    """Has no meaning here; 0."""
+    # the teacher is what is held on to, and three roles share one network
+    preserve_latent_weight: Suppress[Fixed[float]] = 0.0
+    preserve_pixel_weight: Suppress[Fixed[float]] = 0.0
+    preserve_batch_size: Suppress[Fixed[int | None]] = None
+    preserve_pool_size: Suppress[Fixed[int]] = 512
+    optimizer_in_backward: Suppress[Fixed[bool]] = False
     objective: Literal["ac_dmd", "dmd"] = "ac_dmd"
     """ac_dmd matches the student's samples at the noise level where its last step ends, dmd clean
     ones alone; with one step they are the same."""
@@ -45,11 +51,12 @@ class DistillOptions(TrainOptions):
     def check(self) -> None:
         super().check()
         require(self.ttur >= 1, f"ttur is {self.ttur}; give at least 1")
-        require(
-            not self.preserves,
-            "the teacher is what is held on to; leave preserve_latent_weight and "
-            "preserve_pixel_weight out",
-        )
+        for name in ("latent_weight", "pixel_weight", "batch_size", "pool_size"):
+            name = f"preserve_{name}"
+            require(
+                getattr(self, name) == getattr(DistillOptions, name),
+                f"the teacher is what is held on to; leave {name} out",
+            )
         guidance, fake_lr = self.teacher_guidance, self.fake_lr
         require(
             1 <= guidance < math.inf,
@@ -62,6 +69,10 @@ class DistillOptions(TrainOptions):
         weight = self.consistency_weight
         require(
             0 <= weight < math.inf, f"consistency_weight is {weight}; give 0 or a positive number"
+        )
+        require(
+            self.objective == "ac_dmd" or weight == DistillOptions.consistency_weight,
+            "consistency_weight has no effect with objective dmd; leave it out",
         )
         require(
             not self.optimizer_in_backward, "optimizer_in_backward: three roles share one network"

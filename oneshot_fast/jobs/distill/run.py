@@ -46,6 +46,10 @@ def losses_of(
     levels = Levels(generator, shape)
     eta = 0.9 if generator.eta is None and generator.num_inference_steps == 1 else generator.eta
     eta = 0.0 if eta is None else eta
+    require(
+        levels.is_flow or options.fake_space == "auto",
+        "fake_space: noise is what auto is for this model, as for all in sigma space; leave it out",
+    )
     space = "flow" if levels.is_flow and options.fake_space == "auto" else "noise"
     consistency = options.consistency_weight if options.objective == "ac_dmd" else 0.0
     of = options.objective
@@ -180,10 +184,6 @@ class DistillRun(JudgedRun):
             with self.roles("fake"):
                 self.trainers[FAKE](self._batch(self._drawn(len(rows), step, k), "fake", step, k))
         self.trainers[STUDENT](self.batch(rows, step))
-
-    def after_epoch(self, epoch: int) -> dict[str, Any]:
-        self.trainers[STUDENT].keep_best(0.0)  # the last one
-        return super().after_epoch(epoch)
 
     def batch(self, rows: list[int], step: int) -> Batch:
         return self._batch(rows, "student", step)

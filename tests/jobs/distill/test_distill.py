@@ -16,6 +16,8 @@ from torch import Tensor
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.adapters import add_adapter, role
 from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.generators.flux import FluxGenerator
+from oneshot_fast.generators.levels import Levels
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.generators.sd3 import Sd3Generator
 from oneshot_fast.generators.sdxl import SdxlGenerator
@@ -140,33 +142,33 @@ def test_both_parametrisations_and_one_step(tmp_path: Path, name: str, steps: in
     assert not (tmp_path / FAKE).exists() and (tmp_path / "checkpoint-final").is_dir()
 
 
-def test_killed_and_resumed_to_the_same_bits(tmp_path: Path) -> None:
-    base = few()
+def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, forks: Any) -> None:
+    tiny_pipeline("StableDiffusionXLPipeline").save_pretrained(tmp_path / "teacher")
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    flags = [
+        "--teacher", tmp_path / "teacher", "--prompt_file", tmp_path / "p.txt", "--epochs", 2,
+        "--batch_size", 2, "--ttur", 2, "--images_per_prompt", 1, "--eval_samples", 10,
+        "--lr", 1e-3, "--num_inference_steps", 2, "--lora_rank", 2, "--save_minutes", 0,
+        "--output_dir",
+    ]  # fmt: skip
 
-    def run(name: str) -> DistillRun:
-        return run_of(tmp_path / name, copy.deepcopy(base), lora_rank=2)
+    def run(name: str, at: str | None = None) -> int:
+        folder = tmp_path / name
+        return forks.run("distill", [*flags, folder], folder, at=at).code  # type: ignore[no-any-return]
 
-    run("whole").run()
-    for dies in (1, 2, 5):  # after so many steps of the fake, which also leave the student alone
-        broken = run("broken")
-        batch, left = broken._batch, dies
-
-        def dying(*of: Any, batch: Any = batch) -> Any:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise MemoryError
-            return batch(*of)
-
-        broken._batch = dying  # type: ignore[method-assign]
-        with pytest.raises(MemoryError):
-            broken.run()
-    run("broken").run()
-    name = "lora-final/pytorch_lora_weights.safetensors"
-    files = [(tmp_path / of / name).read_bytes() for of in ("whole", "broken")]
-    assert files[0] == files[1]
-    rows = [read_jsonl(tmp_path / of / "history.jsonl") for of in ("whole", "broken")]
+    assert run("whole") == 0
+    # once its first state is there, and while the second step's images are measured
+    assert run("broken", at="history.jsonl") == run("broken", at="epoch-002") == -9
+    assert run("broken") == 0
+    names = ("whole", "broken")
+    file = "lora-final/pytorch_lora_weights.safetensors"
+    weights = [(tmp_path / name / file).read_bytes() for name in names]
+    assert weights[0] == weights[1]
+    rows = [read_jsonl(tmp_path / name / "history.jsonl") for name in names]
     assert rows[0] == rows[1] and len(rows[0]) == 2
+    # the last weights are the only ones: no loss says which are better
+    assert not [*tmp_path.glob("*/*-best*")]
+    assert "best_epoch" not in read_json(tmp_path / "whole/summary.json")
 
 
 def test_with_adapters_there_is_one_base_in_memory() -> None:
@@ -192,6 +194,9 @@ def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
         ({"ttur": 0}, "ttur is 0"),
         ({"teacher_guidance": 0.5}, "teacher_guidance is 0.5"),
         ({"preserve_latent_weight": 0.5}, "the teacher is what is held on to"),
+        ({"preserve_pool_size": 7}, "leave preserve_pool_size out"),
+        ({"objective": "dmd", "consistency_weight": 3.0}, "no effect with objective dmd"),
+        ({"fake_space": "noise"}, "noise is what auto is for this model"),
         ({"consistency_weight": -1.0}, "consistency_weight is -1"),
         ({"fake_lr": 0.0}, "fake_lr is 0"),
         ({"optimizer_in_backward": True}, "three roles share"),
@@ -205,18 +210,46 @@ def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
     pipe = tiny_pipeline("StableDiffusionXLPipeline", DDIMScheduler)
     with pytest.raises(UserError, match="DDIMScheduler; this needs"):
         run_of(tmp_path, FewStepGenerator.over(SdxlGenerator(pipe), 2))
+    assert run_of(tmp_path, FewStepGenerator.over(SdxlGenerator(pipe), 1, student=True))
     (tmp_path / "empty.txt").touch()
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     flags = ["--teacher", "tiny-teacher", "--output_dir", tmp_path / "run", "--prompt_file"]
     for more, message in (
         ([tmp_path / "empty.txt"], "has no prompt"),
         ([tmp_path / "p.txt", "--guidance_scale", 2], "the student does without"),
+        ([tmp_path / "p.txt", "--timestep", 399], "a student begins at the noisiest"),
+        ([tmp_path / "p.txt", "--embedded_guidance", 1], "the student is told 1"),
         ([tmp_path / "p.txt", "--features", "vae"], "--features has no effect"),
         ([tmp_path / "p.txt", "--cps_eta", 1.5, "--num_inference_steps", 2], "eta is 1.5"),
     ):
         ended = call("distill", *flags, *more)
         assert ended.code == 2 and message in ended.error, ended
     assert not (tmp_path / "run").exists()
+
+
+def test_flux_is_told_its_guidance() -> None:
+    base = FluxGenerator(tiny_pipeline("FluxPipeline"))
+    student = FewStepGenerator.over(base, 2, eta=0.9, student=True)
+    shape = student.latent_shape(16, 16)
+    levels, told = Levels(student, shape), student.told(PROMPTS[:1], [1])
+    x, time, given = torch.randn(1, *shape), torch.tensor([600.0]), []
+    inner = student.denoiser.forward
+
+    def forward(*args: Any, guidance: Tensor, **more: Any) -> Any:
+        given.append(guidance.tolist())
+        return inner(*args, guidance=guidance, **more)
+
+    student.denoiser.forward = forward
+    with torch.no_grad():
+        student.rollout(torch.randn(1, *shape), told)
+        levels.estimates(student, x, time, told)
+        levels.estimates(student, x, time, told, 3.5)  # of the teacher: one pass
+        base.latents(torch.randn(1, *shape), told)
+    assert given == [[1.0], [1.0], [1.0], [3.5], [3.5]]
+    assert student.settings((16, 16))["embedded_guidance"] == 1.0
+    assert student.fingerprint() != FewStepGenerator.over(base, 2, eta=0.9).fingerprint()
+    with pytest.raises(UserError, match="tiny is told of no guidance"):
+        ModelOptions(embedded_guidance=1.0).load("tiny")
 
 
 # schedulers as published with SDXL-base and SD1.5
