@@ -21,7 +21,8 @@ _BY_CONFIG = {
     "model_id": "pretrained_path", "batch_size": "batch_size", "lora_alpha": "lora_alpha",
     "reward": "reward_fn", "resolution": "image_resolution", "seed": "seed", "dtype": "dtype",
     "lora": "lora_paths", "num_inference_steps": "num_steps",
-    "step_list": "denoising_step_list", "guidance_scale": "guidance_scale", "cps_eta": "cps_eta",
+    "step_list": "denoising_step_list", "guidance_scale": "guidance_scale",
+    "embedded_guidance": "guidance_scale", "cps_eta": "cps_eta",
 }  # fmt: skip
 
 
@@ -83,13 +84,18 @@ def execute(command: SampleCommand) -> int:
     require(bool(prompts), "give --prompt TEXT or --prompt_file FILE")
     alpha, size = command.lora_alpha, command.size.size
 
+    from oneshot_fast.generators.base import LoadOptions
+    from oneshot_fast.generators.loading import find_family
     from oneshot_fast.generators.lora_files import LoraFile, check_alpha
     from oneshot_fast.jobs.sample.run import SampleRun
 
     check_alpha(alpha, [LoraFile.parse(text, alpha) for text in command.model.lora])
+    if pipeline is not None:
+        options = LoadOptions(revision=command.model.revision)
+        family = getattr(find_family(command.model_id, options)[0], "pipeline", object)
+        kind = family.__name__
+        require(kind == pipeline, f"{command.model_id} is a {kind}, not a {pipeline}")
     generator = command.model.load(command.model_id, lora_alpha=alpha)
-    kind = type(getattr(generator, "pipe", None)).__name__
-    require(pipeline in (None, kind), f"{command.model_id} is a {kind}, not a {pipeline}")
     run = SampleRun(
         generator,
         prompts,

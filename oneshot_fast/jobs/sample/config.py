@@ -126,11 +126,14 @@ class _Reader:
             levels, eta = self._levels(steps), self._real("cps_eta", 0, 1)
             if steps > 1:
                 model |= {"step_list": levels, "cps_eta": eta}
+            if family == "FluxPipeline":
+                model["embedded_guidance"] = 1.0  # as it was trained
         else:
-            guidance = self._real("guidance_scale", 1)
-            self._need(steps > 1 or guidance == 1, "guidance_scale", "one step has none: 1")
-            if steps > 1:
-                model["guidance_scale"] = guidance
+            guidance, is_told = self._real("guidance_scale", 1), family == "FluxPipeline"
+            fits = steps > 1 or guidance == 1 or is_told
+            self._need(fits, "guidance_scale", "one step has none: 1")
+            if steps > 1 or is_told:
+                model["embedded_guidance" if is_told else "guidance_scale"] = guidance
         self._check_ranks(model["lora"])
         ckpt = self._text("reward_ckpt_path")
         of_dataset = self._text("eval_prompt_source") == "dataset"

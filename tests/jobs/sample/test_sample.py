@@ -171,6 +171,10 @@ def test_prompts_and_guidance_as_the_original_has_them(
     others = ("prompts=[a cat]", f"eval_prompt_path={tmp_path / 'mine.txt'}")
     assert read(*others).prompts == PROMPTS
     assert read("num_media_images=2").prompts == PROMPTS[:2]
+    # FLUX.1-dev is told of guidance
+    assert read("model_type=flux").model["embedded_guidance"] == 1.0
+    normal = read("model_type=flux", "mode=normal", "guidance_scale=3.5").model
+    assert normal["embedded_guidance"] == 3.5 and "guidance_scale" not in normal
     source = "eval_prompt_source=prompt_file"
     assert read(*others, source).prompts == ["a cat"]
     assert read(others[1], source, "num_media_images=1").prompts == ["of a file"]
