@@ -202,7 +202,6 @@ class ReinforceRun(JudgedRun):
         return step % self.options.inner_updates == 0  # what drew a rollout is not kept
 
     def after_epoch(self, epoch: int) -> dict[str, Any]:
-        self.trainers[STUDENT].keep_best(0.0)  # the last one
         return {"skipped_steps": self.trainers[STUDENT].skipped, **super().after_epoch(epoch)}
 
     def take_step(self, rows: list[int], step: int) -> None:
