@@ -5,21 +5,24 @@ What it learns from is said by a subclass, as the runs of jobs/sft: matched pair
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
+from oneshot_fast.data.records import Failure
 from oneshot_fast.data.sizes import Size
-from oneshot_fast.errors import require
+from oneshot_fast.errors import RunError, require
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.runtime.concurrency import Interrupts, stop
-from oneshot_fast.runtime.files import read_json, remove, write_json, write_jsonl
+from oneshot_fast.runtime.files import read_json, read_jsonl, remove, write_json, write_jsonl
 from oneshot_fast.runtime.folder import RunFolder
 from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import barrier, is_main, kept_by_main, largest, processes
@@ -37,6 +40,37 @@ _NOTHING = "no step had a finite loss and gradient, or rewards that differ; lowe
 BEGUN = "begun.json"  # which examples an interrupted training has
 _PROMPTS = "prompts"  # encodings, where they are too many for memory
 _STATE = ("state.safetensors", BEGUN, _PROMPTS)
+
+
+class Example(Protocol):
+    """What a training is told of by name."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def line(self) -> int: ...
+
+
+E = TypeVar("E", bound=Example)
+
+
+def contents_of(
+    examples: Sequence[Example], noises: Sequence[Tensor], latents: Sequence[Tensor]
+) -> dict[str, Any]:
+    """What a training goes on with: ids, and hashes of noises and latents on the CPU."""
+    hashes = {"noises": _digest(noises), "latents": _digest(latents)}
+    return {"ids": [example.id for example in examples], **hashes}
+
+
+def _digest(tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
 
 
 def _is_vital(key: str) -> bool:
@@ -175,6 +209,47 @@ class TrainingRun(ABC):
     def is_mended(self) -> bool:
         """Whether more can be read now than the finished training was given."""
         return False
+
+    def begun(self, examples: Sequence[E]) -> tuple[dict[str, Any] | None, list[E], list[Failure]]:
+        """What an interrupted training began with, ``begin``'s contents; None if none goes on.
+
+        Besides, those of the examples that it has, and why others are left out: what was mended
+        meanwhile waits for the end, see ``is_mended``.
+        """
+        path = self.folder / BEGUN
+        if is_main() and not path.exists():
+            self._drop_state()  # of which examples it is, is lost
+        barrier()
+        if not (self.folder / "state.safetensors").exists():
+            return None, list(examples), []
+        found, late = read_json(path), "could not be read when the training began; repeat the "
+        late += "command when it is done"
+        ids = set(found["ids"])
+        said = {r.get("id"): r["reason"] for r in read_jsonl(self.folder / "failures.jsonl")}
+        left_out = [
+            Failure(said.get(x.id, late), x.line or None, x.id, x.prompt)
+            for x in examples
+            if x.id not in ids
+        ]
+        return found, [x for x in examples if x.id in ids], left_out
+
+    def begin(
+        self, begun: dict[str, Any] | None, contents: dict[str, Any], failures: Sequence[Failure]
+    ) -> None:
+        """Note what the training has, ``contents_of`` its examples, and what failed.
+
+        Raises:
+            RunError: If it goes on, and had something else when it was interrupted.
+        """
+        if begun not in (None, contents):
+            raise RunError(
+                f"{self.folder}: {len(begun['ids'])} pairs were there when the training began, "
+                f"{len(contents['ids'])} of them now, or files of theirs changed; restore or start "
+                "anew with --overwrite"
+            )
+        if is_main():
+            write_json(self.folder / BEGUN, contents)
+            write_jsonl(self.folder / "failures.jsonl", [failure.row for failure in failures])
 
     @property
     def decodes(self) -> bool:

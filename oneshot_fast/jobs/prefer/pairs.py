@@ -1,12 +1,13 @@
 """Train a generator on given pairs of images, of which one is preferred."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from oneshot_fast.data.image_refs import ImageRef, file_sha256
 from oneshot_fast.data.manifests import MatchedPair
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.data.preferences import PreferredPair, noise_of, noises_by_image
@@ -20,10 +21,12 @@ from oneshot_fast.jobs.prefer.options import PreferOptions
 from oneshot_fast.jobs.prefer.plan import prefer_plan
 from oneshot_fast.jobs.prefer.run import ComparingRun
 from oneshot_fast.planning.timing import Plan
-from oneshot_fast.runtime.files import write_jsonl
-from oneshot_fast.runtime.processes import is_main, map_over_processes
+from oneshot_fast.runtime.files import read_jsonl
+from oneshot_fast.runtime.folder import list_settings
+from oneshot_fast.runtime.processes import map_over_processes
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, Rows
+from oneshot_fast.training.run import contents_of
 
 
 class PairRun(ComparingRun):
@@ -83,8 +86,14 @@ class PairRun(ComparingRun):
         self._found: list[tuple[PreferredPair, Tensor, Tensor]] = []
 
     def settings(self) -> dict[str, Any]:
-        lines = [vars(pair) for pair in self.pairs]
+        listed: list[PreferredPair | Failure] = [*self.pairs, *self.failures]
+        listed.sort(key=lambda item: item.line or 0)
+        failed = sorted(failure.line for failure in self.failures if failure.line)
         noises = sorted((key, pair.digest) for key, pair in self._noises.items())
+
+        def identity(without: Container[int]) -> str:
+            return content_id(*(vars(x) for x in listed if x.line not in without), *noises)
+
         return {
             "command": "prefer",
             "rewards": self.names,
@@ -92,8 +101,8 @@ class PairRun(ComparingRun):
             "seed": self.seed,
             **self.generator.settings(self.size),
             "eval_samples": self.eval_samples,
-            "samples": len(self.pairs),
-            "pairs": content_id(*lines, *noises),
+            "samples": len(listed),
+            **list_settings(None if self.begins_anew else self.folder, failed, identity),
         }
 
     def plan(self) -> Plan:
@@ -108,17 +117,29 @@ class PairRun(ComparingRun):
         )
 
     def learn(self) -> dict[str, Any]:
-        failures = list(self.failures)
-        for pair, found in zip(self.pairs, self._read(), strict=True):
+        """Read and encode the pairs, and train on them.
+
+        Raises:
+            RunError: If the training was interrupted and its pairs are not those of then.
+        """
+        begun, pairs, left_out = self.begun(self.pairs)
+        failures = [*self.failures, *left_out]
+        for pair, found in zip(pairs, self._read(pairs), strict=True):
             if isinstance(found, str):
                 failures.append(Failure(found, pair.line, pair.id, pair.prompt, str(pair.image)))
             else:
                 self._found.append((pair, *found))
         if not self._found:
             raise UserError(f"no pair can be used; the first: {failures[0].reason}")
-        if is_main():
-            write_jsonl(self.folder / "failures.jsonl", [failure.row for failure in failures])
+        used, latents, noises = zip(*self._found, strict=True)
+        self.begin(begun, contents_of(used, noises, latents), failures)
         return self.compare(len(self._found)) | {"failed": len(failures)}
+
+    def is_mended(self) -> bool:
+        """Whether a pair that failed in the finished training can be read now."""
+        lines = {row.get("line") for row in read_jsonl(self.folder / "failures.jsonl")}
+        pairs = [pair for pair in self.pairs if pair.line in lines]
+        return any(not isinstance(found, str) for found in self._read(pairs))
 
     def batch(self, rows: list[int], step: int) -> Batch:
         found = [self._found[k] for k in rows]
@@ -136,26 +157,30 @@ class PairRun(ComparingRun):
         told = self.generator.told(texts, seeds)
         return Batch(preference=Rows(noise.to(device), told, extra), **self.preserved(step))
 
-    def _read(self) -> list[tuple[Tensor, Tensor] | str]:
+    def _read(self, pairs: Sequence[PreferredPair]) -> list[tuple[Tensor, Tensor] | str]:
         """Of each pair the latents and the noises, [2, C, h, w] each, or what is wrong."""
 
         def read(k: int) -> tuple[Tensor, Tensor] | str:
-            pair = self.pairs[k]
+            pair = pairs[k]
             try:
-                images = (pair.image, pair.rejected)
-                latents = [self.targets.latent(image, "crop") for image in images]
-                noises = [self._noise(image, pair.prompt) for image in images]
+                found = [self._image(x, pair.prompt) for x in (pair.image, pair.rejected)]
             except DataError as error:
                 return str(error)
+            latents, noises = zip(*found, strict=True)
             return torch.stack(latents), torch.stack(noises)
 
-        return map_over_processes(read, len(self.pairs))
+        return map_over_processes(read, len(pairs))
 
-    def _noise(self, image: Any, prompt: str) -> Tensor:
+    def _image(self, image: ImageRef, prompt: str) -> tuple[Tensor, Tensor]:
+        """An image's latent and noise, [C, h, w] each."""
         if not self._noises:
-            return torch.zeros(self.noise_shape)
+            return self.targets.latent(image, "crop"), torch.zeros(self.noise_shape)
         found = noise_of(self._noises, image, prompt)
+        if found.frame is not None:
+            raise DataError(f"{image}: its noise is of a bucket, and pairs are of one size")
         noise = read_noise(found.noise_path, found.noise_index)
         if tuple(noise.shape) != self.noise_shape:
             raise DataError(f"{found.noise_path}: the noise is {list(noise.shape)}")
-        return noise
+        if found.image_sha256 not in (None, file_sha256(image)):
+            raise DataError(f"{image} changed after its noise was assigned")
+        return self.targets.latent(image, found.resize_mode), noise

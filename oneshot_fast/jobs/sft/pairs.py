@@ -1,7 +1,6 @@
 """The matched pairs of a training, read and encoded once."""
 
 import contextlib
-import hashlib
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from oneshot_fast.errors import DataError, UserError
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.runtime.processes import map_over_processes
+from oneshot_fast.training.run import contents_of
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,8 @@ class Examples:
 
     @property
     def contents(self) -> dict[str, Any]:
-        """What a training goes on with: ids, and hashes of noises and latents."""
-        hashes = {"noises": _digest(self.noises), "latents": _digest(self.latents)}
-        return {"ids": [pair.id for pair in self.pairs], **hashes}
+        """What a training goes on with."""
+        return contents_of(self.pairs, self.noises, self.latents)
 
     @property
     def kinds(self) -> list[Hashable]:
@@ -114,13 +113,6 @@ def size_of_pairs(generator: Generator, pairs: Sequence[MatchedPair]) -> Size:
         with contextlib.suppress(DataError):
             return generator.size_of_noise(read_noise(pair.noise_path, pair.noise_index).shape)
     return generator.size_of_noise(read_noise(plain[-1].noise_path, plain[-1].noise_index).shape)
-
-
-def _digest(tensors: Sequence[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()
 
 
 def _read(

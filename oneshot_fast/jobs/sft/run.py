@@ -9,20 +9,19 @@ import torch
 from oneshot_fast import ops
 from oneshot_fast.data.manifests import MatchedPair
 from oneshot_fast.data.records import Failure
-from oneshot_fast.errors import RunError
 from oneshot_fast.generators.base import Conditioning, Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.pairs import Examples, read_pairs, size_of_pairs
 from oneshot_fast.jobs.sft.plan import sft_plan
 from oneshot_fast.planning.timing import Plan
-from oneshot_fast.runtime.files import read_json, read_jsonl, write_json, write_jsonl
+from oneshot_fast.runtime.files import read_jsonl, write_jsonl
 from oneshot_fast.runtime.folder import list_settings
-from oneshot_fast.runtime.processes import barrier, is_main, map_over_processes
+from oneshot_fast.runtime.processes import is_main, map_over_processes
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian, record_seed
 from oneshot_fast.training.batch import Batch, Rows, in_order
 from oneshot_fast.training.losses.base import Loss
-from oneshot_fast.training.run import BEGUN, TrainingRun
+from oneshot_fast.training.run import TrainingRun
 
 CAPTIONS = "captions.jsonl"
 
@@ -111,32 +110,10 @@ class SftRun(TrainingRun):
         Raises:
             RunError: If the training was interrupted and its pairs are not those of then.
         """
-        bad, path = list(self.failures), self.folder / BEGUN
-        if is_main() and not path.exists():
-            self._drop_state()  # of which examples it is, is lost
-        barrier()
-        begun = read_json(path) if (self.folder / "state.safetensors").exists() else None
-        pairs = self.pairs
-        if begun is not None:  # what was mended meanwhile waits for the end: see `is_mended`
-            ids = set(begun["ids"])
-            left_out = [pair for pair in pairs if pair.id not in ids]
-            pairs = [pair for pair in pairs if pair.id in ids]
-            said = {r.get("id"): r["reason"] for r in read_jsonl(self.folder / "failures.jsonl")}
-            late = "could not be read when the training began; repeat the command when it is done"
-            for pair in left_out:
-                reason = said.get(pair.id, late)
-                bad.append(Failure(reason, pair.line or None, pair.id, pair.prompt))
+        begun, pairs, left_out = self.begun(self.pairs)
+        bad = [*self.failures, *left_out]
         self._examples = Examples.load(self.generator, self.targets, pairs, bad)
-        contents = self._examples.contents
-        if begun not in (None, contents):
-            raise RunError(
-                f"{self.folder}: {len(begun['ids'])} pairs were there when the training began, "
-                f"{len(contents['ids'])} of them now, or files of theirs changed; restore or start "
-                "anew with --overwrite"
-            )
-        if is_main():
-            write_json(path, contents)
-            write_jsonl(self.folder / "failures.jsonl", [failure.row for failure in bad])
+        self.begin(begun, self._examples.contents, bad)
         pairs = self._examples.pairs
         self.make_pool([pair.prompt for pair in pairs])
         before = self._matched_loss()

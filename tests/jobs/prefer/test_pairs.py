@@ -80,6 +80,31 @@ def test_the_better_image_is_preferred(pairs: Path, call: Callable[..., Any]) ->
     said = {row["line"]: row["reason"] for row in reasons}
     assert "broken.png" in said[8] and "no manifest has a noise" in said[9]
     assert (folder / "report.html").exists() and (folder / "curves.png").exists()
+    # a finished one says the same again, and is trained anew where an image is mended
+    assert "trained anew" not in call("prefer", *flags).err
+    (pairs.parent / "broken.png").write_bytes(
+        next((pairs.parent / "images").iterdir()).read_bytes()
+    )
+    ended = call("prefer", *flags)
+    assert "trained anew" in ended.err and "5 pairs failed" in ended.err
+
+
+def test_a_killed_training_goes_on_with_its_pairs(pairs: Path, forks: Any) -> None:
+    home = pairs.parent
+    flags = [*FLAGS.split(), "--epochs", "2", "--save_minutes", 0, "--pairs", pairs]
+    flags += ["--manifest_path", home / "manifest.jsonl", "--output_dir"]
+    whole, parts = home / "whole", home / "parts"
+    assert forks.run("prefer", [*flags, whole], whole).code == 1
+    assert forks.run("prefer", [*flags, parts], parts, at="epoch-002.json").code == -9
+    image = home / json.loads(pairs.read_text().splitlines()[0])["image"]
+    before = image.read_bytes()
+    image.write_bytes((home / json.loads(pairs.read_text().splitlines()[1])["image"]).read_bytes())
+    changed = forks.run("prefer", [*flags, parts], parts)
+    assert changed.code == 2 and "files of theirs changed" in changed.err, changed.err
+    image.write_bytes(before)
+    assert forks.run("prefer", [*flags, parts], parts).code == 1
+    rows = [(folder / "history.jsonl").read_text() for folder in (whole, parts)]
+    assert rows[0] == rows[1]
 
 
 def test_flags_that_have_no_effect_are_refused(pairs: Path, call: Callable[..., Any]) -> None:
