@@ -66,7 +66,7 @@ class PreferOptions(TrainOptions):
     groups_per_prompt: int = 4
     """Groups of each prompt in an epoch, of new random noises."""
     batch_size: int = 4
-    """Groups per step."""
+    """Groups per step; with --pairs, pairs per step."""
     lr: float = 3e-5
     """AdamW's learning rate."""
     preserve_latent_weight: float = 0.0
@@ -127,6 +127,11 @@ class PreferOptions(TrainOptions):
 
     def check(self) -> None:
         super().check()
+        require(
+            self.lora_from is None,
+            "--lora_from has no place here, where the base is the network without its adapter: "
+            "merge it by --lora",
+        )
         name = self.objective
         for field in fields(self):
             if field.name in _OWN and field.name not in _OF[name]:

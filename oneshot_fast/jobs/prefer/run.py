@@ -213,5 +213,5 @@ class PreferRun(ComparingRun):
             names = ", ".join(self.rewards.weights)
             raise UserError(
                 f"all images of a prompt had the same reward in {EQUAL} steps in a row: {names} "
-                "says nothing of them; name another --reward"
+                "says nothing of them, or gives no numbers; name another --reward"
             )

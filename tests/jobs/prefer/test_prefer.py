@@ -274,6 +274,7 @@ def test_the_dry_run(call: Callable[..., Any], prompts: Path) -> None:
         ({"objective": "d3po", "clip": 1.5}, "clip is 1.5; of ratios of means give less than 1"),
         ({"kl_weight": -1.0}, "kl_weight is -1.0; give a finite number, 0 or more"),
         ({"max_drift": 0.0}, "max_drift is 0.0"),
+        ({"lora_from": Path("a")}, "merge it by --lora"),
         ({"beta": math.inf}, "beta is inf; give a finite positive number"),
         ({"action_std": math.inf}, "action_std is inf; give a finite"),
         ({"objective": "rebel", "eta": math.inf}, "eta is inf; give a finite"),
