@@ -14,7 +14,7 @@ from oneshot_fast.errors import UserError, require
 from oneshot_fast.evaluation.features import Features, load_features
 from oneshot_fast.evaluation.random_noise import classifier_for
 from oneshot_fast.generators.base import Generator
-from oneshot_fast.generators.options import ModelOptions
+from oneshot_fast.generators.options import ModelOptions, check_sampler
 from oneshot_fast.jobs.prefer.options import PreferData, PreferOptions
 from oneshot_fast.jobs.prefer.pairs import PairRun
 from oneshot_fast.jobs.prefer.run import PreferRun
@@ -99,6 +99,8 @@ def _on_pairs(command: PreferCommand) -> PairRun:
         not data.manifest_path or options.pair_noise == "assigned",
         "--manifest_path has no effect on --pair_noise random; leave one out",
     )
+    for path in data.manifest_path:
+        check_sampler(path, command.model, "--pair_noise random")
     pairs, failures = read_preferences(data.pairs)
     matched = [pair for path in data.manifest_path for pair in read_manifest(path)[0]]
     return PairRun(pairs=pairs, matched=matched, failures=failures, **_common(command))

@@ -14,13 +14,12 @@ from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.data.sources import open_pairs
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.evaluation.heldout import held_out_words, hold_out
-from oneshot_fast.generators.options import ModelOptions
+from oneshot_fast.generators.options import ModelOptions, check_sampler
 from oneshot_fast.jobs.sft.measured import MeasuredSftRun
 from oneshot_fast.jobs.sft.options import HeldOutOptions, MeasuredTrainingOptions, SftOptions
 from oneshot_fast.jobs.sft.rewards import RewardRun
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.rewards.options import RewardOptions
-from oneshot_fast.runtime.files import read_json
 from oneshot_fast.runtime.options import RunOptions
 
 
@@ -88,7 +87,7 @@ def _on_pairs(command: SftCommand) -> SftRun:
     command.training.check()
     pairs, failures = read_manifest(command.manifest_path)
     if command.training.noise == "matched":
-        _check_sampler(command.manifest_path, command.model)
+        check_sampler(command.manifest_path, command.model, "--noise random")
     if not held.eval_every:
         return SftRun(pairs=pairs, failures=failures, **_common(command))
     require(
@@ -120,23 +119,6 @@ def _on_pairs(command: SftCommand) -> SftRun:
         setup=command.rewards.setup(device),
         **common,
     )
-
-
-def _check_sampler(manifest: Path, model: ModelOptions) -> None:
-    """Raise UserError if the run that found the pairs, where it is known, took other steps."""
-    path = manifest.parent / "run.json"
-    if manifest.parent.name == "training":  # of optimize
-        path = manifest.parent.parent / "run.json"
-    found = read_json(path) if path.is_file() else {}
-    used = {name: getattr(model, name) for name in ("num_inference_steps", "guidance_scale")}
-    used |= {"cps_eta": model.cps_eta, "step_list": model.step_list[: model.num_inference_steps]}
-    for name, here in used.items() if found else ():
-        there = found.get(name, getattr(ModelOptions, name))  # one step notes none of them
-        require(
-            here == (tuple(there) if isinstance(there, list) else there),
-            f"{manifest}: its noises were found with {name} {there}, not {here}; give --{name} as "
-            "there, or --noise random",
-        )
 
 
 def _on_rewards(command: SftCommand) -> RewardRun:

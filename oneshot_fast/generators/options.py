@@ -187,3 +187,25 @@ class ModelOptions:
             "CUDA graphs keep the results of one evaluation; leave --compile_mode reduce-overhead "
             "or --num_inference_steps out",
         )
+
+
+def check_sampler(manifest: Path, model: ModelOptions, otherwise: str) -> None:
+    """Raise UserError if the run that found the pairs, where it is known, took other steps.
+
+    ``otherwise`` is the flag by which its noises are not taken.
+    """
+    from oneshot_fast.runtime.files import read_json
+
+    path = manifest.parent / "run.json"
+    if manifest.parent.name == "training":  # of optimize
+        path = manifest.parent.parent / "run.json"
+    found = read_json(path) if path.is_file() else {}
+    used = {name: getattr(model, name) for name in ("num_inference_steps", "guidance_scale")}
+    used |= {"cps_eta": model.cps_eta, "step_list": model.step_list[: model.num_inference_steps]}
+    for name, here in used.items() if found else ():
+        there = found.get(name, getattr(ModelOptions, name))  # one step notes none of them
+        require(
+            here == (tuple(there) if isinstance(there, list) else there),
+            f"{manifest}: its noises were found with {name} {there}, not {here}; give --{name} as "
+            f"there, or {otherwise}",
+        )

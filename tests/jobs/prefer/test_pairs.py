@@ -126,5 +126,9 @@ def test_flags_that_have_no_effect_are_refused(pairs: Path, call: Callable[..., 
     ):
         ended = call("prefer", *flags, *flag)
         assert ended.code == 2 and said in ended.err
+    (pairs.parent / "run.json").write_text('{"num_inference_steps": 4}')
+    ended = call("prefer", *flags, "--manifest_path", pairs.parent / "manifest.jsonl")
+    assert ended.code == 2 and "found with num_inference_steps 4, not 1" in ended.err
+    assert "or --pair_noise random" in ended.err
     ended = call("prefer", *flags, "--pair_noise", "random", "--dry_run")
     assert ended.code == 0 and "peak of a step of 3 pairs" in ended.out, ended.err
