@@ -243,7 +243,7 @@ def test_the_printed_training_takes_the_flags_of_the_model(tmp_path: Path, call:
     assert given.model == ModelOptions(
         num_inference_steps=2, step_list=(900.0, 400.0), guidance_scale=2.0
     )
-    sft._check_sampler(given.manifest_path, given.model)
+    sft.check_sampler(given.manifest_path, given.model, "--noise random")
     options = ModelOptions(variant="fp16", lora=("a", "b:2"), timestep=399.0, compile=True)
     assert options.flags == shlex.split(
         "--variant fp16 --timestep 399.0 --lora a --lora b:2 --compile"
