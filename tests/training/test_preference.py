@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.training.losses.d3po import d3po
-from oneshot_fast.training.losses.dpo import GroupDPO, dpo_loss, group_gap
+from oneshot_fast.training.losses.dpo import GroupDPO, PairDPO, dpo_loss, group_gap
 from oneshot_fast.training.losses.drpo import DrPO, drift_loss
 from oneshot_fast.training.losses.neighbor_grpo import (
     NeighborGRPO,
@@ -209,6 +209,13 @@ def test_offline_pso_is_the_originals() -> None:
         expected = [case["beta"] * x for x in case["logits"]]
         assert logit.tolist() == pytest.approx(expected, rel=1e-5)
         check(loss.mean(), case["loss"], (made, case["grad_eps"]))
+
+
+def test_a_pair_of_weight_0_teaches_nothing() -> None:
+    latents, base, targets = torch.randn(3, 2, 2, 4, 2, 2)
+    extra = {"targets": targets, "weight": torch.tensor([0.0, 1.0])}
+    loss, _ = PairDPO(winner_weight=2.0)(latents, base, extra)
+    assert loss[0] == 0 < loss[1]
 
 
 def sample(

@@ -63,6 +63,8 @@ class PreferOptions(TrainOptions):
     features towards the better half; dpo: distance to the better and the worse half."""
     group: int = 16
     """Images of a prompt that are compared with each other."""
+    epochs: int = 10
+    """Passes over new groups of each prompt; with --pairs, over the pairs."""
     groups_per_prompt: int = 4
     """Groups of each prompt in an epoch, of new random noises."""
     batch_size: int = 4
@@ -95,7 +97,8 @@ class PreferOptions(TrainOptions):
     """pso, rebel: take beta, clip and eta as the papers do, of log-probabilities that are means
     over the latent's elements instead of sums."""
     action_std: float = 0.3
-    """One step: deviation of the noise that is added to clean latents, in deviations of latents."""
+    """One step: an action is a clean latent with noise added, so that its likelihood is known; here
+    is that noise's deviation, in deviations of latents."""
     action_pool: int = 1
     """Draw that noise once for each block of so many latent pixels a side and channel: the fewer
     numbers decide, the more a reward says of each."""

@@ -102,6 +102,6 @@ class PairDPO:
         apart, before = ((x - extra["targets"]).square().flatten(2).mean(2) for x in (policy, base))
         loss, logit = dpo_loss(apart, before, self.beta, self.loser)
         known = apart.detach()
-        loss = extra["weight"] * loss + self.winner_weight * apart[:, 0]
+        loss = extra["weight"] * (loss + self.winner_weight * apart[:, 0])
         told = {"preferred": (logit.detach() > 0).float(), "winner": known[:, 0]}
         return loss, told | {"loser": known[:, 1]}
