@@ -15,11 +15,16 @@ from oneshot_fast.evaluation.random_noise import RandomNoiseMeasure, all_scores,
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.rewards import WeightedRewards
-from oneshot_fast.runtime.processes import main_first
+from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.processes import is_main, main_first
+from oneshot_fast.runtime.seeds import content_id
 from oneshot_fast.training.checkpoints import STUDENT, ended
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.options import TrainOptions
 from oneshot_fast.training.run import TrainingRun
+from oneshot_fast.training.trainer import BadStepsError
+
+FLAT = 20  # steps in a row whose rewards say nothing, which end the training
 
 
 class JudgedRun(TrainingRun):
@@ -73,6 +78,43 @@ class JudgedRun(TrainingRun):
         require(eval_samples >= 10, "eval_samples must be at least 10")
         self.prompts, self.rewards, self.judge, self.names = prompts, rewards, judge, list(names)
         self.eval_samples = eval_samples
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            **self.options.settings(),
+            "seed": self.seed,
+            **self.generator.settings(self.size),
+            "eval_samples": self.eval_samples,
+            "samples": len(self.prompts),
+            "prompts": content_id(*self.prompts),
+        }
+
+    def skip_flat(self, begins: bool = True, every: int = 1) -> None:
+        """Take no step, as the rewards tell no images of a prompt apart.
+
+        Args:
+            begins: Whether new images were made; else only the student's turn it is.
+            every: Steps that learn from the same images.
+
+        Raises:
+            BadStepsError: After ``FLAT`` such rollouts in a row.
+        """
+        for name, trainer in self.trainers.items():
+            if begins or name == STUDENT:
+                trainer.skip()
+        student, names = self.trainers[STUDENT], ", ".join(self.names)
+        if student.empty_in_a_row == FLAT * every:
+            student.empty_in_a_row = 0
+            raise BadStepsError(
+                f"in {FLAT} steps in a row the rewards of a prompt's images were all equal, or not "
+                f"finite: {names} says nothing of them; name another --reward, or repeat the "
+                "command to go on with the next step"
+            )
+        if begins and is_main():
+            say(
+                f"step {student.step} is skipped: the rewards of each prompt's images are equal, "
+                "or not finite"
+            )
 
     def learn_from(self, count: int) -> dict[str, Any]:
         """Measure the base and train on ``count`` examples an epoch; returns the summary."""

@@ -6,9 +6,10 @@ from typing import Any
 
 from oneshot_fast.report import plots
 from oneshot_fast.report.page import Plot, Section, write_run
-from oneshot_fast.report.rewards import draw_histories, history, rewards_section
+from oneshot_fast.report.rewards import draw_histories, history, print_change, rewards_section
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
-from oneshot_fast.runtime.units import decimals
+
+_LOSSES = ("dmd", "fake loss", "fake fake", "fake consistency")
 
 
 def write_distill_report(folder: Path, flags: Mapping[str, Any]) -> None:
@@ -31,9 +32,6 @@ def write_distill_report(folder: Path, flags: Mapping[str, Any]) -> None:
     write_run(folder, "Distillation of {model}", facts, sections, summary, flags)
 
 
-_LOSSES = ("dmd", "fake loss", "fake fake", "fake consistency")
-
-
 def _training(folder: Path) -> Section:
     found = read_jsonl(folder / "history.jsonl")
     losses = {"student": [row["dmd"] for row in found], "fake": [row["fake loss"] for row in found]}
@@ -53,8 +51,7 @@ def _training(folder: Path) -> Section:
 def print_summary(summary: Json, folder: Path) -> None:
     """Say what was reached, and where it is."""
     print(f"distilled in {summary['steps']} steps, {summary['seconds']:.0f} s")
-    for name, before in summary["base"].items():
-        print(f"{name:24}{decimals(before):>10} -> {decimals(summary['final'][name])}")
+    print_change(summary)
     print(f"checkpoint: {folder / 'checkpoint-final'}")
     if (folder / "lora-final").exists():
         print(f"LoRA: {folder / 'lora-final'}")

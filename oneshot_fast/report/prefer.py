@@ -6,9 +6,8 @@ from typing import Any
 
 from oneshot_fast.report import plots
 from oneshot_fast.report.page import Plot, Section, write_run
-from oneshot_fast.report.rewards import draw_histories, history, rewards_section
+from oneshot_fast.report.rewards import draw_histories, history, print_change, rewards_section
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
-from oneshot_fast.runtime.units import decimals
 
 
 def write_report(folder: Path, flags: Mapping[str, Any]) -> None:
@@ -60,10 +59,8 @@ def _steps(rows: list[Any]) -> Section:
 
 def print_summary(summary: Json, folder: Path) -> None:
     """Say on stdout what a training brought."""
-    base, final = summary["base"], summary["final"]
     print(f"trained {summary['steps']} steps in {summary['seconds']:.0f} s")
-    for name, before in base.items():
-        print(f"{name:24}{decimals(before):>10} -> {decimals(final[name])}")
+    print_change(summary)
     if summary["stopped"]:
         print(f"ended early: {summary['stopped']}")
     print(f"checkpoint: {folder / 'checkpoint-final'}, best epoch: {summary['best_epoch']}")

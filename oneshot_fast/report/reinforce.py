@@ -6,9 +6,8 @@ from typing import Any
 
 from oneshot_fast.report import plots
 from oneshot_fast.report.page import Plot, Section, write_run
-from oneshot_fast.report.rewards import draw_histories, history, rewards_section
+from oneshot_fast.report.rewards import draw_histories, history, print_change, rewards_section
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
-from oneshot_fast.runtime.units import decimals
 
 _LOSSES = ("policy", "final", "match", "preserve", "clipped")
 
@@ -44,8 +43,7 @@ def _training(folder: Path) -> Section:
 def print_summary(summary: Json, folder: Path) -> None:
     """Say what was reached, and where it is."""
     print(f"reinforced in {summary['steps']} steps, {summary['seconds']:.0f} s")
-    for name, before in summary["base"].items():
-        print(f"{name:24}{decimals(before):>10} -> {decimals(summary['final'][name])}")
+    print_change(summary)
     print(f"checkpoint: {folder / 'checkpoint-final'}")
     if (folder / "lora-final").exists():
         print(f"LoRA: {folder / 'lora-final'}")

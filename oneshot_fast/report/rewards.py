@@ -21,7 +21,8 @@ from oneshot_fast.report.page import (
     picture,
 )
 from oneshot_fast.report.plots import PALETTE, inline_svg, whole_numbers
-from oneshot_fast.runtime.files import read_json, read_jsonl, replacing
+from oneshot_fast.runtime.files import Json, read_json, read_jsonl, replacing
+from oneshot_fast.runtime.units import decimals
 
 History = Sequence[Mapping[str, Any]]
 _GRID_SIDE = 1280
@@ -61,6 +62,12 @@ def rewards_section(
     pictures = [picture(path, _GRID_SIDE, name) for name, path in grids.items()]
     words = [text, *costs(rows, unit)]
     return Section("Rewards, and what they cost", words, table, pictures, plots=[plot])
+
+
+def print_change(summary: Json) -> None:
+    """Print what was measured, before and at the end."""
+    for name, before in summary["base"].items():
+        print(f"{name:24}{decimals(before):>10} -> {decimals(summary['final'][name])}")
 
 
 def costs(rows: History, unit: str = "epoch") -> list[str]:

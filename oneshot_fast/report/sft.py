@@ -14,7 +14,7 @@ from oneshot_fast.report.measures import (
     spoken,
 )
 from oneshot_fast.report.page import Plot, Section, Table, write_run
-from oneshot_fast.report.rewards import draw_histories, history, rewards_section
+from oneshot_fast.report.rewards import draw_histories, history, print_change, rewards_section
 from oneshot_fast.runtime.files import Json, read_json, read_jsonl
 from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.units import decimals
@@ -116,8 +116,7 @@ def print_summary(summary: Json, folder: Path) -> None:
     steps, seconds = summary["steps"], summary["seconds"]
     if "base" in summary:
         print(f"trained {steps} steps on rewards in {seconds:.0f} s")
-        for name, before in summary["base"].items():
-            print(f"{name:24}{decimals(before):>10} -> {decimals(summary['final'][name])}")
+        print_change(summary)
     else:
         if "measured" in summary:
             print_answers(summary, *_last_and_best(summary))

@@ -125,16 +125,11 @@ class DistillRun(JudgedRun):
     def settings(self) -> dict[str, Any]:
         return {
             "command": "distill",
-            **self.options.settings(),
-            "seed": self.seed,
-            **self.generator.settings(self.size),
+            **super().settings(),
             "images_per_prompt": self.images_per_prompt,
-            "eval_samples": self.eval_samples,
             "judge": self.names,
             "features": self.features.name if self.features else None,
             "heldout": content_id(*(record.id for record in self.heldout)),
-            "samples": len(self.prompts),
-            "prompts": content_id(*self.prompts),
         }
 
     def plan(self) -> Plan:

@@ -24,14 +24,12 @@ from oneshot_fast.jobs.prefer.rollout import Rollout, compared
 from oneshot_fast.planning.timing import Plan
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.processes import map_over_processes
-from oneshot_fast.runtime.seeds import content_id, derived_seed
+from oneshot_fast.runtime.seeds import derived_seed
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.checkpoints import STUDENT
 from oneshot_fast.training.losses.preference import PreferenceLoss
 from oneshot_fast.training.reference import Reference
 from oneshot_fast.training.trainer import Trainer
-
-EQUAL = 20  # batches in a row without any difference between rewards, which end a training
 
 
 class ComparingRun(JudgedRun):
@@ -166,19 +164,13 @@ class PreferRun(ComparingRun):
             generator, loss, prompts, folder, options, rewards=rewards, resolution=size, **more
         )
         self._examples = [text for text in prompts for _ in range(options.groups_per_prompt)]
-        self._equal = 0
 
     def settings(self) -> dict[str, Any]:
         return {
             "command": "prefer",
             "rewards": self.names,
-            **self.options.settings(),
+            **super().settings(),
             **({"features": self.features.name} if self.features else {}),
-            "seed": self.seed,
-            **self.generator.settings(self.size),
-            "eval_samples": self.eval_samples,
-            "samples": len(self.prompts),
-            "prompts": content_id(*self.prompts),
         }
 
     def plan(self) -> Plan:
@@ -194,24 +186,21 @@ class PreferRun(ComparingRun):
     def learn(self) -> dict[str, Any]:
         return self.compare(len(self._examples))
 
+    def take_step(self, rows: list[int], step: int) -> None:
+        batch = self.batch(rows, step)
+        if bool((batch["preference"].extra["ties"] == 1).all()):
+            self.skip_flat()
+        else:
+            self.trainers[STUDENT](batch)
+
     def batch(self, rows: list[int], step: int) -> Batch:
         texts = [self._examples[k] for k in rows]
         seeds = [derived_seed(self.seed, "rollout", step, k) for k in rows]
         rollout = Rollout(self.generator, self.rewards, self.options, self.noise_shape)
         drawn = map_over_processes(lambda k: rollout.group(texts[k], seeds[k]), len(rows))
         found = compared(drawn, self.options.drawing == "pairs")
-        self._refuse_equal(found)
         device = self.generator.device
         extra = {name: value.to(device) for name, value in found.items()}
         noise = extra.pop("noise")
         compared_rows = Rows(noise, self.generator.told(texts, seeds), extra)
         return Batch(preference=compared_rows, **self.preserved(step))
-
-    def _refuse_equal(self, found: dict[str, Any]) -> None:
-        self._equal = self._equal + 1 if bool((found["ties"] == 1).all()) else 0
-        if self._equal == EQUAL:
-            names = ", ".join(self.rewards.weights)
-            raise UserError(
-                f"all images of a prompt had the same reward in {EQUAL} steps in a row: {names} "
-                "says nothing of them, or gives no numbers; name another --reward"
-            )

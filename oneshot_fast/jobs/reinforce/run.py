@@ -18,9 +18,7 @@ from oneshot_fast.jobs.reinforce.options import ReinforceOptions
 from oneshot_fast.jobs.reinforce.plan import reinforce_plan
 from oneshot_fast.planning.timing import Plan
 from oneshot_fast.rewards import WeightedRewards
-from oneshot_fast.runtime.ledger import say
-from oneshot_fast.runtime.processes import is_main
-from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
+from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, Rows
 from oneshot_fast.training.checkpoints import STUDENT
 from oneshot_fast.training.losses.base import Loss
@@ -34,9 +32,8 @@ from oneshot_fast.training.losses.dmd import (
 from oneshot_fast.training.losses.grpo import ReinforceLoss, advantages, chosen_steps
 from oneshot_fast.training.losses.preserve import Preserve
 from oneshot_fast.training.roles import FAKE, Roles
-from oneshot_fast.training.trainer import BadStepsError, Trainer
+from oneshot_fast.training.trainer import Trainer
 
-_FLAT = 20  # steps in a row that nothing can be learnt from, which end the training
 _AT_ONCE = 16  # images
 
 
@@ -153,14 +150,9 @@ class ReinforceRun(JudgedRun):
         return {
             "command": "reinforce",
             "rewards": self.names,
-            **self.options.settings(),
+            **super().settings(),
             "final_reward_margin": str(self.options.final_reward_margin),
-            "seed": self.seed,
-            **self.generator.settings(self.size),
             "teacher": self.teacher and self.teacher.fingerprint(),
-            "eval_samples": self.eval_samples,
-            "samples": len(self.prompts),
-            "prompts": content_id(*self.prompts),
         }
 
     def plan(self) -> Plan:
@@ -209,7 +201,7 @@ class ReinforceRun(JudgedRun):
         begins = self._begins(step)
         batch = self.batch(rows, step)
         if self.options.policy_weight and not batch["rollout"].extra["advantage"].any():
-            self._skip(begins)
+            self.skip_flat(begins, self.options.inner_updates)
             return
         if begins and FAKE in self.trainers:
             made = batch["rollout"]
@@ -217,25 +209,6 @@ class ReinforceRun(JudgedRun):
             fakes = Rows(made.noise, made.conditioning, extra | {"sample": made.extra["made"]})
             self.trainers[FAKE](Batch(dmd=fakes))
         self.trainers[STUDENT](batch)
-
-    def _skip(self, begins: bool) -> None:
-        """Take no step; after many in a row the training ends."""
-        for name, trainer in self.trainers.items():
-            if begins or name == STUDENT:
-                trainer.skip()
-        student = self.trainers[STUDENT]
-        if student.empty_in_a_row == _FLAT * self.options.inner_updates:
-            student.empty_in_a_row = 0
-            raise BadStepsError(
-                f"in {_FLAT} steps in a row the rewards of a prompt's images were all equal, or "
-                "not finite; nothing can be learnt from them: take another --reward, or repeat the "
-                "command to go on with the next step"
-            )
-        if begins and is_main():
-            say(
-                f"step {student.step} is skipped: the rewards of each prompt's images are equal, "
-                "or not finite"
-            )
 
     def _begins(self, step: int) -> bool:
         """Whether new images are due; those of a training that broke off are not there either."""

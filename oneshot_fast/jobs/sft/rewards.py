@@ -15,7 +15,7 @@ from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.plan import sft_plan
 from oneshot_fast.planning.timing import Plan
 from oneshot_fast.rewards import WeightedRewards
-from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
+from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, Rows
 
 
@@ -71,13 +71,8 @@ class RewardRun(JudgedRun):
         return {
             "command": "sft",
             "rewards": self.names,
-            **self.options.settings(),
-            "seed": self.seed,
-            **self.generator.settings(self.size),
+            **super().settings(),
             "images_per_prompt": self.images_per_prompt,
-            "eval_samples": self.eval_samples,
-            "samples": len(self.prompts),
-            "prompts": content_id(*self.prompts),
         }
 
     def plan(self) -> Plan:

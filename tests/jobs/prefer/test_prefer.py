@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +24,7 @@ from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.pipeline import PipelineGenerator
+from oneshot_fast.jobs import judged
 from oneshot_fast.jobs.prefer import run as prefer_run
 from oneshot_fast.jobs.prefer.options import Name, PreferOptions
 from oneshot_fast.jobs.prefer.rollout import Rollout, compared
@@ -34,6 +35,7 @@ from oneshot_fast.training.losses.base import shared_losses, total
 from oneshot_fast.training.losses.preference import Actions, CleanLatents, Steps, log_prob
 from oneshot_fast.training.losses.pso import PSO
 from oneshot_fast.training.reference import Reference
+from oneshot_fast.training.trainer import BadStepsError
 
 SMALL: dict[str, Any] = {"group": 4, "groups_per_prompt": 1, "batch_size": 2, "anchors": 2}
 FLAGS = (
@@ -209,18 +211,25 @@ def trainable() -> Generator:
     return load_generator("tiny", master_weights=True)
 
 
-def run(base: Generator, folder: Path, rewards: WeightedRewards, **more: Any) -> PreferRun:
+def run(
+    base: Generator, folder: Path, rewards: WeightedRewards, names: Sequence[str] = (), **more: Any
+) -> PreferRun:
     chosen = options("pso", epochs=3, **more)
-    generator = copy.deepcopy(base)
-    return PreferRun(generator, PROMPTS, folder, chosen, rewards=rewards, eval_samples=10)
+    return PreferRun(
+        copy.deepcopy(base), PROMPTS, folder, chosen, rewards=rewards, eval_samples=10, names=names
+    )
 
 
 def test_rewards_that_are_all_equal_end_the_training(
     trainable: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefer_run, "EQUAL", 2)
-    with pytest.raises(UserError, match="same reward in 2 steps in a row: same says nothing"):
-        run(trainable, tmp_path, WeightedRewards([(Same(), 1.0)])).run()
+    monkeypatch.setattr(judged, "FLAT", 2)
+    job = run(trainable, tmp_path, WeightedRewards([(Same(), 1.0)]), names=["same"])
+    before = {k: v.clone() for k, v in job.generator.denoiser.state_dict().items()}
+    with pytest.raises(BadStepsError, match=r"2 steps in a row .* same says nothing of them"):
+        job.run()
+    after = job.generator.denoiser.state_dict()
+    assert all(torch.equal(after[k], before[k]) for k in before)
 
 
 def test_drift_ends_the_training(trainable: Generator, tmp_path: Path) -> None:
