@@ -148,14 +148,12 @@ def write_run(
 
 
 def _common_facts(summary: Json, settings: Json) -> list[str]:
-    names = [
-        name for name in ("seed", "resolution", "width", "height", "device") if name in settings
-    ]
-    facts = [f"{name} {settings[name]}" for name in names]
+    names = ("seed", "resolution", "width", "height", "device")
+    facts = [f"{name} {settings[name]}" for name in names if settings.get(name) is not None]
     for key, text in (
         ("seconds", duration),
         ("failed", "{} failed".format),
-        ("truncated_prompts", "{} prompts cut off at 77 tokens".format),
+        ("truncated_prompts", "{} prompts cut off".format),
         ("cut_images", str),
         ("images_per_second", "{:.2f} images/s".format),
     ):

@@ -21,6 +21,7 @@ def test_assign_report(em_copy: Path) -> None:
     ]
     assert "Noise assignment: photos/squares on tiny" in html.text
     assert "3 targets seed " in html.text and " device cpu " in html.text
+    assert "None" not in html.text.split(" device cpu ")[0]  # the size that was not given
     assert number(summary["best_loss"]) in html.text
     assert "1 failed" in html.text
     row = json.loads((folder / "manifest.jsonl").read_text().splitlines()[0])
