@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oneshot_fast.cli import OK, finish, run_command
-from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.manifests import find_manifests, read_manifests
 from oneshot_fast.data.preferences import read_preferences
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.errors import UserError, require
@@ -99,10 +99,11 @@ def _on_pairs(command: PreferCommand) -> PairRun:
         not data.manifest_path or options.pair_noise == "assigned",
         "--manifest_path has no effect on --pair_noise random; leave one out",
     )
-    for path in data.manifest_path:
+    manifests = find_manifests(data.manifest_path)
+    for path in manifests:
         check_sampler(path, command.model, "--pair_noise random")
     pairs, failures = read_preferences(data.pairs)
-    matched = [pair for path in data.manifest_path for pair in read_manifest(path)[0]]
+    matched = read_manifests(manifests)[0] if manifests else []
     return PairRun(pairs=pairs, matched=matched, failures=failures, **_common(command))
 
 

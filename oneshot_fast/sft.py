@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from oneshot_fast.cli import OK, check_defaults, finish, run_command
-from oneshot_fast.data.manifests import MatchedPair, read_manifest
+from oneshot_fast.data.manifests import MatchedPair, find_manifests, read_manifests
+from oneshot_fast.data.options import Manifests
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.data.sources import open_pairs
@@ -33,9 +34,10 @@ class SftCommand:
     run resumes when the same command is repeated.
     """
 
-    manifest_path: Path | None = None
+    manifest_path: Manifests = ()
     """manifest.jsonl of an assignment (or of the reference workflow), or training/manifest.jsonl of
-    python -m oneshot_fast.optimize."""
+    python -m oneshot_fast.optimize; of several runs, all together: A B, or 'runs/*/manifest.jsonl'.
+    """
     model_id: str = "stabilityai/sdxl-turbo"
     """Generator: folder in diffusers layout, hub id, .safetensors file, "tiny" or "tiny-teacher",
     which takes several steps."""
@@ -82,12 +84,13 @@ def _on_pairs(command: SftCommand) -> SftRun:
     else:
         check_defaults(held, needs="--eval_every")
         check_defaults(command.rewards, judging, needs="--reward")
-    if command.manifest_path is None or not (command.output_dir or command.dry_run):
+    if not command.manifest_path or not (command.output_dir or command.dry_run):
         raise UserError("give --manifest_path FILE and --output_dir DIR")
     command.training.check()
-    pairs, failures = read_manifest(command.manifest_path)
-    if command.training.noise == "matched":
-        check_sampler(command.manifest_path, command.model, "--noise random")
+    manifests = find_manifests(command.manifest_path)
+    pairs, failures = read_manifests(manifests)
+    for path in manifests if command.training.noise == "matched" else ():
+        check_sampler(path, command.model, "--noise random")
     if not held.eval_every:
         return SftRun(pairs=pairs, failures=failures, **_common(command))
     require(
@@ -124,7 +127,7 @@ def _on_pairs(command: SftCommand) -> SftRun:
 def _on_rewards(command: SftCommand) -> RewardRun:
     options, rewards = command.reward_training, command.rewards
     require(
-        command.manifest_path is None,
+        not command.manifest_path,
         "--manifest_path and --reward exclude each other: train on pairs, or on rewards",
     )
     if options.prompt_file is None or not (command.output_dir or command.dry_run):

@@ -2,7 +2,10 @@
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from glob import glob, has_magic
+from itertools import chain
 from pathlib import Path
 
 from oneshot_fast.data.image_refs import ImageRef, find_file, image_ref, image_text, need_readers
@@ -36,6 +39,12 @@ class MatchedPair:
     digest: str = ""  # of the line, whatever of it is read
     prompts: tuple[str, ...] = ()  # where there are several captions: all of them
     frame: Frame | None = None  # of resize_mode "bucket"
+    assigned_id: str = ""  # the id in the manifest, where another line has it, too
+
+    @property
+    def record_id(self) -> str:
+        """Id of the record that the noise was assigned to, by which samplers draw later noises."""
+        return self.assigned_id or self.id
 
     @property
     def place(self) -> tuple[ImageRef, str, Size | None]:
@@ -45,7 +54,49 @@ class MatchedPair:
         return self.image_path, self.resize_mode, None
 
 
-def read_manifest(path: Path) -> tuple[list[MatchedPair], list[Failure]]:
+def find_manifests(given: Iterable[Iterable[Path]]) -> list[Path]:
+    """The manifests that are named, each a path or a pattern with *, ? or [a-z], without repeats.
+
+    Raises:
+        DataError: a pattern fits no file.
+    """
+    found: list[Path] = []
+    for path in chain.from_iterable(given):
+        matches = [path] if path.exists() else [Path(x) for x in sorted(glob(str(path)))]
+        if not matches and has_magic(str(path)):
+            raise DataError(f"{path}: no file fits this pattern; give paths of manifest.jsonl")
+        found += matches or [path]
+    return [*dict.fromkeys(found)]
+
+
+def read_manifests(paths: Sequence[Path]) -> tuple[list[MatchedPair], list[Failure]]:
+    """Read several manifests as one, see ``read_manifest``.
+
+    Lines are counted through all of them, and reasons name the file. An id of an earlier one gets
+    "-1", "-2", ...
+
+    Raises:
+        DataError: one of them cannot be read, or has no usable line.
+    """
+    used: dict[str, int] = {}
+    pairs: list[MatchedPair] = []
+    failures: list[Failure] = []
+    before = 0
+    for path in paths:
+        found, failed = read_manifest(path, used)
+        lines = [*(pair.line for pair in found), *(x.line or 0 for x in failed)]
+        pairs += [replace(pair, line=before + pair.line) for pair in found]
+        failures += [
+            replace(x, line=before + (x.line or 0), reason=f"{path}, line {x.line}: {x.reason}")
+            for x in failed
+        ]
+        before += max(lines)
+    return pairs, failures
+
+
+def read_manifest(
+    path: Path, used: dict[str, int] | None = None
+) -> tuple[list[MatchedPair], list[Failure]]:
     """Read a manifest of matched pairs, of `oneshot_fast.assign` or of the reference workflow.
 
     Lines of ours hold id, prompt, target_image_path, noise_path and noise_index; their paths are
@@ -55,6 +106,10 @@ def read_manifest(path: Path) -> tuple[list[MatchedPair], list[Failure]]:
     gets the id that `Record` describes; a repeated id gets "-1", "-2", ... in file order. Of a line
     with a list of several captions (prompts, or prompt itself) all are kept.
 
+    Args:
+        path: the manifest.
+        used: ids that are taken, see ``claim_id``; updated.
+
     Returns:
         The pairs and the failures, each in file order.
 
@@ -63,7 +118,7 @@ def read_manifest(path: Path) -> tuple[list[MatchedPair], list[Failure]]:
     """
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such manifest file; give the path of a manifest.jsonl")
-    used: dict[str, int] = {}
+    used = {} if used is None else used
     found = [_parse_match(number, item, path.parent, used) for number, item in read_objects(path)]
     pairs = [item for item in found if isinstance(item, MatchedPair)]
     failures = [item for item in found if isinstance(item, Failure)]
@@ -106,6 +161,7 @@ def _parse_match(
         prompts = texts_field(item, "prompt")
         wanted = pair_id(image, *prompts) if item.get("id") is None else text_field(item, "id")
         name = claim_id(wanted, used)
+        own = "" if name == wanted else wanted
         reference = "noise_path" not in item and "best_input_noise_path" in item
         noise = text_field(item, "best_input_noise_path" if reference else "noise_path")
         index = _noise_index(item, noise)
@@ -119,7 +175,7 @@ def _parse_match(
         if item.get("prompts") is not None:
             several = texts_field(item, "prompts")
         frame = Frame.read(item) if mode == "bucket" else None
-        return MatchedPair(name, prompts[0], *place, mode, digest, line, said, several, frame)
+        return MatchedPair(name, prompts[0], *place, mode, digest, line, said, several, frame, own)
     except DataError as error:
         return Failure(str(error), line, name, next(iter(prompts), None), image, said)
 

@@ -1,10 +1,16 @@
 """Which pairs are read, and how: the flags of every command that takes images."""
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from tyro.conf import UseAppendAction
 
 from oneshot_fast.data.sizes import Resolution
 from oneshot_fast.errors import DataError
+
+# a flag for ``find_manifests``: several values, and several times
+Manifests: TypeAlias = UseAppendAction[tuple[tuple[Path, ...], ...]]
 
 
 @dataclass(frozen=True)

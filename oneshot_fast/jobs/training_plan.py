@@ -103,8 +103,7 @@ def training_plan(
         of["the fake"] = fake.times * _training_seconds(generator, fake.options, fake.kind)
     seconds = _training_seconds(generator, options, kind) + sum(of.values())
     lines += memory.peak_lines(generator.device)
-    per_epoch = math.ceil(samples / options.batch_size)
-    steps = per_epoch * options.epochs
+    steps = options.steps(math.ceil(samples / options.batch_size))
     pipeline = sum(memory.bytes_of(network.parameters()) for network in generator.networks.values())
     checkpoints = 2 * needed.trained_bytes + pipeline if options.lora_rank else 2 * pipeline
     best = needed.kept[_AVERAGE] or needed.trained_bytes

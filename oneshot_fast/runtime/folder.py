@@ -16,7 +16,7 @@ from oneshot_fast.runtime.ledger import NAME, Ledger, ledger_of, listing, say, s
 # outputs that are written after the run, or by a tracker
 _BY_OTHERS = {"logs", "report.html", "curves.png", "diagnostics.json"}
 # settings that folders of before lack, and the value that computes what theirs do
-_SINCE = {"lr_unit": "radians"}
+_SINCE = {"lr_unit": "radians", "lr_num_cycles": 1, "lr_power": 1.0}
 
 
 class RunFolder:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from oneshot_fast.errors import RunError, require
+from oneshot_fast.errors import RunError, UserError, one_line, require
 from oneshot_fast.runtime.folder import RunFolder
 from oneshot_fast.runtime.ledger import Ledger, listing
 
@@ -32,6 +32,8 @@ _UNUSED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_MIXED_PRECISION": "mixed precision (see --dtype)",
     "ACCELERATE_DYNAMO_BACKEND": "TorchDynamo (see --compile)",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "the parallelism config",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient accumulation (see the flag of that name)",
 }
 _timeout = timedelta(hours=12)  # how long a process waits for a slower one
 _BUCKET = 25 << 20  # bytes of gradients that are exchanged together, as torch's DDP does
@@ -39,20 +41,28 @@ _AT_ONCE = 64  # results per process that are exchanged together, in memory of t
 
 
 def processes() -> "PartialState":
-    """This process among the others: ``is_main_process``, ``num_processes``, ``device``, ..."""
+    """This process among the others: ``is_main_process``, ``num_processes``, ``device``, ...
+
+    Raises:
+        UserError: If accelerate cannot start them as its config says.
+    """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
     if PartialState._shared_state:
         return PartialState()
     set_aside = {name: os.environ.pop(name) for name in _UNUSED if name in os.environ}
-    unused = [_UNUSED[k] for k, v in set_aside.items() if v.lower() not in ("", "no", "false")]
+    unused = [_UNUSED[k] for k, v in set_aside.items() if v.lower() not in ("", "no", "false", "1")]
     if unused and os.environ.get("RANK", "0") == "0":
         said = ", ".join(unused)
         print(f"note: of accelerate's config this is not used here: {said}", file=sys.stderr)
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     try:  # accelerate would look for the packages
+        on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         return PartialState(cpu=on_cpu, timeout=_timeout)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"accelerate cannot start as its config or the launcher says: {one_line(error)}"
+        ) from None
     finally:
         os.environ.update(set_aside)
 

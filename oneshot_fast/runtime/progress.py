@@ -45,8 +45,8 @@ class Tracker:
         self._known |= named.keys()
         self._writer.log({**named, steps: step})
 
-    def images(self, paths: Iterable[Path], step: int) -> None:
-        """Send image files, named after them."""
+    def images(self, paths: Iterable[Path], step: int, name: str | None = None) -> None:
+        """Send image files, named after them, or all by one ``name``."""
         if self._writer is None:
             return
         import numpy as np
@@ -56,7 +56,7 @@ class Tracker:
         for path in paths:
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"))
-            self._writer.log_images({self._prefix + path.stem: pixels[None]}, **how)
+            self._writer.log_images({self._prefix + (name or path.stem): pixels[None]}, **how)
 
     def finish(self) -> None:
         """Close what the whole run has written to; a stage leaves it open."""

@@ -1,13 +1,34 @@
 """How a training goes: the flags of every command that trains weights."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from tyro.conf import UseAppendAction
+
 from oneshot_fast.errors import need_package, require
 from oneshot_fast.generators.lora_files import lora_sha256, weights_of
+
+_LAST_RATE = 1e-7  # of diffusers' polynomial schedule
+
+
+@functools.lru_cache
+def _schedule(
+    name: str, lr: float, warmup: int, steps: int, cycles: int, power: float
+) -> Callable[[int], float]:
+    """Factor of the learning rate by step, from 0."""
+    from diffusers.optimization import get_scheduler
+
+    name = "constant_with_warmup" if name == "constant" else name
+    unused = torch.optim.SGD([torch.zeros(1)], lr=lr)
+    made = get_scheduler(name, unused, None, warmup, steps, cycles, power)
+    factor: Callable[[int], float] = made.lr_lambdas[0]
+    return factor
 
 
 @dataclass(frozen=True)
@@ -16,12 +37,21 @@ class TrainOptions:
 
     epochs: int = 10
     """Passes over the matched pairs."""
+    max_steps: int | None = None
+    """End after so many steps, instead of epochs: in the middle of an epoch, or after more."""
     batch_size: int = 4
     """Matched pairs per step."""
     lr: float = 1e-5
     """AdamW's learning rate."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes on after lr_warmup_steps: as it is, or to 0 at the last step."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """How the learning rate goes on after lr_warmup_steps: as it is, or to 0 at the last step; by
+    diffusers' get_scheduler. Both constants warm up."""
+    lr_num_cycles: int = 1
+    """For --lr_scheduler cosine_with_restarts: falls to 0."""
+    lr_power: float = 1.0
+    """For --lr_scheduler polynomial, which ends at 1e-7."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
@@ -73,31 +103,51 @@ class TrainOptions:
     save_single_file: bool = False
     """Also write each whole model as one file, checkpoint-final.safetensors, which ComfyUI and
     A1111 read; of SDXL's shape."""
+    validation_steps: int = 0
+    """Make images after every so many steps, always on the same noises: validation/STEP.png, which
+    --report_to shows, too; 0: never."""
+    validation_prompt: UseAppendAction[tuple[str, ...]] = ()
+    """For --validation_steps, may be given several times; by default the first 4 of the training's.
+    """
     use_ema: bool = False
     """End with an exponential moving average of the weights."""
     ema_decay: float = 0.9999
     """For --use_ema; it rises to this value over the first steps."""
 
+    def steps(self, per_epoch: int) -> int:
+        """Steps in all, where an epoch has so many."""
+        return self.max_steps or self.epochs * per_epoch
+
+    def passes(self, per_epoch: int) -> int:
+        """Epochs in all, the last of which may be cut, where an epoch has so many steps."""
+        return math.ceil(self.steps(per_epoch) / per_epoch)
+
     def lr_at(self, step: int, steps: int) -> float:
-        """The learning rate of a step, from 0, of ``steps`` in all."""
-        warmup = self.lr_warmup_steps
-        if step < warmup or self.lr_scheduler == "constant":
-            return self.lr * min(1.0, (step + 1) / max(1, warmup))
-        left = (steps - step) / max(1, steps - warmup)
-        return self.lr * (
-            left if self.lr_scheduler == "linear" else math.sin(math.pi / 2 * left) ** 2
-        )
+        """The learning rate of a step, from 0, of ``steps`` in all.
+
+        The warm-up begins one step later in diffusers, whose first step has a rate of 0.
+        """
+        name, warmup = self.lr_scheduler, self.lr_warmup_steps
+        factor = _schedule(name, self.lr, warmup, steps, self.lr_num_cycles, self.lr_power)
+        return self.lr * factor(step + 1 if step < warmup else step)
 
     def check(self) -> None:
         """Raise UserError for values that make no sense."""
         for name in (
-            "epochs", "batch_size", "preserve_pool_size", "gradient_accumulation_steps"
+            "epochs", "batch_size", "preserve_pool_size", "gradient_accumulation_steps",
+            "lr_num_cycles",
         ):  # fmt: skip
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}; give at least 1")
+        require(self.max_steps is None or self.max_steps >= 1, "max_steps must be at least 1")
+        self._check_schedule()
         require(0 < self.lr < math.inf, f"lr is {self.lr}; give a positive number")
         require(self.max_grad_norm > 0, "max_grad_norm must be positive")
-        require(self.lr_warmup_steps >= 0, "lr_warmup_steps must not be negative")
+        require(self.validation_steps >= 0, "validation_steps must not be negative; 0: never")
+        require(
+            not self.validation_prompt or self.validation_steps > 0,
+            "validation_prompt has no effect without --validation_steps; give it, too",
+        )
         require(0 < self.ema_decay < 1, "ema_decay must be between 0 and 1")
         preserved = self.preserve_batch_size
         require(preserved is None or preserved >= 1, "preserve_batch_size must be at least 1")
@@ -106,6 +156,19 @@ class TrainOptions:
             "weights must be finite and not negative",
         )
         self._check_memory_options()
+
+    def _check_schedule(self) -> None:
+        require(self.lr_warmup_steps >= 0, "lr_warmup_steps must not be negative")
+        for name, needed in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+            require(
+                self.lr_scheduler == needed or getattr(self, name) == getattr(TrainOptions, name),
+                f"{name} has no effect without --lr_scheduler {needed}; give it, too",
+            )
+        require(0 < self.lr_power < math.inf, "lr_power must be positive")
+        require(
+            self.lr_scheduler != "polynomial" or self.lr > _LAST_RATE,
+            f"lr_scheduler polynomial ends at {_LAST_RATE:g}; give a larger lr",
+        )
 
     def _check_memory_options(self) -> None:
         require(
@@ -139,6 +202,8 @@ class TrainOptions:
     def settings(self) -> dict[str, Any]:
         """What a run notes of them, as JSON values."""
         noted = dataclasses.asdict(self)
+        for name in ("validation_steps", "validation_prompt"):  # only shown
+            noted.pop(name)
         path = noted.pop("lora_from")
         if path is None:
             return noted
@@ -157,5 +222,5 @@ class TrainOptions:
 
     @property
     def decodes(self) -> bool:
-        """Whether a loss is in pixels."""
-        return self.preserve_pixel_weight > 0
+        """Whether a loss is in pixels, or images are shown."""
+        return self.preserve_pixel_weight > 0 or self.validation_steps > 0

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from oneshot_fast.data.images import save_png, tile
 from oneshot_fast.data.records import Failure
 from oneshot_fast.data.sizes import Size
 from oneshot_fast.errors import RunError, require
@@ -27,9 +28,9 @@ from oneshot_fast.runtime.folder import RunFolder
 from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import barrier, is_main, kept_by_main, largest, processes
 from oneshot_fast.runtime.progress import Tracker, progress, start_tracking
-from oneshot_fast.runtime.seeds import derived_seed
+from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, Rows, batches, steps_per_epoch
-from oneshot_fast.training.checkpoints import STUDENT, Checkpoints, load_state, save_state
+from oneshot_fast.training.checkpoints import STUDENT, Checkpoints, ended, load_state, save_state
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.losses.preserve import POOL, PreservePool
 from oneshot_fast.training.memory import offloaded
@@ -39,6 +40,7 @@ from oneshot_fast.training.trainer import BadStepsError, Trainee, Trainer
 _NOTHING = "no step had a finite loss and gradient, or rewards that differ; lower the lr"
 BEGUN = "begun.json"  # which examples an interrupted training has
 _PROMPTS = "prompts"  # encodings, where they are too many for memory
+_VALIDATION = "validation"  # pictures
 _STATE = ("state.safetensors", BEGUN, _PROMPTS)
 
 
@@ -75,7 +77,7 @@ def _digest(tensors: Sequence[Tensor]) -> str:
 
 def _is_vital(key: str) -> bool:
     """Whether a finished training without this file has to train again."""
-    others = "preserve|state|history|failures|captions"
+    others = "preserve|state|history|failures|captions|validation"
     return re.match(rf"(.*/)?checkpoint-\d+/|eval/|{others}", key) is None
 
 
@@ -100,7 +102,7 @@ class TrainingRun(ABC):
     outputs: tuple[str, ...] = (
         "checkpoint-best", "checkpoint-final", "checkpoint-best.safetensors",
         "checkpoint-final.safetensors", "lora-best", "lora-final", "logs", "failures.jsonl",
-        "history.jsonl", POOL, "summary.json", "report.html",
+        "history.jsonl", POOL, "summary.json", "report.html", _VALIDATION,
         *_STATE,
     )  # fmt: skip
 
@@ -166,6 +168,7 @@ class TrainingRun(ABC):
         self.per_epoch = 0  # steps of the student
         self.tracker = Tracker()
         self.needed_prompts: Sequence[str] = ()  # of what is measured
+        self._shown: list[str] = []  # prompts of validation images
         on_gpu = generator.device.type != "cpu"  # there is memory to free
         self.offloads = on_gpu if offload_encoders is None else offload_encoders
         self._keep_checkpoints = keep_checkpoints
@@ -328,9 +331,10 @@ class TrainingRun(ABC):
         ``kinds`` has what each of them is, such as its size; no batch has two.
         """
         self.generator.warn_of_cut(prompts)
+        self._shown = [*self.options.validation_prompt] or [*dict.fromkeys(prompts)][:4]
         kinds = [None] * count if kinds is None else kinds
         self.per_epoch = steps_per_epoch(kinds, self.options.batch_size)
-        steps = self.options.epochs * self.per_epoch
+        steps = self.options.steps(self.per_epoch)
         self.trainers = {name: self.trainer(name, steps) for name in self.trainees}
         student, state = self.trainers[STUDENT], self.folder / "state.safetensors"
         if state.exists():
@@ -398,8 +402,9 @@ class TrainingRun(ABC):
                 except BadStepsError:
                     self._save()
                     raise
+                self._validate(student)
                 over = self.is_over()
-                if student.step % self.per_epoch == 0 or over:
+                if student.step % self.per_epoch == 0 or over or student.step == total:
                     row = self._end_epoch(math.ceil(student.step / self.per_epoch))
                     if row is not None:
                         row |= self.after_epoch(row["epoch"])
@@ -415,6 +420,20 @@ class TrainingRun(ABC):
                     if stopped:
                         stop(stopped)
                 bar.update()
+
+    def _validate(self, trainer: Trainer) -> None:
+        """Show images of the generator as the training would end now, where that is due."""
+        every, step = self.options.validation_steps, trainer.step
+        if not every or step % every or not is_main():
+            return
+        seeds = [derived_seed(self.seed, "validation", k) for k, _ in enumerate(self._shown)]
+        noise = gaussian(seeds, self.noise_shape).to(self.generator.device)
+        with ended(trainer), torch.no_grad():
+            latents = self.generator.latents(noise, self.generator.told(self._shown, seeds))
+            images = self.generator.decode(latents)
+        path = self.folder / _VALIDATION / f"{step:08d}.png"
+        save_png(path, tile(images, math.ceil(math.sqrt(len(images)))))
+        self.tracker.images([path], step, _VALIDATION)
 
     def _end_epoch(self, epoch: int) -> dict[str, Any] | None:
         """The student's row of the history, and the others' losses; None if all was bad."""
@@ -447,7 +466,8 @@ class TrainingRun(ABC):
             yield
             return
         pooled = self._pool.prompts if self._pool else ()
-        needed, generator = {*prompts, *pooled, *self.needed_prompts}, self.generator
+        needed = {*prompts, *pooled, *self.needed_prompts, *self._shown}
+        generator = self.generator
         with (
             generator.kept_prompts(sorted(needed), self.folder / _PROMPTS),
             offloaded(generator, keep_decoder=self.decodes),

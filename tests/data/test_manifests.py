@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.manifests import find_manifests, read_manifest, read_manifests
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.data.records import pair_id
 from oneshot_fast.errors import DataError
@@ -324,3 +325,21 @@ def test_a_noise_that_claims_more_than_its_file_has_is_refused(tmp_path: Path, f
         torch.save(value, path, _use_new_zipfile_serialization=form != "old strides")
     with pytest.raises(DataError, match=r"claims [\d,]+ bytes|larger than any latent"):
         read_noise(path)
+
+
+def test_several_manifests_are_read_as_one(run: Path) -> None:
+    other = run.with_name("other")
+    shutil.copytree(run, other)
+    write(run / "manifest.jsonl", row(), "no JSON", row(id="f01"))
+    write(other / "manifest.jsonl", row(noise_index=2), row(id="f02"), row(id="f03", prompt=""))
+    paths = find_manifests([[run.parent / "*" / "manifest.jsonl"], [run / "manifest.jsonl"]])
+    assert paths == [other / "manifest.jsonl", run / "manifest.jsonl"]
+    pairs, failures = read_manifests(paths[::-1])
+    assert [(p.id, p.record_id, p.line) for p in pairs] == [
+        ("f00", "f00", 1), ("f01", "f01", 3), ("f00-1", "f00", 4), ("f02", "f02", 5),
+    ]  # fmt: skip
+    assert pairs[2].noise_path.samefile(other / "noises" / "0.safetensors")
+    assert [failure.line for failure in failures] == [2, 6]
+    assert failures[1].reason.startswith(f"{other / 'manifest.jsonl'}, line 3: ")
+    with pytest.raises(DataError, match="no file fits this pattern"):
+        find_manifests([[run / "none-*.jsonl"]])

@@ -138,6 +138,15 @@ def test_a_process_that_stands_still_is_named_and_in_the_end_refused(
     assert "waited 0.0666667 minutes for process 1; end all and repeat" in line
 
 
+def test_what_accelerate_cannot_do_is_one_line(tmp_path, assigned, forks):
+    flags = ["--manifest_path", assigned / "manifest.jsonl", "--model_id", "tiny", "--output_dir"]
+    environment = {"ACCELERATE_TORCH_DEVICE": "nonsense", "ACCELERATE_MIXED_PRECISION": "fp8"}
+    ended = forks.run("sft", [*flags, tmp_path / "x"], tmp_path, environment=environment)
+    note, error = ended.err.splitlines()
+    assert "mixed precision (see --dtype)" in note
+    assert ended.code == 2 and error.startswith("error: accelerate cannot start as its config")
+
+
 def test_each_process_encodes_its_part_and_knows_all(tmp_path, damaged, tiny, forks, one_thread):
     script = tmp_path / "reader.py"
     script.write_text(READER)

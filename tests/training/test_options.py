@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
@@ -31,3 +32,24 @@ def test_it_falls_as_that_of_torch(name: str):
         assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "theirs"),
+    [("cosine_with_restarts", {"lr_num_cycles": 2}, {"num_cycles": 2}),
+     ("polynomial", {"lr_power": 2.0}, {"power": 2.0})],
+)  # fmt: skip
+def test_it_is_that_of_diffusers(name: str, more: dict[str, float], theirs: dict[str, float]):
+    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    schedule, expected = get_scheduler(name, optimizer, None, 3, 10, **theirs), []
+    for _ in range(10):
+        expected += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    found = rates(lr_scheduler=name, lr_warmup_steps=3, **more)
+    assert found == pytest.approx([*expected[1:4], *expected[3:]])  # the warm-up is a step earlier
+
+
+def test_max_steps_come_before_epochs():
+    cut = TrainOptions(epochs=4, max_steps=7)
+    assert (cut.steps(3), cut.passes(3), TrainOptions(epochs=4).steps(3)) == (7, 3, 12)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tyro.conf import UseAppendAction
 
-from oneshot_fast.data.options import SizeOptions
+from oneshot_fast.data.options import Manifests, SizeOptions
 from oneshot_fast.errors import require
 from oneshot_fast.rewards.options import JudgeModels
 from oneshot_fast.training.losses.d3po import d3po
@@ -327,9 +327,9 @@ class PreferData(SizeOptions, JudgeModels):
     pairs: Path | None = None
     """Instead of drawn images: JSON lines {"prompt", "image", "rejected"[, "weight"]}, a better and
     a worse image each, with paths relative to the file; for --objective dpo and pso."""
-    manifest_path: UseAppendAction[tuple[Path, ...]] = ()
-    """With --pairs: manifest.jsonl of assign with the noises of their images; may be given several
-    times, such as of assign --image_field image and --image_field rejected."""
+    manifest_path: Manifests = ()
+    """With --pairs: manifest.jsonl of assign with the noises of their images; may be several, such
+    as of assign --image_field image and --image_field rejected."""
     prompt_file: Path | None = None
     """Prompts: .txt with one per line, .tsv or .csv with a header, or .jsonl."""
     prompt_field: str | None = None

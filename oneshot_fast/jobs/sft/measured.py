@@ -160,7 +160,7 @@ class MeasuredSftRun(SftRun):
 
     def _epochs(self) -> list[int]:
         """After which epochs it is measured."""
-        last = self.options.epochs
+        last = self.options.passes(self.per_epoch)
         return sorted({*range(self.eval_every, last + 1, self.eval_every), last})
 
     def _note(self, epoch: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from oneshot_fast.runtime.files import read_jsonl, write_jsonl
 from oneshot_fast.runtime.folder import list_settings
 from oneshot_fast.runtime.processes import is_main, map_over_processes
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian, record_seed
-from oneshot_fast.training.batch import Batch, Rows, in_order
+from oneshot_fast.training.batch import Batch, Rows, in_order, steps_per_epoch
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.run import TrainingRun
 
@@ -119,7 +119,8 @@ class SftRun(TrainingRun):
         before = self._matched_loss()
         empty = [""] if self.options.caption_dropout else []
         if is_main() and (empty or any(pair.prompts for pair in pairs)):
-            epochs = range(self.options.epochs)
+            per_epoch = steps_per_epoch(self._examples.kinds, self.options.batch_size)
+            epochs = range(self.options.passes(per_epoch))
             drawn = ({pair.id: self._caption(pair, k) for pair in pairs} for k in epochs)
             rows = ({"epoch": k, "captions": row} for k, row in enumerate(drawn, 1))
             write_jsonl(self.folder / CAPTIONS, rows)
@@ -140,7 +141,7 @@ class SftRun(TrainingRun):
         assert self._examples is not None
         generator, pairs = self.generator, [self._examples.pairs[k] for k in rows]
         noise = torch.stack([self._examples.noises[k] for k in rows])
-        later = [record_seed(pair.id) for pair in pairs]
+        later = [record_seed(pair.record_id) for pair in pairs]
         if self.options.noise == "random":
             seeds = later = [derived_seed(self.seed, "direct", step, pair.id) for pair in pairs]
             noise = gaussian(seeds, noise.shape[1:])
@@ -184,7 +185,7 @@ class SftRun(TrainingRun):
 
         def losses(k: int) -> torch.Tensor:
             pairs = [examples.pairs[i] for i in parts[k]]
-            later = [record_seed(pair.id) for pair in pairs]
+            later = [record_seed(pair.record_id) for pair in pairs]
             prompts = self._told(pairs, [pair.prompt for pair in pairs], later)
             noise, target = (
                 torch.stack([rows[i] for i in parts[k]]).to(generator.device)

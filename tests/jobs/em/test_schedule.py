@@ -138,5 +138,7 @@ def test_em_has_the_options_of_both_steps_but_for_these() -> None:
     # each kind of E-step has an optimiser of its own where noises move freely
     assert left_out(AssignOptions, "assign_") == {"free_optimizer"}
     assert left_out(OptimizeOptions, "assign_") == {"free_optimizer"}
-    # EM decides, and adds a new adapter in every cycle
-    assert left_out(SftOptions, "train_") == {"noise", "lora_from"}
+    # EM decides, adds a new adapter in every cycle, and shows each cycle's images
+    shown = {"validation_steps", "validation_prompt"}
+    of_one = {"noise", "lora_from", "max_steps", "lr_num_cycles", "lr_power"}
+    assert left_out(SftOptions, "train_") == of_one | shown

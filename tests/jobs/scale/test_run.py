@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from oneshot_fast import cli, sft
 from oneshot_fast.data.images import load_image
-from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.manifests import find_manifests, read_manifest
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.options import ModelOptions
@@ -239,11 +239,12 @@ def test_the_printed_training_takes_the_flags_of_the_model(tmp_path: Path, call:
     line = next(row for row in ended.out.splitlines() if row.startswith("to train"))
     words = shlex.split(line.partition("oneshot_fast.sft ")[2])
     given = cli._parse("sft", sft.SftCommand, words)
-    assert given.model_id == "tiny-teacher" and given.manifest_path is not None
+    assert given.model_id == "tiny-teacher" and given.manifest_path
     assert given.model == ModelOptions(
         num_inference_steps=2, step_list=(900.0, 400.0), guidance_scale=2.0
     )
-    sft.check_sampler(given.manifest_path, given.model, "--noise random")
+    (path,) = find_manifests(given.manifest_path)
+    sft.check_sampler(path, given.model, "--noise random")
     options = ModelOptions(variant="fp16", lora=("a", "b:2"), timestep=399.0, compile=True)
     assert options.flags == shlex.split(
         "--variant fp16 --timestep 399.0 --lora a --lora b:2 --compile"
