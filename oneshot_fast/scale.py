@@ -1,4 +1,4 @@
-"""`python -m oneshot_fast.scale` simulate, search, run, data, convert: many noises, few go on."""
+"""`python -m oneshot_fast.scale`: many noises, few go on; simulated, searched, run, learnt from."""
 
 import dataclasses
 import functools
@@ -16,7 +16,8 @@ from oneshot_fast.cli import OK, finish, public, run_command
 from oneshot_fast.data.options import SizeOptions
 from oneshot_fast.errors import require
 from oneshot_fast.generators.options import ModelOptions
-from oneshot_fast.jobs.scale.options import ScaleOptions
+from oneshot_fast.jobs.scale.options import RewardTraining, ScaleOptions, parsed_steps
+from oneshot_fast.rewards import identity
 from oneshot_fast.rewards.options import RewardOptions
 from oneshot_fast.runtime.options import RunOptions
 
@@ -165,8 +166,8 @@ class DataConfig(_Made):
     """Make a pool of one's own: images of each prompt at all steps, scored.
 
     pool.safetensors is for `simulate` and `search`; images/pXXXX/idYYY/sNN.png are the estimates of
-    the steps, labels.jsonl their scores. An interrupted run resumes when the same command is
-    repeated.
+    the steps, labels.jsonl their scores, both for `train_reward`. An interrupted run resumes when
+    the same command is repeated.
     """
 
     candidates: int = 32
@@ -176,26 +177,22 @@ class DataConfig(_Made):
     The last always is."""
     save_images: bool = True
     """Keep pictures, not only scores."""
+    format: Literal["png", "tar"] = "png"
+    """Of pictures: a file for each, or a WebDataset shard for each prompt, images/pXXXX.tar, whose
+    samples pXXXX-idYYY have all steps of an image, .sNN.png, and a .json."""
 
     @property
     def steps(self) -> list[int] | None:
         """``steps_saved`` as numbers; UserError if it has none."""
-        if self.steps_saved is None:
-            return None
-        found = list[int]()
-        for part in self.steps_saved.split(","):
-            ends = part.split(":")
-            known = len(ends) <= 2 and all(end.strip().isdecimal() for end in ends)
-            require(known, f"steps_saved is {self.steps_saved}; write it as 0:15,19")
-            first = int(ends[0])
-            steps = range(first, int(ends[1]) if len(ends) == 2 else first + 1)
-            require(bool(steps), f"steps_saved has {part}, which is no step; write it as 0:15,19")
-            found += steps
-        return found
+        return None if self.steps_saved is None else parsed_steps(self.steps_saved, "steps_saved")
 
     def check(self) -> None:
         super().check()
         require(self.output_dir is not None, "give --output_dir DIR")
+        require(
+            self.save_images or self.format == "png",
+            "--format has no effect with --no_save_images; leave one out",
+        )
         _ = self.steps
 
 
@@ -214,8 +211,8 @@ class ScaleRunConfig(_Made):
     """Instead: the seeds of each prompt's base noises, as torch.Generator().manual_seed takes
     them."""
     prune_reward: UseAppendAction[tuple[str, ...]] = ()
-    """NAME[:WEIGHT] of what scores estimates on the way; by default --reward, which selects in the
-    end. May be given several times."""
+    """NAME[:WEIGHT], or folder of `train_reward`, of what scores estimates on the way; by default
+    --reward, which selects in the end. May be given several times."""
     score_decoder_id: str | None = None
     """Tiny decoder (AutoencoderTiny: folder or hub id) that decodes estimates on the way; the last
     images have the model's own."""
@@ -230,6 +227,29 @@ class ScaleRunConfig(_Made):
 
         check_count(self.num_images_per_prompt, self.seeds)
         self.scale.checked(self.model.num_inference_steps, True)
+
+
+@dataclass(frozen=True)
+class TrainRewardConfig:
+    """Train a reward to tell, from a step's estimate, the score of the image that it leads to.
+
+    Learns from the pictures of `scale data`, and measures on prompts kept aside. The folder is a
+    reward: --prune_reward DIR of `run`, or --reward DIR of any command. An interrupted training
+    resumes when the same command is repeated.
+    """
+
+    data: Path
+    """Folder of `scale data`, with pictures."""
+    reward: str
+    """The reward of finished images, one of those that scored the data."""
+    output_dir: Path
+    """Folder of the trained reward."""
+    models_dir: Path = Path("models")
+    """Folder of the models of rewards, see python -m oneshot_fast.download."""
+    save_minutes: float = 5.0
+    """Minutes between saved training states; 0 saves after every step."""
+    training: RewardTraining = RewardTraining()
+    run: RunOptions = RunOptions()
 
 
 @dataclass(frozen=True)
@@ -251,6 +271,7 @@ class ScaleCommand:
         | Annotated[SearchConfig, subcommand("search")]
         | Annotated[ScaleRunConfig, subcommand("run")]
         | Annotated[DataConfig, subcommand("data")]
+        | Annotated[TrainRewardConfig, subcommand("train_reward")]
         | Annotated[ConvertConfig, subcommand("convert")]
     ]
 
@@ -266,6 +287,8 @@ def execute(command: ScaleCommand) -> int:
         return _run(config)
     elif isinstance(config, DataConfig):
         return _data(config)
+    elif isinstance(config, TrainRewardConfig):
+        return _train_reward(config)
     else:
         from oneshot_fast.jobs.scale.pools import read_pool, write_pool
 
@@ -378,7 +401,7 @@ def _run(config: ScaleRunConfig) -> int:
         rewards=rewards.load(device, rewards.reward),
         reward_names=rewards.names,
         prune_rewards=rewards.load(device, on_the_way) if on_the_way else None,
-        prune_reward_names=on_the_way,
+        prune_reward_names=[*map(identity, on_the_way)],
         score_decoder_id=config.score_decoder_id,
         images_per_prompt=config.num_images_per_prompt,
         seeds=config.seeds,
@@ -414,6 +437,7 @@ def _data(config: DataConfig) -> int:
         candidates=config.candidates,
         steps_saved=config.steps,
         save_images=config.save_images,
+        picture_format=config.format,
         seed=config.run.seed,
         batch_size=config.batch_size,
         resolution=config.size.size,
@@ -425,6 +449,24 @@ def _data(config: DataConfig) -> int:
               f"{summary['seconds']:.0f} s; pool: {folder / POOL}")  # fmt: skip
 
     return finish(config, folder, summary, write_data_report, say, "prompts ")
+
+
+def _train_reward(config: TrainRewardConfig) -> int:
+    from oneshot_fast.jobs.scale.train_reward import RewardRun
+    from oneshot_fast.report.scale_reward import print_summary, write_reward_report
+
+    config.run.check()
+    run = RewardRun(
+        config.output_dir,
+        config.data,
+        config.reward,
+        config.training,
+        models_dir=config.models_dir,
+        seed=config.run.seed,
+        save_minutes=config.save_minutes,
+    )
+    summary = run.run(**config.run.arguments)
+    return finish(config, config.output_dir, summary, write_reward_report, print_summary)
 
 
 def _print_summary(summary: dict[str, Any], folder: Path, model: Sequence[str]) -> None:

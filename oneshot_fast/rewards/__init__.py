@@ -1,7 +1,8 @@
 """Rewards: scores of images that say how good they are, and for their prompts how fitting.
 
 ``load_rewards(["clip:0.01", "hpsv2:5"])`` gives their weighted sum. A reward is one class in one
-file here; the table below names them all, and each is imported when it is first asked for.
+file here; the table below names them all, and each is imported when it is first asked for. The
+folder of a reward that `scale train_reward` trained is a name, too.
 """
 
 import importlib
@@ -14,9 +15,11 @@ import torch
 
 from oneshot_fast.errors import UserError
 from oneshot_fast.rewards.base import ImageEncoder, Reward, Setup, WeightedRewards
+from oneshot_fast.runtime.seeds import content_id
 
 __all__ = [
-    "REWARDS", "ImageEncoder", "Reward", "Setup", "WeightedRewards", "load_rewards", "parse_reward",
+    "REWARDS", "ImageEncoder", "Reward", "Setup", "WeightedRewards", "identity", "load_reward",
+    "load_rewards", "parse_reward",
 ]  # fmt: skip
 
 # name -> module and class; the class has load(name, setup)
@@ -33,10 +36,14 @@ REWARDS = {
     "python": "python.PythonReward",
     "thickness": "thickness.ThicknessReward",
 }
+TRAINED = "noise_aware.NoiseAwareReward"  # of a folder
+CONFIG = "reward.json"  # in that folder; it names all else that is read
 
 
 def parse_reward(spec: str) -> tuple[str, float]:
     """Name and weight of ``name[:weight]`` or ``python:module.function[:weight]``; weight 1.
+
+    A name that is none of ours may be a folder of `scale train_reward`.
 
     Raises:
         UserError: If the name is none of ours or the weight no finite number.
@@ -46,9 +53,12 @@ def parse_reward(spec: str) -> tuple[str, float]:
     if kind == "python":
         function, _, weight = weight.partition(":")
         name = f"python:{function}"
-    if kind not in REWARDS or name == "python:":
+    if (kind not in REWARDS and not Path(kind).is_dir()) or name in ("python:", ""):
         known = ", ".join(sorted(REWARDS.keys() - {"python"}))
-        raise UserError(f"no reward {spec!r}; there are {known} and python:module.function")
+        raise UserError(
+            f"no reward {spec!r}; there are {known}, python:module.function, and folders of "
+            "`scale train_reward`"
+        )
     try:
         value = float(weight or 1)
     except ValueError:
@@ -79,11 +89,22 @@ def load_rewards(
         UserError: If a name is unknown or comes twice, or a model is missing or damaged.
     """
     setup = Setup(Path(models_dir), torch.device(device), dtype)
-    chosen = [(_load(name, setup), weight) for name, weight in map(parse_reward, specs)]
+    chosen = [(load_reward(name, setup), weight) for name, weight in map(parse_reward, specs)]
     return WeightedRewards(chosen, checkpointing=checkpointing).eval().requires_grad_(False)
 
 
-def _load(name: str, setup: Setup) -> Reward:
-    module, _, class_name = REWARDS[name.partition(":")[0]].partition(".")
+def load_reward(name: str, setup: Setup) -> Reward:
+    """The reward called ``name``, as ``parse_reward`` returns it; see ``load_rewards``."""
+    place = REWARDS.get(name.partition(":")[0], TRAINED)
+    module, _, class_name = place.partition(".")
     found: Any = getattr(importlib.import_module(f"{__name__}.{module}"), class_name)
     return found.load(name, setup)
+
+
+def identity(spec: str) -> str:
+    """``spec`` for a run's settings: with what a folder of a trained reward has in it."""
+    name, _ = parse_reward(spec)
+    file = Path(name) / CONFIG
+    if name.partition(":")[0] in REWARDS or not file.is_file():
+        return spec
+    return f"{spec} ({content_id(file.read_text(encoding='utf-8'))})"

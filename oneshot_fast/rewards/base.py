@@ -54,6 +54,7 @@ class Reward(nn.Module):
     differentiable: bool = True
     tokenizer: Any = None  # of prompts; None if it reads none, or all of them
     prompt_tokens: int = 0  # that the tokenizer keeps, both ends included
+    num_steps: int | None = None  # of the sampler whose estimates it was trained for; None: any
     _told: frozenset[str] = frozenset()  # prompts that were warned of
 
     @classmethod
@@ -66,6 +67,10 @@ class Reward(nn.Module):
         reward = cls()
         reward.name = name
         return reward.to(setup.device, setup.dtype)
+
+    def at_step(self, step: int) -> "Reward":
+        """What scores the images that a sampler estimates in ``step``, from 0."""
+        return self
 
     def is_truncated(self, prompt: str) -> bool:
         """Whether ``prompt`` is longer than what this reward reads of it."""
@@ -140,6 +145,7 @@ class WeightedRewards(nn.Module):
         self.weights: Mapping[str, float] = {reward.name: weight for reward, weight in rewards}
         self._checkpointing = checkpointing
         self._features: dict[tuple[str, str], Tensor] = {}
+        self._at_steps: dict[tuple[Reward, ...], WeightedRewards] = {}
 
     @property
     def by_name(self) -> dict[str, Reward]:
@@ -156,6 +162,27 @@ class WeightedRewards(nn.Module):
         texts = [*prompts]
         for reward in self.by_name.values():
             reward.warn_of_cut(texts)
+
+    def at_step(self, step: int) -> "WeightedRewards":
+        """What scores the images that a sampler estimates in ``step``, from 0."""
+        found = tuple(reward.at_step(step) for reward in self.by_name.values())
+        if found == tuple(self.by_name.values()):
+            return self
+        if found not in self._at_steps:
+            weighted = [*zip(found, self.weights.values(), strict=True)]
+            rewards = WeightedRewards(weighted, checkpointing=self._checkpointing)
+            self._at_steps[found] = rewards.eval().requires_grad_(False)
+        return self._at_steps[found]
+
+    def check_steps(self, num_steps: int) -> None:
+        """Raise UserError for a reward that was trained for a sampler of other steps."""
+        for reward in self.by_name.values():
+            require(
+                reward.num_steps in (None, num_steps),
+                f"reward {reward.name} was trained for estimates of {reward.num_steps} steps, and "
+                f"the sampler has {num_steps}; name another reward, or give "
+                f"--num_inference_steps {reward.num_steps}",
+            )
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Weighted sum, [B] float32, of what ``scores`` returns for the same."""

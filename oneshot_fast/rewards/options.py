@@ -11,7 +11,7 @@ import torch
 from tyro.conf import UseAppendAction
 
 from oneshot_fast.errors import require
-from oneshot_fast.rewards import Setup, WeightedRewards, load_rewards, parse_reward
+from oneshot_fast.rewards import Setup, WeightedRewards, identity, load_rewards, parse_reward
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class RewardOptions(JudgeModels):
     """By what images are judged."""
 
     reward: UseAppendAction[tuple[str, ...]] = ()
-    """NAME[:WEIGHT], such as clip:0.01, or python:module.function[:WEIGHT]; may be given several
-    times: the weighted sum is raised."""
+    """NAME[:WEIGHT], such as clip:0.01, python:module.function[:WEIGHT], or the folder of a reward
+    that `scale train_reward` trained; may be given several times: the weighted sum is raised."""
     checkpointing: Literal["auto", "none", "rewards", "full"] = "auto"
     """Recompute in the backward pass instead of keeping activations: of rewards and decoder, or
     (full) of the denoiser, too; auto: rewards on a GPU, none on the CPU."""
@@ -76,7 +76,7 @@ class RewardOptions(JudgeModels):
     @property
     def names(self) -> list[str]:
         """How the rewards were named and computed, for a run's settings."""
-        return [*self.reward, f"computed in {self.reward_dtype}"]
+        return [*map(identity, self.reward), f"computed in {self.reward_dtype}"]
 
 
 @dataclass(frozen=True)

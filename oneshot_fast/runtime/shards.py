@@ -203,7 +203,7 @@ class ShardRun(ABC, Generic[Item, Found]):
             except DamagedError:
                 say(f"{shard} is damaged; kept as {set_aside(shard, 'damaged').name}, made again")
                 continue
-            names = tuple(f"{row['id']}{sign}" for row in rows for sign in "-/")
+            names = tuple(f"{row['id']}{sign}" for row in rows for sign in ("-", "/", ".tar"))
             if any(name.startswith(names) for name in lost):
                 remove(shard)
         folder.reopen(self.summary_name)

@@ -1,16 +1,20 @@
 """A pool of one's own: images of each prompt, at all steps of a generator, and their scores."""
 
+import functools
+import io
+import json
 import math
+import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oneshot_fast.data.images import save_png
+from oneshot_fast.data.images import save_png, to_pil
 from oneshot_fast.data.records import Failure
 from oneshot_fast.data.sizes import Resolution
 from oneshot_fast.errors import require
@@ -22,12 +26,22 @@ from oneshot_fast.jobs.scale.rules import Prune
 from oneshot_fast.jobs.scale.simulate import agreement
 from oneshot_fast.jobs.scale.walk import Scored, Walker
 from oneshot_fast.rewards import WeightedRewards
-from oneshot_fast.runtime.files import Json, write_jsonl, write_text
+from oneshot_fast.runtime.concurrency import in_background
+from oneshot_fast.runtime.files import (
+    TEMPORARY,
+    Json,
+    delete,
+    remove,
+    replacing,
+    write_jsonl,
+    write_text,
+)
 from oneshot_fast.runtime.seeds import content_id
 from oneshot_fast.runtime.shards import ShardRun, mean
 from oneshot_fast.search.samples import Sample, samples_of
 
 POOL = "pool.safetensors"
+PictureFormat = Literal["png", "tar"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,6 @@ class Pooled:
     sample: Sample
     seeds: list[int]
     scores: dict[str, list[list[float]]]  # by reward: a list per step, of a number per image
-    pictures: dict[str, Tensor]  # by file name
 
     @property
     def index(self) -> int:
@@ -76,6 +89,7 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
         candidates: int,
         steps_saved: Sequence[int] | None = None,
         save_images: bool = True,
+        picture_format: PictureFormat = "png",
         seed: int = 0,
         batch_size: int = 16,
         resolution: Resolution | None = None,
@@ -92,6 +106,7 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
             steps_saved: Steps, from 0, whose estimates are kept; by default all. The last always
                 is.
             save_images: Whether pictures are kept, too.
+            picture_format: "png": a file for each; "tar": one WebDataset shard for each prompt.
             seed: Of the run; noises are those of `scale run` with this seed.
             batch_size: Images that are evaluated at once.
             resolution: Image side in pixels, or height and width; by default the generator's own.
@@ -109,7 +124,7 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
         self.steps = sorted(steps)
         self.size = TargetImages(generator, resolution).size  # checks it
         self.walker = Walker(generator, rewards, self.size, batch_size)
-        self.walker.keeps_images = self.save_images = save_images
+        self.save_images, self.format = save_images, picture_format
         self.n, self.seed, self.reward_names = candidates, seed, [*reward_names]
         wave = -(-batch_size // candidates)
         super().__init__(folder, wave, len(self.samples), candidates * (last + 1))
@@ -120,6 +135,7 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
             "candidates": self.n,
             "steps_saved": self.steps,
             "save_images": self.save_images,
+            "format": self.format,
             "rewards": self.reward_names,
             "seed": self.seed,
             **self.walker.generator.settings(self.size),
@@ -140,8 +156,48 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
         generator = self.walker.generator
         keep_all = ScaleOptions(after=tuple(self.steps[:-1]), keep=(1.0,) * (len(self.steps) - 1))
         rule = Prune(keep_all, self.n, generator.num_inference_steps)
-        trace = self.walker.walk(wave, rule).trace
-        return [self._pooled(trace, k, sample) for k, sample in enumerate(wave)]
+        # pictures are written as they come: a wave of them may not fit into memory
+        with in_background(self._save) as save:
+            self.walker.on_pictures = functools.partial(save, wave)
+            trace = self.walker.walk(wave, rule).trace
+        found = [self._pooled(trace, k, sample) for k, sample in enumerate(wave)]
+        for one in found:
+            self._finish_pictures(one)
+        return found
+
+    def _save(self, wave: Sequence[Sample], step: int, first: int, pictures: Tensor) -> None:
+        """Write the pictures of some rows of a step, N of each sample."""
+        if not self.save_images:
+            return
+        for row, picture in enumerate(pictures, first):
+            sample, k = wave[row // self.n], row % self.n
+            path = self._pictures(sample) / f"id{k:03d}" / f"s{step:02d}.png"
+            if self.format == "png":
+                save_png(path, picture)
+            else:  # until the shard has it
+                path.parent.mkdir(parents=True, exist_ok=True)
+                to_pil(picture).save(path, "PNG")
+
+    def _pictures(self, sample: Sample) -> Path:
+        """Where a prompt's pictures are written."""
+        temporary = TEMPORARY if self.format == "tar" else ""
+        return self.folder / "images" / f"{temporary}{name_of(sample)}"
+
+    def _finish_pictures(self, found: Pooled) -> None:
+        """Drop the pictures of a prompt that failed; make a shard of them, where it is to be."""
+        pictures = self._pictures(found.sample)
+        if not found.is_finite:
+            remove(pictures)
+        elif self.format == "tar" and self.save_images:
+            path = self.folder / "images" / f"{name_of(found.sample)}.tar"
+            with replacing(path) as temporary, tarfile.open(temporary, "w") as shard:
+                for k in range(self.n):
+                    for step in self.steps:
+                        data = (pictures / f"id{k:03d}" / f"s{step:02d}.png").read_bytes()
+                        _add(shard, f"{name_of(found.sample)}-id{k:03d}.s{step:02d}.png", data)
+                    label = json.dumps(self._label(self.row(found, {}), k), ensure_ascii=False)
+                    _add(shard, f"{name_of(found.sample)}-id{k:03d}.json", label.encode())
+            delete(pictures)
 
     def _pooled(self, trace: Sequence[Scored], k: int, sample: Sample) -> Pooled:
         names = [*self.walker.rewards.by_name]
@@ -149,12 +205,6 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
             sample,
             [sample.seed_of(j) for j in range(self.n)],
             {name: [scored.scores[name][k].tolist() for scored in trace] for name in names},
-            {
-                f"{name_of(sample)}/id{j:03d}/s{scored.step:02d}.png": scored.images[k, j]
-                for scored in trace
-                for j in range(self.n)
-                if scored.images is not None
-            },
         )
 
     def failure(self, found: Pooled) -> Json:
@@ -162,7 +212,7 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
         return Failure(reason, id=name_of(found.sample), prompt=found.sample.prompt).row
 
     def images(self, found: Pooled) -> dict[str, Tensor]:
-        return found.pictures
+        return {}  # they are written as they come
 
     def row(self, found: Pooled, place: Mapping[str, Any]) -> Json:
         return {
@@ -172,6 +222,19 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
             **place,
             "seeds": found.seeds,
             "scores": found.scores,
+        }
+
+    def _label(self, row: Json, j: int) -> Json:
+        """What is said of one image of a prompt."""
+        return {
+            "id": f"{row['id']}/id{j:03d}",
+            "prompt": row["prompt"],
+            "seed": row["seeds"][j],
+            "scores": {name: values[-1][j] for name, values in row["scores"].items()},
+            "steps": self.steps,
+            "scores_per_step": {
+                name: [step[j] for step in values] for name, values in row["scores"].items()
+            },
         }
 
     def means(self, rows: Sequence[Json]) -> dict[str, float | None]:
@@ -192,19 +255,7 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
             ]
             entries = ", ".join(f"id{j:03d}: {value!r}" for j, value in enumerate(total))
             lines.append(f"{row['id']}: {{{entries}}}\n")
-            labels += [
-                {
-                    "id": f"{row['id']}/id{j:03d}",
-                    "prompt": row["prompt"],
-                    "seed": row["seeds"][j],
-                    "scores": {name: values[j] for name, values in ends.items()},
-                    "steps": self.steps,
-                    "scores_per_step": {
-                        name: [step[j] for step in values] for name, values in row["scores"].items()
-                    },
-                }
-                for j in range(self.n)
-            ]
+            labels += [self._label(row, j) for j in range(self.n)]
         write_jsonl(self.folder / "labels.jsonl", labels)
         write_text(self.folder / "labels.yaml", "".join(lines))
         names = tuple(self.walker.rewards.by_name)
@@ -227,3 +278,10 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
 def name_of(sample: Sample) -> str:
     """Folder of a prompt's images."""
     return f"p{sample.index:04d}"
+
+
+def _add(shard: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a file, the same bytes on every machine."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    shard.addfile(info, io.BytesIO(data))

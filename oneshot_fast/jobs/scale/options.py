@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -127,6 +128,84 @@ class ScaleOptions:
         """
         assert self.schedule is None
         return Schedule(self.after, self.keep)
+
+
+@dataclass(frozen=True)
+class RewardTraining:
+    """How a reward is trained for the estimates of a sampler's steps."""
+
+    network: str | None = None
+    """What is trained: by default the reward itself; classifier: the body of the packaged
+    classifier of digits with one new output, which reads no prompt; or another reward that has
+    weights, such as python:module.Class."""
+    levels: str | None = None
+    """Steps, from 0, whose estimates are learnt from, such as 0:15, where 15 is no longer meant; by
+    default all but the last 5 (of at most 6 steps: the last)."""
+    epochs_per_level: int = 1
+    """Passes over the images at each of these steps, from the latest step to the earliest."""
+    batch_size: int = 100
+    """Images per step."""
+    lr: float | None = None
+    """AdamW's learning rate, which falls to half within a level; by default TTSnap's: 3e-6 of
+    imagereward, 5e-7 of CLIP's; 1e-3 of classifier, 1e-4 of digit."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 5.0
+    """Gradients are scaled down to this norm."""
+    pair_weight: float = 0.0
+    """Weight of the cross-entropy of which of two images of a prompt is better; then a batch has
+    images of one prompt."""
+    holdout: float = 0.2
+    """Share of the prompts that are kept aside to measure; no text is on both sides."""
+    one_network: bool = False
+    """Keep the last level's network alone, for all steps, instead of each step's best."""
+    baseline: bool = True
+    """With --network: also train it as long on finished images alone, to compare."""
+
+    def check(self) -> None:
+        """Raise UserError for values that make no sense."""
+        for name in ("epochs_per_level", "batch_size"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} is {value}; give at least 1")
+        require(0 < self.holdout < 1, "holdout must be between 0 and 1")
+        for name in ("weight_decay", "pair_weight"):
+            fits = 0 <= getattr(self, name) < math.inf
+            require(fits, f"{name} is {getattr(self, name)}; give a finite number from 0")
+
+    def levels_of(self, steps: Sequence[int]) -> list[int]:
+        """The levels, the latest first, of data with these ``steps``.
+
+        Raises:
+            UserError: If one is not among them, or there is none.
+        """
+        last = steps[-1]
+        if self.levels is None:
+            end = last - 4 if last > 5 else last
+            found = [step for step in steps if step < end]
+        else:
+            found = sorted({*parsed_steps(self.levels, "levels")})
+        for step in found:
+            require(step in steps, f"levels has step {step}; the data have {[*steps]}")
+        require(bool(found), f"the data have no step to learn from, only {[*steps]}")
+        return found[::-1]
+
+
+def parsed_steps(text: str, flag: str) -> list[int]:
+    """Numbers of steps written as 0:15,19, where 15 is no longer meant.
+
+    Raises:
+        UserError: If it is written otherwise; ``flag`` says of what.
+    """
+    found = list[int]()
+    for part in text.split(","):
+        ends = part.split(":")
+        known = len(ends) <= 2 and all(end.strip().isdecimal() for end in ends)
+        require(known, f"{flag} is {text}; write it as 0:15,19")
+        first = int(ends[0])
+        steps = range(first, int(ends[1]) if len(ends) == 2 else first + 1)
+        require(bool(steps), f"{flag} has {part}, which is no step; write it as 0:15,19")
+        found += steps
+    return found
 
 
 def _read(path: Path) -> Schedule:

@@ -32,7 +32,6 @@ class Scored:
         totals: [W, M], weighted sums of their rewards.
         kept: [W, m], positions of the rows that went on; in the end of the winner.
         scores: The rewards, [W, M] each by name, and their sum as "total".
-        images: [W, M, 3, H, W] uint8, where they are kept.
     """
 
     step: int
@@ -40,7 +39,6 @@ class Scored:
     totals: Floats
     kept: Ints
     scores: dict[str, Floats] = field(default_factory=dict)
-    images: Tensor | None = None
 
     def of(self, image: int) -> dict[str, Any]:
         """What is kept of one image."""
@@ -61,7 +59,7 @@ class Walked:
         rule: What chose them.
         trace: What was scored on the way, and in the end.
         scores: Of the winners, by reward and in all as "total", [W] each.
-        images: Of the winners, [W, 3, H, W] uint8.
+        images: Of the winners, [W, 3, H, W] uint8; none if ``Walker.on_pictures`` takes all.
         evaluations: Rows that the denoiser was run on.
         early: Rows that were decoded and scored on the way.
         last: Those after the last step.
@@ -106,14 +104,20 @@ class Walker:
             batch_size: Rows that are evaluated at once; halved where memory runs out.
             early: Decodes on the way; by default as in the end.
             early_rewards: Score on the way; by default those of the end.
+
+        Raises:
+            UserError: If a reward was trained for another number of steps.
         """
         self.generator, self.rewards = generator, rewards
         self.shape = generator.noise_shape(*size)
         self.batch_size = batch_size
         self.early, self.early_rewards = early or generator, early_rewards or rewards
+        for judges in (self.rewards, self.early_rewards):
+            judges.check_steps(generator.num_inference_steps)
         self.on_evaluations: Callable[[int], object] = lambda count: None
         self.compares_decoders = False
-        self.keeps_images = False  # of all rows that are scored
+        # takes all that is decoded: step, number of the first row, [B, 3, H, W] uint8
+        self.on_pictures: Callable[[int, int, Tensor], object] | None = None
         self.decoder_spearman: float | None = None
 
     @torch.no_grad()
@@ -138,17 +142,15 @@ class Walker:
             if is_scored:
                 owners = np.repeat(np.arange(W), M).tolist()
                 of = [prompts[k] for k in owners]
-                scores, pixels = self._score(latents, of, is_last)
+                scores, pixels = self._score(latents, of, step, is_last)
                 totals = scores["total"].reshape(W, M)
                 kept = rule.choose(step, totals)
                 all_scores = {name: value.reshape(W, M) for name, value in scores.items()}
-                images = None
-                if self.keeps_images and pixels is not None:
-                    images = pixels.unflatten(0, (W, M))
-                trace.append(Scored(step, candidates, totals, kept, all_scores, images))
+                trace.append(Scored(step, candidates, totals, kept, all_scores))
                 early += 0 if is_last else len(x)
                 if self.compares_decoders and not is_last:
-                    self._compare_decoders(latents[:_COMPARED], of[:_COMPARED], scores)
+                    compared = slice(_COMPARED)
+                    self._compare_decoders(latents[compared], of[compared], step, scores)
                 rows = (kept + M * np.arange(W)[:, None]).ravel()
                 candidates = np.take_along_axis(candidates, kept, 1)
                 if rule.keeps_seeds:
@@ -169,19 +171,17 @@ class Walker:
             x = generator.advance(step, x, output, self._told(told, later))
             seeds = later
         best = {name: values[rows] for name, values in scores.items()}
-        assert pixels is not None
+        images = pixels[rows] if len(pixels) else pixels
         seconds = time.perf_counter() - started
-        return Walked(
-            rule, trace, best, pixels[rows], evaluations, early, len(pixels), seconds
-        )  # fmt: skip
+        return Walked(rule, trace, best, images, evaluations, early, len(latents), seconds)
 
     def _compare_decoders(
-        self, latents: Tensor, prompts: Sequence[str], scores: dict[str, Floats]
+        self, latents: Tensor, prompts: Sequence[str], step: int, scores: dict[str, Floats]
     ) -> None:
         """Note, once, how alike the decoders of the way and of the end make the ranks of rows."""
         self.compares_decoders = False
         images = torch.cat([self.generator.images(row) for row in latents.split(1)])
-        full = self.early_rewards(images, prompts).cpu()
+        full = self.early_rewards.at_step(step)(images, prompts).cpu()
         found = scipy.stats.spearmanr(full, scores["total"][: len(full)]).statistic
         self.decoder_spearman = float(found) if np.isfinite(found) else None
 
@@ -210,14 +210,15 @@ class Walker:
         return torch.cat(outputs), torch.cat(latents) if latents else x[:0]
 
     def _score(
-        self, latents: Tensor, prompts: Sequence[str], is_last: bool
-    ) -> tuple[dict[str, Floats], Tensor | None]:
-        """Rewards of every row, and their weighted sum as "total"; pixels in the end."""
+        self, latents: Tensor, prompts: Sequence[str], step: int, is_last: bool
+    ) -> tuple[dict[str, Floats], Tensor]:
+        """Rewards of every row, and their weighted sum as "total"; pixels in the end, if kept."""
         generator, rewards = self.early, self.early_rewards
         if is_last:
             generator, rewards = self.generator, self.rewards
+        rewards = rewards.at_step(step)
         found, pixels = list[dict[str, Tensor]](), list[Tensor]()
-        wants_pixels = is_last or self.keeps_images
+        wants_pixels = is_last or self.on_pictures is not None
 
         def run(rows: slice) -> None:
             images = generator.images(latents[rows])
@@ -226,11 +227,14 @@ class Walker:
             shown = (images * 255).round().to(torch.uint8).cpu() if wants_pixels else None
             found.append({name: value.double().cpu() for name, value in scores.items()})
             if shown is not None:  # after all that can be out of memory
-                pixels.append(shown)
+                if self.on_pictures is None:
+                    pixels.append(shown)
+                else:
+                    self.on_pictures(step, rows.start, shown)
 
         self._in_batches(len(latents), run)
         scores = {name: torch.cat([one[name] for one in found]).numpy() for name in found[0]}
-        return scores, torch.cat(pixels) if wants_pixels else None
+        return scores, torch.cat(pixels) if pixels else latents.new_empty(0)
 
     def _in_batches(self, count: int, run: Callable[[slice], None]) -> None:
         done = 0

@@ -226,8 +226,8 @@ def test_memory_that_ends_after_the_scores_repeats_no_row(few_steps: Any) -> Non
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         images = few_steps.images
         patch.setattr(few_steps, "images", lambda x: images(x).as_subclass(Short))
-        scores, pixels = walker._score(torch.randn(4, 4, 8, 8), [PROMPTS[0]] * 4, True)
-    assert scores["total"].shape == (4,) and pixels is not None and len(pixels) == 4
+        scores, pixels = walker._score(torch.randn(4, 4, 8, 8), [PROMPTS[0]] * 4, 2, True)
+    assert scores["total"].shape == (4,) and len(pixels) == 4
 
 
 def test_the_printed_training_takes_the_flags_of_the_model(tmp_path: Path, call: Call) -> None:

@@ -1,0 +1,88 @@
+"""A reward trained for the packaged teacher's estimates, beside the honest baseline.
+
+    python -m benchmarks.jobs.noise_aware --output_dir runs/noise_aware --results docs/scale
+
+Learns `thickness` from images of seven digits and measures on the other three; then prunes by it.
+Prints two tables and writes noise_aware.json. Finished parts are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks.jobs.scale import COMMON, ROOT, RUNS
+from oneshot_fast.jobs.scale.run import by_prompt
+from oneshot_fast.jobs.scale.simulate import gain_of
+from oneshot_fast.runtime.files import read_json, write_json
+from oneshot_fast.scale import main as scale
+
+COPIES, CANDIDATES, SEED = 16, 16, 2
+MODEL = "--model_id tiny-teacher --num_inference_steps 20 --guidance_scale 2 --reward thickness"
+DATA = f"data {MODEL} --candidates {CANDIDATES} --steps_saved 0:15,19 --format tar --seed {SEED}"
+TRAIN = "train_reward --reward thickness --network classifier --epochs_per_level 4 --holdout 0.3"
+ARMS = {
+    "base": "`thickness` itself", "clean": "network, finished images only",
+    "own_level": "network, curriculum: the step's level", "best_level": "the level kept",
+}  # fmt: skip
+STEPS = ("0", "2", "4", "6", "8", "11", "14")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a reward for estimates and prune by it, on the packaged teacher."""
+
+    output_dir: Path
+    """Folder of data, reward and runs."""
+    results: Path
+    """Folder of noise_aware.json."""
+
+
+def finished(folder: Path, *flags: str) -> Path:
+    """The folder of a command that has run to its end."""
+    assert scale([*flags, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def main(config: Config) -> None:
+    """Run what is not there, print the tables and write the numbers."""
+    prompts = (ROOT / "docs/scale/prompts.txt").read_text(encoding="utf-8")
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    file = config.output_dir / "prompts.txt"
+    file.write_text(prompts * COPIES, encoding="utf-8")
+    data = finished(config.output_dir / "data", *DATA.split(), "--prompt_file", str(file))
+    reward = finished(config.output_dir / "reward", *TRAIN.split(), "--data", str(data))
+    found = read_json(reward / "metrics.json")
+    for measure in ("kendall", "spearman"):
+        print(f"\n| {measure} at step | {' | '.join(STEPS)} |\n|{' --- |' * (len(STEPS) + 1)}")
+        for arm, name in ARMS.items():
+            values = [f"{found[arm][step][measure]:.2f}" for step in STEPS]
+            print(f"| {name} | {' | '.join(values)} |")
+    runs: dict[str, list[Any]] = {}
+    for name, more in {"base": [], "aware": ["--prune_reward", str(reward)]}.items():
+        folder = finished(config.output_dir / name, *COMMON.split(), *RUNS["pruned"].split(), *more)
+        runs[name] = [json.loads(line) for line in (folder / "manifest.jsonl").open()]
+    plain = [row["best"]["total"] for row in runs["base"]]
+    pruned = [row["best"]["total"] for row in runs["aware"]]
+    best = [row["compare"]["best"]["total"] for row in runs["aware"]]
+    gains = {
+        other: gain_of(
+            by_prompt(runs["aware"], [a - b for a, b in zip(pruned, those, strict=True)])
+        )
+        for other, those in (("Best-of-8", best), ("pruned by thickness", plain))
+    }
+    cost = runs["aware"][0]["flops"] / 1e9
+    print(f"\npruned by the trained reward: {sum(pruned) / len(pruned):.3f} at {cost:.1f} GFLOP")
+    for other, gain in gains.items():
+        print(f"against {other}: {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")
+    kept = {arm: {step: found[arm].get(step) for step in STEPS} for arm in ARMS}
+    about = {name: found[name] for name in ("prompts", "images", "held_out_prompts", "best")}
+    write_json(config.results / "noise_aware.json", about | {"arms": kept, "gains": gains})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, config=(tyro.conf.OmitArgPrefixes,)))
