@@ -86,6 +86,9 @@ class SimulateConfig:
     """Random subsets of the pool, doubled up to 4096 until their error no longer matters."""
     shared_mask: bool = False
     """The same subset for all prompts, as TTSnap draws."""
+    runs: tuple[Path, ...] = ()
+    """Folders of finished `scale run`s of the same model and reward: what they gave is shown beside
+    what the pool says of their schedules."""
     output_dir: Path = Path("runs/scale")
     """Folder of scale.json, scale.png and report.html."""
     seed: int = 0
@@ -299,7 +302,7 @@ def execute(command: ScaleCommand) -> int:
 
 
 def _simulate(config: SimulateConfig) -> None:
-    from oneshot_fast.jobs.scale.simulate import Arm, agreement, areas, curve
+    from oneshot_fast.jobs.scale.simulate import Arm, agreement, areas, curve, measured
     from oneshot_fast.report.scale import write_scale_report
     from oneshot_fast.runtime.files import write_json
     from oneshot_fast.search.pruning import Schedule
@@ -314,7 +317,7 @@ def _simulate(config: SimulateConfig) -> None:
     sizes = (n for n in (2, 5, 10, 20) if n <= pool.final.shape[1])
     budgets = config.budget or tuple(Schedule().cost(n, cost) for n in sizes)
     found = {
-        "settings": public(config),
+        "settings": public(config) | {"runs": [*map(str, config.runs)]},
         "prompts": len(pool.final),
         "candidates": pool.final.shape[1],
         "rows": curve(
@@ -329,6 +332,7 @@ def _simulate(config: SimulateConfig) -> None:
     }
     found["areas"] = areas(found["rows"])
     found["agreement"] = agreement(pool)
+    found["measured"] = measured(pool, config.runs, cost, seed=config.seed)
     largest = found["rows"][-1]["n"]
     found["alive"] = {"after": [*schedule.after], "counts": schedule.counts(largest)}
     found["best_of_n_cost"] = Schedule().cost(1, cost)
@@ -346,6 +350,10 @@ def _simulate(config: SimulateConfig) -> None:
     for arm, area in found["areas"].items():
         if area is not None and len(budgets) > 1:
             print(f"{arm}: area over the budgets {area:+.1f} % of Best-of-N's")
+    for row in found["measured"]:
+        print(f"{row['run']}: {row['arm']}, n = {row['n']}: measured {row['measured']:.4f} "
+              f"[{row['low']:.4f}, {row['high']:.4f}], simulated {row['simulated']:.4f} "
+              f"[{row['simulated_low']:.4f}, {row['simulated_high']:.4f}]")  # fmt: skip
     print(f"report: {config.output_dir / 'report.html'}")
 
 

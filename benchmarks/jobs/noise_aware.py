@@ -3,7 +3,8 @@
     python -m benchmarks.jobs.noise_aware --output_dir runs/noise_aware --results docs/scale
 
 Learns `thickness` from images of seven digits and measures on the other three; then prunes by it.
-Prints two tables and writes noise_aware.json. Finished parts are kept.
+Prints two tables and writes noise_aware.json. Finished parts are kept; in the folder of
+benchmarks.jobs.scale the pruned run to compare with is that one's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from oneshot_fast.jobs.scale.simulate import gain_of
 from oneshot_fast.runtime.files import read_json, write_json
 from oneshot_fast.scale import main as scale
 
-COPIES, CANDIDATES, SEED = 16, 16, 2
+COPIES, CANDIDATES, SEED = 8, 10, 2
 MODEL = "--model_id tiny-teacher --num_inference_steps 20 --guidance_scale 2 --reward thickness"
 DATA = f"data {MODEL} --candidates {CANDIDATES} --steps_saved 0:15,19 --format tar --seed {SEED}"
 TRAIN = "train_reward --reward thickness --network classifier --epochs_per_level 4 --holdout 0.3"
@@ -63,19 +64,21 @@ def main(config: Config) -> None:
             values = [f"{found[arm][step][measure]:.2f}" for step in STEPS]
             print(f"| {name} | {' | '.join(values)} |")
     runs: dict[str, list[Any]] = {}
-    for name, more in {"base": [], "aware": ["--prune_reward", str(reward)]}.items():
-        folder = finished(config.output_dir / name, *COMMON.split(), *RUNS["pruned"].split(), *more)
+    alone = RUNS["pruned"].removesuffix(" --compare best_of_n")
+    for name, flags in (
+        ("pruned", RUNS["pruned"]),
+        ("noise_aware", f"{alone} --prune_reward {reward}"),
+    ):
+        folder = finished(config.output_dir / name, *COMMON.split(), *flags.split())
         runs[name] = [json.loads(line) for line in (folder / "manifest.jsonl").open()]
-    plain = [row["best"]["total"] for row in runs["base"]]
-    pruned = [row["best"]["total"] for row in runs["aware"]]
-    best = [row["compare"]["best"]["total"] for row in runs["aware"]]
-    gains = {
-        other: gain_of(
-            by_prompt(runs["aware"], [a - b for a, b in zip(pruned, those, strict=True)])
-        )
-        for other, those in (("Best-of-8", best), ("pruned by thickness", plain))
-    }
-    cost = runs["aware"][0]["flops"] / 1e9
+    plain = [row["best"]["total"] for row in runs["pruned"]]
+    pruned = [row["best"]["total"] for row in runs["noise_aware"]]
+    best = [row["compare"]["best"]["total"] for row in runs["pruned"]]
+    gains = {}
+    for other, those in (("Best-of-8", best), ("pruned by thickness", plain)):
+        differences = [a - b for a, b in zip(pruned, those, strict=True)]
+        gains[other] = gain_of(by_prompt(runs["noise_aware"], differences))
+    cost = runs["noise_aware"][0]["flops"] / 1e9
     print(f"\npruned by the trained reward: {sum(pruned) / len(pruned):.3f} at {cost:.1f} GFLOP")
     for other, gain in gains.items():
         print(f"against {other}: {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")

@@ -1,9 +1,11 @@
-"""Best-of-N, pruned and steered at equal FLOP on the packaged teacher: figures of docs/scale.md.
+r"""Best-of-N, pruned and steered at equal FLOP on the packaged teacher: figures of docs/scale.md.
 
-    python -m benchmarks.jobs.scale --output_dir runs/scale --figures docs/images
+    python -m benchmarks.jobs.scale --output_dir runs/scale --figures docs/images \
+        --results docs/scale
 
 8 seeds of each of 10 prompts, reward `thickness`, 20 steps with guidance 2. Finished runs are kept.
-Prints a table; intervals are 95 % bootstraps over prompts of paired differences.
+Prints a table and writes scale.json; intervals are 95 % bootstraps over prompts of paired
+differences.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from oneshot_fast.embedded.classifier import load_classifier
 from oneshot_fast.jobs.scale.run import by_prompt
 from oneshot_fast.jobs.scale.simulate import gain_of
 from oneshot_fast.report.plots import BLUE, GREEN, GREY, ORANGE, new_axes
+from oneshot_fast.runtime.files import write_json
 from oneshot_fast.scale import main as scale
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +49,8 @@ class Config:
     """Folder of the runs."""
     figures: Path
     """Folder of scale-gains.png and scale-images.png."""
+    results: Path
+    """Folder of scale.json, which has what the table says."""
 
 
 def arms_of(runs: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -84,7 +89,7 @@ def main(config: Config) -> None:
     )
     print("| --- | --- | --- | --- | --- | --- |")
     plain, ancestral = "Best-of-8", "Best-of-8, ancestral"
-    gains = {}
+    gains, table = {}, []
     for (name, values), (run, kind) in zip(totals.items(), places, strict=True):
         cells = [name, f"{arms[name][0]['flops'] / 1e9:.1f}", f"{values.mean():.3f}"]
         for base in (plain, ancestral):
@@ -92,8 +97,14 @@ def main(config: Config) -> None:
             gains[name, base] = gain
             shown = f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
             cells.append("" if name == base else shown)
-        cells.append(f"{recognised(config.output_dir / run, kind, rows):.1%}")
+        share = recognised(config.output_dir / run, kind, rows)
+        cells.append(f"{share:.1%}")
+        table.append({
+            "arm": name, "gflop": arms[name][0]["flops"] / 1e9, "reward": float(values.mean()),
+            "recognised": share, **{f"against {b}": gains[name, b] for b in (plain, ancestral)},
+        })  # fmt: skip
         print(f"| {' | '.join(cells)} |")
+    write_json(config.results / "scale.json", {"flags": RUNS, "rows": table})
     left = [len({*row["steps"][-1]["candidates"]}) for row in runs["fk"]]
     print(f"\nfirst noises of FK with a descendant in the end: {np.mean(left):.1f} of 6")
     shown = [("pruned, 21 noises", plain), ("FK, 6 particles", ancestral)]

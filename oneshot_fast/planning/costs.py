@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from oneshot_fast.data.sizes import Size
@@ -56,11 +55,11 @@ def count_flops(generator: Generator, rewards: WeightedRewards, size: Size, prom
     with memory.fake_copy(generator) as fake, torch.no_grad():
         copies = memory.fake_rewards(rewards, prompt, fake)
         z, told = torch.zeros(1, *fake.noise_shape(*size)), fake.blank_prompts(1)
-        evaluation, found = _counted(lambda: fake.evaluate(0, z, told).latents)
-        verification, images = _counted(lambda: fake.images(found))
+        evaluation, found = counted(lambda: fake.evaluate(0, z, told).latents)
+        verification, images = counted(lambda: fake.images(found))
         for name, reward in copies.by_name.items():
             try:
-                verification += _counted(
+                verification += counted(
                     functools.partial(copies.score, reward, images, [prompt], {})
                 )[0]
             except Exception as error:
@@ -68,7 +67,8 @@ def count_flops(generator: Generator, rewards: WeightedRewards, size: Size, prom
     return Work(evaluation, verification)
 
 
-def _counted(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
+def counted(run: Callable[[], Any]) -> tuple[int, Any]:
+    """FLOP of ``run``, and what it returns."""
     with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
         found = run()
     return counter.get_total_flops(), found

@@ -34,6 +34,13 @@ def write_scale_report(folder: Path, found: Mapping[str, Any]) -> None:
         if area is not None
     ]
     sections = [Section(_verdict(rows), text, _table(rows), plots=[plot]), _early(found)]
+    if found["measured"]:
+        words = (
+            "What runs gave over what the pool says of their schedules, with 95 % intervals over "
+            "prompts; on the line both agree."
+        )
+        plots = [Plot(_against(found["measured"]), words)]
+        sections.append(Section("Measured and simulated", plots=plots))
     write_run(folder, "Test-time scaling, simulated", facts, sections, dict(found), {})
 
 
@@ -138,6 +145,23 @@ def _alive(alive: Mapping[str, Any]) -> Figure:
     axes.step([-1, *alive["after"]], counts, where="post", color=BLUE, marker="o", markersize=4)
     axes.set_ylim(bottom=0)
     whole_numbers(axes)
+    return figure
+
+
+@inline_svg
+def _against(rows: Rows) -> Figure:
+    figure, axes = new_axes("simulated reward", "measured reward")
+    for colour, row in zip(itertools.cycle(PALETTE), rows, strict=False):
+        x, y = row["simulated"], row["measured"]
+        axes.errorbar(
+            [x], [y],
+            xerr=[[x - row["simulated_low"]], [row["simulated_high"] - x]],
+            yerr=[[max(0.0, y - row["low"])], [max(0.0, row["high"] - y)]],
+            fmt="o", color=colour, capsize=3, markersize=4,
+            label=f"{Path(row['run']).name}: {row['arm']}, n = {row['n']}",
+        )  # fmt: skip
+    axes.axline((rows[0]["simulated"],) * 2, slope=1, color=GREY, linestyle="--", linewidth=1)
+    axes.legend(fontsize=8)
     return figure
 
 

@@ -7,6 +7,7 @@ differences between arms are paired over them.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import scipy.integrate
 
 from oneshot_fast.errors import require
 from oneshot_fast.jobs.scale.pools import Pool
+from oneshot_fast.runtime.files import read_json
 from oneshot_fast.search.agreement import kendall, spearman
 from oneshot_fast.search.pruning import Cost, Draws, Floats, Schedule, best_of_n, winners
 
@@ -136,6 +138,63 @@ def curve(
             else:
                 row["gain"] = gain_of(found.values[:, 0] - best)
             rows.append(row)
+    return rows
+
+
+def measured(
+    pool: Pool, folders: Sequence[Path], cost: Cost, *, draws: int = 1024, seed: int = 0
+) -> list[dict[str, Any]]:
+    """What finished runs of `scale run` gave, beside what the pool says of their schedules.
+
+    Args:
+        pool: Rewards, of the same model and reward.
+        folders: Of the runs.
+        cost: Of a candidate.
+        draws: Subsets of the pool.
+        seed: Of the draws.
+
+    Raises:
+        UserError: If a folder has no finished run that the pool can tell of.
+    """
+    P, N, _ = pool.final.shape
+    subsets, rows = Draws(P, N, draws, seed), []
+    for folder in folders:
+        path = folder / "metrics_summary.json"
+        require(path.is_file(), f"{folder} has no finished `scale run`: no {path.name}")
+        summary = read_json(path)
+        run, name = summary["settings"], pool.rewards[0]
+        require(
+            run["method"] in ("prune", "best_of_n"),
+            f"{folder} is steered by {run['method']}, which no pool can tell; leave it out",
+        )
+        require(
+            len(pool.rewards) == 1 and name in summary["rewards"],
+            f"{folder} was judged by {', '.join(summary['rewards'])}, not by the pool's "
+            f"{', '.join(pool.rewards)}",
+        )
+        require(
+            run["num_inference_steps"] == pool.num_steps,
+            f"{folder} has {run['num_inference_steps']} steps, the pool {pool.num_steps}",
+        )
+        aware = bool(run["prune_rewards"])
+        require(
+            not aware or pool.noise_aware is not None,
+            f"{folder} was pruned by another reward, and the pool has no noise-aware one",
+        )
+        pruned = Arm(Schedule(tuple(run["after"]), tuple(run["keep"])), aware)
+        arms = [("pruned" if run["after"] else "best_of_n", pruned, summary)]
+        if "compare" in summary:
+            arms.append(("best_of_n", Arm(), summary["compare"]))
+        for arm, how, found in arms:
+            n = found["candidates"]
+            require(n <= N, f"{folder} has {n} candidates, the pool only {N}")
+            told = simulate(pool, how, n, cost, subsets).values[:, 0]
+            low, high = interval(told)
+            rows.append({
+                "run": str(folder), "arm": arm, "n": n, "simulated": float(told.mean()),
+                "simulated_low": low, "simulated_high": high,
+                "measured": found["rewards"][name], "low": found["low"], "high": found["high"],
+            })  # fmt: skip
     return rows
 
 

@@ -17,8 +17,9 @@ from oneshot_fast.jobs.scale.simulate import (
     search_schedule,
     simulate,
 )
+from oneshot_fast.runtime.files import write_json
 from oneshot_fast.scale import main
-from oneshot_fast.search.pruning import Cost, Draws, Schedule
+from oneshot_fast.search.pruning import Cost, Draws, Schedule, best_of_n
 
 STEPS = 8
 COST = Cost(2.0, 0.1, STEPS)
@@ -171,6 +172,35 @@ def test_the_command_simulates_searches_and_converts(tmp_path: Path, capsys):
     )
     assert "give at least" in capsys.readouterr().err
     assert main(["simulate", pool, out, "--after", "9", "--keep", "0.5"]) == 2
+
+
+def test_what_runs_gave_is_shown_beside_what_the_pool_says(tmp_path: Path, capsys):
+    np.save(tmp_path / "pool.npy", pool_of(0.9).base)
+    run = {"method": "prune", "after": [1], "keep": [0.3], "prune_rewards": []}
+    run["num_inference_steps"] = STEPS
+    arm = {"candidates": 8, "rewards": {"reward": 1.5}, "low": 1.4, "high": 1.6}
+    summary = {**arm, "settings": run, "compare": {**arm, "candidates": 4}}
+    write_json(tmp_path / "run" / "metrics_summary.json", summary)
+    flags = ["simulate", f"--pool={tmp_path / 'pool.npy'}", f"--output_dir={tmp_path / 'out'}"]
+    flags += ["--after", "1", "--keep", "0.3", "--runs", str(tmp_path / "run")]
+    assert main(flags) == 0
+    rows = json.loads((tmp_path / "out" / "scale.json").read_text())["measured"]
+    assert [(row["arm"], row["n"]) for row in rows] == [("pruned", 8), ("best_of_n", 4)]
+    exact = best_of_n(pool_of(0.9).final[..., 0], 4)[0].mean()
+    assert rows[1]["simulated"] == pytest.approx(exact, rel=1e-12)
+    assert rows[0]["simulated"] > exact and rows[0]["measured"] == 1.5
+    assert "Measured and simulated" in (tmp_path / "out" / "report.html").read_text()
+    for change, said in (
+        ({"method": "fk"}, "is steered by fk"),
+        ({"num_inference_steps": 4}, "has 4 steps, the pool 8"),
+        ({"prune_rewards": ["x"]}, "pruned by another reward"),
+    ):
+        write_json(
+            tmp_path / "run" / "metrics_summary.json", {**summary, "settings": {**run, **change}}
+        )
+        assert main(flags) == 2 and said in capsys.readouterr().err
+    assert main([*flags[:-1], str(tmp_path)]) == 2
+    assert "has no finished `scale run`" in capsys.readouterr().err
 
 
 def test_a_pool_of_the_packaged_teacher():
