@@ -31,7 +31,9 @@ class ReinforceCommand:
     or a packaged model."""
     teacher: str | None = None
     """Many-step model of the same shape, for --match_weight: its denoiser is taken. --revision,
-    --model_config, --timestep, --lora and the decoder's flags are not for it."""
+    --model_config, --timestep, --lora and the decoder's flags are not for it. Without it,
+    --model_id is the many-step model, --lora the files that make it the generator, such as
+    distill's lora-final, and --lora_rank trains another one beside them: one network in memory."""
     prompt_file: Path | None = None
     """Prompts: .txt with one per line, .tsv or .csv with a header, or .jsonl."""
     prompt_field: str | None = None
@@ -80,15 +82,19 @@ def execute(command: ReinforceCommand) -> int:
     from oneshot_fast.generators.pipeline import PipelineGenerator
     from oneshot_fast.jobs.reinforce.run import ReinforceRun
 
-    def load(name: str, master_weights: bool, model: ModelOptions = model) -> FewStepGenerator:
-        found = model.load(name, master_weights=master_weights)
+    training = command.training
+    stack = training.match_weight > 0 and training.lora_rank > 0 and command.teacher is None
+
+    def load(name: str, master_weights: bool, model: ModelOptions, **how: bool) -> FewStepGenerator:
+        found = model.load(name, master_weights=master_weights, **how)
         if isinstance(found, FewStepGenerator):
             return found
         if not isinstance(found, PipelineGenerator):
             raise UserError(f"{name} is no pipeline of diffusers, which takes several steps")
         return FewStepGenerator.over(found, 1)
 
-    generator = load(command.model_id, command.training.weights_dtype == "float32")
+    master_weights = training.weights_dtype == "float32"
+    generator = load(command.model_id, master_weights, model, stack=stack)
     generator.recompute(command.rewards.recomputed(generator.device))
     # what is said of the generator's files and decoder is not of its
     of_teacher = replace(

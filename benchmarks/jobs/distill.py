@@ -32,7 +32,7 @@ RESULTS = Path("benchmarks/results/distill.json")
 FIGURE, GRID = Path("docs/images/distill.png"), Path("docs/images/distill_samples.png")
 PROMPTS = [prompt_of(digit) for digit in range(10)]
 TEACHER = [(1, 1.0), (2, 1.0), (4, 1.0), (1, 2.0), (2, 2.0), (4, 2.0), (8, 2.0), (20, 2.0)]
-GUIDANCE, BATCH, PER_EPOCH = 2.0, 12, 20
+GUIDANCE, BATCH, PER_EPOCH = 2.0, 24, 10
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def main() -> None:
     """Run, or go on."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--updates", type=int, default=80)
+    parser.add_argument("--updates", type=int, default=170)
     parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4, 2])
     parser.add_argument("--seed", type=int, default=0)

@@ -1,7 +1,7 @@
 """Low-rank adapters of attention (LoRA, Hu et al. 2021, arXiv 2106.09685), by peft."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ def add_adapter(
     """Put a float32 adapter, the only trained part, on the attention projections of ``denoiser``.
 
     Its output is alpha / rank * B(A(x)); A is Gaussian and B zero, so that it begins as nothing.
+    One named "default" computes beside those of ``stack_adapters``; another waits for its ``role``.
 
     Args:
         denoiser: A frozen network of diffusers.
@@ -39,7 +40,7 @@ def add_adapter(
         alpha: Its scale; None takes ``rank``.
         seed: Of A.
         start: Instead: an adapter to go on with, on the modules that it adapts.
-        name: The adapter's; it is the active one.
+        name: The adapter's.
 
     Raises:
         UserError: If the module takes no adapter.
@@ -53,21 +54,55 @@ def add_adapter(
     config = LoraConfig(
         r=rank, lora_alpha=scale, init_lora_weights="gaussian", target_modules=list(TARGETS)
     )
+    before = active_adapters(denoiser)
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's, of a second adapter
         torch.manual_seed(seed)
         denoiser.add_adapter(config if start is None else start.config, name)
     cast_training_params(denoiser, torch.float32)
-    if start is not None:
-        parameters = dict(denoiser.named_parameters())
-        with torch.no_grad():
-            for key, value in start.weights.items():
-                parameters[key].copy_(value)
+    own = {key: p for key, p in denoiser.named_parameters() if f".{name}." in key}
+    with torch.no_grad():
+        for key, value in {} if start is None else start.weights.items():
+            own[key.replace(".default.", f".{name}.")].copy_(value)
+    denoiser.set_adapter([*before, name] if name == "default" else before or [name])
+    denoiser.requires_grad_(False)
+    for parameter in own.values():
+        parameter.requires_grad_()
+
+
+def stack_adapters(denoiser: Any, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Put frozen float32 adapters on ``denoiser``, each with a factor, which all compute."""
+    names = [f"stacked_{k}" for k in range(len(adapters))]
+    for name, (adapter, weight) in zip(names, adapters, strict=True):
+        add_adapter(denoiser, adapter.rank, None, start=adapter, name=name)
+        for module in denoiser.modules():
+            if weight != 1 and name in getattr(module, "scaling", {}):
+                module.scaling[name] *= weight
+    denoiser.set_adapter(names)
+    denoiser.requires_grad_(False)
+
+
+def active_adapters(denoiser: Any) -> list[str]:
+    """Names of the adapters that compute."""
+    return [*denoiser.active_adapters()] if getattr(denoiser, "peft_config", None) else []
+
+
+def base_weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Those of a network without its adapters, by their names there."""
+    return {k.replace(".base_layer.", "."): v for k, v in weights if ".lora_" not in k}
+
+
+def cast_base(denoiser: Any, dtype: torch.dtype) -> None:
+    """Cast the weights, but for those of adapters."""
+    kept = {key: p.data for key, p in denoiser.named_parameters() if ".lora_" in key}
+    denoiser.to(dtype)
+    for key, parameter in denoiser.named_parameters():
+        parameter.data = kept.get(key, parameter.data)
 
 
 @contextmanager
-def role(denoiser: Any, name: str | None) -> Iterator[None]:
-    """Meanwhile ``denoiser`` computes with the adapter ``name``; with none of them for None.
+def role(denoiser: Any, names: Sequence[str]) -> Iterator[None]:
+    """Meanwhile ``denoiser`` computes with the adapters ``names``, and no other.
 
     That is all that changes: which weights have gradients stays as it is, although peft's own
     switches set it. A backward pass that computes activations again has to be in the same role as
@@ -87,7 +122,7 @@ def role(denoiser: Any, name: str | None) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
     before = [(layer.disable_adapters, [*layer.active_adapters]) for layer in layers]
-    switch([(name is None, active if name is None else [name]) for _, active in before])
+    switch([(not names, [*names] or active) for _, active in before])
     try:
         yield
     finally:
@@ -132,22 +167,26 @@ def write_adapter(
 def merge_adapter(
     denoiser: Any, originals: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> None:
-    """Take the adapter off, and put weights with it merged in on the CPU.
+    """Take the adapters off, and put weights with those that compute merged in on the CPU.
 
     Args:
-        denoiser: A network of diffusers with an adapter.
+        denoiser: A network of diffusers with adapters.
         originals: Its weights before it was adapted, by name, and before they were rounded. The sum
             is formed in float32 and rounded once, to their type.
         dtype: Instead of their type.
     """
     from peft.tuners.lora import LoraLayer
 
-    layers: dict[str, Any] = dict(denoiser.to("cpu").named_modules())
-    adapted = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLayer)}
-    added = {f"{name}.weight": layers[name].get_delta_weight("default") for name in adapted}
+    added = dict[str, Tensor]()
+    for module, layer in denoiser.to("cpu").named_modules():
+        if isinstance(layer, LoraLayer):
+            own: Any = layer
+            names = [name for name in own.active_adapters if name in own.scaling]
+            changes = [own.get_delta_weight(name).float() for name in names]
+            added |= {f"{module}.weight": sum(changes)} if changes else {}
     denoiser.unload_lora()
     for name, parameter in denoiser.named_parameters():
         value = originals[name]
         if name in added:
-            value = (value.float() + added[name].float()).to(dtype or value.dtype)
+            value = (value.float() + added[name]).to(dtype or value.dtype)
         parameter.data = torch.empty_like(parameter, dtype=dtype or value.dtype).copy_(value)

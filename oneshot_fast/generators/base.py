@@ -136,7 +136,7 @@ class Generator(ABC):
     num_inference_steps: int = 1
     backprop_steps: int = 1  # evaluations of the denoiser that are differentiated
     takes_lora: bool = False  # whether ``load`` merges those that it is given
-    lora: tuple[LoraFile, ...] = ()  # merged when it was loaded
+    lora: tuple[LoraFile, ...] = ()  # merged when it was loaded, or stacked
     _told: frozenset[str] = frozenset()  # prompts that were warned of
 
     @classmethod
@@ -417,6 +417,14 @@ class Generator(ABC):
             UserError: If it is damaged, not for this model, or not for its denoiser alone.
         """
         raise UserError("this model takes no adapter; leave --lora_from out")
+
+    def stack(self, loras: Sequence[LoraFile]) -> None:
+        """Put LoRAs on the denoiser which stay adapters: without them it is the base.
+
+        Raises:
+            UserError: If one is damaged, not for this model, or not for its denoiser alone.
+        """
+        raise UserError("this model takes no adapter; leave --lora out")
 
     @abstractmethod
     def fingerprint(self) -> str:

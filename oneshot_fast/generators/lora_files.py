@@ -221,7 +221,7 @@ class Adapters:
             if other != part and name is not None:
                 raise ModelError(
                     f"{self._said}it also adapts {other} ({name}), which is not trained; merge it "
-                    "by --lora"
+                    "into the model (python -m oneshot_fast.lora merge)"
                 )
         layers = dict(_layers(self._networks[part]))
         other_kind = next((k for k, v in layers.items() if not isinstance(v, LoraLayer)), None)

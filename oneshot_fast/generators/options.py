@@ -97,12 +97,14 @@ class ModelOptions:
         master_weights: bool = False,
         lora_alpha: float | None = None,
         student: bool = False,
+        stack: bool = False,
     ) -> "Generator":
         """Load a generator: a diffusers folder, hub id, .safetensors file or packaged model.
 
         With ``master_weights`` it keeps float32 weights and computes in ``dtype`` by autocast;
         ``lora_alpha`` is that of LoRA files that do not say it; a ``student`` is a few-step
-        generator even of one step, see ``FewStepGenerator.over``.
+        generator even of one step, see ``FewStepGenerator.over``. With ``stack`` the LoRAs are
+        not merged but stay adapters of the denoiser, see ``PipelineGenerator.stack``.
         """
         import diffusers
         import torch
@@ -116,6 +118,7 @@ class ModelOptions:
             raise UserError("--compile_mode is for --compile; give both")
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
+        loras = tuple(LoraFile.parse(text, lora_alpha) for text in self.lora)
         generator = load_generator(
             model_id,
             device=self.device,
@@ -125,9 +128,11 @@ class ModelOptions:
             revision=self.revision,
             model_config=self.model_config,
             timestep=self.timestep,
-            lora=tuple(LoraFile.parse(text, lora_alpha) for text in self.lora),
+            lora=() if stack else loras,
             several_steps=student or self.num_inference_steps > 1,
         )
+        if stack and loras:
+            generator.stack(loras)
         if self.embedded_guidance is not None:
             require(
                 getattr(generator, "embeds_guidance", False),

@@ -3,7 +3,7 @@
 import copy
 import json
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,9 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from oneshot_fast.errors import ModelError
-from oneshot_fast.generators.adapters import write_adapter
+from oneshot_fast.generators.adapters import (
+    active_adapters,
+    base_weights,
+    stack_adapters,
+    write_adapter,
+)  # fmt: skip
 from oneshot_fast.generators.base import Conditioning, Generator, LoadOptions
-from oneshot_fast.generators.lora_files import Adapter, Adapters, MergedSource, weights_of
+from oneshot_fast.generators.lora_files import (
+    Adapter,
+    Adapters,
+    LoraFile,
+    MergedSource,
+    weights_of,
+)  # fmt: skip
 from oneshot_fast.generators.pretrained import START_FILE, PipelineFolder, open_folder
 from oneshot_fast.generators.single_file import PipelineFile
 from oneshot_fast.runtime.files import write_folder
@@ -93,12 +104,15 @@ class StoredPipeline(Generator):
     def load_weights(self, folder: Path) -> None:
         part, denoiser = self.parts[0], self.denoiser
         source = open_folder(type(self), str(folder.absolute()), LoadOptions())
+        if active_adapters(denoiser):  # ``stack``'s
+            denoiser.unload_lora()
         denoiser.load_state_dict(source.network(part, torch.float32).state_dict())
         self._sources[part] = source, denoiser.dtype
 
     def originals(self) -> dict[str, Tensor]:
         (network,) = self._as_stored(self.parts[0]).values()
-        return {name: p.detach().cpu() for name, p in network.named_parameters()}
+        weights = base_weights(network.named_parameters())
+        return {name: p.detach().cpu() for name, p in weights.items()}
 
     def _as_stored(self, *names: str) -> dict[str, nn.Module]:
         """Networks as their files have them, where those in memory are these, rounded or widened.
@@ -124,13 +138,20 @@ class StoredPipeline(Generator):
     def save_adapter(
         self, weights: Mapping[str, Tensor], folder: Path, kohya: bool = False
     ) -> None:
-        layers = self.denoiser.named_modules()
-        scales = {k: v.scaling["default"] for k, v in layers if hasattr(v, "scaling")}
+        layers = ((key, getattr(v, "scaling", None)) for key, v in self.denoiser.named_modules())
+        scales = {k: v["default"] for k, v in layers if isinstance(v, dict) and "default" in v}
         write_adapter(self.parts[0], weights, scales, folder, self._kohya_name if kohya else None)
 
     def read_adapter(self, path: Path) -> Adapter:
         file = weights_of(path, f"--lora_from {path}")
         return Adapters(self.pipe, self.parts, [file], "--lora_from").trainable(self.parts[0])
+
+    def stack(self, loras: Sequence[LoraFile]) -> None:
+        read = [Adapters(self.pipe, self.parts, [lora], "--lora") for lora in loras]
+        adapters = [one.trainable(self.parts[0]) for one in read]
+        weights = [lora.weight for lora in loras]
+        stack_adapters(self.denoiser, [*zip(adapters, weights, strict=True)])
+        self.lora = tuple(loras)
 
     def _kohya_name(self, module: str) -> str:
         """Name of one of the denoiser's modules in kohya's format; that of diffusers, mostly."""
@@ -142,5 +163,5 @@ def _is_rounded(original: nn.Module, loaded: torch.dtype, network: nn.Module) ->
     weights = original.state_dict()
     return all(
         torch.equal(weights[name].to(loaded).to(value.dtype), value.cpu())
-        for name, value in network.state_dict().items()
+        for name, value in base_weights(network.state_dict().items()).items()
     )

@@ -224,10 +224,10 @@ def _prepare(
             adapter = None if start is None else dataclasses.replace(start, weights={})
             add_adapter(denoiser, rank, options.lora_alpha, start=adapter)
     # Module.to swaps tensors, which fake ones do not allow; peft's adapter is real until here
-    for module in denoiser.modules():
+    for place, module in denoiser.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             trained = parameter.requires_grad
-            kind = torch.float32 if rank and trained else dtype
+            kind = torch.float32 if ".lora_" in place else dtype
             value = torch.zeros(parameter.shape, dtype=kind, device=parameter.device)
             module.register_parameter(name, nn.Parameter(value, requires_grad=trained))
     checkpoint_activations(denoiser, options)

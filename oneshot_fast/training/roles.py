@@ -10,13 +10,13 @@ from oneshot_fast.generators.few_step import FewStepGenerator
 
 FAKE = "fake"
 Role = Literal["student", "fake", "teacher"]
-_ADAPTERS = {"student": "default", "fake": FAKE, "teacher": None}
+_ROLES = ("student", "fake", "teacher")
 
 
 class Roles:
     """Gives the generator in a role, which is the only way to change it.
 
-    With adapters there is one base network: the student and the fake each have an adapter of it,
+    With adapters there is one base network: the fake has an adapter of it, the student all others,
     and the teacher is the base without. Else the fake and the teacher are copies of the denoiser.
     """
 
@@ -31,7 +31,7 @@ class Roles:
             teacher: Another model, which the fake begins as, too; without adapters.
         """
         self._adapts = adapts
-        self._of: dict[str, FewStepGenerator] = dict.fromkeys(_ADAPTERS, generator)
+        self._of: dict[str, FewStepGenerator] = dict.fromkeys(_ROLES, generator)
         if adapts:
             return
         base = generator if teacher is None else teacher
@@ -44,7 +44,7 @@ class Roles:
     def of_one(cls, generator: FewStepGenerator) -> "Roles":
         """All three roles without a difference, for a plan."""
         roles = cls.__new__(cls)
-        roles._adapts, roles._of = False, dict.fromkeys(_ADAPTERS, generator)
+        roles._adapts, roles._of = False, dict.fromkeys(_ROLES, generator)
         return roles
 
     @property
@@ -59,5 +59,8 @@ class Roles:
         if not self._adapts:
             yield generator
             return
-        with role(generator.denoiser, _ADAPTERS[name]):
+        denoiser: Any = generator.denoiser
+        known = [*getattr(denoiser, "peft_config", {})]
+        student = [adapter for adapter in known if adapter != FAKE]
+        with role(denoiser, {"student": student, "fake": [FAKE], "teacher": []}[name]):
             yield generator

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from oneshot_fast.errors import UserError
-from oneshot_fast.generators.adapters import add_adapter
+from oneshot_fast.generators.adapters import add_adapter, cast_base
 from oneshot_fast.generators.lora_files import Adapter
 from oneshot_fast.runtime.processes import all_reduce, processes
 from oneshot_fast.runtime.seeds import derived_seed
@@ -88,8 +88,8 @@ class Trainer:
             options: How it is trained.
             steps: Of the whole training, over which the learning rate falls.
             seed: Of the adapter and of the stochastic rounding.
-            adapter: Its name: one beside that of another trainer of the same module, which is the
-                active one again.
+            adapter: Its name: one beside that of another trainer of the same module, which goes on
+                computing.
 
         Raises:
             UserError: If the optimiser is not installed, or the module takes no adapter.
@@ -100,7 +100,8 @@ class Trainer:
         is_second = adapter != "default"
         self.originals = trainee.originals() if options.lora_rank and not is_second else {}
         if not is_second:
-            module.to(getattr(torch, options.weights_dtype)).requires_grad_(not options.lora_rank)
+            cast_base(module, getattr(torch, options.weights_dtype))
+            module.requires_grad_(not options.lora_rank)
         if options.lora_rank:
             start = trainee.read_adapter(options.lora_from) if options.lora_from else None
             drawn = derived_seed(seed, "lora", *([adapter] if is_second else []))
@@ -126,8 +127,6 @@ class Trainer:
             weights = [parameter.float() for parameter in self.parameters.values()]
             self.ema = EMAModel(weights, options.ema_decay)
         self._parts, self._halved = options.gradient_accumulation_steps, False
-        if is_second:
-            module.set_adapter("default")  # type: ignore[operator]
         module.requires_grad_(False)
 
     def __call__(self, batch: Batch) -> None:

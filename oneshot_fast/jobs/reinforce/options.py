@@ -83,17 +83,18 @@ class ReinforceOptions(TrainOptions):
             self.fake_lr is None or self.fake_lr > 0,
             f"fake_lr is {self.fake_lr}; give a positive number",
         )
-        TrainOptions.check(self.of_fake)
+        TrainOptions.check(self.of_fake(adapts=False))
         require(1 <= self.teacher_guidance < math.inf, "teacher_guidance must be at least 1")
         require(
             not self.optimizer_in_backward,
             "optimizer_in_backward: a step has several backward parts",
         )
 
-    @property
-    def of_fake(self) -> TrainOptions:
-        """How the fake is trained: all of its weights, as it is a network of its own."""
+    def of_fake(self, adapts: bool) -> TrainOptions:
+        """How the fake is trained: an adapter, or all weights of a network of its own."""
         lr = 2 * self.lr if self.fake_lr is None else self.fake_lr
+        if adapts:
+            return dataclasses.replace(self, lr=lr, use_ema=False, lora_from=None)
         dtype = self.weights_dtype if self.optimizer == "adamw8bit" else "float32"
         return dataclasses.replace(
             self, lr=lr, use_ema=False, lora_from=None, lora_rank=0, lora_alpha=None,

@@ -34,16 +34,18 @@ def reinforce_plan(
     prompt: str,
     learns: Sequence[int],
     teacher: FewStepGenerator | None,
+    adapts: bool,
     rollout: Callable[[], object],
     offload_encoders: bool | None = None,
 ) -> Plan:
     """As ``training_plan``, of a training on ``samples`` images an epoch.
 
-    ``learns`` has as many noisy steps as learn from a rollout; ``prompt`` is an example.
+    ``learns`` has as many noisy steps as learn from a rollout; ``prompt`` is an example. Of a
+    generator that ``adapts`` the teacher is its base.
     """
 
     def loss(model: Any, found: WeightedRewards | None, name: str) -> Loss:
-        roles = None if teacher is None else Roles.of_one(model)
+        roles = Roles.of_one(model) if adapts or teacher else None
         shape = model.latent_shape(*size_of(resolution))
         return losses(roles, model, shape, found or rewards)[name]
 
@@ -74,10 +76,11 @@ def reinforce_plan(
         return Batch(dmd=Rows(rows.noise, rows.conditioning, extra))
 
     fake = None
-    if teacher is not None:
+    if adapts or teacher:
         kind = Kind(lambda model, found: loss(model, found, FAKE), fake_batch, True)
-        network = teacher.denoiser.parameters()  # all else is the generator's
-        fake = Fake(kind, options.of_fake, 1 / options.inner_updates, bytes_of(network))
+        # all else is the generator's
+        network = 0 if teacher is None else bytes_of(teacher.denoiser.parameters())
+        fake = Fake(kind, options.of_fake(adapts), 1 / options.inner_updates, network)
     plan = training_plan(
         generator,
         options,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.errors import require
+from oneshot_fast.generators.adapters import active_adapters
 from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.levels import Levels
 from oneshot_fast.generators.target_images import TargetImages
@@ -66,6 +67,9 @@ def losses_of(
 class ReinforceRun(JudgedRun):
     """A few-step generator that learns from rewards of its own images, measured as ``JudgedRun``.
 
+    Its teacher is another network, which the fake begins as; or, where adapters are trained beside
+    stacked ones, their base, of which student, fake and teacher are adapters, or none.
+
     Each rollout makes new images of some prompts, from which ``inner_updates`` steps learn. A state
     to resume from is saved between rollouts.
     """
@@ -94,7 +98,8 @@ class ReinforceRun(JudgedRun):
             folder: Where everything is written.
             options: Losses and schedule.
             rewards: What is raised.
-            teacher: Of the matching term; only its denoiser is kept.
+            teacher: Of the matching term; only its denoiser is kept. None: the base of the
+                generator's stacked adapters.
             **more: As for ``JudgedRun``.
 
         Raises:
@@ -108,9 +113,16 @@ class ReinforceRun(JudgedRun):
             self._per_step <= distinct,
             f"batch_size {options.batch_size} is {self._per_step} prompts; there are {distinct}",
         )
+        matches = options.match_weight > 0
+        self._adapts = adapts = matches and teacher is None
         require(
-            (teacher is not None) == (options.match_weight > 0),
-            "--teacher and --match_weight need each other; give both",
+            matches or teacher is None, "--teacher has no effect without --match_weight; give both"
+        )
+        stacked = active_adapters(generator.denoiser)
+        require(
+            not adapts or bool(stacked and options.lora_rank),
+            "--match_weight needs a --teacher; or --lora_rank, and the --lora files that make the "
+            "--model_id, which then is the teacher, the generator",
         )
         require(
             options.final_reward_weight == 0 or rewards.differentiable,
@@ -126,7 +138,7 @@ class ReinforceRun(JudgedRun):
             "with --cps_eta, or --policy_weight 0; one step is for sft --reward",
         )
         require(steps[-1].noise == 0, "the last step draws noise; take another sampler")
-        roles = None
+        roles = Roles(generator, True) if adapts else None
         if teacher is not None:
             kinds = [Levels(one, shape).kind for one in (generator, teacher)]
             require(kinds[0] == kinds[1], f"the teacher is {kinds[1]}, the generator {kinds[0]}")
@@ -141,7 +153,7 @@ class ReinforceRun(JudgedRun):
         super().__init__(
             generator, losses[STUDENT], prompts, folder, options, rewards=rewards, **more
         )
-        self.teacher = teacher
+        self.teacher, self._roles = teacher, roles
         self._rollout: Rows | None = None
         if roles is not None:
             self.trainees[FAKE], self.losses[FAKE] = roles.fake, losses[FAKE]
@@ -152,7 +164,7 @@ class ReinforceRun(JudgedRun):
             "rewards": self.names,
             **super().settings(),
             "final_reward_margin": str(self.options.final_reward_margin),
-            "teacher": self.teacher and self.teacher.fingerprint(),
+            "teacher": "base" if self._adapts else self.teacher and self.teacher.fingerprint(),
         }
 
     def plan(self) -> Plan:
@@ -169,6 +181,7 @@ class ReinforceRun(JudgedRun):
             prompt=self.prompts[0],
             learns=self._noisy[: self.options.policy_steps],
             teacher=self.teacher,
+            adapts=self._adapts,
             rollout=lambda: self.batch([], 0),
             offload_encoders=self.offloads,
         )
@@ -187,8 +200,9 @@ class ReinforceRun(JudgedRun):
             trainer = super().trainer(name, steps)
             trainer.chooses = False  # its loss says nothing of how good it is
             return trainer
-        options, steps = self.options.of_fake, steps // self.options.inner_updates
-        return Trainer(self.trainees[name], self.losses[name], options, steps, self.seed)
+        options, steps = self.options.of_fake(self._adapts), steps // self.options.inner_updates
+        adapter = FAKE if self._adapts else "default"
+        return Trainer(self.trainees[name], self.losses[name], options, steps, self.seed, adapter)
 
     def is_resumable(self, step: int) -> bool:
         return step % self.options.inner_updates == 0  # what drew a rollout is not kept
@@ -203,11 +217,12 @@ class ReinforceRun(JudgedRun):
         if self.options.policy_weight and not batch["rollout"].extra["advantage"].any():
             self.skip_flat(begins, self.options.inner_updates)
             return
-        if begins and FAKE in self.trainers:
+        if begins and self._roles is not None:
             made = batch["rollout"]
             extra = self._draws(step, "fake", len(made), FAKE_NOISES)
             fakes = Rows(made.noise, made.conditioning, extra | {"sample": made.extra["made"]})
-            self.trainers[FAKE](Batch(dmd=fakes))
+            with self._roles("fake"):
+                self.trainers[FAKE](Batch(dmd=fakes))
         self.trainers[STUDENT](batch)
 
     def _begins(self, step: int) -> bool:
@@ -219,7 +234,7 @@ class ReinforceRun(JudgedRun):
         if self._rollout is None or self._begins(step):
             self._rollout = self._rolled(step)
         made, extra = self._rollout, dict[str, Any]()
-        if self.teacher is not None:
+        if self._roles is not None:
             extra = self._draws(step, "match", len(made), STUDENT_NOISES)
             del extra["steps"]
         made = dataclasses.replace(made, extra={**made.extra, **extra})

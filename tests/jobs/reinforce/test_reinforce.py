@@ -14,16 +14,20 @@ from family_samples import tiny_pipeline
 from torch import Tensor
 
 from oneshot_fast.errors import UserError
+from oneshot_fast.generators.adapters import add_adapter
 from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.generators.lora_files import Adapters, LoraFile
 from oneshot_fast.generators.sdxl import SdxlGenerator
 from oneshot_fast.jobs.reinforce.options import ReinforceOptions
 from oneshot_fast.jobs.reinforce.run import ReinforceRun
 from oneshot_fast.rewards import load_rewards
 from oneshot_fast.runtime.files import read_jsonl
+from oneshot_fast.runtime.seeds import gaussian
 from oneshot_fast.training.batch import Rows
 from oneshot_fast.training.checkpoints import STUDENT, load_state
 from oneshot_fast.training.losses.grpo import is_clipped, policy_loss
 
+LORA = "pytorch_lora_weights.safetensors"
 PROMPTS = ["a red bird", "a house by the sea", "a boat"]
 SMALL: dict[str, Any] = {
     "batch_size": 4, "images_per_prompt": 2, "steps_per_epoch": 2, "epochs": 1, "lr": 1e-3
@@ -111,23 +115,90 @@ def test_killed_and_resumed_beside_a_teacher(tmp_path: Path) -> None:
     (row,) = read_jsonl(tmp_path / "whole/history.jsonl")
     assert {"policy", "final", "match", "preserve", "fake loss", "reward", "drift"} <= row.keys()
     assert row["drift"] > 0
-    broken = run("broken")
-    take = broken.take_step
-
-    def dies(rows: list[int], step: int) -> None:
-        if step == 1:
-            raise MemoryError
-        take(rows, step)
-
-    broken.take_step = dies  # type: ignore[method-assign]
-    with pytest.raises(MemoryError):
-        broken.run()
+    die(run("broken"), 1)
     run("broken").run()
     rows = [read_jsonl(tmp_path / name / "history.jsonl") for name in ("whole", "broken")]
     assert rows[0] == rows[1]
-    name = "lora-final/pytorch_lora_weights.safetensors"
-    files = [(tmp_path / of / name).read_bytes() for of in ("whole", "broken")]
+    files = [(tmp_path / of / "lora-final" / LORA).read_bytes() for of in ("whole", "broken")]
     assert files[0] == files[1]
+
+
+def random_lora(generator: FewStepGenerator, folder: Path) -> LoraFile:
+    """What makes a many-step model the generator, by half its weight."""
+    adapted = copy.deepcopy(generator)
+    add_adapter(adapted.denoiser, 2, 4.0)
+    own = {k: p for k, p in adapted.denoiser.named_parameters() if p.requires_grad}
+    adapted.save_adapter({k: 0.2 * torch.randn_like(p) for k, p in own.items()}, folder)
+    return LoraFile(folder / LORA, 0.5)
+
+
+def merged(base: FewStepGenerator, *loras: LoraFile) -> FewStepGenerator:
+    generator = copy.deepcopy(base)
+    pipe, parts = generator.pipe, SdxlGenerator.parts
+    files = Adapters(pipe, parts, loras, "--lora")
+    files.merge(parts[0], generator.denoiser, [lora.weight for lora in loras], None)
+    return generator
+
+
+def made(generator: FewStepGenerator) -> Tensor:
+    with torch.no_grad():
+        noise = gaussian([3], generator.noise_shape(64, 64))
+        return generator.latents(noise, generator.told(PROMPTS[:1], [3]))
+
+
+def die(run: ReinforceRun, at: int) -> None:
+    """In the step ``at``."""
+    take = run.take_step
+
+    def dies(rows: list[int], step: int) -> None:
+        if step == at:
+            raise MemoryError
+        take(rows, step)
+
+    run.take_step = dies  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        run.run()
+
+
+def test_one_network_is_teacher_fake_and_student(tmp_path: Path) -> None:
+    base = few(2)
+    lora = random_lora(base, tmp_path)
+
+    def run(name: str) -> ReinforceRun:
+        generator = copy.deepcopy(base)
+        generator.stack([lora])
+        return run_of(
+            tmp_path / name, generator, match_weight=0.1, teacher_guidance=2.0, lora_rank=2
+        )
+
+    whole, seen = run("whole"), dict[str, Tensor]()
+    torch.testing.assert_close(
+        made(whole.generator), made(merged(base, lora)), rtol=1e-5, atol=1e-5
+    )
+    take = whole.take_step
+
+    def looks(rows: list[int], step: int) -> None:
+        take(rows, step)
+        for role in ("student", "fake", "teacher"):
+            with whole._roles(role) as model:  # type: ignore[misc]
+                seen[role] = made(model)
+
+    whole.take_step = looks  # type: ignore[method-assign]
+    whole.run()
+    assert torch.equal(seen["teacher"], made(base))
+    for role in ("student", "fake"):
+        assert (seen[role] - made(base)).abs().max() > 1e-3
+    torch.testing.assert_close(made(whole.generator), seen["student"], rtol=1e-5, atol=1e-5)
+    trained = LoraFile(tmp_path / "whole" / "lora-final" / LORA)
+    both = made(merged(base, lora, trained))
+    torch.testing.assert_close(both, seen["student"], rtol=1e-5, atol=1e-5)
+    die(run("broken"), 1)
+    run("broken").run()
+    files = [tmp_path / of / "lora-final" / LORA for of in ("whole", "broken")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    again = run("whole")
+    assert again.run()["steps"] == 2  # finished: its checkpoint is loaded
+    torch.testing.assert_close(made(again.generator), seen["student"], rtol=1e-5, atol=1e-5)
 
 
 def test_several_updates_of_a_rollout(tmp_path: Path) -> None:
@@ -168,20 +239,9 @@ def test_between_rollouts_it_is_resumed_to_the_same_bits(tmp_path: Path) -> None
         return run_of(tmp_path / name, copy.deepcopy(base), inner_updates=2, lora_rank=2)
 
     assert run("whole").run()["steps"] == 4
-    broken = run("broken")
-    take = broken.take_step
-
-    def dies(rows: list[int], step: int) -> None:
-        if step == 3:  # in the middle of the second rollout
-            raise MemoryError
-        take(rows, step)
-
-    broken.take_step = dies  # type: ignore[method-assign]
-    with pytest.raises(MemoryError):
-        broken.run()
+    die(run("broken"), 3)  # in the middle of the second rollout
     run("broken").run()
-    name = "lora-final/pytorch_lora_weights.safetensors"
-    files = [(tmp_path / of / name).read_bytes() for of in ("whole", "broken")]
+    files = [(tmp_path / of / "lora-final" / LORA).read_bytes() for of in ("whole", "broken")]
     assert files[0] == files[1]
     rows = [read_jsonl(tmp_path / of / "history.jsonl") for of in ("whole", "broken")]
     assert rows[0] == rows[1]
@@ -219,7 +279,9 @@ def test_of_the_teacher_the_denoiser_is_taken(tmp_path: Path) -> None:
 def test_the_fake_of_an_adapter_has_weights_that_can_be_updated() -> None:
     options = ReinforceOptions(lora_rank=2, weights_dtype="bfloat16", match_weight=0.1)
     options.check()
-    assert options.of_fake.weights_dtype == "float32" and not options.of_fake.lora_rank
+    own = options.of_fake(adapts=False)
+    assert own.weights_dtype == "float32" and not own.lora_rank
+    assert options.of_fake(adapts=True).lora_rank == 2
 
 
 def test_the_dry_run(tmp_path: Path, call: Callable[..., Any]) -> None:
@@ -247,8 +309,9 @@ def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
         ({"policy_weight": 0.0}, "nothing to learn"),
         ({"inner_updates": 0}, "inner_updates is 0"),
         ({"inner_updates": 2, "policy_weight": 0.0, "final_reward_weight": 1.0}, "no effect"),
-        ({"match_weight": 0.1}, "need each other"),
-        ({"teacher": generator}, "need each other"),
+        ({"match_weight": 0.1}, "needs a --teacher; or --lora_rank"),
+        ({"match_weight": 0.1, "lora_rank": 2}, "needs a --teacher; or --lora_rank"),
+        ({"teacher": generator}, "no effect without --match_weight"),
         ({"final_reward_margin": 2.0}, "no effect without --final_reward_weight"),
         ({"match_weight": 0.1, "fake_lr": -1.0}, "fake_lr is -1"),
         ({"fake_lr": 1e-4}, "no effect without --match_weight"),
