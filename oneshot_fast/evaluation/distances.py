@@ -318,10 +318,10 @@ def error_of(values: Tensor) -> float:
 def best_of(verdicts: Sequence[Verdict | None]) -> int:
     """Which generator, from 1, is the best; 0: the base, which none has beaten.
 
-    Verdicts are of each against the base; None where it cannot be measured. How sure it is, they
-    say: a gain within the error may be luck.
+    Verdicts are of each against the base; None where it cannot be measured. A gain within one
+    standard error may be luck, and beats nothing.
     """
-    beaten = {k: v.gain for k, v in enumerate(verdicts, 1) if v is not None and v.gain > 0}
+    beaten = {k: v.gain for k, v in enumerate(verdicts, 1) if v is not None and v.gain > v.error}
     return max(beaten, key=lambda k: beaten[k], default=0)
 
 

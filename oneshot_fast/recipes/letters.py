@@ -78,7 +78,7 @@ class Letters:
 
 def train_letters(folder: Path, quick: bool = False) -> None:
     """Train the generator and write ``folder``/pipeline; finished stages are kept."""
-    steps = (2, 2, 2, 32) if quick else (1200, 4000, 3000, 9600)
+    steps = (2, 2, 2, 32) if quick else (1200, 4000, 600, 9600)
     vae, teacher, distill, pairs = steps
     config = TrainConfig(
         folder, "distill", vae_steps=vae, teacher_steps=teacher, distill_steps=distill,

@@ -91,7 +91,7 @@ def answers(summary: Json, last: str, best: str | None) -> list[str]:
     said, by = summary.get("verdicts", {}), summary.get("measured_by", {})
     lines = answer("The final generator", said.get(last), by)
     if best == "base":
-        first = "Nothing beat the base: checkpoint-best is the base."
+        first = "Nothing beat the base by a standard error: checkpoint-best is the base."
         return [first, *lines]
     if best is not None and best != last:
         return [*answer(f"{spoken(best)}, checkpoint-best,", said.get(best), by)[:1], *lines]

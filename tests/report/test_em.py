@@ -125,7 +125,7 @@ def test_whether_it_is_better_by_how_much_and_how_sure_comes_first(em_copy: Path
     write_json(em_copy / "summary.json", summary | {"best_cycle": 0})
     write_em_report(em_copy, {})
     said = page(em_copy).text
-    assert "Is it better? Nothing beat the base: checkpoint-" in said
+    assert "Is it better? Nothing beat the base by a standard error: checkpoint-" in said
 
 
 def test_missing_parts_are_left_out(em_copy: Path) -> None:

@@ -98,7 +98,7 @@ def test_the_best_cycle_beats_the_base_by_more_than_one_error() -> None:
     def verdict(after: float) -> Verdict:
         return Verdict("energy_score", 10.0, after, 2.0)
 
-    assert best_of([verdict(10), verdict(10.5)]) == 0
+    assert best_of([verdict(10), verdict(10.5), verdict(8.1)]) == 0
     assert best_of([verdict(7), verdict(6), verdict(6.5)]) == 2
     assert best_of([None, verdict(11)]) == best_of([]) == 0
 
