@@ -15,7 +15,7 @@ import torch
 from benchmarks.common import environment
 from oneshot_fast.data.images import load_image, save_png, tile
 from oneshot_fast.embedded.classifier import load_classifier
-from oneshot_fast.embedded.digits import BASE_STYLE, load_digits, prompt_of, render
+from oneshot_fast.embedded.digits import BASE_STYLE, load_digits, render
 from oneshot_fast.evaluation.measures import (
     frechet_distance,
     pairwise_diversity,
@@ -23,16 +23,14 @@ from oneshot_fast.evaluation.measures import (
 )  # fmt: skip
 from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.loading import load_generator
-from oneshot_fast.jobs.distill.options import DistillOptions
-from oneshot_fast.jobs.distill.run import DistillRun
+from oneshot_fast.recipes.student import PROMPTS, SETTINGS, distilled
 from oneshot_fast.runtime.files import read_json, write_json
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
 RESULTS = Path("benchmarks/results/distill.json")
 FIGURE, GRID = Path("docs/images/distill.png"), Path("docs/images/distill_samples.png")
-PROMPTS = [prompt_of(digit) for digit in range(10)]
 TEACHER = [(1, 1.0), (2, 1.0), (4, 1.0), (1, 2.0), (2, 2.0), (4, 2.0), (8, 2.0), (20, 2.0)]
-GUIDANCE, BATCH, PER_EPOCH = 2.0, 24, 10
+BATCH = 24
 
 
 @torch.no_grad()
@@ -54,22 +52,6 @@ def measured(generator: FewStepGenerator, count: int, seed: int) -> tuple[dict[s
         "frechet": frechet_distance(judge.features(made), judge.features(real)),
         "diversity": pairwise_diversity(made, labels),
     }, made[:10]
-
-
-def student(steps: int, updates: int, folder: Path, seed: int) -> FewStepGenerator:
-    """A student of so many steps after so many updates."""
-    eta = 0.9 if steps > 1 else None
-    generator = FewStepGenerator.over(load_generator("tiny-teacher"), steps, eta=eta)
-    options = DistillOptions(
-        batch_size=BATCH, epochs=updates // PER_EPOCH, lr=5e-5, fake_lr=1e-4,
-        teacher_guidance=GUIDANCE, ttur=5, consistency_weight=0.0,
-    )  # fmt: skip
-    run = DistillRun(
-        generator, PROMPTS, folder / f"steps-{steps}", options, eval_samples=20, seed=seed,
-        images_per_prompt=BATCH * PER_EPOCH // 10, save_minutes=1,
-    )  # fmt: skip
-    run.run()
-    return generator
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
@@ -116,7 +98,10 @@ def main() -> None:
 
     for steps in given.steps:
         if not is_there("student", steps):
-            note("student", steps, 1.0, student(steps, given.updates, given.output_dir, given.seed))
+            folder = given.output_dir / f"steps-{steps}"
+            model = load_generator(distilled(steps, given.updates, folder, given.seed))
+            eta = 0.9 if steps > 1 else None
+            note("student", steps, 1.0, FewStepGenerator.over(model, steps, eta=eta))
     teacher = load_generator("tiny-teacher")
     for steps, guidance in TEACHER:
         kind = "teacher, guidance 2" if guidance > 1 else "teacher"
@@ -124,10 +109,7 @@ def main() -> None:
             few = FewStepGenerator.over(teacher, steps, guidance_scale=guidance)
             note(kind, steps, guidance, few)
     rows.sort(key=lambda row: (row["kind"], row["evaluations"]))
-    settings = {
-        "updates": given.updates, "batch_size": BATCH, "lr": 5e-5, "fake_lr": 1e-4, "ttur": 5,
-        "seed": given.seed, "guidance": GUIDANCE,
-    }  # fmt: skip
+    settings = {"updates": given.updates, "seed": given.seed, **SETTINGS}
     write_json(
         RESULTS, {"environment": environment("cpu", given.seed), "settings": settings, "rows": rows}
     )

@@ -1,10 +1,6 @@
 """Several denoising steps instead of one: the sampler of the pipeline's scheduler, differentiably.
 
-Each step of it is linear in its sample x, the network's output and fresh noise z in N(0, 1):
-
-    x0 = skip x - sigma output(scale x),   x' = keep x + change output + noise z
-
-and these numbers are found by asking the scheduler itself, so that all is as ``pipe(...)`` has it.
+What each step is, ``step.py`` asks the scheduler; which one that is, ``samplers.py`` says.
 """
 
 import contextlib
@@ -13,66 +9,23 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    LCMScheduler,
-    PNDMScheduler,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler, TCDScheduler
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
 
 from oneshot_fast.data.sizes import Size
-from oneshot_fast.errors import ModelError, UserError, refused, require
+from oneshot_fast.errors import ModelError, UserError, require
 from oneshot_fast.generators.base import Conditioning, Prediction
 from oneshot_fast.generators.pipeline import PipelineGenerator
-from oneshot_fast.generators.schedulers import CPSEulerScheduler, CPSScheduler, Eta
-from oneshot_fast.runtime.ledger import say
-from oneshot_fast.runtime.processes import is_main
+from oneshot_fast.generators.samplers import check_known, trailing, with_cps, without_memory
+from oneshot_fast.generators.schedulers import Eta
+from oneshot_fast.generators.step import Step
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
-
-# schedulers whose steps are of this form, and know nothing of the steps before
-_KNOWN = (
-    EulerDiscreteScheduler,
-    EulerAncestralDiscreteScheduler,
-    LCMScheduler,
-    DDIMScheduler,
-    DDPMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-)
-
-# of Euler's noise levels, where they are not those of evenly spaced timesteps
-_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-
-
-@dataclass(frozen=True)
-class SamplerStep:
-    """One step of a sampler; see the formula above. The first one takes N(0, 1) noise as x.
-
-    Attributes:
-        timestep: Training timestep that the denoiser is evaluated at.
-        scale: Factor from x to the denoiser's input.
-        skip: Factor of x in the estimate of the clean latents.
-        sigma: Factor of the output in it, with a minus.
-        keep: Factor of x in the next sample.
-        change: Factor of the output in it.
-        noise: Factor of the fresh noise in it.
-    """
-
-    timestep: Tensor
-    scale: float
-    skip: float
-    sigma: float
-    keep: float
-    change: float
-    noise: float
 
 
 @dataclass(frozen=True)
@@ -100,79 +53,6 @@ class Transition:
         return -((found - self.mean) / self.std).square().flatten(1).sum(1) / 2
 
 
-def sampler_steps(scheduler: Any, **schedule: Any) -> list[SamplerStep]:
-    """The steps that a scheduler takes.
-
-    Args:
-        scheduler: Of diffusers; it stays as it is.
-        **schedule: Arguments of its ``set_timesteps``.
-
-    Raises:
-        ModelError: If its steps are not of the form above.
-    """
-    name = type(scheduler).__name__
-    _check_known(scheduler)
-    for key in ("clip_sample", "thresholding"):
-        if scheduler.config.get(key):
-            raise ModelError(f'the scheduler is {name} with "{key}", which is not linear')
-    scheduler = copy.deepcopy(scheduler)
-    with refused(ModelError, f"the scheduler is {name}: "):
-        scheduler.set_timesteps(**schedule)
-    steps = [_sampler_step(scheduler, k) for k in range(len(scheduler.timesteps))]
-    init, first = float(getattr(scheduler, "init_noise_sigma", 1.0)), steps[0]
-    steps[0] = replace(
-        first, scale=init * first.scale, skip=init * first.skip, keep=init * first.keep
-    )
-    return steps
-
-
-def _check_known(scheduler: Any) -> None:
-    if not isinstance(scheduler, _KNOWN):
-        known = ", ".join(kind.__name__ for kind in _KNOWN)
-        name = type(scheduler).__name__
-        raise ModelError(f"the scheduler is {name}; several steps are taken by {known}")
-
-
-def _sampler_step(scheduler: Any, index: int) -> SamplerStep:
-    timestep = scheduler.timesteps[index]
-
-    def ask(x: float, output: float) -> tuple[Any, float]:
-        """What the scheduler makes of numbers, and its input to the denoiser."""
-        asked, shape = copy.deepcopy(scheduler), (1, 1, 1, 1)
-        asked.set_begin_index(index) if hasattr(asked, "set_begin_index") else None
-        given = torch.full(shape, float(x))
-        scaled = given
-        if hasattr(asked, "scale_model_input"):
-            scaled = asked.scale_model_input(given, timestep)
-        draw = torch.Generator().manual_seed(0)
-        found = asked.step(torch.full(shape, float(output)), timestep, given, generator=draw)
-        return found, float(scaled)
-
-    z = float(torch.randn(1, 1, 1, 1, generator=torch.Generator().manual_seed(0)))
-    rest = float(ask(0, 0)[0].prev_sample)
-    (at_x, scale), (at_output, _) = ask(1, 0), ask(0, 1)
-
-    def estimate(found: Any) -> float | None:
-        value = getattr(found, "pred_original_sample", None)
-        value = getattr(found, "denoised", value)
-        return None if value is None else float(value)
-
-    skip, slope = estimate(at_x), estimate(at_output)
-    if skip is None or slope is None:  # a flow
-        skip, slope = 1.0, -float(scheduler.sigmas[index])
-    numbers = (
-        scale,
-        skip,
-        -slope,
-        float(at_x.prev_sample) - rest,
-        float(at_output.prev_sample) - rest,
-        rest / z,
-    )
-    if not all(map(math.isfinite, numbers)):
-        raise ModelError(f"step {index + 1} of its {type(scheduler).__name__} is not finite")
-    return SamplerStep(timestep, *numbers)
-
-
 class FewStepGenerator(PipelineGenerator):
     """A pipeline's generator that takes several steps; made by ``over``.
 
@@ -183,6 +63,8 @@ class FewStepGenerator(PipelineGenerator):
         num_inference_steps: How many.
         guidance_scale: Of classifier-free guidance; 1 does without.
         backprop_steps: The last so many evaluations are differentiated.
+        eta: Of CPS; None: the steps are those of the pipeline's scheduler.
+        scheduler_eta: That its own scheduler is told.
         step_list: Timesteps that the steps begin at; empty for the scheduler's own.
     """
 
@@ -190,9 +72,10 @@ class FewStepGenerator(PipelineGenerator):
     guidance_scale: float
     backprop_steps: int
     eta: Eta | None
+    scheduler_eta: float
     step_list: tuple[float, ...]
-    _sampler: Any
-    _steps: dict[tuple[int, ...], list[SamplerStep]]
+    _scheduler: Any  # that takes the steps
+    _steps: dict[tuple[int, ...], list[Step]]
 
     @classmethod
     def over(
@@ -203,6 +86,7 @@ class FewStepGenerator(PipelineGenerator):
         guidance_scale: float = 1.0,
         backprop_steps: int | None = None,
         eta: Eta | None = None,
+        scheduler_eta: float = 0.0,
         step_list: Sequence[float] = (),
         student: bool = False,
     ) -> "FewStepGenerator":
@@ -216,6 +100,8 @@ class FewStepGenerator(PipelineGenerator):
             backprop_steps: Differentiate only the last so many evaluations. The gradient passes
                 through the others as if their output were given; by default all.
             eta: Sample with ``CPSScheduler``, by this eta, at the scheduler's noise levels.
+            scheduler_eta: 0 to 1, what ``pipe(eta=...)`` tells a scheduler that takes it, DDIM's
+                or TCD's: how much noise it draws.
             step_list: Timesteps that the steps begin at, falling, of a flow before its scheduler
                 shifts them; of a longer list the first. Empty for the scheduler's own.
             student: Its few steps have to begin at the noisiest timestep: in sigma space they are
@@ -235,7 +121,7 @@ class FewStepGenerator(PipelineGenerator):
             1 <= guidance_scale < math.inf,
             f"guidance_scale is {guidance_scale}; give a number from 1, which is none",
         )
-        most = generator.pipe.scheduler.config.num_train_timesteps
+        own, most = generator.pipe.scheduler, generator.last_timestep
         falls = all(a > b for a, b in zip(step_list, [*step_list[1:], 0], strict=False))
         require(
             falls and all(t <= most for t in step_list),
@@ -250,22 +136,31 @@ class FewStepGenerator(PipelineGenerator):
             start is None or (count == 1 and not student),
             f"its one step begins at timestep {start}; leave num_inference_steps or timestep out",
         )
-        kind = type(generator)
+        takes_eta = "eta" in generator._defaults and "eta" in signature(own.step).parameters
         require(
-            kind._read_step is PipelineGenerator._read_step,
-            f"a {kind.pipeline.__name__} takes one step here; leave num_inference_steps out",
+            scheduler_eta == 0 or (takes_eta and eta is None),
+            f"--scheduler_eta: the steps of a {type(own).__name__} take none here; leave it out",
         )
+        require(
+            0 <= scheduler_eta <= 1, f"scheduler_eta is {scheduler_eta}; give a number from 0 to 1"
+        )
+        require(
+            guidance_scale == 1 or generator.takes_cfg,
+            f"a {generator.pipeline.__name__} of this network has no guidance_scale of this kind: "
+            "the network is told of it; give --embedded_guidance instead",
+        )
+        kind = type(generator)
         other: Any = copy.copy(generator)
         other.__class__ = type(f"FewStep{kind.__name__}", (cls, kind), {})
         other.num_inference_steps, other.guidance_scale = count, guidance_scale
         other.backprop_steps = count if last is None else last
-        own = generator.pipe.scheduler
-        scheduler = _trailing(own) if student else _without_memory(own)
+        scheduler = trailing(own) if student else without_memory(own)
         if scheduler is not own:
             other.pipe = copy.copy(generator.pipe)
             other.pipe.scheduler = scheduler
             vars(other).pop("step", None)
-        other.eta, other._sampler = eta, _with_eta(scheduler, eta)
+        other.eta, other.scheduler_eta = eta, scheduler_eta
+        other._scheduler = scheduler if eta is None else with_cps(scheduler, eta)
         if student and other.embeds_guidance:
             other.embedded_guidance = 1.0
         other.step_list, other._steps = tuple(step_list[:count]), {}
@@ -282,55 +177,47 @@ class FewStepGenerator(PipelineGenerator):
         other._forget()
         return other
 
-    def steps(self, shape: Sequence[int]) -> list[SamplerStep]:
-        """The sampler's steps for latents of ``shape`` [C, h, w]: some shift by the size."""
+    def steps(self, shape: Sequence[int]) -> list[Step]:
+        """The steps for latents of ``shape`` [C, h, w]: some schedulers shift by the size."""
         key = tuple(shape)
         if key not in self._steps:
+            check_known(self._scheduler)
             with unset_fake_temporarily():  # of a plan
-                schedule = self._told_schedule(shape)
-                steps = sampler_steps(self._sampler, **self._levels(schedule))
-                self._check_levels(steps, schedule)
-                self._steps[key] = steps
-            require(
-                len(self._steps[key]) == self.num_inference_steps,
-                f"the scheduler is {type(self._sampler).__name__}, which makes "
-                f"{len(self._steps[key])} evaluations of {self.num_inference_steps} steps",
-            )
+                count, schedule = self.num_inference_steps, self._sampler_schedule(shape)
+                sampler = self._set(self._scheduler, count, schedule, self.scheduler_eta)
+                self._check_levels(sampler.timesteps, shape)
+                self._steps[key] = sampler.steps()
         return self._steps[key]
 
-    def sampler_set(self, shape: Sequence[int]) -> Any:
-        """A copy of the scheduler that samples, set to the steps for latents of ``shape``."""
+    def scheduler_set(self, shape: Sequence[int]) -> Any:
+        """A copy of the scheduler that takes the steps, set to them for latents of ``shape``."""
         with unset_fake_temporarily():  # of a plan
-            sampler = copy.deepcopy(self._sampler)
-            sampler.set_timesteps(**self._levels(self._told_schedule(shape)))
-        return sampler
+            scheduler = copy.deepcopy(self._scheduler)
+            scheduler.set_timesteps(**self._sampler_schedule(shape))
+        return scheduler
 
-    def _told_schedule(self, shape: Sequence[int]) -> dict[str, Any]:
-        """What the scheduler is told: as by the pipeline, or where the steps begin."""
-        if not self.step_list:
-            return self._schedule(self.num_inference_steps, shape)
-        scheduler = self.pipe.scheduler
-        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            return {"timesteps": [int(t) for t in self.step_list]}
-        most = scheduler.config.num_train_timesteps
-        return {"sigmas": [t / most for t in self.step_list], **self._shift(shape)}
+    def _own_schedule(self, shape: Sequence[int]) -> dict[str, Any]:
+        """What the pipeline's scheduler is told."""
+        if self.step_list:
+            return self._schedule_at(self.step_list, shape)
+        return self._schedule(self.num_inference_steps, shape)
 
-    def _levels(self, schedule: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What tells the sampler of the noise levels of the pipeline's own scheduler."""
-        own = copy.deepcopy(self.pipe.scheduler)
+    def _sampler_schedule(self, shape: Sequence[int]) -> Mapping[str, Any]:
+        """What the scheduler that takes the steps is told: to be at the noise levels of the own."""
+        schedule, own = self._own_schedule(shape), copy.deepcopy(self.pipe.scheduler)
         is_flow = isinstance(own, FlowMatchEulerDiscreteScheduler)
-        if self.eta is None or not (is_flow or isinstance(own, LCMScheduler)):
+        if self.eta is None or not (is_flow or isinstance(own, LCMScheduler | TCDScheduler)):
             return schedule
         own.set_timesteps(**schedule)
         return {"sigmas": own.sigmas[:-1]} if is_flow else {"timesteps": own.timesteps.tolist()}
 
-    def _check_levels(self, steps: Sequence[SamplerStep], schedule: Mapping[str, Any]) -> None:
-        """Raise UserError unless they are at the timesteps of the pipeline's own scheduler."""
-        own = self.pipe.scheduler
+    def _check_levels(self, timesteps: Sequence[Tensor], shape: Sequence[int]) -> None:
+        """Raise UserError unless they are those of the pipeline's own scheduler."""
         if self.eta is None:
             return
-        expected = [float(step.timestep) for step in sampler_steps(own, **schedule)]
-        found = [float(step.timestep) for step in steps]
+        own, count = self.pipe.scheduler, self.num_inference_steps
+        expected = [float(t) for t in self._set(own, count, self._own_schedule(shape)).timesteps]
+        found = [float(t) for t in timesteps]
         require(
             found == expected,
             f"--cps_eta: with it the {len(found)} steps are at {_listed(found)}, and those of its "
@@ -488,9 +375,10 @@ class FewStepGenerator(PipelineGenerator):
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(super().fingerprint().encode())
-        sampler = type(self._sampler).__name__, sorted(self._sampler.config.items(), key=str)
+        sampler = type(self._scheduler).__name__, sorted(self._scheduler.config.items(), key=str)
         digest.update(repr((self.num_inference_steps, self.guidance_scale, sampler)).encode())
-        digest.update(repr(self.step_list).encode() if self.step_list else b"")
+        for more in filter(None, (self.step_list, self.scheduler_eta)):
+            digest.update(repr(more).encode())
         return digest.hexdigest()[:16]
 
     def settings(self, size: Size) -> dict[str, Any]:
@@ -499,46 +387,10 @@ class FewStepGenerator(PipelineGenerator):
             "guidance_scale": self.guidance_scale,
             "backprop_steps": self.backprop_steps,
             "cps_eta": self.eta,
+            **({"scheduler_eta": self.scheduler_eta} if self.scheduler_eta else {}),
             **({"step_list": self.step_list} if self.step_list else {}),
             **({"embedded_guidance": told} if (told := self.embedded_guidance) is not None else {}),
         }
-
-
-def _trailing(scheduler: Any) -> Any:
-    """The scheduler, or in sigma space Euler's whose steps begin at the noisiest timestep."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return scheduler
-    config, spaced = scheduler.config, [k for k in _SPACINGS if scheduler.config.get(k)]
-    is_known = isinstance(scheduler, (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler))
-    if is_known and config.timestep_spacing == "trailing" and not spaced:
-        return scheduler
-    if is_main():
-        name = type(scheduler).__name__
-        say(f"the student's steps are those of EulerDiscreteScheduler, trailing, not of its {name}")
-    how = {"timestep_spacing": "trailing", **dict.fromkeys(_SPACINGS, False)}
-    return EulerDiscreteScheduler.from_config(config, **how)
-
-
-def _without_memory(scheduler: Any) -> Any:
-    """The scheduler, or Euler's at its timesteps for PNDM, whose steps know of those before."""
-    if not isinstance(scheduler, PNDMScheduler):
-        return scheduler
-    if is_main():
-        say("its PNDMScheduler remembers earlier steps: EulerDiscreteScheduler takes its place")
-    config = scheduler.config
-    how = {key: config[key] for key in ("timestep_spacing", "steps_offset")}
-    return EulerDiscreteScheduler.from_config(config, **how)
-
-
-def _with_eta(scheduler: Any, eta: Eta | None) -> Any:
-    """The scheduler, or one with its settings that draws fresh noise by ``eta``."""
-    if eta is None:
-        return scheduler
-    _check_known(scheduler)
-    is_flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-    kind = CPSScheduler if is_flow else CPSEulerScheduler
-    with refused(UserError, "--cps_eta: "):
-        return kind.from_config(scheduler.config, eta=eta)
 
 
 def _listed(numbers: Sequence[float]) -> str:

@@ -82,14 +82,12 @@ class FluxGenerator(TransformerGenerator):
             ("ids", tokens, eps.device, dtype),
             lambda: torch.zeros(tokens, 3, device=eps.device, dtype=dtype),
         )
-        guidance = conditioning.guidance
-        guidance = self._guidance(eps) if guidance is None else guidance
         return {
             "encoder_hidden_states": conditioning.embeds.to(dtype),
             "pooled_projections": conditioning.pooled.to(dtype),
             "img_ids": image_ids,
             "txt_ids": text_ids,
-            "guidance": guidance if self.embeds_guidance else None,
+            "guidance": self._guidance(eps, conditioning) if self.embeds_guidance else None,
         }
 
     def _evaluate(

@@ -49,7 +49,7 @@ class Levels:
         Raises:
             ModelError: If the sampler's samples are neither a flow's nor in sigma space.
         """
-        sampler = generator.sampler_set(shape)
+        sampler = generator.scheduler_set(shape)
         kind, form = type(sampler).__name__, sampler.config.get("prediction_type", "epsilon")
         if not isinstance(sampler, _KNOWN):
             known = ", ".join(one.__name__ for one in _KNOWN)

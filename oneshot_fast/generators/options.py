@@ -32,12 +32,13 @@ class ModelOptions:
     scripts, RTDMD's generator_ema.pt, or a folder that holds one), added to the weights in their
     files' type; may be given several times."""
     num_inference_steps: int = 1
-    """Denoising steps, by the pipeline's scheduler; one of Euler, EulerAncestral, LCM, DDIM, DDPM,
-    FlowMatchEuler or our CPS takes several. Noise that it draws in later ones is the same in all
-    runs for the same sample."""
+    """Denoising steps, by the pipeline's scheduler; one of Euler, EulerAncestral, LCM, TCD, DDIM,
+    DDPM, FlowMatchEuler, SCM or our CPS takes several. Noise that it draws in later ones is the
+    same in all runs for the same sample."""
     step_list: tuple[float, ...] = ()
     """Several steps: the timesteps that they begin at, such as 1000 750 500 250, of a flow before
-    its scheduler shifts them; of a longer list the first are taken. By default the scheduler's."""
+    its scheduler shifts them, of SANA-Sprint angles; of a longer list the first are taken. By
+    default the scheduler's."""
     guidance_scale: float = 1.0
     """Several steps: classifier-free guidance; 1: none, as distilled models are used."""
     embedded_guidance: float | None = None
@@ -50,6 +51,9 @@ class ModelOptions:
     cps_eta: float | Literal["ancestral"] | None = None
     """Several steps: draw fresh noise by coefficients-preserving sampling at the noise levels of
     the pipeline's scheduler, from 0 (none: Euler) to 1 (all, as LCM does), or ancestral."""
+    scheduler_eta: float = 0.0
+    """Several steps: eta of the pipeline's own scheduler, as pipe(eta=...): how much noise DDIM or
+    TCD (there called gamma, too) draws, from 0 to 1."""
     device: str | None = None
     """cuda, cuda:1, cpu, ...; by default cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -155,6 +159,7 @@ class ModelOptions:
                 guidance_scale=self.guidance_scale,
                 backprop_steps=self.backprop_steps,
                 eta=self.cps_eta,
+                scheduler_eta=self.scheduler_eta,
                 step_list=self.step_list,
                 student=student,
             )
@@ -173,7 +178,7 @@ class ModelOptions:
     def _check_steps(self) -> None:
         count = self.num_inference_steps
         require(count >= 1, f"num_inference_steps is {count}; give at least 1")
-        for name in ("guidance_scale", "backprop_steps", "cps_eta", "step_list"):
+        for name in ("guidance_scale", "backprop_steps", "cps_eta", "scheduler_eta", "step_list"):
             require(
                 count > 1 or getattr(self, name) == getattr(ModelOptions, name),
                 f"--{name} has no effect without --num_inference_steps above 1; give it, too",
@@ -206,7 +211,8 @@ def check_sampler(manifest: Path, model: ModelOptions, otherwise: str) -> None:
         path = manifest.parent.parent / "run.json"
     found = read_json(path) if path.is_file() else {}
     used = {name: getattr(model, name) for name in ("num_inference_steps", "guidance_scale")}
-    used |= {"cps_eta": model.cps_eta, "step_list": model.step_list[: model.num_inference_steps]}
+    used |= {name: getattr(model, name) for name in ("cps_eta", "scheduler_eta")}
+    used |= {"step_list": model.step_list[: model.num_inference_steps]}
     for name, here in used.items() if found else ():
         there = found.get(name, getattr(ModelOptions, name))  # one step notes none of them
         require(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils import logging
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from oneshot_fast.generators.lora_files import MergedSource
 from oneshot_fast.generators.precision import gradient_scale, scale_gradient, widened
 from oneshot_fast.generators.pretrained import PipelineFolder, open_folder
 from oneshot_fast.generators.single_file import PipelineFile
-from oneshot_fast.generators.step import Step
+from oneshot_fast.generators.step import Sampler, Step, single_step
 from oneshot_fast.generators.stored import StoredPipeline
 from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main
@@ -45,7 +46,8 @@ class PipelineGenerator(StoredPipeline):
 
     is_flow: bool = False  # its step can only be x0 = eps - output
     upcasts_vae: bool = False  # force_upcast of the VAE's config counts, as in its pipeline
-    by_estimate: bool = False  # it decodes the scheduler's estimate, not where the step ends
+    # up to so many steps it decodes the scheduler's estimate, not where the last one ends
+    by_estimate: float = 0
     prompts_kept = 4096  # encodings in memory
     takes_lora = True
     embedded_guidance: float | None = None  # what it is told; None: its pipeline's default
@@ -173,8 +175,8 @@ class PipelineGenerator(StoredPipeline):
                 "does not take; name another one, such as EulerDiscreteScheduler, in "
                 "model_index.json"
             )
-        step = Step.from_scheduler(scheduler, self.start, by_estimate=self.by_estimate)
-        if self.is_flow and max(abs(v - 1) for v in (step.scale, step.skip, step.sigma)) > 1e-6:
+        step = single_step(scheduler, self.start, by_estimate=self.by_estimate >= 1)
+        if self.is_flow and max(abs(v - 1) for v in (step.scale, step.keep, -step.change)) > 1e-6:
             raise ModelError(
                 f"the scheduler is {type(scheduler).__name__}, whose single step is not that of a "
                 "flow; name another one, such as FlowMatchEulerDiscreteScheduler, in "
@@ -192,6 +194,26 @@ class PipelineGenerator(StoredPipeline):
         sigmas = self._sigmas(count)
         levels = {"num_inference_steps": count} if sigmas is None else {"sigmas": sigmas}
         return {**levels, **self._shift(shape)}
+
+    def _schedule_at(self, starts: Sequence[float], shape: Sequence[int]) -> dict[str, Any]:
+        """What tells its scheduler where the steps begin, of a flow before it shifts them."""
+        scheduler = self.pipe.scheduler
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            return {"timesteps": [int(t) for t in starts]}
+        most = scheduler.config.num_train_timesteps
+        return {"sigmas": [t / most for t in starts], **self._shift(shape)}
+
+    def _set(
+        self, scheduler: Any, count: int, schedule: Mapping[str, Any], eta: float = 0.0
+    ) -> Sampler:
+        """The steps of a scheduler as the pipeline takes them; arguments are ``Sampler``'s."""
+        by_estimate = count <= self.by_estimate
+        return Sampler(scheduler, count, schedule, by_estimate=by_estimate, eta=eta)
+
+    @property
+    def last_timestep(self) -> float:
+        """The largest that a step may begin at."""
+        return self.pipe.scheduler.config.num_train_timesteps
 
     def _shift(self, shape: Sequence[int]) -> dict[str, float]:
         """What a scheduler that shifts by the image's size is told of it."""
@@ -376,7 +398,7 @@ class PipelineGenerator(StoredPipeline):
         step = self.step
         timestep = self._constant(("timestep", eps.device), lambda: step.timestep.to(eps.device))
         output = self._denoise(eps * step.scale, timestep, conditioning)
-        return Prediction(output, eps * step.skip, step.sigma)
+        return Prediction(output, eps * step.keep, -step.change)
 
     def _denoise(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's output [B, C, h, w] float32 for its input, like it, and a timestep."""
@@ -434,6 +456,20 @@ class PipelineGenerator(StoredPipeline):
         """Whether the denoiser is told of guidance, and so needs one evaluation for it."""
         return False
 
+    @property
+    def takes_cfg(self) -> bool:
+        """Whether the pipeline does classifier-free guidance."""
+        return not self.embeds_guidance or "true_cfg_scale" in self._defaults
+
+    def _guidance(self, eps: Tensor, told: Conditioning) -> Tensor:
+        """What a denoiser that embeds its guidance is told for each noise, [B]."""
+        if told.guidance is not None:
+            return told.guidance
+        scale = self.embedded_guidance
+        scale = self._defaults["guidance_scale"] if scale is None else scale
+        key = ("guidance", scale, eps.device)
+        return self._constant(key, lambda: torch.tensor([scale]).to(eps.device)).expand(len(eps))
+
     def _step_text(self) -> str:
         """What differs where the single step does."""
         return str(self.step)
@@ -464,13 +500,6 @@ class TransformerGenerator(PipelineGenerator):
     @property
     def patch(self) -> int:
         return self.denoiser.config.patch_size
-
-    def _guidance(self, eps: Tensor) -> Tensor:
-        """The guidance of each noise, [B], for a model that is told of it."""
-        scale = self.embedded_guidance
-        scale = self._defaults["guidance_scale"] if scale is None else scale
-        key = ("guidance", scale, eps.device)
-        return self._constant(key, lambda: torch.tensor([scale]).to(eps.device)).expand(len(eps))
 
     def _evaluate(
         self, run: Callable[..., Any], x: Tensor, timestep: Tensor, arguments: Mapping[str, Any]

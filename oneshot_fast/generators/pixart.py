@@ -31,7 +31,7 @@ class PixartGenerator(TransformerGenerator):
 
     pipeline = PixArtAlphaPipeline
     parts = ("transformer", "vae", "text_encoder")
-    by_estimate = True  # the pipeline's one step is the scheduler's estimate
+    by_estimate = 1
 
     @classmethod
     def adapt(cls, pipe: Any, source: PipelineFolder | PipelineFile) -> None:

@@ -1,6 +1,7 @@
 """Generators of the shape of SANA-Sprint: a transformer that is told of trigonometric flow."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,43 +11,69 @@ from torch import Tensor
 from oneshot_fast.errors import ModelError
 from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.generators.pipeline import TransformerGenerator
-from oneshot_fast.generators.step import Step, Trial
+from oneshot_fast.generators.step import Sampler, Step
+
+
+class _TrigFlow(Sampler):
+    """Angles on the scheduler's side, a flow's time s on the denoiser's, which is kept.
+
+    With r = sqrt(s^2 + (1 - s)^2) its input is r x, and the scheduler is given sigma_data x and
+    sigma_data ((1 - 2 s) r x + r^2 output) / r.
+    """
+
+    def _begin(self, timesteps: Tensor) -> Tensor:
+        t = timesteps[:-1]
+        return torch.sin(t) / (torch.cos(t) + torch.sin(t))
+
+    def __call__(self, k: int, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s, unit = float(self.timesteps[k]), self.config["sigma_data"]
+        r = math.sqrt(s**2 + (1 - s) ** 2)
+        flow = ((1 - 2 * s) * (x * r) + r**2 * output) / r
+        _, found, estimate = super().__call__(k, x * unit, flow * unit)
+        return x * r, found / unit, estimate / unit
 
 
 class SanaSprintGenerator(TransformerGenerator):
     """SANA-Sprint (Chen et al. 2025, arXiv 2503.09641).
 
-    Prompts follow the pipeline's own instruction, and the guidance embedding is its default.
+    Prompts follow the pipeline's own instruction.
     """
 
     pipeline = SanaSprintPipeline
     parts = ("transformer", "vae", "text_encoder")
 
-    def _read_step(self) -> Step:
-        """An angle on the scheduler's side, a flow's time s on the denoiser's, which is kept.
+    @property
+    def embeds_guidance(self) -> bool:
+        return True
 
-        With r = sqrt(s^2 + (1 - s)^2) its input is r eps, and the scheduler is given sigma_data
-        ((1 - 2 s) r eps + r^2 output) / r.
-        """
-        schedule: dict[str, Any] = {"num_inference_steps": 1, "intermediate_timesteps": None}
+    def _schedule(self, count: int, shape: Sequence[int]) -> dict[str, Any]:
+        given = {"max_timesteps": self._defaults["max_timesteps"], "intermediate_timesteps": None}
+        if count == 2:  # its default is for two steps alone
+            given["intermediate_timesteps"] = self._defaults["intermediate_timesteps"]
+        return {"num_inference_steps": count, **given}
+
+    def _schedule_at(self, starts: Sequence[float], shape: Sequence[int]) -> dict[str, Any]:
+        given = {"max_timesteps": None, "intermediate_timesteps": None}
+        return {"num_inference_steps": len(starts), "timesteps": [*starts, 0.0], **given}
+
+    def _set(
+        self, scheduler: Any, count: int, schedule: Mapping[str, Any], eta: float = 0.0
+    ) -> Sampler:
+        return _TrigFlow(scheduler, count, schedule, by_estimate=True)
+
+    @property
+    def last_timestep(self) -> float:
+        """An angle, pi / 2 as the pipeline rounds it."""
+        return self._defaults["max_timesteps"]
+
+    def _read_step(self) -> Step:
         if self.start is None:
-            schedule["max_timesteps"] = self._defaults["max_timesteps"]
-        elif not 0 < self.start < 1.6:
+            schedule = self._schedule(1, ())
+        elif not 0 < self.start <= self.last_timestep:
             raise ModelError(f"--timestep {self.start:g} is no angle between 0 and pi / 2")
         else:
-            schedule |= {"timesteps": [self.start, 0.0], "max_timesteps": None}
-        trial = Trial(self.pipe.scheduler, schedule)
-        t, unit = trial.timestep, trial.config["sigma_data"]
-        time = torch.sin(t) / (torch.cos(t) + torch.sin(t))
-        s = float(time)
-        r = math.sqrt(s**2 + (1 - s) ** 2)
-
-        def evaluate(eps: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-            given = eps * r
-            flow = ((1 - 2 * s) * given + r**2 * output) / r
-            return given, trial(eps * unit, flow * unit)[2] / unit
-
-        return trial.step(time, evaluate)
+            schedule = self._schedule_at([self.start], ())
+        return self._set(self.pipe.scheduler, 1, schedule).single()
 
     def blank_prompts(self, count: int) -> Conditioning:
         width, tokens = self.denoiser.config.caption_channels, self._defaults["max_sequence_length"]
@@ -69,7 +96,7 @@ class SanaSprintGenerator(TransformerGenerator):
     def _arguments(
         self, eps: Tensor, conditioning: Conditioning, dtype: torch.dtype
     ) -> dict[str, Any]:
-        guidance = self._guidance(eps) * self.denoiser.config.guidance_embeds_scale
+        guidance = self._guidance(eps, conditioning) * self.denoiser.config.guidance_embeds_scale
         return {
             "encoder_hidden_states": conditioning.embeds.to(dtype),
             "encoder_attention_mask": conditioning.mask,

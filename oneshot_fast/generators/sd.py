@@ -1,5 +1,6 @@
 """Generators of the shape of Stable Diffusion 1 and 2: a UNet that one text encoder tells."""
 
+import math
 from typing import Any
 
 import torch
@@ -28,16 +29,26 @@ class UNetGenerator(PipelineGenerator):
     def check_kohya(self) -> None:
         """Its names are those of kohya's scripts."""
 
-    def _guidance(self, eps: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Embedding [B, E] of the pipeline's default guidance, which the UNets of LCMs take."""
-        width = self.pipe.unet.config.time_cond_proj_dim
-        if width is None:
+    @property
+    def embeds_guidance(self) -> bool:
+        return self.pipe.unet.config.time_cond_proj_dim is not None
+
+    def _guidance_embedding(
+        self, eps: Tensor, told: Conditioning, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Embedding [B, E] of the guidance, which the UNets of LCMs take."""
+        if not self.embeds_guidance:
             return None
-        scale = torch.tensor([self._defaults["guidance_scale"] - 1.0])
-        row = self._constant(
-            ("guidance", eps.device, dtype),
-            lambda: self.pipe.get_guidance_scale_embedding(scale, width).to(eps.device, dtype),
-        )
+        width = self.pipe.unet.config.time_cond_proj_dim
+
+        def embedded(scale: Tensor) -> Tensor:
+            made = self.pipe.get_guidance_scale_embedding(scale.cpu() - 1, width)
+            return made.to(eps.device, dtype)
+
+        if told.guidance is not None:
+            return embedded(told.guidance)
+        key = ("guidance", self.embedded_guidance, eps.device, dtype)
+        row = self._constant(key, lambda: embedded(self._guidance(eps[:1], told)))
         return row.expand(len(eps), -1)
 
 
@@ -70,7 +81,7 @@ class SdGenerator(UNetGenerator):
     ) -> dict[str, Any]:
         return {
             "encoder_hidden_states": conditioning.embeds.to(dtype),
-            "timestep_cond": self._guidance(eps, dtype),
+            "timestep_cond": self._guidance_embedding(eps, conditioning, dtype),
         }
 
 
@@ -78,4 +89,4 @@ class LcmGenerator(SdGenerator):
     """Latent consistency models (Luo et al. 2023, arXiv 2310.04378) in a pipeline of their own."""
 
     pipeline = LatentConsistencyModelPipeline
-    by_estimate = True
+    by_estimate = math.inf

@@ -16,7 +16,7 @@ from oneshot_fast.generators.original_layout import scheduler_written, unet_name
 from oneshot_fast.generators.pretrained import PipelineFolder
 from oneshot_fast.generators.sd import UNetGenerator
 from oneshot_fast.generators.single_file import PipelineFile, scheduler_of_file
-from oneshot_fast.generators.step import Step
+from oneshot_fast.generators.step import single_step
 
 
 class SdxlGenerator(UNetGenerator):
@@ -71,7 +71,7 @@ class SdxlGenerator(UNetGenerator):
             time_ids = torch.cat((conditioning.frames.to(dtype), time_ids[:, 4:]), 1)
         return {
             "encoder_hidden_states": conditioning.embeds.to(dtype),
-            "timestep_cond": self._guidance(eps, dtype),
+            "timestep_cond": self._guidance_embedding(eps, conditioning, dtype),
             "added_cond_kwargs": {
                 "text_embeds": conditioning.pooled.to(dtype),
                 "time_ids": time_ids,
@@ -92,7 +92,7 @@ class SdxlGenerator(UNetGenerator):
             f"its text encoders are both {one} wide, by which those of one file are told apart"
             + left_out,
         )
-        read = Step.from_scheduler(scheduler_written(self.pipe.scheduler))
+        read = single_step(scheduler_written(self.pipe.scheduler))
         require(
             self.step.is_close(read),
             f"one file has no scheduler, and is read with Euler's step from the noisiest timestep, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import json
 import math
@@ -73,6 +74,7 @@ SCHEDULERS = {
     "Karras": trailing(EulerDiscreteScheduler, use_karras_sigmas=True),
     "EulerAncestral": trailing(EulerAncestralDiscreteScheduler),
     "LCM": LCMScheduler(**NAMES),
+    "TCD": TCDScheduler(**NAMES),
     "DDIM": trailing(DDIMScheduler, clip_sample=False, set_alpha_to_one=True),
     "DDPM": trailing(DDPMScheduler, clip_sample=False),
     "FlowMatchEuler": Flow(shift=3.0),
@@ -106,6 +108,7 @@ def theirs(
     steps: list[Tensor] = []
     own = type(pipe.scheduler).step
 
+    @functools.wraps(own)  # pipelines look whether it takes eta
     def step(self: Any, output: Tensor, t: Any, x: Tensor, *args: Any, **more: Any) -> Any:
         steps.append(x)
         return own(self, output, t, x, *args, **more)
@@ -146,10 +149,6 @@ def test_three_steps_of_every_family(monkeypatch: pytest.MonkeyPatch, name: str)
     family, side = family_of(name), side_of(name)
     for scheduler, config in family_samples.SCHEDULERS[name]:
         generator = family(tiny_pipeline(name, scheduler, **config))
-        if name == "SanaSprintPipeline" or scheduler is TCDScheduler:
-            with pytest.raises(UserError, match=r"takes one step|several steps are taken by"):
-                FewStepGenerator.over(generator, 3)
-            continue
         ours, pipe = FewStepGenerator.over(generator, 3), generator.pipe
         noise = gaussian(SEEDS, ours.latent_shape(side, side))
         with torch.no_grad():
@@ -162,6 +161,13 @@ def test_three_steps_of_every_family(monkeypatch: pytest.MonkeyPatch, name: str)
         torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
         assert len(states) == 3
     if name in ("SanaSprintPipeline", "LatentConsistencyModelPipeline"):  # guidance is told them
+        with pytest.raises(UserError, match="give --embedded_guidance instead"):
+            FewStepGenerator.over(generator, 3, guidance_scale=2.5)
+        generator.embedded_guidance = 2.5
+        told, _ = theirs(monkeypatch, pipe, 1, latents=given.clone(), guidance_scale=2.5, **more)
+        with torch.no_grad():
+            images = generator.images(generator.latents(noise, ours.told(PROMPTS, SEEDS)))
+        torch.testing.assert_close(images, told, rtol=0, atol=1e-5)
         return
     ours = FewStepGenerator.over(generator, 3, guidance_scale=2.5)
     with torch.no_grad():
@@ -172,6 +178,100 @@ def test_three_steps_of_every_family(monkeypatch: pytest.MonkeyPatch, name: str)
         guided, _ = theirs(patch, pipe, 3, latents=given.clone(), **more)
     torch.testing.assert_close(images, guided, rtol=0, atol=1e-5)
     assert (guided - expected).abs().max() > 1e-3
+
+
+def of_sampler(name: str) -> tuple[Any, dict[str, Any]]:
+    """A tiny generator by its scheduler's name, and what its pipeline is called with."""
+    kind = "SanaSprintPipeline" if name == "SCM" else "StableDiffusionPipeline"
+    schedulers = family_samples.SCHEDULERS[kind]
+    scheduler, config = next(one for one in schedulers if name in one[0].__name__)
+    generator = family_of(kind)(tiny_pipeline(kind, scheduler, **config))
+    side = side_of(kind)
+    return generator, CALLS[kind] | {"height": side, "width": side, "output_type": "pt"}
+
+
+# flags of ours, and the same of the pipeline's call
+SETTINGS: dict[str, tuple[tuple[dict[str, Any], dict[str, Any]], ...]] = {
+    "SCM": (
+        ({}, {}),
+        ({"step_list": (1.5, 1.1)}, {"max_timesteps": 1.5, "intermediate_timesteps": 1.1}),
+        ({"step_list": (1.5, 0.75)}, {"max_timesteps": 1.5, "intermediate_timesteps": None}),
+        ({"step_list": (1.4, 1.05, 0.7, 0.35)}, {"max_timesteps": 1.4}),
+    ),
+    "TCD": tuple(({"scheduler_eta": eta}, {"eta": eta}) for eta in (0.0, 0.3, 1.0)),
+    "DDIM": (({"scheduler_eta": 0.5}, {"eta": 0.5}),),
+}
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_schedulers_are_told_is_obeyed(
+    monkeypatch: pytest.MonkeyPatch, name: str, count: int
+) -> None:
+    generator, call = of_sampler(name)
+    made = []
+    for flags, told in SETTINGS[name]:
+        if len(flags.get("step_list", ())) not in (0, count):
+            continue
+        ours = FewStepGenerator.over(generator, count, **flags)
+        side = call["height"]
+        noise = gaussian(SEEDS, ours.latent_shape(side, side))
+        with torch.no_grad():
+            made.append(ours.images(ours.latents(noise, ours.told(PROMPTS, SEEDS))))
+        if name == "SCM" and count == 2:
+            call.pop("intermediate_timesteps", None)  # the pipeline's own
+        with monkeypatch.context() as patch:
+            expected, states = theirs(patch, generator.pipe, count, latents=noise, **call | told)
+        torch.testing.assert_close(made[-1], expected, rtol=0, atol=1e-5)
+        assert len(states) == count
+        # the estimates of clean latents lie where the last step ends, and before it
+        with torch.no_grad():
+            found = ours.estimates(noise, ours.told(PROMPTS, SEEDS))
+        assert all(one.isfinite().all() for one in found)
+    assert all((one - made[0]).abs().max() > 1e-4 for one in made[1:])
+    with pytest.raises(UserError, match="--scheduler_eta: the steps of a LCMScheduler take none"):
+        FewStepGenerator.over(of_sampler("LCM")[0], 2, scheduler_eta=0.5)
+
+
+@pytest.mark.parametrize("name", ["SCM", "TCD"])
+def test_several_steps_are_differentiable_and_one_is_the_single_one(name: str) -> None:
+    generator, call = of_sampler(name)
+    eta = 0.5 if name == "TCD" else 0.0
+    generator.pipe.to(torch.float64)
+    shape = generator.latent_shape(call["height"], call["height"])
+    noise = gaussian(SEEDS[:1], shape).double().requires_grad_()
+    one = FewStepGenerator.over(generator, 1)
+    told = one.told(PROMPTS[:1], SEEDS[:1])
+    assert torch.equal(one.latents(noise, told), generator.latents(noise, told))
+    few = FewStepGenerator.over(generator, 3, scheduler_eta=eta)
+    assert few.draws_noise
+    bound = {"eps": 1e-3, "atol": 1e-2} if name == "SCM" else {"eps": 1e-6, "atol": 1e-6}
+    assert torch.autograd.gradcheck(
+        lambda eps: few.latents(eps, told), noise, fast_mode=True, **bound
+    )  # SANA computes in float32 inside
+    last = FewStepGenerator.over(generator, 3, scheduler_eta=eta, backprop_steps=1)
+    with torch.no_grad():
+        assert torch.equal(last.latents(noise, told), few.latents(noise, told))
+    weight = next(few.denoiser.parameters()).requires_grad_()
+    whole, part = (
+        torch.autograd.grad(g.latents(noise, told).square().sum(), [noise, weight])
+        for g in (few, last)
+    )
+    assert all(
+        a.abs().max() > 0 and not torch.allclose(a, b) for a, b in zip(whole, part, strict=True)
+    )
+
+
+def test_what_tcd_expects_is_clean() -> None:
+    name = "StableDiffusionXLPipeline"
+    generator = family_of(name)(tiny_pipeline(name, TCDScheduler))
+    few, plain = (FewStepGenerator.over(generator, 4, scheduler_eta=eta) for eta in (0.3, 0.0))
+    alphas = generator.pipe.scheduler.alphas_cumprod.double()
+    for k, step in enumerate(few.steps(SHAPE)):
+        alpha = alphas[int(step.timestep)].item()
+        assert step.skip == pytest.approx(alpha**-0.5) and plain.steps(SHAPE)[k].noise == 0
+        assert step.sigma == pytest.approx(((1 - alpha) / alpha) ** 0.5)
+        assert (step.noise > 0) == (k < 3)
 
 
 def test_one_step_is_the_one_step_generator_bit_by_bit(tiny: Any) -> None:
@@ -241,7 +341,7 @@ def test_levels_and_samples_of_the_authors_code() -> None:
         case = vectors["sigmas_flux1_512px" if name == "FluxPipeline" else "sigmas_sd3"]
         generator = family_of(name)(tiny_pipeline(name, FlowMatchEulerDiscreteScheduler, **config))
         few = FewStepGenerator.over(generator, count, eta=0.9, step_list=case["steps"])
-        found = few.sampler_set((4, 64, 64)).sigmas
+        found = few.scheduler_set((4, 64, 64)).sigmas
         torch.testing.assert_close(found, torch.tensor([*case[key], 0.0]), rtol=0, atol=1e-6)
     case = vectors["cps_scheduler_rollout"]
     scheduler = CPSScheduler(shift=3.0, eta=case["eta"])
@@ -341,7 +441,7 @@ def test_schedulers_of_another_form_are_refused(made: Callable[..., Any]) -> Non
 def test_fresh_noise_is_drawn_at_the_timesteps_of_the_scheduler(
     made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("Euler", "Karras", "LCM", "DDIM", "FlowMatchEuler"):
+    for name in ("Euler", "Karras", "LCM", "TCD", "DDIM", "FlowMatchEuler"):
         plain, fresh = (made(SCHEDULERS[name], eta=eta).steps(SHAPE) for eta in (None, 0.9))
         assert [step.timestep for step in fresh] == [step.timestep for step in plain]
         assert all(step.noise > 0 for step in fresh[:-1]) and fresh[-1].noise == 0
@@ -357,7 +457,8 @@ def test_fresh_noise_is_drawn_at_the_timesteps_of_the_scheduler(
     assert [step.timestep for step in fresh] == [step.timestep for step in plain]
     with pytest.raises(ModelError, match="several steps are taken by"):
         made(DPMSolverMultistepScheduler(), eta=0.9)
-    monkeypatch.setattr(FewStepGenerator, "_levels", lambda _, schedule: schedule)
+    same = FewStepGenerator._own_schedule
+    monkeypatch.setattr(FewStepGenerator, "_sampler_schedule", same)
     with pytest.raises(UserError, match=r"at 999, 666, 333, 0, and those of its LCMScheduler at"):
         made(SCHEDULERS["LCM"], eta=0.9)
 

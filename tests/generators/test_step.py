@@ -25,7 +25,7 @@ from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.known import is_base, known_start
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.sdxl import SdxlGenerator
-from oneshot_fast.generators.step import Step
+from oneshot_fast.generators.step import single_step
 
 BETAS = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -49,8 +49,9 @@ def test_what_run_folders_hashed_stays_to_the_last_digit(
     coefficients = (init / norm, init, sigma)
     if prediction == "v_prediction":
         coefficients = init / norm, init / norm**2, sigma / norm
-    found = Step.from_scheduler(scheduler)
-    assert repr(found) == repr(Step(torch.tensor(999.0), *coefficients))
+    scale, skip, sigma = coefficients
+    expected = f"Step(timestep=tensor(999.), scale={scale!r}, skip={skip!r}, sigma={sigma!r})"
+    assert str(single_step(scheduler)) == expected
 
 
 @pytest.mark.parametrize("kind", [LCMScheduler, TCDScheduler, DDPMScheduler])
@@ -99,7 +100,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], float | None, str]] = {
 def test_steps_that_are_not_of_the_form_are_refused(name: str) -> None:
     kind, config, start, message = REFUSED[name]
     with pytest.raises(ModelError, match=message) as caught:
-        Step.from_scheduler(kind.from_config({**BETAS, **config}), start)
+        single_step(kind.from_config({**BETAS, **config}), start)
     assert "\n" not in str(caught.value)
 
 

@@ -29,6 +29,7 @@ from oneshot_fast.jobs.assign.options import AssignOptions
 from oneshot_fast.jobs.assign.run import AssignRun
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
+from oneshot_fast.recipes.student import distilled
 from oneshot_fast.recipes.study.outcome import interval
 from oneshot_fast.recipes.study.run import kept
 from oneshot_fast.runtime.files import write_folder, write_json, write_text
@@ -37,7 +38,9 @@ from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.training.batch import Batch
 from oneshot_fast.training.losses.base import Loss
 
-SUBJECTS = {"tiny-teacher": (4, (3e-5, 1e-4, 3e-4, 1e-3)), "tiny": (1, (1e-3,))}  # steps, rates
+STUDENT = "student"  # of the packaged teacher
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+SUBJECTS = {STUDENT: (4, RATES), "tiny-teacher": (4, RATES), "tiny": (1, (1e-3,))}  # steps, rates
 TARGETS, BATCH_SIZE, EPOCHS, ASSIGN_STEPS = 96, 8, 15, 10
 MEASURES = ("frechet_distance", "accuracy", "diversity")
 
@@ -86,22 +89,25 @@ ROWS = {
 
 
 class Subject:
-    """A packaged model, its steps and learning rates, and held-out digits in the target style."""
+    """A model, its steps and learning rates, and held-out digits in the target style."""
 
     def __init__(self, name: str, folder: Path, quick: bool) -> None:
         """Keep everything in ``folder``; with ``quick`` small."""
-        self.name, self.folder = name, folder
+        self.folder = folder
         self.steps, rates = SUBJECTS[name]
         self.rates = rates[-1:] if quick else rates
         self.count, self.epochs = (20, 1) if quick else (TARGETS, EPOCHS)
         self.assign = AssignOptions("sphere", steps=2 if quick else ASSIGN_STEPS, max_angle=0.6)
+        self.model: str | Path = name
+        if name == STUDENT:
+            self.model = distilled(self.steps, 5 if quick else 240, folder / "distillation")
         self.judge = load_classifier()
         digits, self.labels = load_digits("heldout")
         self.images = render(digits, TARGET_STYLE)
 
     def base(self) -> FewStepGenerator:
         """The model, loaded anew."""
-        generator: Any = load_generator(self.name, device="cpu", master_weights=True)
+        generator: Any = load_generator(self.model, device="cpu", master_weights=True)
         return FewStepGenerator.over(generator, self.steps)
 
     def targets(self, seed: int) -> tuple[list[Any], Tensor]:
