@@ -70,7 +70,7 @@ def execute(command: SampleCommand) -> int:
     for flag in ("backprop_steps", "decoder_checkpointing"):
         is_usual = getattr(command.model, flag) == getattr(ModelOptions, flag)
         require(is_usual, f"--{flag} is for gradients, and nothing here has any; leave it out")
-    of_file, pipeline = command.config is not None, None
+    of_file, pipeline, guidance = command.config is not None, None, None
     require(
         of_file or not command.override,
         "--override has no effect without --config; give it, too",
@@ -78,7 +78,7 @@ def execute(command: SampleCommand) -> int:
     named = command.prompt, command.prompt_file, command.prompt_field
     prompts = named_prompts(*named) if any(named) else []
     if of_file:
-        command, prompts, pipeline = _configured(command, prompts)
+        command, prompts, pipeline, guidance = _configured(command, prompts)
     if command.model_id is None or command.output_dir is None:
         raise UserError("give --model_id ID and --output_dir DIR, or --config FILE")
     require(bool(prompts), "give --prompt TEXT or --prompt_file FILE")
@@ -96,6 +96,8 @@ def execute(command: SampleCommand) -> int:
         kind = family.__name__
         require(kind == pipeline, f"{command.model_id} is a {kind}, not a {pipeline}")
     generator = command.model.load(command.model_id, lora_alpha=alpha)
+    if guidance is not None and getattr(generator, "embeds_guidance", False):  # schnell is not told
+        generator.embedded_guidance = guidance  # type: ignore[attr-defined]
     run = SampleRun(
         generator,
         prompts,
@@ -115,8 +117,13 @@ def execute(command: SampleCommand) -> int:
     return OK
 
 
-def _configured(command: SampleCommand, prompts: list[str]) -> tuple[SampleCommand, list[str], str]:
-    """The command that a YAML file stands for, its prompts, and the pipeline it is written for."""
+def _configured(
+    command: SampleCommand, prompts: list[str]
+) -> tuple[SampleCommand, list[str], str, float | None]:
+    """The command that a YAML file stands for, its prompts, and the pipeline it is written for.
+
+    The last is the guidance that a model that embeds it is told.
+    """
     from oneshot_fast.jobs.sample.config import read_config
 
     assert command.config is not None
@@ -147,6 +154,7 @@ def _configured(command: SampleCommand, prompts: list[str]) -> tuple[SampleComma
         ),
         found.prompts,
         found.pipeline,
+        found.guidance,
     )
 
 

@@ -1,6 +1,5 @@
 """A whole model with LoRAs merged into its weights, network by network, without running it."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from oneshot_fast.generators.base import LoadOptions
 from oneshot_fast.generators.loading import find_family
 from oneshot_fast.generators.lora_files import LoraFile, MergedSource
 from oneshot_fast.generators.pipeline import PipelineGenerator
-from oneshot_fast.generators.pretrained import START_FILE, open_folder
+from oneshot_fast.generators.pretrained import open_folder, write_use
 from oneshot_fast.runtime.files import write_folder
 
 
@@ -52,5 +51,4 @@ def write_merged(
         raise ModelError(f"cannot merge into model {model_id}: {error}") from None
     with write_folder(folder) as temporary:
         pipe.save_pretrained(temporary, safe_serialization=True)
-        if source.start is not None:
-            (temporary / START_FILE).write_text(json.dumps({"timestep": source.start}))
+        write_use(temporary, source.use)

@@ -42,8 +42,8 @@ class ModelOptions:
     guidance_scale: float = 1.0
     """Several steps: classifier-free guidance; 1: none, as distilled models are used."""
     embedded_guidance: float | None = None
-    """For a model that is told of guidance, FLUX.1-dev's kind: its scale; by default its pipeline's
-    (3.5). Students of distill and RTDMD's: 1."""
+    """For a model that is told of guidance (FLUX.1-dev, LCM, SANA-Sprint): its scale; by default
+    what it was saved with, students of distill with 1, or its pipeline's (3.5, 8.5, 4.5)."""
     backprop_steps: int | None = None
     """Several steps: differentiate only the last so many evaluations, for less time; gradients pass
     the others as if their output were given. By default all; each is computed again in the backward

@@ -50,7 +50,6 @@ class PipelineGenerator(StoredPipeline):
     by_estimate: float = 0
     prompts_kept = 4096  # encodings in memory
     takes_lora = True
-    embedded_guidance: float | None = None  # what it is told; None: its pipeline's default
     guidance_from = 0.0  # added to its pipeline's guidance_scale in off + scale (on - off)
 
     def __init__(
@@ -117,7 +116,8 @@ class PipelineGenerator(StoredPipeline):
                 files = MergedSource(source, cls.parts, options.lora)
             pipe = files.read(weights)
             cls.adapt(pipe, source)
-            start = source.start if options.timestep is None else options.timestep
+            start = options.timestep
+            start = source.use.get("timestep") if start is None else start
             of_name = _recognised(names) if start is None else None
             try:
                 autocast = None if weights == dtype else dtype
@@ -137,6 +137,8 @@ class PipelineGenerator(StoredPipeline):
             say(f"warning: {model_id}, by its name{_OF_BASES}")
         generator._sources = dict.fromkeys(generator.networks, (files, weights))
         generator.lora = options.lora
+        if generator.embeds_guidance:
+            generator.embedded_guidance = source.use.get("embedded_guidance")
         for network in generator.networks.values():
             network.to(options.device)
         return generator

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from oneshot_fast.runtime.tensor_files import common_dtype, misfit, read_header,
 
 # models in the package, by name, and what replaces parts of the first
 PACKAGED = {"tiny": None, "tiny-teacher": teacher_path()}
-# of a saved model that starts elsewhere, {"timestep": 399}; the hub's files in there all come along
-START_FILE = "scheduler/oneshot_fast.json"
+# what a saved model has to be used with, {"timestep": 399} or {"embedded_guidance": 1.0}; the
+# hub's files in there all come along
+USE_FILE = "scheduler/oneshot_fast.json"
 _NOT_READ = ("lm_head.weight",)  # of language models, which encode without it
 _KEPT = ("safety_checker", "image_encoder")  # of what pipelines have more, saved as they came
 _WEIGHTS = ("diffusion_pytorch_model", "pytorch_model", "model")
@@ -35,7 +37,8 @@ class PipelineFolder:
 
     Attributes:
         stored: Type of each network's weights, by name; float32 where it is mixed or unknown.
-        start: Timestep at which the one step begins; None if the folder does not say.
+        use: What the folder says that it has to be used with, of "timestep", at which the one step
+            begins, and "embedded_guidance".
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class PipelineFolder:
         weights = {part: _weights(self._place(part) / part, variant) for part in self._classes}
         self._variants = {part: chosen for part, (chosen, _) in weights.items()}
         self.stored = {part: dtype for part, (_, dtype) in weights.items()}
-        self.start = _start(folder)
+        self.use = _use(folder)
         only = {part: v for part, v in self._variants.items() if v not in (variant, None)}
         if only and is_main():
             listed = ", ".join(f"{part} ({v})" for part, v in only.items())
@@ -247,14 +250,19 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise ModelError(f"{place} is damaged: {one_line(error)}") from None
 
 
-def _start(folder: Path) -> float | None:
-    path = folder / START_FILE
-    if not path.is_file():
-        return None
-    start = _read_object(path).get("timestep")
-    if isinstance(start, bool) or not isinstance(start, int | float):
-        raise ModelError(f"{START_FILE} is damaged: timestep is {one_line(start)}, not a number")
-    return start
+def _use(folder: Path) -> dict[str, float]:
+    path = folder / USE_FILE
+    found = _read_object(path) if path.is_file() else {}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ModelError(f"{USE_FILE} is damaged: {name} is {one_line(value)}, not a number")
+    return found
+
+
+def write_use(folder: Path, use: Mapping[str, float]) -> None:
+    """Write what the model in ``folder`` has to be used with, if anything."""
+    if use:
+        (folder / USE_FILE).write_text(json.dumps(use))
 
 
 def _class(folder: Path, part: str, is_optional: bool) -> Any:

@@ -36,7 +36,7 @@ class PipelineFile:
         tensors: Type and shape of every tensor, by name.
         metadata: The file's header.
         model_config: Where the configs are; None takes those that diffusers knows.
-        start: As of ``PipelineFolder``.
+        use: As of ``PipelineFolder``.
     """
 
     def __init__(self, family: type[Any], path: Path, options: LoadOptions) -> None:
@@ -54,7 +54,7 @@ class PipelineFile:
         if not path.is_file():
             raise ModelError("no such file")
         self._family, self._path, self.name = family, path, path.name
-        self.start = None  # such a file does not say
+        self.use: dict[str, float] = {}  # such a file does not say
         self._known = {"local_files_only": options.local_files_only}
         self.model_config = options.model_config
         self.tensors, self.metadata = read_header(path)

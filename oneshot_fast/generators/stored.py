@@ -1,7 +1,6 @@
 """The networks of a pipeline of diffusers, and the files that they come from and go to."""
 
 import copy
-import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from oneshot_fast.generators.lora_files import (
     MergedSource,
     weights_of,
 )  # fmt: skip
-from oneshot_fast.generators.pretrained import START_FILE, PipelineFolder, open_folder
+from oneshot_fast.generators.pretrained import PipelineFolder, open_folder, write_use
 from oneshot_fast.generators.single_file import PipelineFile
 from oneshot_fast.runtime.files import write_folder
 from oneshot_fast.runtime.ledger import say
@@ -39,6 +38,7 @@ class StoredPipeline(Generator):
     Attributes:
         pipe: The pipeline.
         start: Timestep at which its one step begins; None: at the noisiest.
+        embedded_guidance: What it is told, if it is told of guidance; None: its pipeline's default.
     """
 
     pipeline: type[Any]  # diffusers' class
@@ -47,6 +47,7 @@ class StoredPipeline(Generator):
     save_dtype: torch.dtype | None = None
     pipe: Any
     start: float | None
+    embedded_guidance: float | None = None
     _sources: dict[str, tuple[Source, torch.dtype]]  # of each network, and the type it was read in
 
     @classmethod
@@ -90,8 +91,8 @@ class StoredPipeline(Generator):
             setattr(whole, part, copy.deepcopy(denoiser, rounded))
         with write_folder(folder) as temporary:
             whole.save_pretrained(temporary, safe_serialization=True)
-            if self.start is not None:
-                (temporary / START_FILE).write_text(json.dumps({"timestep": self.start}))
+            use = {"timestep": self.start, "embedded_guidance": self.embedded_guidance}
+            write_use(temporary, {k: v for k, v in use.items() if v is not None})
 
     def save_single_file(self, folder: Path) -> None:
         self.check_single_file()

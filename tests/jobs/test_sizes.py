@@ -108,7 +108,8 @@ def test_training_on_buckets_resumes_to_the_same_bits(
         return ["--manifest_path", manifest, "--output_dir", folder, *FLAGS, *flags.split()]
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert forks.run("sft", sft(whole), whole).code == 0
+    ended = forks.run("sft", sft(whole), whole)
+    assert ended.code == 0 and f"are of {len({*BUCKETS})} sizes; preserve losses" in ended.err
     ended = forks.run("sft", sft(killed), killed, at="state.safetensors", signal_number=2)
     assert ended.code == 128 + signal.SIGINT
     assert forks.run("sft", sft(killed), killed).code == 0

@@ -46,6 +46,7 @@ class InferenceConfig:
         model_id: The base model.
         pipeline: diffusers' class that it has to be.
         model: Values of ``ModelOptions`` by name.
+        guidance: What a model that embeds its guidance is told; None: its pipeline's default.
         lora_alpha: Of files that do not say it.
         resolution: Image side in pixels.
         seed: Of the images.
@@ -59,6 +60,7 @@ class InferenceConfig:
     model_id: str
     pipeline: str
     model: dict[str, Any]
+    guidance: float | None
     lora_alpha: float
     resolution: int
     seed: int
@@ -116,7 +118,7 @@ class _Reader:
         self._need(mode in ("distilled", "normal"), "mode", "give distilled or normal")
         model_id = self._text("pretrained_path")
         self._need(bool(model_id.strip()), "pretrained_path", "name the base model")
-        steps = self._whole("num_steps", 1)
+        steps, told = self._whole("num_steps", 1), None
         model: dict[str, Any] = {
             "num_inference_steps": steps,
             "dtype": self._one("dtype", _DTYPES),
@@ -127,13 +129,15 @@ class _Reader:
             if steps > 1:
                 model |= {"step_list": levels, "cps_eta": eta}
             if family == "FluxPipeline":
-                model["embedded_guidance"] = 1.0  # as it was trained
+                told = 1.0  # as it was trained
         else:
             guidance, is_told = self._real("guidance_scale", 1), family == "FluxPipeline"
             fits = steps > 1 or guidance == 1 or is_told
             self._need(fits, "guidance_scale", "one step has none: 1")
-            if steps > 1 or is_told:
-                model["embedded_guidance" if is_told else "guidance_scale"] = guidance
+            if is_told:
+                told = guidance
+            elif steps > 1:
+                model["guidance_scale"] = guidance
         self._check_ranks(model["lora"])
         ckpt = self._text("reward_ckpt_path")
         of_dataset = self._text("eval_prompt_source") == "dataset"
@@ -141,6 +145,7 @@ class _Reader:
             model_id=model_id,
             pipeline=family,
             model=model,
+            guidance=told,
             lora_alpha=self._real("lora_alpha", 0),
             resolution=self._whole("image_resolution", 1),
             seed=self._whole("seed", 0),

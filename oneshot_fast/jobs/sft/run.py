@@ -17,6 +17,7 @@ from oneshot_fast.jobs.sft.plan import sft_plan
 from oneshot_fast.planning.timing import Plan
 from oneshot_fast.runtime.files import read_jsonl, write_jsonl
 from oneshot_fast.runtime.folder import list_settings
+from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main, map_over_processes
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian, record_seed
 from oneshot_fast.training.batch import Batch, Rows, in_order, steps_per_epoch
@@ -115,6 +116,12 @@ class SftRun(TrainingRun):
         self._examples = Examples.load(self.generator, self.targets, pairs, bad)
         self.begin(begun, self._examples.contents, bad)
         pairs = self._examples.pairs
+        sizes, (height, width) = {noise.shape for noise in self._examples.noises}, self.size
+        if len(sizes) > 1 and is_main():
+            say(
+                f"the pairs are of {len(sizes)} sizes; preserve losses and what is measured on "
+                f"fresh noise are of {width} x {height} pixels alone"
+            )
         self.make_pool([pair.prompt for pair in pairs])
         before = self._matched_loss()
         empty = [""] if self.options.caption_dropout else []

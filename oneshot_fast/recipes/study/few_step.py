@@ -39,8 +39,11 @@ from oneshot_fast.training.batch import Batch
 from oneshot_fast.training.losses.base import Loss
 
 STUDENT = "student"  # of the packaged teacher
-RATES = (3e-5, 1e-4, 3e-4, 1e-3)
-SUBJECTS = {STUDENT: (4, RATES), "tiny-teacher": (4, RATES), "tiny": (1, (1e-3,))}  # steps, rates
+SUBJECTS = {  # steps, rates
+    STUDENT: (4, (1e-4,)),
+    "tiny-teacher": (4, (3e-5, 1e-4, 3e-4, 1e-3)),
+    "tiny": (1, (1e-3,)),
+}
 TARGETS, BATCH_SIZE, EPOCHS, ASSIGN_STEPS = 96, 8, 15, 10
 MEASURES = ("frechet_distance", "accuracy", "diversity")
 

@@ -224,7 +224,7 @@ def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_flux_is_told_its_guidance() -> None:
+def test_flux_is_told_its_guidance(tmp_path: Path) -> None:
     base = FluxGenerator(tiny_pipeline("FluxPipeline"))
     student = FewStepGenerator.over(base, 2, eta=0.9, student=True)
     shape = student.latent_shape(16, 16)
@@ -245,6 +245,11 @@ def test_flux_is_told_its_guidance() -> None:
     assert given == [[1.0], [1.0], [1.0], [3.5], [3.5]]
     assert student.settings((16, 16))["embedded_guidance"] == 1.0
     assert student.fingerprint() != FewStepGenerator.over(base, 2, eta=0.9).fingerprint()
+    student.save(tmp_path / "student")  # which keeps it
+    again: Any = ModelOptions(num_inference_steps=2, cps_eta=0.9).load(str(tmp_path / "student"))
+    assert again.embedded_guidance == 1.0
+    told: Any = ModelOptions(embedded_guidance=2.0).load(str(tmp_path / "student"))
+    assert told.embedded_guidance == 2.0
     with pytest.raises(UserError, match="tiny is told of no guidance"):
         ModelOptions(embedded_guidance=1.0).load("tiny")
 

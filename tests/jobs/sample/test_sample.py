@@ -160,6 +160,31 @@ def test_what_a_yaml_file_cannot_say(
         assert ended.code == 2 and message in ended.err, ended
 
 
+def test_flux_is_told_guidance_where_it_embeds_it(
+    published: Path, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    pipe = tiny_pipeline("FluxPipeline")
+    pipe.save_pretrained(tmp_path / "dev")
+    config = pipe.transformer.config | {"guidance_embeds": False}
+    pipe.transformer = type(pipe.transformer).from_config(config)
+    pipe.save_pretrained(tmp_path / "schnell")
+    for name, told in (("dev", 1.0), ("schnell", None)):
+        out, model = tmp_path / f"{name}-images", tmp_path / name
+        flags = ["model_type=flux", f"pretrained_path={model}", "lora_paths=", "eval_reward=no"]
+        flags = [part for one in flags for part in ("--override", one)]
+        flags += ["--config", published / "sd35m.yaml", "--prompt", PROMPTS[0], "--output_dir", out]
+        ended = call("sample", *flags)
+        assert ended.code == 0, ended.err
+        generator: Any = load_generator(model)
+        generator.embedded_guidance = told
+        few = FewStepGenerator.over(generator, 4, eta=0.9, step_list=[1000, 750, 500, 250])
+        seed = derived_seed(42, "sample", 0, 0)
+        with torch.no_grad():
+            latents = few.latents(gaussian([seed], (4, 8, 8)), few.told(PROMPTS[:1], [seed]))
+        found = load_image(out / "images/00000-00.png", 16, 16)
+        torch.testing.assert_close(found, few.decode(latents)[0], rtol=0, atol=1.5 / 255)
+
+
 def test_prompts_and_guidance_as_the_original_has_them(
     published: Path, call: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -172,9 +197,9 @@ def test_prompts_and_guidance_as_the_original_has_them(
     assert read(*others).prompts == PROMPTS
     assert read("num_media_images=2").prompts == PROMPTS[:2]
     # FLUX.1-dev is told of guidance
-    assert read("model_type=flux").model["embedded_guidance"] == 1.0
-    normal = read("model_type=flux", "mode=normal", "guidance_scale=3.5").model
-    assert normal["embedded_guidance"] == 3.5 and "guidance_scale" not in normal
+    assert read("model_type=flux").guidance == 1.0 and read().guidance is None
+    normal = read("model_type=flux", "mode=normal", "guidance_scale=3.5")
+    assert normal.guidance == 3.5 and "guidance_scale" not in normal.model
     source = "eval_prompt_source=prompt_file"
     assert read(*others, source).prompts == ["a cat"]
     assert read(others[1], source, "num_media_images=1").prompts == ["of a file"]
