@@ -88,5 +88,8 @@ def _space(scheduler: Any) -> Literal["flow", "sigma"]:
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return "flow"
     if isinstance(scheduler, SCMScheduler):
-        raise ModelError("the scheduler is SCMScheduler, whose noise levels are of another kind")
+        raise ModelError(
+            "the scheduler is SCMScheduler, neither a flow's nor in sigma space, as students and "
+            "--cps_eta need it"
+        )
     return "sigma"

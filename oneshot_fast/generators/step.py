@@ -123,8 +123,8 @@ class Sampler:
         The noise that it draws is that of torch's seed 0.
         """
         scheduler = copy.deepcopy(self._scheduler)
-        time, given = scheduler.timesteps[k], x * self._init if k == 0 else x
-        x = given
+        time = scheduler.timesteps[k]
+        x = given = x * self._init if k == 0 else x
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(k)
         if hasattr(scheduler, "scale_model_input"):

@@ -229,8 +229,6 @@ def test_what_schedulers_are_told_is_obeyed(
             found = ours.estimates(noise, ours.told(PROMPTS, SEEDS))
         assert all(one.isfinite().all() for one in found)
     assert all((one - made[0]).abs().max() > 1e-4 for one in made[1:])
-    with pytest.raises(UserError, match="--scheduler_eta: the steps of a LCMScheduler take none"):
-        FewStepGenerator.over(of_sampler("LCM")[0], 2, scheduler_eta=0.5)
 
 
 @pytest.mark.parametrize("name", ["SCM", "TCD"])
@@ -429,7 +427,14 @@ def test_schedulers_of_another_form_are_refused(made: Callable[..., Any]) -> Non
     ):
         with pytest.raises(ModelError, match=message):
             made(scheduler)
+    angles = of_sampler("SCM")[0]
+    for more in ({"eta": 0.9}, {"student": True}):
+        with pytest.raises(ModelError, match="is SCMScheduler, neither a flow's nor in sigma sp"):
+            FewStepGenerator.over(angles, 2, **more)
+    with pytest.raises(UserError, match="step_list is 2, 1; give falling timesteps, from 1"):
+        FewStepGenerator.over(angles, 2, step_list=(2.0, 1.0))
     for more, message in (
+        ({"scheduler_eta": 0.5}, "--scheduler_eta: the steps of a EulerDiscreteScheduler take no"),
         ({"backprop_steps": 5}, "backprop_steps is 5"),
         ({"guidance_scale": 0.5}, "guidance_scale is 0.5"),
         ({"eta": 2.0}, "--cps_eta: eta is 2.0"),

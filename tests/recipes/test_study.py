@@ -13,6 +13,7 @@ from PIL import Image
 
 from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.recipes import student
 from oneshot_fast.recipes.study import few_step
 from oneshot_fast.recipes.study.cells import cells
 from oneshot_fast.recipes.study.few_step import DiffusionLoss
@@ -109,25 +110,37 @@ def test_the_diffusion_loss_is_that_of_diffusers_training() -> None:
 def test_the_few_step_study_runs_and_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(few_step, "SUBJECTS", {"tiny": (1, (1e-3,))})
+    monkeypatch.setattr(few_step, "SUBJECTS", {few_step.STUDENT: (1, (1e-3,))})
+    monkeypatch.setattr(few_step, "distilled", lambda *of: "tiny")
     rows = {name: few_step.ROWS[name] for name in ("matched, through the loop", LOSS)}
     monkeypatch.setattr(few_step, "ROWS", rows)
     whole = few_step.few_step
     monkeypatch.setattr(few_step, "few_step", lambda *of, **given: whole(*of, **given | FEW))
     argv = ["--few_step", "--quick", "--output_dir", str(tmp_path)]
     assert main(argv) == 0
-    found = json.loads((tmp_path / "few_step.json").read_text())["results"]["tiny"]
+    found = json.loads((tmp_path / "few_step.json").read_text())["results"]["student"]
     text = (tmp_path / "few_step.md").read_text()
     for name, (run,) in found["rows"].items():
         assert run["updates"] == 3 and run["lr"] == 1e-3
         assert f"| {name} | 3 | {run['evaluations']} | {run['lr']:g} |" in text
     (base,), (targets,) = found["base"], found["targets"]
     assert base["frechet_distance"] > 2 * targets["frechet_distance"] > 0
-    with Image.open(tmp_path / "tiny" / "samples.png") as picture:
+    with Image.open(tmp_path / "student" / "samples.png") as picture:
         assert picture.size == (640, 64 * (1 + len(rows)))
-    kept = [*(tmp_path / "tiny" / "results").glob("*.json")]
+    kept = [*(tmp_path / "student" / "results").glob("*.json")]
     made = [path.stat().st_mtime_ns for path in kept]
     assert main(argv) == 0 and made == [path.stat().st_mtime_ns for path in kept]
+
+
+def test_a_student_is_distilled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(student.SETTINGS, "batch_size", 10)
+    (first, made), (again, kept) = (
+        (folder, (folder / "model_index.json").stat().st_mtime_ns)
+        for folder in (student.distilled(1, 1, tmp_path) for _ in range(2))
+    )
+    assert first == again and made == kept
+    one, other = (load_generator(name).denoiser.parameters() for name in (first, "tiny-teacher"))
+    assert not all(map(torch.equal, one, other))
 
 
 def test_tables_have_intervals_over_all_runs_and_the_worst() -> None:
