@@ -99,7 +99,7 @@ def main() -> None:
     for steps in given.steps:
         if not is_there("student", steps):
             folder = given.output_dir / f"steps-{steps}"
-            model = load_generator(distilled(steps, given.updates, folder, given.seed))
+            model = load_generator(distilled(steps, given.updates, BATCH, folder, given.seed))
             eta = 0.9 if steps > 1 else None
             note("student", steps, 1.0, FewStepGenerator.over(model, steps, eta=eta))
     teacher = load_generator("tiny-teacher")
@@ -109,7 +109,9 @@ def main() -> None:
             few = FewStepGenerator.over(teacher, steps, guidance_scale=guidance)
             note(kind, steps, guidance, few)
     rows.sort(key=lambda row: (row["kind"], row["evaluations"]))
-    settings = {"updates": given.updates, "seed": given.seed, **SETTINGS}
+    settings = {
+        "updates": given.updates, "batch_size": BATCH, "seed": given.seed, **SETTINGS,
+    }  # fmt: skip
     write_json(
         RESULTS, {"environment": environment("cpu", given.seed), "settings": settings, "rows": rows}
     )

@@ -13,7 +13,7 @@ from PIL import Image
 
 from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.loading import load_generator
-from oneshot_fast.recipes import student
+from oneshot_fast.recipes.student import distilled
 from oneshot_fast.recipes.study import few_step
 from oneshot_fast.recipes.study.cells import cells
 from oneshot_fast.recipes.study.few_step import DiffusionLoss
@@ -132,11 +132,10 @@ def test_the_few_step_study_runs_and_is_kept(
     assert main(argv) == 0 and made == [path.stat().st_mtime_ns for path in kept]
 
 
-def test_a_student_is_distilled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(student.SETTINGS, "batch_size", 10)
+def test_a_student_is_distilled_once(tmp_path: Path) -> None:
     (first, made), (again, kept) = (
         (folder, (folder / "model_index.json").stat().st_mtime_ns)
-        for folder in (student.distilled(1, 1, tmp_path) for _ in range(2))
+        for folder in (distilled(1, 1, 10, tmp_path) for _ in range(2))
     )
     assert first == again and made == kept
     one, other = (load_generator(name).denoiser.parameters() for name in (first, "tiny-teacher"))

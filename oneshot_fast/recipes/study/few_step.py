@@ -103,7 +103,7 @@ class Subject:
         self.assign = AssignOptions("sphere", steps=2 if quick else ASSIGN_STEPS, max_angle=0.6)
         self.model: str | Path = name
         if name == STUDENT:
-            self.model = distilled(self.steps, 5 if quick else 240, folder / "distillation")
+            self.model = distilled(self.steps, 5 if quick else 240, 12, folder / "distillation")
         self.judge = load_classifier()
         digits, self.labels = load_digits("heldout")
         self.images = render(digits, TARGET_STYLE)
