@@ -16,6 +16,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export OMP_WAIT_POLICY ?= passive
 # pip compiles every file of the packages, most of which are never imported
 export PIP_COMPILE ?= 0
+# and who is not to write what was compiled compiles torch again in every process, for 10 s
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: em test check bench build gpu sanitize clean
 # one thread is faster than several on networks this small

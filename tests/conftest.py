@@ -25,6 +25,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one threa
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads leave the cores to the others
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # as the commands do, but before imports
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# what torch.compile makes is not optimised, nor by other processes: most of a compiler's time
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+os.environ.setdefault("TORCHINDUCTOR_DEBUG_COMPILE", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 
 import pytest
@@ -43,7 +47,9 @@ SMALL = 6  # pairs of the small data set
 
 # Triton reads this setting when it is first imported, so its interpreter has a process of its own
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_GPU = [pytest.param(backend, marks=pytest.mark.gpu) for backend in ("cuda", "triton")]
+# where there is no GPU the variants on it are not even collected; test_gpu.py's tests say so
+BACKENDS = ("cuda", "triton") if torch.cuda.is_available() else ()
+ON_GPU = [pytest.param(backend, marks=pytest.mark.gpu) for backend in BACKENDS]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,7 +63,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def same_start() -> Iterator[None]:
     """Every test starts with seed 0 and the same number of threads."""
     threads = torch.get_num_threads()
-    torch.manual_seed(0)
+    # without a GPU, torch.manual_seed keeps for it the stack, which takes longer than most tests
+    (torch.manual_seed if BACKENDS else torch.default_generator.manual_seed)(0)
     yield
     torch.set_num_threads(threads)
 
@@ -184,6 +191,21 @@ def tiny() -> Any:
 
 
 @pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model for what needs no digits: the embedded one with a smaller UNet, of random weights."""
+    from oneshot_fast.generators.loading import load_generator
+
+    pipe, folder = load_generator("tiny").pipe, tmp_path_factory.mktemp("small") / "model"
+    less = {"block_out_channels": (32,), "mid_block_type": None, "attention_head_dim": (2,)}
+    less |= {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe.unet = type(pipe.unet).from_config({**pipe.unet.config, **less})
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first pairs of the default data set; for a test to change there is ``data``."""
     from oneshot_fast.embedded.digits import write_default_dataset
@@ -218,16 +240,28 @@ def data(tmp_path: Path, small_data: Path) -> Path:
     return shutil.copytree(small_data, tmp_path / "data")
 
 
-@pytest.fixture(scope="session")
-def assigned(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
-    """A finished assignment of the small data set, in batches of 4."""
+def assign(model: object, data: Path, folder: Path) -> Path:
+    """A finished assignment in ``folder``, in batches of 4."""
     from oneshot_fast.assign import main
 
-    folder = tmp_path_factory.mktemp("assigned") / "run"
-    flags = f"--data_root {small_data} --output_root {folder} --model_id tiny --num_images 2"
+    flags = f"--data_root {data} --output_root {folder} --model_id {model} --num_images 2"
     flags += " --assign_method rotation --lr 0.15 --steps 3 --batch_size 4"
     assert main(flags.split()) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def assigned(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
+    """A finished assignment of the small data set."""
+    return assign("tiny", small_data, tmp_path_factory.mktemp("assigned") / "run")
+
+
+@pytest.fixture(scope="session")
+def small_assigned(
+    tmp_path_factory: pytest.TempPathFactory, small_data: Path, small_model: Path
+) -> Path:
+    """The same with the small model."""
+    return assign(small_model, small_data, tmp_path_factory.mktemp("small-assigned") / "run")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The parts of a report page, and how they become one self-contained HTML file."""
 
 import base64
+import functools
 import io
 import itertools
 import math
@@ -11,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 from torch import Tensor
 
@@ -128,13 +129,6 @@ def write_run(
     model = flags.get("initial_model_id") or flags.get("model_id") or "the generator"
     data = flags.get("data_root") or flags.get("target_image_path")
     data = "/".join(Path(data).parts[-2:]) if data else "the embedded digits"
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     page = {
         "title": title.format(model=model, data=data),
         "facts": [*facts, *_common_facts(summary, settings)],
@@ -143,8 +137,20 @@ def write_run(
         "failures": read_jsonl(folder / "failures.jsonl"),
         "versions": versions(),
     }
-    template = environment.get_template("report.html.jinja")
-    write_text(folder / "report.html", template.render(page=page))
+    write_text(folder / "report.html", template().render(page=page))
+
+
+@functools.cache
+def template() -> Template:
+    """Compiled once in a process, as that takes longer than a page."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja")
 
 
 def _common_facts(summary: Json, settings: Json) -> list[str]:

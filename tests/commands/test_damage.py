@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 from samples import PROMPTS
 
-from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.runtime.ledger import NAME, digest
 
 UMASK = os.umask(0o22)
@@ -40,21 +39,21 @@ WAYS: dict[str, Callable[[Path], object]] = {
     "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "deleted": Path.unlink,
 }
-TRAINING = "--batch_size 3 --preserve_pool_size 4 --epochs 2 --model_id tiny"
+TRAINING = "--batch_size 3 --preserve_pool_size 4 --epochs 2 --model_id SMALL"
 EM = (
-    "--initial_model_id tiny --assign_steps 2 --assign_batch_size 2 --num_cycles 2 "
+    "--initial_model_id SMALL --assign_steps 2 --assign_batch_size 2 --num_cycles 2 "
     "--train_epochs 1 --train_batch_size 3 --eval_samples 10 --preserve_pool_size 4"
 )
 # By name: the command, its flags, and the files before which it is looked at as if killed there.
 RUNS = {
     "assign": (
         "assign --data_root DATA --num_images 2 --assign_method rotation --lr 0.15 --steps 3 "
-        "--batch_size 4 --model_id tiny --output_dir",
+        "--batch_size 4 --model_id SMALL --output_dir",
         ["noises/00000004.safetensors"],
     ),
     "optimize": (
         "optimize --prompt_file PROMPTS --reward thickness --method sphere --steps 2 "
-        "--batch_size 1 --model_id tiny --output_dir",
+        "--batch_size 1 --model_id SMALL --output_dir",
         ["noises/00000001.safetensors"],
     ),
     "sft": (
@@ -77,7 +76,7 @@ RUNS = {
         ["cycle-02/assign/training/manifest.jsonl"],
     ),
     "evaluate": (
-        "evaluate --model_id tiny MODEL --data_root DATA --eval_samples 10 --output_dir",
+        "evaluate --model_id tiny SMALL --data_root DATA --eval_samples 10 --output_dir",
         ["eval/model-2.json"],
     ),
     "toy": ("toy train --steps 3 --width 8 --eval_samples 20 --work_dir", ["train/eval/base.json"]),
@@ -105,15 +104,18 @@ class Run:
 
 @pytest.fixture(scope="session")
 def runs(
-    tmp_path_factory: pytest.TempPathFactory, small_data: Path, assigned: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    small_data: Path,
+    small_model: Path,
+    small_assigned: Path,
 ) -> Callable[[str], Run]:
     """Runs by their names in RUNS; each is run once."""
     home, found = tmp_path_factory.mktemp("damage"), dict[str, Run]()
     places = {"DATA": small_data, "HELDOUT": shutil.copytree(small_data, home / "heldout")}
     lines = (small_data / "pairs.jsonl").read_text().splitlines(keepends=True)
     (home / "heldout" / "pairs.jsonl").write_text("".join(lines[:2]))
-    places["MODEL"] = model_path()
-    places |= {"PROMPTS": home / "prompts.txt", "ASSIGNED": assigned / "manifest.jsonl"}
+    places |= {"SMALL": small_model, "ASSIGNED": small_assigned / "manifest.jsonl"}
+    places["PROMPTS"] = home / "prompts.txt"
     places["PROMPTS"].write_text("\n".join(PROMPTS))
 
     def run(name: str) -> Run:
@@ -283,20 +285,24 @@ def test_a_finished_run_on_a_drive_that_cannot_be_written(
 
 
 def test_a_flipped_bit_of_a_noise_is_found_and_the_shard_named(
-    tmp_path: Path, assigned: Path, runs: Callable[[str], Run], call: Any
+    tmp_path: Path,
+    small_model: Path,
+    small_assigned: Path,
+    runs: Callable[[str], Run],
+    call: Any,
 ) -> None:
-    folder = shutil.copytree(assigned, tmp_path / "assigned")
+    folder = shutil.copytree(small_assigned, tmp_path / "assigned")
     shard = folder / "noises" / "00000000.safetensors"
     for place in (60, 700, -5):
-        data = bytearray((assigned / "noises" / shard.name).read_bytes())
+        data = bytearray((small_assigned / "noises" / shard.name).read_bytes())
         data[place] ^= 4
         shard.write_bytes(data)
-        train = f"--manifest_path {folder}/manifest.jsonl --model_id tiny --output_dir"
+        train = f"--manifest_path {folder}/manifest.jsonl --model_id {small_model} --output_dir"
         ended = call("sft", *train.split(), tmp_path / "sft")
         assert ended.code == 2 and str(shard) in ended.error and "--verify" in ended.error
     run = runs("assign")
     assert call("assign", *run.argv[1:], folder, "--verify").code == 0
-    assert shard.read_bytes() == (assigned / "noises" / shard.name).read_bytes()
+    assert shard.read_bytes() == (small_assigned / "noises" / shard.name).read_bytes()
 
 
 @pytest.mark.parametrize("text", ["[]", "7", "", "\0\1", "[" * 9999], ids=str.__len__)

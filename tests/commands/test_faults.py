@@ -22,20 +22,20 @@ Flags = Callable[[str, Path], list[object]]
 
 
 @pytest.fixture(scope="module")
-def flags(small_data: Path, assigned: Path) -> Flags:
+def flags(small_data: Path, small_model: Path, small_assigned: Path) -> Flags:
     """The flags of a small run of each command."""
     steps = "--assign_steps 2 --assign_batch_size 2 --num_cycles 2 --train_epochs 1 --num_images 1"
     fixed = {
         "assign": f"--data_root {small_data} --steps 8 --batch_size 1 --num_images 0 --output_root",
-        "sft": f"--manifest_path {assigned}/manifest.jsonl --epochs 2 --batch_size 2 --lr 1e-4 "
-        "--preserve_pool_size 4 --save_minutes 0 --output_dir",
+        "sft": f"--manifest_path {small_assigned}/manifest.jsonl --epochs 2 --batch_size 2 "
+        "--lr 1e-4 --preserve_pool_size 4 --save_minutes 0 --output_dir",
         "em": f"--heldout_root {small_data} --max_samples 4 --eval_samples 10 {steps} "
         "--preserve_pool_size 4 --save_minutes 0 --work_dir",
     }
 
     def build(command: str, folder: Path) -> list[object]:
-        model = [] if command == "em" else ["--model_id", "tiny"]
-        return [*model, *fixed[command].split(), folder]
+        name = "--initial_model_id" if command == "em" else "--model_id"
+        return [name, small_model, *fixed[command].split(), folder]
 
     return build
 
@@ -169,7 +169,7 @@ def test_interrupts(
         ("assign", 200, "."),
         ("assign", 3500, "noises"),
         ("sft", 100_000, "preserve.safetensors"),
-        ("sft", 3_000_000, "preserve.safetensors"),
+        ("sft", 300_000, "preserve.safetensors"),
         ("em", 400_000, "cycle-01/assign/summary.json"),
     ],
 )
@@ -178,7 +178,7 @@ def test_a_full_disk(
 ) -> None:
     expected, *_ = references(command)
     # With a state at every step, the disk would be full before there is a checkpoint to write.
-    argv = [*flags(command, folder), *(["--save_minutes", 9] if limit == 3_000_000 else [])]
+    argv = [*flags(command, folder), *(["--save_minutes", 9] if limit == 300_000 else [])]
     ended = forks.run(command, argv, folder, limit=limit)
     assert ended.code == 3 and "Traceback" not in ended.err
     last = ended.err.splitlines()[-1]

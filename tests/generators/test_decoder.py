@@ -181,7 +181,7 @@ def test_a_small_gradient_survives_float16() -> None:
 def test_a_compiled_unet_gives_the_same(tiny: Generator) -> None:
     config = dict(tiny.denoiser.config)
     config |= {
-        "block_out_channels": [32],
+        "block_out_channels": [16],
         "down_block_types": ["DownBlock2D"],
         "up_block_types": ["UpBlock2D"],
         "mid_block_type": None,

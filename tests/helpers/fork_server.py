@@ -25,16 +25,22 @@ COMMANDS = {
 }
 for name in (
     "accelerate",
+    "diffusers.guiders",
     "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
     "matplotlib.pyplot",
     "oneshot_fast.evaluation.measures",
     "oneshot_fast.generators.loading",
     "oneshot_fast.report.em",
+    "oneshot_fast.report.page",
     "oneshot_fast.generators.target_images",
     "oneshot_fast.embedded.classifier",
     "peft",
 ):  # what the commands import only once they run
     importlib.import_module(name)
+# and what their first use compiles: transformers' patterns of names of weights, the page
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers speak of the fork
+sys.modules["oneshot_fast.generators.loading"].load_generator("tiny")
+sys.modules["oneshot_fast.report.page"].template()
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate"}
 

@@ -1,26 +1,19 @@
 """The SDXL-Turbo benchmark runs at the smallest size and reports every variant."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.sdxl import turbo
 from benchmarks.sdxl.models import build_unet
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_sdxl_turbo_at_the_smallest_size(tmp_path):
     output = tmp_path / "result.json"
     flags = "--arch tiny --device cpu --steps 2 --images 2 --batch-sizes 2 --rounds 1"
-    command = [sys.executable, "-m", "benchmarks.sdxl.turbo", *flags.split()]
-    command += ["--no-memory", "--options", "--output", output]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert turbo.main([*flags.split(), "--no-memory", "--options", "--output", str(output)]) == 0
     rows = json.loads(output.read_text())["rows"]
     names = [(row["kind"], row["variant"]) for row in rows]
     assert names == [

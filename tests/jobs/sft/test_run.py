@@ -220,23 +220,42 @@ def test_random_noise_and_pixels_train_differently(
     assert not any(equal(results[k], results[k - 1]) for k in range(3))
 
 
-@pytest.mark.parametrize("killed_at", [1, 2, 4])
-def test_a_resumed_training_equals_the_uninterrupted_one(
-    assigned: Path, tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pairs, _ = read_manifest(assigned / "manifest.jsonl")
+Train = Callable[[Path], Generator]
+
+
+@pytest.fixture(scope="module")
+def train(small_model: Path, small_assigned: Path) -> Train:
+    """A training that validates, with the same flags in any folder."""
+    pairs, _ = read_manifest(small_assigned / "manifest.jsonl")
     options = SftOptions(
         max_steps=5, batch_size=4, lr=1e-4, lr_warmup_steps=2, preserve_pool_size=6,
         lr_scheduler="cosine_with_restarts", lr_num_cycles=2, validation_steps=2,
     )  # fmt: skip
 
-    def train(folder: Path) -> Generator:
-        generator = load_generator("tiny", master_weights=True)
+    def run(folder: Path) -> Generator:
+        generator = load_generator(str(small_model), master_weights=True)
         SftRun(generator, pairs, folder, options, seed=1, save_minutes=0).run()
         return generator
 
-    whole = train(tmp_path / "whole")
-    update = Trainer.update
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, train: Train) -> tuple[Path, Generator]:
+    """One that nothing interrupted, and what it made."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, train(folder)
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 4])
+def test_a_resumed_training_equals_the_uninterrupted_one(
+    whole: tuple[Path, Generator],
+    train: Train,
+    tmp_path: Path,
+    killed_at: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    update, (folder, trained) = Trainer.update, whole
 
     def dying(self: Trainer) -> None:
         if self.step == killed_at:
@@ -248,16 +267,15 @@ def test_a_resumed_training_equals_the_uninterrupted_one(
         train(tmp_path / "parts")
     resumed = train(tmp_path / "parts")
     for name in ("best", "final"):
-        old, new = (unet_of(tmp_path / f / f"checkpoint-{name}") for f in ("whole", "parts"))
+        old, new = (unet_of(f / f"checkpoint-{name}") for f in (folder, tmp_path / "parts"))
         assert equal(old, new)
-    assert equal(resumed.denoiser.state_dict(), whole.denoiser.state_dict())
+    assert equal(resumed.denoiser.state_dict(), trained.denoiser.state_dict())
     for name in ("history.jsonl", "validation/00000002.png", "validation/00000004.png"):
-        one, two = (tmp_path / f / name for f in ("whole", "parts"))
-        assert one.read_bytes() == two.read_bytes()
-    assert [row["step"] for row in rows_of(tmp_path / "whole" / "history.jsonl")] == [2, 4, 5]
+        assert (folder / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    assert [row["step"] for row in rows_of(folder / "history.jsonl")] == [2, 4, 5]
     assert not (tmp_path / "parts" / "state.safetensors").exists()
     again = train(tmp_path / "parts")  # finished: nothing is trained, the weights are taken over
-    assert equal(again.denoiser.state_dict(), whole.denoiser.state_dict())
+    assert equal(again.denoiser.state_dict(), trained.denoiser.state_dict())
 
 
 def without_times(path: Path) -> object:
