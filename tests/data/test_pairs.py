@@ -135,7 +135,7 @@ def test_long_lines_and_long_prompts_fail_alone(root: Path) -> None:
 
 def test_a_huge_line_takes_little_memory(root: Path) -> None:
     with write(root / "pairs.jsonl", line()).open("r+b") as file:
-        file.truncate(1 << 30)  # a hole of zeros, without a line end
+        file.truncate(1 << 28)  # a hole of zeros, without a line end
     tracemalloc.start()
     records, failures = read_pairs(root)
     assert len(records) == len(failures) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.recipes.student import distilled
-from oneshot_fast.recipes.study import few_step
+from oneshot_fast.recipes.study import few_step, outcome, run
 from oneshot_fast.recipes.study.cells import cells
 from oneshot_fast.recipes.study.few_step import DiffusionLoss
 from oneshot_fast.recipes.study.outcome import BESIDE, ROWS, outcome_table
@@ -23,12 +24,20 @@ from oneshot_fast.runtime.seeds import derived_seed
 from oneshot_fast.study import main
 from oneshot_fast.training.batch import Batch, Rows
 
+FEW = {"samples": 20}
 LOSS = "diffusion loss at the sampler's timesteps"
-FEW = {"samples": 20}  # a tenth of what --quick draws
+
+
+@pytest.fixture
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of what --quick draws."""
+    for module, name in ((run, "study"), (outcome, "outcomes"), (few_step, "few_step")):
+        whole = getattr(module, name)
+        monkeypatch.setattr(module, name, partial(lambda f, *a, **k: f(*a, **k | FEW), whole))
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.usefixtures("plots")
+@pytest.mark.usefixtures("plots", "few_samples")
 def test_the_quick_study_runs_and_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,14 +68,15 @@ def test_the_quick_study_runs_and_is_kept(
     assert (tmp_path / "study" / "study.md").read_text(encoding="utf-8") == text
 
 
+@pytest.mark.usefixtures("few_samples")
 def test_whole_runs_are_judged_by_a_classifier_that_nothing_was_chosen_by(tmp_path: Path) -> None:
     argv = ["--quick", "--outcome", "--datasets", "digits", "--output_dir", str(tmp_path)]
     assert main(argv) == 0
     found = json.loads((tmp_path / "outcome.json").read_text())["results"]["digits"]
     text = (tmp_path / "outcome.md").read_text()
     assert found["rows"].keys() == {**ROWS, **BESIDE}.keys()
-    for name, (run,) in found["rows"].items():
-        change = 100 * (run["frechet_distance"] / found["base"]["frechet_distance"] - 1)
+    for name, (row,) in found["rows"].items():
+        change = 100 * (row["frechet_distance"] / found["base"]["frechet_distance"] - 1)
         assert f"| {name} | {change:+.0f} % | {change:+.0f} % |" in text
     assert found["rows"]["em --recipe auto"][0]["recipe"]["trials"]
     assert not [*(tmp_path / "digits" / "work").iterdir()]
@@ -107,6 +117,7 @@ def test_the_diffusion_loss_is_that_of_diffusers_training() -> None:
     assert found.item() == pytest.approx((output - noise).square().mean().item(), rel=1e-5)
 
 
+@pytest.mark.usefixtures("few_samples")
 def test_the_few_step_study_runs_and_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,15 +125,13 @@ def test_the_few_step_study_runs_and_is_kept(
     monkeypatch.setattr(few_step, "distilled", lambda *of: "tiny")
     rows = {name: few_step.ROWS[name] for name in ("matched, through the loop", LOSS)}
     monkeypatch.setattr(few_step, "ROWS", rows)
-    whole = few_step.few_step
-    monkeypatch.setattr(few_step, "few_step", lambda *of, **given: whole(*of, **given | FEW))
     argv = ["--few_step", "--quick", "--output_dir", str(tmp_path)]
     assert main(argv) == 0
     found = json.loads((tmp_path / "few_step.json").read_text())["results"]["student"]
     text = (tmp_path / "few_step.md").read_text()
-    for name, (run,) in found["rows"].items():
-        assert run["updates"] == 3 and run["lr"] == 1e-3
-        assert f"| {name} | 3 | {run['evaluations']} | {run['lr']:g} |" in text
+    for name, (row,) in found["rows"].items():
+        assert row["updates"] == 3 and row["lr"] == 1e-3
+        assert f"| {name} | 3 | {row['evaluations']} | {row['lr']:g} |" in text
     (base,), (targets,) = found["base"], found["targets"]
     assert base["frechet_distance"] > 2 * targets["frechet_distance"] > 0
     with Image.open(tmp_path / "student" / "samples.png") as picture:

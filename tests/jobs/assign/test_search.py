@@ -32,7 +32,7 @@ def solve(tiny: Generator, targets: list[Target], options: SearchOptions) -> Ass
 def test_lr_auto_is_near_the_best_fixed_step(
     tiny: Generator, targets: list[Target], kind: str
 ) -> None:
-    options = dataclasses.replace(GRADIENT[kind], steps=30)
+    options = dataclasses.replace(GRADIENT[kind], steps=16)
     found = {
         lr: solve(tiny, targets[:3], dataclasses.replace(options, lr=lr)).best_loss.mean().item()
         for lr in (0.05, 0.1, 0.2, 0.4, "auto")
