@@ -175,6 +175,9 @@ class DataConfig(_Made):
 
     candidates: int = 32
     """Images of each prompt."""
+    prune_reward: UseAppendAction[tuple[str, ...]] = ()
+    """Folder of `train_reward`, [:WEIGHT], that scores estimates, too: one for each --reward, in
+    their order; then `simulate` and `search` know it as noise-aware."""
     steps_saved: str | None = None
     """Steps, from 0, that are kept, such as 0:15,19, where 15 is no longer meant; by default all.
     The last always is."""
@@ -408,7 +411,7 @@ def _run(config: ScaleRunConfig) -> int:
         config.scale,
         rewards=rewards.load(device, rewards.reward),
         reward_names=rewards.names,
-        prune_rewards=rewards.load(device, on_the_way) if on_the_way else None,
+        prune_rewards=rewards.judges(device, on_the_way),
         prune_reward_names=[*map(identity, on_the_way)],
         score_decoder_id=config.score_decoder_id,
         images_per_prompt=config.num_images_per_prompt,
@@ -443,6 +446,8 @@ def _data(config: DataConfig) -> int:
         rewards=rewards.load(generator.device, rewards.reward),
         reward_names=rewards.names,
         candidates=config.candidates,
+        prune_rewards=rewards.judges(generator.device, config.prune_reward),
+        prune_reward_names=[*map(identity, config.prune_reward)],
         steps_saved=config.steps,
         save_images=config.save_images,
         picture_format=config.format,

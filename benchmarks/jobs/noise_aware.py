@@ -2,9 +2,9 @@
 
     python -m benchmarks.jobs.noise_aware --output_dir runs/noise_aware --results docs/scale
 
-Learns `thickness` from images of seven digits and measures on the other three; then prunes by it.
-Prints two tables and writes noise_aware.json. Finished parts are kept; in the folder of
-benchmarks.jobs.scale the pruned run to compare with is that one's.
+Learns `thickness` from images of seven digits, measures on the other three, prints two tables and
+writes noise_aware.json. Finished parts are kept; in the folder of benchmarks.jobs.scale the run
+that --prune compares with is that one's.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from oneshot_fast.scale import main as scale
 COPIES, CANDIDATES, SEED = 8, 10, 2
 MODEL = "--model_id tiny-teacher --num_inference_steps 20 --guidance_scale 2 --reward thickness"
 DATA = f"data {MODEL} --candidates {CANDIDATES} --steps_saved 0:15,19 --format tar --seed {SEED}"
-TRAIN = "train_reward --reward thickness --network classifier --epochs_per_level 4 --holdout 0.3"
+TRAIN = "train_reward --reward thickness --network classifier --holdout 0.3"
+TRAIN += " --batch_size 16 --lr 3e-4"
 ARMS = {
     "base": "`thickness` itself", "clean": "network, finished images only",
-    "own_level": "network, curriculum: the step's level", "best_level": "the level kept",
+    "own_level": "network, curriculum: the step's level", "kept": "what is kept",
 }  # fmt: skip
 STEPS = ("0", "2", "4", "6", "8", "11", "14")
 
@@ -41,12 +42,38 @@ class Config:
     """Folder of data, reward and runs."""
     results: Path
     """Folder of noise_aware.json."""
+    prune: bool = False
+    """Also prune by it for real, beside pruning by thickness and Best-of-8."""
 
 
 def finished(folder: Path, *flags: str) -> Path:
     """The folder of a command that has run to its end."""
     assert scale([*flags, "--output_dir", str(folder)]) == 0
     return folder
+
+
+def pruned_gains(root: Path, reward: Path) -> dict[str, dict[str, float]]:
+    """Prune for real by ``thickness`` and by the trained reward; paired differences."""
+    runs: dict[str, list[Any]] = {}
+    alone = RUNS["pruned"].removesuffix(" --compare best_of_n")
+    for name, flags in (
+        ("pruned", RUNS["pruned"]),
+        ("noise_aware", f"{alone} --prune_reward {reward}"),
+    ):
+        folder = finished(root / name, *COMMON.split(), *flags.split())
+        runs[name] = [json.loads(line) for line in (folder / "manifest.jsonl").open()]
+    plain = [row["best"]["total"] for row in runs["pruned"]]
+    pruned = [row["best"]["total"] for row in runs["noise_aware"]]
+    best = [row["compare"]["best"]["total"] for row in runs["pruned"]]
+    gains = {}
+    for other, those in (("Best-of-8", best), ("pruned by thickness", plain)):
+        differences = [a - b for a, b in zip(pruned, those, strict=True)]
+        gains[other] = gain_of(by_prompt(runs["noise_aware"], differences))
+    cost = runs["noise_aware"][0]["flops"] / 1e9
+    print(f"\npruned by the trained reward: {sum(pruned) / len(pruned):.3f} at {cost:.1f} GFLOP")
+    for other, gain in gains.items():
+        print(f"against {other}: {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")
+    return gains
 
 
 def main(config: Config) -> None:
@@ -63,25 +90,7 @@ def main(config: Config) -> None:
         for arm, name in ARMS.items():
             values = [f"{found[arm][step][measure]:.2f}" for step in STEPS]
             print(f"| {name} | {' | '.join(values)} |")
-    runs: dict[str, list[Any]] = {}
-    alone = RUNS["pruned"].removesuffix(" --compare best_of_n")
-    for name, flags in (
-        ("pruned", RUNS["pruned"]),
-        ("noise_aware", f"{alone} --prune_reward {reward}"),
-    ):
-        folder = finished(config.output_dir / name, *COMMON.split(), *flags.split())
-        runs[name] = [json.loads(line) for line in (folder / "manifest.jsonl").open()]
-    plain = [row["best"]["total"] for row in runs["pruned"]]
-    pruned = [row["best"]["total"] for row in runs["noise_aware"]]
-    best = [row["compare"]["best"]["total"] for row in runs["pruned"]]
-    gains = {}
-    for other, those in (("Best-of-8", best), ("pruned by thickness", plain)):
-        differences = [a - b for a, b in zip(pruned, those, strict=True)]
-        gains[other] = gain_of(by_prompt(runs["noise_aware"], differences))
-    cost = runs["noise_aware"][0]["flops"] / 1e9
-    print(f"\npruned by the trained reward: {sum(pruned) / len(pruned):.3f} at {cost:.1f} GFLOP")
-    for other, gain in gains.items():
-        print(f"against {other}: {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")
+    gains = pruned_gains(config.output_dir, reward) if config.prune else None
     kept = {arm: {step: found[arm].get(step) for step in STEPS} for arm in ARMS}
     about = {name: found[name] for name in ("prompts", "images", "held_out_prompts", "best")}
     write_json(config.results / "noise_aware.json", about | {"arms": kept, "gains": gains})

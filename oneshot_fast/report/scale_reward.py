@@ -13,7 +13,7 @@ from oneshot_fast.runtime.files import Json, read_json, read_jsonl
 # arms of the summary, and what they are called
 ARMS = {
     "base": "base reward", "clean": "trained on finished images", "own_level": "the step's level",
-    "best_level": "best level, as kept",
+    "kept": "what is kept",
 }  # fmt: skip
 _SHARE = "0.50"
 
@@ -22,17 +22,17 @@ def write_reward_report(folder: Path, flags: Mapping[str, Any]) -> None:
     """Write report.html of the finished ``RewardRun`` in ``folder``."""
     summary = read_json(folder / "summary.json")
     arms = {name: summary[name] for name in ARMS if name in summary}
-    steps = sorted(summary["best_level"], key=int)
+    steps = sorted(summary["kept"], key=int)
     text = [
-        f"On {summary['held_out_prompts']} prompts kept aside. The level kept for a step was "
-        "chosen on these prompts, too: its numbers flatter it; those of the step's own level do "
-        "not.",
+        f"On {summary['held_out_prompts']} prompts kept aside. What is kept for a step, a "
+        "level or the base reward, was chosen on these prompts, too: its numbers flatter it; those "
+        "of the step's own level do not.",
     ]
     head = ["step", *(f"Kendall, {ARMS[name]}" for name in arms), "kept"]
     rows = [
         Row(step, [
             *(Cell(number(arm[step]["kendall"]) if step in arm else "") for arm in arms.values()),
-            Cell(summary["best"][step]),
+            Cell(summary["best"].get(step, "base reward")),
         ])
         for step in steps
     ]  # fmt: skip
@@ -82,7 +82,7 @@ def print_summary(summary: Json, folder: Path) -> None:
     print(f"{summary['network']} learnt {summary['reward']} in {summary['steps']} steps, "
           f"{summary['seconds']:.0f} s")  # fmt: skip
     arms = [name for name in ARMS if name in summary]
-    for step in sorted(summary["best_level"], key=int):
+    for step in sorted(summary["kept"], key=int):
         found = (
             f"{ARMS[name]} {summary[name][step]['kendall']:.3f}"
             for name in arms

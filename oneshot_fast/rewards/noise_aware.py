@@ -69,8 +69,8 @@ def network_of(name: str, setup: Setup) -> Reward:
 class NoiseAwareReward(Reward):
     """Networks of one reward for the steps of a sampler, read as they are asked for.
 
-    Steps that it was not trained for have the base reward. Finished images, where nothing tells of
-    steps, have the network of the last one.
+    Steps without a network have the base reward: it was not trained for them, or none was better.
+    Images of which no step is told have the network of the latest one.
     """
 
     def __init__(self, name: str, config: dict[str, Any], setup: Setup) -> None:
@@ -80,7 +80,7 @@ class NoiseAwareReward(Reward):
         self.num_steps = int(config["num_steps"])
         self._files = {int(step): str(file) for step, file in config["files"].items()}
         self._read: dict[str, Reward] = {}
-        self.last = self.at_step(max(self._files))
+        self.last = self.at_step(max(self._files, default=-1))
         self.tokenizer, self.prompt_tokens = self.last.tokenizer, self.last.prompt_tokens
         self.differentiable = self.last.differentiable
 

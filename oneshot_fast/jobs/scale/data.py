@@ -24,7 +24,7 @@ from oneshot_fast.jobs.scale.options import ScaleOptions
 from oneshot_fast.jobs.scale.pools import Pool, write_pool
 from oneshot_fast.jobs.scale.rules import Prune
 from oneshot_fast.jobs.scale.simulate import agreement
-from oneshot_fast.jobs.scale.walk import Scored, Walker
+from oneshot_fast.jobs.scale.walk import AWARE, Scored, Walker
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.concurrency import in_background
 from oneshot_fast.runtime.files import (
@@ -51,6 +51,7 @@ class Pooled:
     sample: Sample
     seeds: list[int]
     scores: dict[str, list[list[float]]]  # by reward: a list per step, of a number per image
+    aware: dict[str, list[list[float]]]  # the same of noise-aware rewards, without the last step
 
     @property
     def index(self) -> int:
@@ -63,7 +64,8 @@ class Pooled:
 
     @property
     def is_finite(self) -> bool:
-        return all(map(math.isfinite, np.ravel([*self.scores.values()]).tolist()))
+        of_all = [*self.scores.values(), *self.aware.values()]
+        return all(math.isfinite(v) for values in of_all for step in values for v in step)
 
 
 class DataRun(ShardRun[Sequence[Sample], Pooled]):
@@ -74,7 +76,7 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
         "noises", "images", "manifest.jsonl", "failures.jsonl", "history.jsonl", "labels.jsonl",
         "labels.yaml", "summary.json", "logs", "report.html", POOL,
     )  # fmt: skip
-    unlisted = ("scores",)
+    unlisted = ("scores", "noise_aware")
     nothing_kept = "no reward was finite"
     save_image = staticmethod(save_png)
 
@@ -87,6 +89,8 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
         rewards: WeightedRewards,
         reward_names: Sequence[str],
         candidates: int,
+        prune_rewards: WeightedRewards | None = None,
+        prune_reward_names: Sequence[str] = (),
         steps_saved: Sequence[int] | None = None,
         save_images: bool = True,
         picture_format: PictureFormat = "png",
@@ -103,6 +107,8 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
             rewards: Score each image at each step.
             reward_names: How they are called in the run's settings.
             candidates: Images of each prompt.
+            prune_rewards: Score estimates, too: one for each of ``rewards``, in their order.
+            prune_reward_names: How those are called.
             steps_saved: Steps, from 0, whose estimates are kept; by default all. The last always
                 is.
             save_images: Whether pictures are kept, too.
@@ -125,7 +131,17 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
         self.size = TargetImages(generator, resolution).size  # checks it
         self.walker = Walker(generator, rewards, self.size, batch_size)
         self.save_images, self.format = save_images, picture_format
+        if prune_rewards is not None:
+            weights, others = [*rewards.weights.values()], [*prune_rewards.weights.values()]
+            require(
+                weights == others,
+                f"give a --prune_reward for each --reward, in their order and of their weights: "
+                f"{weights}, not {others}",
+            )
+            prune_rewards.check_steps(last + 1)
+            self.walker.aware = prune_rewards
         self.n, self.seed, self.reward_names = candidates, seed, [*reward_names]
+        self.prune_reward_names = [*prune_reward_names]
         wave = -(-batch_size // candidates)
         super().__init__(folder, wave, len(self.samples), candidates * (last + 1))
 
@@ -137,6 +153,7 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
             "save_images": self.save_images,
             "format": self.format,
             "rewards": self.reward_names,
+            **({"prune_rewards": names} if (names := self.prune_reward_names) else {}),
             "seed": self.seed,
             **self.walker.generator.settings(self.size),
             "samples": self.total,
@@ -205,6 +222,11 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
             sample,
             [sample.seed_of(j) for j in range(self.n)],
             {name: [scored.scores[name][k].tolist() for scored in trace] for name in names},
+            {
+                name.removeprefix(AWARE): [one.scores[name][k].tolist() for one in trace[:-1]]
+                for name in trace[0].scores
+                if name.startswith(AWARE)
+            },
         )
 
     def failure(self, found: Pooled) -> Json:
@@ -222,6 +244,7 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
             **place,
             "seeds": found.seeds,
             "scores": found.scores,
+            **({"noise_aware": found.aware} if found.aware else {}),
         }
 
     def _label(self, row: Json, j: int) -> Json:
@@ -235,6 +258,16 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
             "scores_per_step": {
                 name: [step[j] for step in values] for name, values in row["scores"].items()
             },
+            **(
+                {
+                    "noise_aware_per_step": {
+                        name: [step[j] for step in values]
+                        for name, values in row["noise_aware"].items()
+                    }
+                }
+                if "noise_aware" in row
+                else {}
+            ),
         }
 
     def means(self, rows: Sequence[Json]) -> dict[str, float | None]:
@@ -259,11 +292,16 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
         write_jsonl(self.folder / "labels.jsonl", labels)
         write_text(self.folder / "labels.yaml", "".join(lines))
         names = tuple(self.walker.rewards.by_name)
-        values = np.array([[row["scores"][name] for name in names] for row in rows])
+        aware = None
+        if self.walker.aware is not None:
+            aware = np.array([[*row["noise_aware"].values()] for row in rows])
         pool = Pool(
-            values.transpose(0, 3, 2, 1),  # [P, R, S, N] before
+            # [P, R, S, N] before
+            np.array([[*row["scores"].values()] for row in rows]).transpose(0, 3, 2, 1),
             tuple(self.steps),
             names,
+            None if aware is None else aware.transpose(0, 3, 2, 1),
+            () if aware is None else tuple(self.steps[:-1]),
             weights=tuple(float(weights[name]) for name in names),
         )
         write_pool(self.folder / POOL, pool)

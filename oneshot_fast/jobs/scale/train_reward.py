@@ -350,9 +350,18 @@ class RewardRun:
         last = levels[-1].name
         names = [last] if self.options.one_network else [phase.name for phase in levels]
         own = {str(phase.step): phase.name for phase in levels}
+        final, last_step = self.labels.final[self.held_out], str(self.labels.num_steps - 1)
+        base = {
+            step: measures(self.labels.early(int(step))[self.held_out], final)
+            for step in {**own, last_step: ""}
+        }
         best = {step: max(names, key=lambda name: found[name][step]["kendall"]) for step in own}
-        last_step = str(self.labels.num_steps - 1)
-        final = self.labels.final[self.held_out]
+        if not self.options.one_network:  # else where a network ranks better than the reward itself
+            best = {
+                step: name
+                for step, name in best.items()
+                if found[name][step]["kendall"] > base[step]["kendall"]
+            }
         report = {
             "reward": self.reward,
             "network": self.network,
@@ -361,13 +370,13 @@ class RewardRun:
             "held_out_prompts": len(self.held_out),
             "deviation": self._deviation,
             "best": best,
-            "base": {
-                step: measures(self.labels.early(int(step))[self.held_out], final)
-                for step in {**best, last_step: ""}
-            },
+            "base": base,
             **({CLEAN: found[CLEAN]} if CLEAN in found else {}),
             "own_level": {step: found[name][step] for step, name in own.items()},
-            "best_level": {step: found[name][step] for step, name in best.items()},
+            "kept": {
+                step: found[best[step]][step] if step in best else values
+                for step, values in base.items()
+            },
         }
         write_json(self.folder / "metrics.json", report | {"levels": found})
         write_jsonl(
@@ -382,7 +391,8 @@ class RewardRun:
                 "num_steps": self.labels.num_steps,
                 "files": {step: f"{name}.safetensors" for step, name in best.items()},
                 "sha256": {
-                    name: carried_digest(self.folder / f"{name}.safetensors") for name in names
+                    name: carried_digest(self.folder / f"{name}.safetensors")
+                    for name in sorted({*best.values()})
                 },
             },
         )

@@ -20,6 +20,7 @@ from oneshot_fast.search.pruning import Floats, Ints
 from oneshot_fast.search.samples import Sample
 
 _COMPARED = 64  # rows that both decoders decode
+AWARE = "aware "  # begins the names of scores by ``Walker.aware``
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Walker:
             judges.check_steps(generator.num_inference_steps)
         self.on_evaluations: Callable[[int], object] = lambda count: None
         self.compares_decoders = False
+        self.aware: WeightedRewards | None = None  # scores on the way, too, and decides nothing
         # takes all that is decoded: step, number of the first row, [B, 3, H, W] uint8
         self.on_pictures: Callable[[int, int, Tensor], object] | None = None
         self.decoder_spearman: float | None = None
@@ -224,6 +226,9 @@ class Walker:
             images = generator.images(latents[rows])
             scores = rewards.scores(images, prompts[rows])
             scores["total"] = rewards.total(scores)
+            if self.aware is not None and not is_last:
+                more = self.aware.at_step(step).scores(images, prompts[rows])
+                scores |= {f"{AWARE}{name}": value for name, value in more.items()}
             shown = (images * 255).round().to(torch.uint8).cpu() if wants_pixels else None
             found.append({name: value.double().cpu() for name, value in scores.items()})
             if shown is not None:  # after all that can be out of memory

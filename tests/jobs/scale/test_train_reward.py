@@ -8,21 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from oneshot_fast.jobs.scale import train_reward
 from oneshot_fast.jobs.scale.labels import read_labels, split
 from oneshot_fast.jobs.scale.options import RewardTraining
+from oneshot_fast.jobs.scale.pools import read_pool
 from oneshot_fast.jobs.scale.train_reward import HalvingOptions, RewardRun
 from oneshot_fast.rewards import identity, load_rewards
 from oneshot_fast.rewards.digit import DigitReward
-from oneshot_fast.runtime.files import read_metadata, read_safetensors
+from oneshot_fast.runtime.files import read_json, read_metadata, read_safetensors
 from oneshot_fast.scale import main
 from oneshot_fast.training.losses.score import ScoreLoss, predict
 
 Call = Callable[..., Any]
 FILES = ("level-02", "level-01", "level-00", "clean")
+GIVEN = {"0": "level-01", "1": "level-00"}
 OPTIONS = RewardTraining(network="classifier", batch_size=1, holdout=0.5, epochs_per_level=2)
 
 
@@ -36,32 +39,71 @@ def trained(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def given(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with networks that serve steps where two images chose the base reward."""
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("given") / "reward")
+    config = read_json(folder / "reward.json")
+    config["files"] = {step: f"{name}.safetensors" for step, name in GIVEN.items()}
+    (folder / "reward.json").write_text(json.dumps(config))
+    return folder
+
+
 def test_the_folder_is_a_reward_with_a_network_per_step(
-    trained: Path, made: Path, tmp_path: Path, call: Call
+    trained: Path, given: Path, made: Path, tmp_path: Path, call: Call
 ) -> None:
-    labels, rewards = read_labels(made, "thickness"), load_rewards([str(trained)])
-    summary = json.loads((trained / "metrics.json").read_text())
-    assert summary["base"]["2"]["kendall"] == 1 and summary["base"]["2"]["tgap"]["0.50"] == 0
-    apart = split(labels.prompts, 0.5, 0)[1]
+    labels, summary = read_labels(made, "thickness"), read_json(trained / "metrics.json")
+    for step, kept in summary["kept"].items():
+        assert kept["kendall"] >= summary["base"][step]["kendall"]
+        level = summary["best"].get(step)
+        assert kept == (summary["levels"][level] if level else summary["base"])[step]
+    assert "2" not in summary["best"]  # nothing is better than the reward itself
+    rewards, apart = load_rewards([str(given)]), split(labels.prompts, 0.5, 0)[1]
     rows, texts = [(apart[0], 0), (apart[0], 1)], [labels.prompts[apart[0]]] * 2
-    for step in range(3):
-        scores = rewards.at_step(step)(labels.images(rows, step), texts)
-        level = summary["levels"][summary["best"][str(step)]][str(step)]
+    for step, name in GIVEN.items():
+        scores = rewards.at_step(int(step))(labels.images(rows, int(step)), texts)
         error = (scores.double() - torch.from_numpy(labels.final[apart[0]])).square().mean()
-        assert float(error) == pytest.approx(level["mse"], rel=1e-5)
+        assert float(error) == pytest.approx(summary["levels"][name][step]["mse"], rel=1e-5)
     images = labels.images(rows, 2)
-    assert torch.equal(rewards(images, texts), rewards.at_step(2)(images, texts))
+    assert torch.equal(rewards(images, texts), rewards.at_step(1)(images, texts))
+    assert torch.equal(
+        rewards.at_step(2)(images, texts), load_rewards(["thickness"])(images, texts)
+    )
     flags = ["run", "--model_id", "tiny", "--candidates", "3", "--reward", "thickness"]
     flags += ["--after", "0", "--keep", "0.7"]
-    flags += ["--prompt", "digit one", "--prune_reward", str(trained), "--num_inference_steps"]
+    flags += ["--prompt", "digit one", "--prune_reward", str(given), "--num_inference_steps"]
     ended = call("scale", *flags, 3, "--output_dir", tmp_path / "run")
     assert ended.code == 0
     settings = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert settings["prune_rewards"] == [identity(str(trained))] != [str(trained)]
+    assert settings["prune_rewards"] == [identity(str(given))] != [str(given)]
     ended = call("scale", *flags, 2, "--output_dir", tmp_path / "no")
     assert ended.code == 2 and "was trained for estimates of 3 steps" in ended.error
-    flags = ["--model_id", "tiny", "--prompt", "digit one", "--reward", f"{trained}:2"]
+    flags = ["--model_id", "tiny", "--prompt", "digit one", "--reward", f"{given}:2"]
     assert call("optimize", *flags, "--steps", 1, "--output_dir", tmp_path / "found").code == 0
+
+
+def test_a_pool_has_what_it_says_beside_the_base_reward(
+    given: Path, tmp_path: Path, call: Call
+) -> None:
+    flags = ["--model_id", "tiny", "--num_inference_steps", 3, "--candidates", 4, "--prompt"]
+    flags += ["digit one", "--prompt", "digit two", "--reward", "thickness", "--output_dir"]
+    ended = call("scale", "data", *flags, tmp_path, "--prune_reward", given)
+    assert ended.code == 0
+    pool, labels = read_pool(tmp_path / "pool.safetensors"), read_labels(tmp_path, "thickness")
+    assert pool.noise_aware is not None and pool.noise_aware_steps == (0, 1)
+    rows, rewards = [(1, n) for n in range(4)], load_rewards([str(given)])
+    for step in (0, 1):
+        scores = rewards.at_step(step)(labels.images(rows, step), ["digit two"] * 4)
+        np.testing.assert_allclose(pool.noise_aware[1, :, step, 0], scores, atol=0.02)  # 8 bits
+    assert (pool.base[..., 0] == labels.scores.astype(np.float32)).all()
+    flags = ["simulate", "--pool", tmp_path / "pool.safetensors", "--after", 0, "--keep", 0.5]
+    flags += ["--budget", 60, "--output_dir", tmp_path / "simulated"]
+    ended = call("scale", *flags, "--evaluation_cost", 4, "--verification_cost", 1)
+    assert ended.code == 0 and "pruned, noise-aware" in ended.out
+    ended = call("scale", "data", "--model_id", "tiny", "--num_inference_steps", 3,
+                 "--prompt", "digit one", "--reward", "thickness", "--prune_reward",
+                 f"{given}:2", "--output_dir", tmp_path / "no")  # fmt: skip
+    assert ended.code == 2 and "a --prune_reward for each --reward" in ended.error
 
 
 def test_the_baseline_learns_as_long_from_finished_images_alone(trained: Path) -> None:
@@ -217,8 +259,8 @@ def test_missing_files_are_named(made: Path, trained: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"has no labels\.jsonl; make it with `scale data`"):
         RewardRun(tmp_path / "run", tmp_path, "digit", RewardTraining())
     broken = shutil.copytree(trained, tmp_path / "reward")
-    for path in broken.glob("level-*"):
-        path.unlink()
+    config = read_json(broken / "reward.json") | {"files": {"0": "level-09.safetensors"}}
+    (broken / "reward.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="is missing; repeat the `scale train_reward`"):
         load_rewards([str(broken)])
     (broken / "reward.json").write_text("{}")
