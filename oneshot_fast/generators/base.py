@@ -163,6 +163,10 @@ class Generator(ABC):
         """The denoiser, by the name that all trainees have for what is trained."""
         return self.denoiser
 
+    @abstractmethod
+    def replace_module(self, module: nn.Module) -> None:
+        """Take another denoiser of the same architecture."""
+
     @property
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:

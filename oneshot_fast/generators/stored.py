@@ -64,6 +64,9 @@ class StoredPipeline(Generator):
     def denoiser(self) -> Any:
         return getattr(self.pipe, self.parts[0])
 
+    def replace_module(self, module: nn.Module) -> None:
+        setattr(self.pipe, self.parts[0], module)
+
     @property
     def networks(self) -> dict[str, nn.Module]:
         found = {name: getattr(self.pipe, name) for name in self.parts}

@@ -52,6 +52,10 @@ class ToyGenerator(Generator):
     def denoiser(self) -> ToyNetwork:
         return self._network
 
+    def replace_module(self, module: nn.Module) -> None:
+        assert isinstance(module, ToyNetwork)
+        self._network = module
+
     @property
     def networks(self) -> dict[str, nn.Module]:
         return {"unet": self._network}

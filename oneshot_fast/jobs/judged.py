@@ -18,7 +18,7 @@ from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main, main_first
 from oneshot_fast.runtime.seeds import content_id
-from oneshot_fast.training.checkpoints import STUDENT, ended
+from oneshot_fast.training.checkpoints import STUDENT
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.options import TrainOptions
 from oneshot_fast.training.run import TrainingRun
@@ -137,7 +137,7 @@ class JudgedRun(TrainingRun):
         )
 
     def after_epoch(self, epoch: int) -> dict[str, Any]:
-        with ended(self.trainers[STUDENT]):
+        with self.trainers[STUDENT].ended():
             return self._measured(f"epoch-{epoch:03d}")
 
     def at_end(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from oneshot_fast.errors import DamagedError
 from oneshot_fast.runtime.ledger import carried_digest, digest, ledger_of, say
+from oneshot_fast.runtime.sharded import whole
 
 Json = dict[str, Any]
 TEMPORARY = ".tmp-"
@@ -142,13 +143,12 @@ def write_safetensors(
 
     Args:
         path: The file.
-        tensors: By name.
+        tensors: By name; sharded ones are gathered one by one, ``in_order``, as all have to ask.
         metadata: Values are stored as JSON.
     """
     texts = {"sha256": "0" * 64}
     texts |= {key: json.dumps(finite(value), ensure_ascii=False) for key, value in metadata.items()}
-    # as safetensors does: sorted, so that each begins at a multiple of its type's size
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    names = in_order(tensors)
     header, end = dict[str, Any](__metadata__=texts), 0
     for name in names:
         start, end = end, end + tensors[name].nbytes
@@ -164,13 +164,18 @@ def write_safetensors(
         with temporary.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                data = tensors[name].detach().cpu().contiguous().flatten()
+                data = whole(tensors[name].detach()).cpu().contiguous().flatten()
                 file.write(data.view(torch.uint8).numpy().data)
         at = 8 + text.index(b"0" * 64)
         stamp = digest(temporary)
         with temporary.open("r+b") as file:
             file.seek(at)
             file.write(stamp.encode())
+
+
+def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names in the order of a file; as safetensors, so that each begins at its type's multiple."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
 _TYPES = {

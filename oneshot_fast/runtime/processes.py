@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 T = TypeVar("T")
+_NETWORK = "the network"
 _NOTICE = 60.0  # seconds after which a process says whom it waits for
 _UNUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_MIXED_PRECISION": "mixed precision (see --dtype)",
     "ACCELERATE_DYNAMO_BACKEND": "TorchDynamo (see --compile)",
@@ -36,7 +36,6 @@ _UNUSED = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient accumulation (see the flag of that name)",
 }
 _timeout = timedelta(hours=12)  # how long a process waits for a slower one
-_BUCKET = 25 << 20  # bytes of gradients that are exchanged together, as torch's DDP does
 _AT_ONCE = 64  # results per process that are exchanged together, in memory of the device
 
 
@@ -85,13 +84,13 @@ def is_main() -> bool:
 
 def barrier() -> None:
     """Wait until every process has come here."""
-    with _meeting():
+    with meeting():
         processes().wait_for_everyone()
 
 
 @contextlib.contextmanager
-def _meeting() -> Iterator[None]:
-    """What all processes do together; if some do not come, the others say which.
+def meeting() -> Iterator[None]:
+    """What all processes do together; after a minute those that came name those that did not.
 
     Raises:
         RunError: If they did not come in time.
@@ -108,10 +107,11 @@ def _meeting() -> Iterator[None]:
     def absent() -> str:
         others = (k for k in range(here.num_processes) if k != me)
         late = [k for k in others if store.add(f"oneshot_fast/meetings/{k}", 0) < number]
-        return "process " + ", ".join(map(str, late)) if late else "the network"
+        return "process " + ", ".join(map(str, late)) if late else _NETWORK
 
     def notice() -> None:
-        print(f"process {me} waits for {absent()}", file=sys.stderr, flush=True)
+        if (late := absent()) != _NETWORK:
+            print(f"process {me} waits for {late}", file=sys.stderr, flush=True)
 
     timer, started = threading.Timer(_NOTICE, notice), time.monotonic()
     timer.daemon = True
@@ -134,7 +134,7 @@ def largest(number: int) -> int:
     if processes().num_processes == 1:
         return number
     tensor = torch.tensor(number, device=processes().device)
-    with _meeting():
+    with meeting():
         torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
         return int(tensor)
 
@@ -165,7 +165,7 @@ def gather_objects(items: Sequence[T]) -> list[T]:
         return list(items)
     from accelerate.utils import gather_object
 
-    with _meeting():
+    with meeting():
         return list(gather_object(list(items)))
 
 
@@ -185,32 +185,11 @@ def map_over_processes(work: Callable[[int], T], count: int) -> list[T]:
     return done
 
 
-def all_reduce(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over the processes, the same bits everywhere."""
-    if processes().num_processes == 1:
-        return
-    with _meeting():
-        for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.flatten() for tensor in bucket])
-            torch.distributed.all_reduce(flat)
-            sums = flat.split([tensor.numel() for tensor in bucket])
-            for tensor, total in zip(bucket, sums, strict=True):
-                tensor.copy_(total.view_as(tensor))
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in order, in groups of one type that are worth an exchange."""
-    for _, alike in itertools.groupby(tensors, lambda tensor: tensor.dtype):
-        bucket: list[Tensor] = []
-        size = 0
-        for tensor in alike:
-            bucket.append(tensor)
-            size += tensor.nbytes
-            if size >= _BUCKET:
-                yield bucket
-                bucket, size = [], 0
-        if bucket:
-            yield bucket
+def all_reduce(tensor: Tensor) -> None:
+    """Replace ``tensor`` by its sum over the processes, the same bits everywhere."""
+    if processes().num_processes > 1:
+        with meeting():
+            torch.distributed.all_reduce(tensor)
 
 
 def claims(job: str) -> Iterator[int]:

@@ -6,7 +6,7 @@ All randomness is a function of the seed and the step, so that a state needs no 
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,22 @@ class Batch(dict[str, Rows]):
         A part without a group of its name is a mean over all rows.
         """
         return self[part].share if part in self else self._share
+
+    def of_process(self, k: int, count: int) -> "Batch":
+        """The part of the k-th of ``count`` processes, with a row of every group.
+
+        All have to evaluate alike: where the rows do not suffice, it is one that counts nothing.
+        """
+        if count == 1:
+            return self
+        groups = {name: rows.select(_part(len(rows), k, count)) for name, rows in self.items()}
+        mine = sum(map(len, groups.values()))
+        for name, rows in groups.items():
+            if not len(rows):
+                groups[name] = replace(self[name].select(slice(1)), share=0.0)
+        piece = Batch(groups)
+        piece._share = self._share * mine / self.size
+        return piece
 
     def split(self, parts: int) -> list["Batch"]:
         """At most ``parts`` batches, each with a part of every group that has enough rows."""

@@ -1,16 +1,22 @@
 """What a training leaves: a state to resume from, whole pipelines, adapters, some on the way."""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from oneshot_fast.generators.adapters import merge_adapter
-from oneshot_fast.runtime.files import read_metadata, read_safetensors, remove, write_safetensors
+from oneshot_fast.runtime.files import (
+    in_order,
+    read_metadata,
+    read_safetensors,
+    remove,
+    write_safetensors,
+)
 from oneshot_fast.runtime.processes import barrier, is_main
+from oneshot_fast.runtime.sharded import whole
 from oneshot_fast.training.trainer import Trainer, below
 
 _STEP = re.compile(r"checkpoint-(\d+)")
@@ -46,13 +52,16 @@ class Checkpoints:
 
     def keep(self, trainer: Trainer) -> None:
         """Write checkpoint-<step> of the weights as they would end now, and remove the oldest."""
-        if not self._keep or not is_main():
+        if not self._keep:
             return
         path = self._folder / f"checkpoint-{trainer.step}"
-        if trainer.options.lora_rank:
-            _save_adapter(trainer, trainer.final(), path)
-        else:
-            with ended(trainer):
+        with trainer.ended():
+            if not is_main():
+                return
+            if trainer.options.lora_rank:
+                module = dict(trainer.trainee.module.named_parameters())
+                _save_adapter(trainer, {name: module[name] for name in trainer.parameters}, path)
+            else:
                 trainer.trainee.save(path)
         for name in self.intermediate()[: -self._keep]:
             remove(self._folder / name)
@@ -92,13 +101,20 @@ def _save_adapter(trainer: Trainer, weights: Mapping[str, Tensor], folder: Path)
 
 
 def save_state(path: Path, trainers: Mapping[str, Trainer]) -> None:
-    """Write the states of all trainers to one file, atomically, for ``load_state``."""
+    """Write the states of all trainers to one file, atomically, for ``load_state``.
+
+    Called in every process; the main one writes what is whole, and gathers what is sharded.
+    """
     tensors, positions = dict[str, Tensor](), dict[str, Any]()
     for name, trainer in trainers.items():
         found, position = trainer.state()
         tensors |= {_prefix(name) + key: tensor for key, tensor in found.items()}
         positions[_prefix(name) + "position"] = position
-    write_safetensors(path, tensors, positions)
+    if is_main():
+        write_safetensors(path, tensors, positions)
+        return
+    for key in in_order(tensors):
+        whole(tensors[key])
 
 
 def load_state(path: Path, trainers: Mapping[str, Trainer]) -> None:
@@ -111,18 +127,3 @@ def load_state(path: Path, trainers: Mapping[str, Trainer]) -> None:
 
 def _prefix(name: str) -> str:
     return "" if name == STUDENT else f"{name}:"
-
-
-@contextmanager
-def ended(trainer: Trainer) -> Iterator[None]:
-    """The module has, for a while, the weights that the training would end with now."""
-    if trainer.ema is None:
-        yield
-        return
-    # beside weights, moments and average a GPU may have no room for them
-    now = {name: p.detach().to("cpu", copy=True) for name, p in trainer.parameters.items()}
-    trainer.load_weights(trainer.final())
-    try:
-        yield
-    finally:
-        trainer.load_weights(now)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from oneshot_fast.runtime.seeds import derived_seed
+from oneshot_fast.runtime.sharded import shard_like, whole
 from oneshot_fast.training.options import TrainOptions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,7 +52,7 @@ class WeightOptimizer:
         if self._options.optimizer_in_backward:
             return self._squares.sqrt()
         limit = self._options.max_grad_norm
-        return nn.utils.clip_grad_norm_(self.parameters.values(), limit).float()
+        return whole(nn.utils.clip_grad_norm_(self.parameters.values(), limit)).float()
 
     def apply(self) -> None:
         """Update the weights, unless that was done in the backward pass."""
@@ -117,7 +118,7 @@ class WeightOptimizer:
                     signed = moment == "exp_avg"
                     state[moment] = optimizer._new_buffer(parameter, signed)  # type: ignore
                 for key, value in _stored(state[moment]).items():
-                    value.copy_(tensors[f"{moment}{key}/{name}"])
+                    value.copy_(shard_like(tensors[f"{moment}{key}/{name}"], value))
             optimizer.state[parameter] = state
 
     def _each(self) -> list[tuple[str, nn.Parameter, torch.optim.Optimizer]]:

@@ -30,7 +30,8 @@ from oneshot_fast.runtime.processes import barrier, is_main, kept_by_main, large
 from oneshot_fast.runtime.progress import Tracker, progress, start_tracking
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, Rows, batches, steps_per_epoch
-from oneshot_fast.training.checkpoints import STUDENT, Checkpoints, ended, load_state, save_state
+from oneshot_fast.training.checkpoints import STUDENT, Checkpoints, load_state, save_state
+from oneshot_fast.training.engines import sharding, shards_weights
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.losses.preserve import POOL, PreservePool
 from oneshot_fast.training.memory import offloaded
@@ -95,9 +96,11 @@ class TrainingRun(ABC):
         pool: Preserve targets; by default made from the generator as it is when it is run.
         begins_anew: Whether what lies in the folder does not count.
         passing: Names of trainees that end with the training, and leave no checkpoint.
+        shards: Whether FSDP2 can train it: nothing of it is evaluated by one process alone.
     """
 
     passing: frozenset[str] = frozenset()
+    shards = False
 
     outputs: tuple[str, ...] = (
         "checkpoint-best", "checkpoint-final", "checkpoint-best.safetensors",
@@ -136,6 +139,8 @@ class TrainingRun(ABC):
             UserError: If an option makes no sense.
         """
         options.check()
+        if shards_weights():
+            self._check_sharding(options, generator)
         require(
             not options.optimizer_in_backward or processes().num_processes == 1,
             "optimizer_in_backward cannot add up the gradients of several processes; leave it out",
@@ -172,6 +177,13 @@ class TrainingRun(ABC):
         on_gpu = generator.device.type != "cpu"  # there is memory to free
         self.offloads = on_gpu if offload_encoders is None else offload_encoders
         self._keep_checkpoints = keep_checkpoints
+
+    def _check_sharding(self, options: TrainOptions, generator: Generator) -> None:
+        said = "accelerate's config asks for FSDP"
+        require(self.shards, f"{said}, which is for sft and em; leave it out, for DDP")
+        require(options.optimizer == "adamw", f"{said}, which is not for --optimizer adamw8bit")
+        sharding()
+        require(not generator.is_compiled, f"{said}, which is not for --compile; leave one out")
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -349,7 +361,7 @@ class TrainingRun(ABC):
         seconds = time.perf_counter() - started
         for trainer in self.trainers.values():
             require(bool(trainer.history), _NOTHING)
-            trainer.load_weights(trainer.final())
+            trainer.gather()
         measured = self.at_end()
         if is_main():
             write_jsonl(self.folder / "history.jsonl", student.history)
@@ -412,25 +424,32 @@ class TrainingRun(ABC):
                         self.tracker.log(row, step=student.step)
                 if over:  # not saved before, so that a resumed run ends here, too
                     return
-                stopped = largest(interrupts.pending)  # all processes end after the same step
-                due = stopped or time.monotonic() - saved >= 60 * self.save_minutes
-                if due and self.is_resumable(student.step):
+                # all processes save, and end, after the same step
+                due = time.monotonic() - saved >= 60 * self.save_minutes
+                asked = largest(2 * interrupts.pending + due)
+                if asked and self.is_resumable(student.step):
                     self._save()
                     saved = time.monotonic()
-                    if stopped:
-                        stop(stopped)
+                    if asked > 1:
+                        stop(asked // 2)
                 bar.update()
 
     def _validate(self, trainer: Trainer) -> None:
         """Show images of the generator as the training would end now, where that is due."""
         every, step = self.options.validation_steps, trainer.step
-        if not every or step % every or not is_main():
+        if not every or step % every:
             return
+        with trainer.ended():
+            if is_main():
+                self._show(step)
+
+    @torch.no_grad()
+    def _show(self, step: int) -> None:
+        """Make images of some prompts, for people and the tracker."""
         seeds = [derived_seed(self.seed, "validation", k) for k, _ in enumerate(self._shown)]
         noise = gaussian(seeds, self.noise_shape).to(self.generator.device)
-        with ended(trainer), torch.no_grad():
-            latents = self.generator.latents(noise, self.generator.told(self._shown, seeds))
-            images = self.generator.decode(latents)
+        latents = self.generator.latents(noise, self.generator.told(self._shown, seeds))
+        images = self.generator.decode(latents)
         path = self.folder / _VALIDATION / f"{step:08d}.png"
         save_png(path, tile(images, math.ceil(math.sqrt(len(images)))))
         self.tracker.images([path], step, _VALIDATION)
@@ -449,10 +468,9 @@ class TrainingRun(ABC):
         return row
 
     def _save(self) -> None:
-        if not is_main():
-            return
         save_state(self.folder / "state.safetensors", self.trainers)
-        write_jsonl(self.folder / "history.jsonl", self.trainers[STUDENT].history)
+        if is_main():
+            write_jsonl(self.folder / "history.jsonl", self.trainers[STUDENT].history)
 
     def _drop_state(self) -> None:
         """Remove what only an interrupted training goes on from."""

@@ -15,8 +15,10 @@ from oneshot_fast.generators.adapters import add_adapter, cast_base
 from oneshot_fast.generators.lora_files import Adapter
 from oneshot_fast.runtime.processes import all_reduce, processes
 from oneshot_fast.runtime.seeds import derived_seed
+from oneshot_fast.runtime.sharded import join_like, own_part, shard_like, whole
 from oneshot_fast.training.batch import Batch
-from oneshot_fast.training.losses.base import Loss, shared_losses, total
+from oneshot_fast.training.engines import Engine
+from oneshot_fast.training.losses.base import Loss, total
 from oneshot_fast.training.memory import checkpoint_activations
 from oneshot_fast.training.optimizer import WeightOptimizer
 from oneshot_fast.training.options import TrainOptions
@@ -38,6 +40,9 @@ class Trainee(Protocol):
     @property
     def save_dtype(self) -> torch.dtype | None:
         """Type of the weights that ``save`` writes; None: that of their files."""
+
+    def replace_module(self, module: nn.Module) -> None:
+        """Take another in the place of ``module``, of the same architecture."""
 
     def save(self, folder: Path) -> None:
         """Write everything that ``load_weights``, or a user, needs, atomically."""
@@ -107,6 +112,7 @@ class Trainer:
             drawn = derived_seed(seed, "lora", *([adapter] if is_second else []))
             add_adapter(module, options.lora_rank, options.lora_alpha, drawn, start, adapter)
         checkpoint_activations(module, options)
+        self.engine = Engine(trainee, loss)
         self.parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self.optimizer = WeightOptimizer(self.parameters, options, steps, seed)
         self.step = self.skipped = self.good_in_epoch = 0
@@ -138,7 +144,7 @@ class Trainer:
         """
         while not self._backward(batch):
             self.forget()
-            whole = self.options.optimizer_in_backward
+            whole = self.options.optimizer_in_backward or self.engine.count > 1
             if whole or self._halved or self._parts >= batch.size:
                 raise UserError(
                     "out of memory; try --gradient_checkpointing, a smaller --batch_size, "
@@ -152,8 +158,7 @@ class Trainer:
             )
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        if processes().num_processes > 1:
-            all_reduce(self.gradients())
+        all_reduce(self.losses)
         self.update()
 
     def _backward(self, batch: Batch) -> bool:
@@ -161,14 +166,13 @@ class Trainer:
 
         The tensors of a failed attempt live as long as its exception, so that ends here.
         """
-        here = processes()
-        # by process first: where memory ran out in one of them, only its parts are smaller
-        mine = batch.split(here.num_processes)[here.process_index : here.process_index + 1]
+        parts, engine = batch.split(self._parts), self.engine
         try:
             with self.unfrozen():
-                for rows in mine:
-                    for part in rows.split(self._parts):
-                        self.add(shared_losses(self.loss, self.trainee, part))
+                for k, part in enumerate(parts, 1):
+                    mine = part.of_process(processes().process_index, engine.count)
+                    with engine.part(is_last=k == len(parts)):
+                        self.add(engine(mine))
         except torch.OutOfMemoryError:
             return False
         return True
@@ -192,7 +196,7 @@ class Trainer:
             if not torch.isfinite(loss):
                 return
             self.optimizer.begin(self.step)
-        loss.backward()
+        (loss * self.engine.count).backward()
 
     def forget(self) -> None:
         """Drop what ``add`` added to this step."""
@@ -205,13 +209,6 @@ class Trainer:
         if self.options.gradient_checkpointing or self.options.selective_checkpointing:
             module: Any = self.trainee.module
             module.disable_gradient_checkpointing()
-
-    def gradients(self) -> list[Tensor]:
-        """What ``add`` summed up: the gradient of every weight, zero if it has none, and losses."""
-        for parameter in self.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return [*(p.grad for p in self.parameters.values() if p.grad is not None), self.losses]
 
     def update(self) -> None:
         """One optimiser step on what was added.
@@ -253,6 +250,41 @@ class Trainer:
         self.skipped += 1
         self.empty_in_a_row += 1
 
+    @contextmanager
+    def ended(self) -> Iterator[None]:
+        """The trainee has, for a while, the weights that the training would end with now.
+
+        All processes ask together; then each can evaluate for itself.
+        """
+        if self.engine.is_sharded:
+            self.trainee.replace_module(self.engine.whole(self.final()))
+            try:
+                yield
+            finally:
+                self.trainee.replace_module(self.engine.module)
+        elif self.ema is None:
+            yield
+        else:
+            # beside weights, moments and average a GPU may have no room for them
+            now = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+            self.load_weights(self.final())
+            try:
+                yield
+            finally:
+                self.load_weights(now)
+
+    def gather(self) -> None:
+        """After the last step: every process has all weights, those the training ends with."""
+        if self.engine.is_sharded:
+            best = {k: whole(join_like(p, self.parameters[k])) for k, p in self.best.items()}
+            self.best = {name: p.cpu() for name, p in best.items()}
+            module = self.engine.whole(self.final())
+            self.ema = None  # it is what they end with
+            self.trainee.replace_module(module)
+            weights = dict(module.named_parameters())
+            self.parameters = {name: weights[name] for name in self.parameters}
+        self.load_weights(self.final())
+
     def final(self) -> dict[str, Tensor]:
         """The weights that the training ends with, as it stands: the average or the last ones."""
         weights = self.parameters.values() if self.ema is None else self.ema.shadow_params
@@ -277,17 +309,18 @@ class Trainer:
     def keep_best(self, loss: float) -> None:
         """Keep the weights as they would end now; ``loss`` says how good they are."""
         self.best_loss = loss
-        self.best = {name: p.cpu().clone() for name, p in self.final().items()}
+        self.best = {k: own_part(p).to("cpu", copy=True) for k, p in self.final().items()}
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy ``weights``, the trained ones by name, into the module."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(shard_like(weights[name], parameter))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights, moments, averages and best weights by name; step and history as JSON values."""
-        tensors = {f"best/{name}": value for name, value in self.best.items()}
+        best = {k: join_like(p, self.parameters[k]) for k, p in self.best.items()}
+        tensors = {f"best/{name}": value for name, value in best.items()}
         tensors |= {"sums": self.sums, **self.optimizer.tensors()}
         tensors |= {f"weight/{name}": value for name, value in self.parameters.items()}
         if self.ema is not None:
@@ -310,13 +343,14 @@ class Trainer:
         self.best_loss = math.inf if position["best_loss"] is None else position["best_loss"]
         self.load_weights(below(tensors, "weight/"))
         self.sums.copy_(tensors["sums"])
-        self.best = below(tensors, "best/")
+        best = below(tensors, "best/")
+        self.best = {k: own_part(shard_like(p, self.parameters[k])).cpu() for k, p in best.items()}
         self.optimizer.load(tensors)
         if self.ema is not None:
             self.ema.optimization_step = self.step - self.skipped
             averages = below(tensors, "ema/")
             for name, average in zip(self.parameters, self.ema.shadow_params, strict=True):
-                average.copy_(averages[name])
+                average.copy_(shard_like(averages[name], average))
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

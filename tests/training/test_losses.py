@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,17 @@ def test_the_average_follows_the_weights_of_every_step(tiny: Generator) -> None:
         expected = kept * expected + (1 - kept) * weight.detach()
     assert not torch.equal(expected, weight)
     torch.testing.assert_close(trainer.final()[name], expected)
+
+
+def test_each_process_has_a_row_of_every_group_and_all_count_once(tiny: Generator) -> None:
+    """Five rows and one, for three processes."""
+    told = tiny.encode_prompts(["a photo of the digit one"] * 5)
+    rows = Rows(torch.arange(5.0).view(5, 1, 1, 1), told, {"place": list(range(5))})
+    batch = Batch(matching=rows, preserve=rows.select(slice(1)))
+    batch["preserve"] = replace(batch["preserve"], share=1.0)
+    pieces = [batch.of_process(k, 3) for k in range(3)]
+    assert [piece["matching"].extra["place"] for piece in pieces] == [[0, 1], [2, 3], [4]]
+    assert [piece.share("matching") for piece in pieces] == pytest.approx([0.4, 0.4, 0.2])
+    assert [len(piece["preserve"]) for piece in pieces] == [1, 1, 1]
+    assert [piece.share("preserve") for piece in pieces] == [1, 0, 0]
+    assert sum(piece.share("other") for piece in pieces) == pytest.approx(1)

@@ -25,7 +25,7 @@ from oneshot_fast.rewards import Setup, WeightedRewards
 from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main, main_first
 from oneshot_fast.runtime.seeds import content_id
-from oneshot_fast.training.checkpoints import STUDENT, ended
+from oneshot_fast.training.checkpoints import STUDENT
 from oneshot_fast.training.trainer import Trainer
 
 
@@ -151,7 +151,7 @@ class MeasuredSftRun(SftRun):
         if epoch not in self._epochs():
             return {}
         trainer = self.trainers[STUDENT]
-        with ended(trainer):
+        with trainer.ended():
             found = self._note(epoch)
         verdict = self._verdicts[epoch].get(HEADLINE)
         if verdict is not None and best_of([verdict]) and verdict.after < trainer.best_loss:

@@ -22,6 +22,7 @@ from oneshot_fast.training.batch import Batch, Rows
 class RewardRun(JudgedRun):
     """Training on rewards of random noises' images, into one folder; measured as ``JudgedRun``."""
 
+    shards = True
     options: SftOptions
     rewards: WeightedRewards
 

@@ -36,6 +36,7 @@ class SftRun(TrainingRun):
     """
 
     outputs = (*TrainingRun.outputs, CAPTIONS)
+    shards = True
     options: SftOptions
 
     def __init__(
