@@ -3,6 +3,7 @@
 All randomness is a function of the seed and the step, so that a state needs no random state.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -101,16 +102,55 @@ def _part(count: int, k: int, parts: int) -> slice:
     return slice(start, start + size + (k < more))
 
 
-def in_order(kinds: Sequence[Hashable], batch_size: int) -> list[list[int]]:
+class Batches(Sequence[list[int]]):
+    """Positions of examples, batch by batch, in a few tensors: there may be millions."""
+
+    def __init__(self, kinds: Tensor, batch_size: int, order: Tensor) -> None:
+        """Group the examples by kind, the kinds as they come first, and cut the groups.
+
+        Args:
+            kinds: [n] int64, the number of each example's kind.
+            batch_size: Of all batches but the last of each kind.
+            order: [n] int64, the positions in the order to take them in.
+        """
+        ordered, count = kinds[order], int(kinds.max()) + 1
+        first = torch.full((count,), len(order))
+        first = first.scatter_reduce(0, ordered, torch.arange(len(order)), "amin")
+        rank = first.argsort().argsort()
+        self._order = order[rank[ordered].argsort(stable=True)]
+        sizes = ordered.bincount(minlength=count)[first.argsort()].tolist()
+        ends = list(itertools.accumulate(sizes))
+        cuts = [
+            torch.arange(end - size, end, batch_size) for size, end in zip(sizes, ends, strict=True)
+        ]
+        self._starts = torch.cat(cuts)
+        self._ends = torch.cat(
+            [(cut + batch_size).clamp(max=end) for cut, end in zip(cuts, ends, strict=True)]
+        )
+
+    def permuted(self, draw: torch.Generator) -> "Batches":
+        """The same batches in a drawn order."""
+        order = torch.randperm(len(self), generator=draw)
+        self._starts, self._ends = self._starts[order], self._ends[order]
+        return self
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, k: Any) -> Any:
+        found: list[int] = self._order[self._starts[k] : self._ends[k]].tolist()
+        return found
+
+
+def in_order(kinds: Sequence[Hashable], batch_size: int) -> Batches:
     """Positions of examples of these kinds, kind by kind, in batches that have one each."""
-    groups: dict[Hashable, list[int]] = {}
-    for k, kind in enumerate(kinds):
-        groups.setdefault(kind, []).append(k)
-    return [
-        group[k : k + batch_size]
-        for group in groups.values()
-        for k in range(0, len(group), batch_size)
-    ]
+    return Batches(_numbered(kinds), batch_size, torch.arange(len(kinds)))
+
+
+def _numbered(kinds: Sequence[Hashable]) -> Tensor:
+    """[n] int64: the kinds as numbers."""
+    known: dict[Hashable, int] = {}
+    return torch.tensor([known.setdefault(kind, len(known)) for kind in kinds])
 
 
 def steps_per_epoch(kinds: Sequence[Hashable], batch_size: int) -> int:
@@ -125,19 +165,18 @@ def batches(
 
     No batch has examples of two ``kinds``, such as sizes of images.
     """
-    per_epoch, made, of = steps_per_epoch(kinds, batch_size), list[list[int]](), -1
+    numbers, of = _numbered(kinds), -1
+    made: Sequence[list[int]] = []
+    per_epoch = steps_per_epoch(kinds, batch_size)
     for step in range(start, end):
         epoch, k = divmod(step, per_epoch)
         if epoch != of:
-            made, of = _epoch(kinds, batch_size, derived_seed(seed, "epoch", epoch)), epoch
+            made, of = _epoch(numbers, batch_size, derived_seed(seed, "epoch", epoch)), epoch
         yield made[k]
 
 
-def _epoch(kinds: Sequence[Hashable], batch_size: int, seed: int) -> list[list[int]]:
+def _epoch(kinds: Tensor, batch_size: int, seed: int) -> Batches:
     """All batches of an epoch, those of the different kinds in one drawn order."""
     draw = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(kinds), generator=draw).tolist()
-    made = in_order([kinds[k] for k in order], batch_size)
-    if len({*kinds}) > 1:
-        made = [made[k] for k in torch.randperm(len(made), generator=draw).tolist()]
-    return [[order[k] for k in part] for part in made]
+    made = Batches(kinds, batch_size, torch.randperm(len(kinds), generator=draw))
+    return made.permuted(draw) if kinds.any() else made

@@ -41,8 +41,9 @@ from oneshot_fast.training.trainer import BadStepsError, Trainee, Trainer
 _NOTHING = "no step had a finite loss and gradient, or rewards that differ; lower the lr"
 BEGUN = "begun.json"  # which examples an interrupted training has
 _PROMPTS = "prompts"  # encodings, where they are too many for memory
+LATENTS = "latents"  # of target images
 _VALIDATION = "validation"  # pictures
-_STATE = ("state.safetensors", BEGUN, _PROMPTS)
+_STATE = ("state.safetensors", BEGUN, _PROMPTS, LATENTS)
 
 
 class Example(Protocol):
@@ -61,15 +62,13 @@ class Example(Protocol):
 E = TypeVar("E", bound=Example)
 
 
-def contents_of(
-    examples: Sequence[Example], noises: Sequence[Tensor], latents: Sequence[Tensor]
-) -> dict[str, Any]:
-    """What a training goes on with: ids, and hashes of noises and latents on the CPU."""
-    hashes = {"noises": _digest(noises), "latents": _digest(latents)}
-    return {"ids": [example.id for example in examples], **hashes}
+def contents_of(examples: Sequence[Example], noises: str, latents: str) -> dict[str, Any]:
+    """What a training goes on with: ids, and hashes of all noises and latents."""
+    return {"ids": [example.id for example in examples], "noises": noises, "latents": latents}
 
 
-def _digest(tensors: Sequence[Tensor]) -> str:
+def digest_of(tensors: Sequence[Tensor]) -> str:
+    """Hash of tensors on the CPU."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.numpy().data)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from samples import rows_of
 
+import oneshot_fast.reinforce
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.pairs import Examples
@@ -31,6 +32,7 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
+import oneshot_fast.jobs.sft.pairs
 import oneshot_fast.runtime.processes
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.jobs.sft.pairs import Examples
@@ -38,14 +40,16 @@ from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.runtime.files import write_json
 from oneshot_fast.generators.target_images import TargetImages
 
-oneshot_fast.runtime.processes._AT_ONCE = 2
+oneshot_fast.runtime.processes._AT_ONCE, oneshot_fast.jobs.sft.pairs._ROWS = 1, 1
 generator, encoded = load_generator("tiny"), []
 generator.pipe.vae.encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
 pairs, failures = read_manifest(Path(sys.argv[1]))
-found = Examples.load(generator, TargetImages(generator), pairs, failures)
+targets, latents = TargetImages(generator), Path(sys.argv[2]) / "latents"
+found = Examples(generator, targets, pairs, failures, latents)
 here = oneshot_fast.runtime.processes.processes()
 place = Path(sys.argv[2]) / str(here.process_index)
-both = {"noises": torch.stack(found.noises), "latents": torch.stack(found.latents)}
+rows = range(len(found.pairs))
+both = {"noises": found.noises(rows), "latents": found.latents(rows)}
 save_file(both, place.with_suffix(".safetensors"))
 reasons = [failure.reason for failure in failures]
 ids = [pair.id for pair in found.pairs]
@@ -150,12 +154,12 @@ def test_each_process_encodes_its_part_and_knows_all(tmp_path, damaged, tiny, fo
     for ended in forks.run_two(str(script), [damaged, tmp_path], tmp_path):
         assert ended.code == 0, ended.err
     pairs, failures = read_manifest(damaged)
-    one = Examples.load(tiny, TargetImages(tiny), pairs, failures)
+    one = Examples(tiny, TargetImages(tiny), pairs, failures, tmp_path / "one")
     assert len(one.pairs) == 4 and len(failures) == 2
     for process in ("0", "1"):
         tensors = load_file(tmp_path / f"{process}.safetensors")
-        assert torch.equal(tensors["latents"], torch.stack(one.latents))
-        assert torch.equal(tensors["noises"], torch.stack(one.noises))
+        assert torch.equal(tensors["latents"], one.latents(range(4)))
+        assert torch.equal(tensors["noises"], one.noises(range(4)))
         kept = json.loads((tmp_path / f"{process}.json").read_text())
         ids, reasons, encoded, numbers, added = kept
         assert ids == [pair.id for pair in one.pairs]
@@ -175,8 +179,8 @@ def test_sft_with_two_processes_equals_one(tmp_path, damaged, forks, one_thread,
 
     DDP's state goes on with one process, FSDP2's with two again.
     """
-    fixed = "--model_id tiny --epochs 2 --batch_size 3 --preserve_pool_size 20 --use_ema"
-    fixed += " --preserve_batch_size 1 --keep_checkpoints 1 --validation_steps 4"
+    fixed = "--model_id tiny --epochs 1 --batch_size 3 --preserve_pool_size 20 --use_ema"
+    fixed += " --preserve_batch_size 1 --keep_checkpoints 1 --validation_steps 2"
     flags = ["--manifest_path", damaged, *fixed.split(), "--save_minutes", "0", "--output_dir"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert forks.run("sft", [*flags, one], one).code == 1
@@ -196,7 +200,7 @@ def test_sft_with_two_processes_equals_one(tmp_path, damaged, forks, one_thread,
     assert found[1]["matched_loss_before"] == found[0]["matched_loss_before"]
     expected = pytest.approx(found[0]["matched_loss_after"], rel=1e-4)
     assert found[1]["matched_loss_after"] == expected
-    for name in ("checkpoint-final", "checkpoint-best", "checkpoint-4"):
+    for name in ("checkpoint-final", "checkpoint-best", "checkpoint-2"):
         ours, theirs = (
             load_file(folder / name / "unet" / "diffusion_pytorch_model.safetensors")
             for folder in (one, two)
@@ -210,7 +214,12 @@ def test_what_cannot_be_sharded_is_one_line(tmp_path, prompts, damaged, forks):
     reinforce = ["--prompt_file", prompts, "--reward", "digit", "--num_inference_steps", "2"]
     for command, flags, more, said in (
         ("sft", sft, {"FSDP_VERSION": "1"}, "version 1 is not supported"),
-        ("reinforce", reinforce, {}, "is for sft and em; leave it out, for DDP"),
+        (
+            oneshot_fast.reinforce.__file__,
+            reinforce,
+            {},
+            "is for sft and em; leave it out, for DDP",
+        ),
     ):
         argv = [*flags, "--model_id", "tiny", "--output_dir", tmp_path / "run"]
         for ended in forks.run_two(command, argv, tmp_path, **{**FSDP2, **more}):

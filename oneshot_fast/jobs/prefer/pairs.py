@@ -26,7 +26,7 @@ from oneshot_fast.runtime.folder import list_settings
 from oneshot_fast.runtime.processes import map_over_processes
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, Rows
-from oneshot_fast.training.run import contents_of
+from oneshot_fast.training.run import contents_of, digest_of
 
 
 class PairRun(ComparingRun):
@@ -132,7 +132,7 @@ class PairRun(ComparingRun):
         if not self._found:
             raise UserError(f"no pair can be used; the first: {failures[0].reason}")
         used, latents, noises = zip(*self._found, strict=True)
-        self.begin(begun, contents_of(used, noises, latents), failures)
+        self.begin(begun, contents_of(used, digest_of(noises), digest_of(latents)), failures)
         return self.compare(len(self._found)) | {"failed": len(failures)}
 
     def is_mended(self) -> bool:

@@ -1,50 +1,58 @@
-"""The matched pairs of a training, read and encoded once."""
+"""The matched pairs of a training: read and encoded once, and then from disk as it goes on."""
 
 import contextlib
+from array import array
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeAlias
 
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from oneshot_fast.data.image_refs import file_sha256
-from oneshot_fast.data.images import crop_loss, cut_warning
+from oneshot_fast.data.image_refs import ImageRef, file_sha256
+from oneshot_fast.data.images import MUCH, crop_loss, cut_warning
 from oneshot_fast.data.manifests import MatchedPair
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.data.records import Failure
 from oneshot_fast.data.sizes import Size
-from oneshot_fast.errors import DataError, UserError
+from oneshot_fast.errors import DamagedError, DataError, UserError
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
+from oneshot_fast.runtime.files import read_safetensors, write_safetensors
 from oneshot_fast.runtime.processes import map_over_processes
 from oneshot_fast.training.run import contents_of
 
+Kind: TypeAlias = tuple[tuple[int, ...], bool]  # shape of the noise, and whether it is no bucket's
+_ROWS = 64  # pairs whose latents are in one file
+_OPEN = 64  # files that are kept open
 
-@dataclass(frozen=True)
+
 class Examples:
-    """Everything the training reads, on the CPU.
+    """What the training reads: noises in their shards, and target latents in ``folder``.
+
+    Both are read when a batch needs them, through memory maps. In memory there are the pairs alone.
 
     Attributes:
         pairs: n matched pairs.
-        noises: n of [C, h, w] float32; sizes differ where there are buckets.
-        latents: Target latents, the same.
+        kinds: What the pairs of a batch have in common: their size, and whether it is a bucket's.
         cut_images: What is to be said of images that a crop takes too much of; None: nothing.
+        contents: What a training goes on with, see ``contents_of``.
     """
 
-    pairs: list[MatchedPair]
-    noises: list[Tensor]
-    latents: list[Tensor]
-    cut_images: str | None = None
-
-    @classmethod
-    def load(
-        cls,
+    def __init__(
+        self,
         generator: Generator,
         targets: TargetImages,
         pairs: Sequence[MatchedPair],
         failures: list[Failure],
-    ) -> "Examples":
+        folder: Path,
+        left_out: Container[str] = (),
+    ) -> None:
         """Read the noises of ``pairs`` and encode their targets; each process does its part of it.
 
         Args:
@@ -52,49 +60,126 @@ class Examples:
             targets: Reads and encodes the target images.
             pairs: What to read.
             failures: Takes the pairs that cannot be read.
+            folder: Takes the latents; those that are there already are not encoded again.
+            left_out: Ids of pairs that are not to be read.
 
         Raises:
             UserError: If no pair can be used.
         """
-        usable, noises, latents, cut = [], [], [], []
-        for pair, found in zip(pairs, read_pairs(generator, targets, pairs), strict=True):
-            if isinstance(found, str):
-                failures.append(Failure(found, pair.line or None, pair.id, pair.prompt))
-                continue
-            usable.append(pair)
-            noises.append(found[0])
-            latents.append(found[1])
-            cut.append((pair.image_path, found[2]))
-            targets.keep(found[1], *pair.place)
-        if not usable:
+        self._folder, self.pairs, self.kinds = folder, list[MatchedPair](), list[Kind]()
+        self._places = array("q")  # of the pairs in the list that was given
+        self._open = lru_cache(_OPEN)(lambda path: safe_open(path, framework="pt"))
+        blocks = range(0, len(pairs), _ROWS)
+
+        def read(k: int) -> _Block:
+            block = pairs[blocks[k] : blocks[k] + _ROWS]
+            kept = [pair for pair in block if pair.id not in left_out]
+            return _encode(generator, targets, kept, self._path(blocks[k]))
+
+        cut, digests = list[tuple[ImageRef, float]](), [sha256(), sha256()]
+        known, given = dict[Kind, Kind](), iter(enumerate(pairs))
+        for block in map_over_processes(read, len(blocks)):
+            for digest, more in zip(digests, (block.noises, block.latents), strict=True):
+                digest.update(more)
+            for result in block.results:
+                place, pair = next(one for one in given if one[1].id not in left_out)
+                if isinstance(result, str):
+                    failures.append(Failure(result, pair.line or None, pair.id, pair.prompt))
+                    continue
+                shape, lost = result
+                kind = shape, pair.frame is None
+                self.pairs.append(pair)
+                self.kinds.append(known.setdefault(kind, kind))  # one object
+                self._places.append(place)
+                if lost > MUCH:
+                    cut.append((pair.image_path, lost))
+        if not self.pairs:
             raise UserError(f"no pair of the manifest can be used; the first: {failures[0].reason}")
-        said = cut_warning(cut, '"resize_mode": "pad" in the manifest keeps all of them')
-        return cls(usable, noises, latents, said)
+        keeps = '"resize_mode": "pad" in the manifest keeps all of them'
+        self.cut_images = cut_warning(cut, keeps)
+        self.contents = contents_of(self.pairs, *(digest.hexdigest() for digest in digests))
 
-    @property
-    def contents(self) -> dict[str, Any]:
-        """What a training goes on with."""
-        return contents_of(self.pairs, self.noises, self.latents)
+    def shape(self, row: int) -> tuple[int, ...]:
+        """[C, h, w] of a pair's noise."""
+        return self.kinds[row][0]
 
-    @property
-    def kinds(self) -> list[Hashable]:
-        """What the pairs of a batch have in common: their size, and whether it is a bucket's."""
-        return [
-            (noise.shape, pair.frame is None)
-            for noise, pair in zip(self.noises, self.pairs, strict=True)
-        ]
+    def noises(self, rows: Sequence[int]) -> Tensor:
+        """Those of pairs of one kind, [B, C, h, w] float32 on the CPU."""
+        pairs = [self.pairs[k] for k in rows]
+        return torch.stack([read_noise(x.noise_path, x.noise_index, verify=False) for x in pairs])
+
+    def latents(self, rows: Sequence[int]) -> Tensor:
+        """Of the targets of pairs of one kind, [B, C, h, w] float32 on the CPU."""
+        return torch.stack([self._latent(k) for k in rows])
+
+    def _latent(self, row: int) -> Tensor:
+        place = self._places[row]
+        file: Any = self._open(self._path(place))
+        found: Tensor = file.get_tensor(_name(self.pairs[row]))
+        return found
+
+    def _path(self, place: int) -> Path:
+        """File of the latents of a pair and its neighbours in the list."""
+        return self._folder / f"{place // _ROWS:08d}.safetensors"
 
 
-def read_pairs(
-    generator: Generator, targets: TargetImages, pairs: Sequence[MatchedPair]
-) -> list[tuple[Tensor, Tensor, float] | str]:
-    """Of each pair what ``_read`` returns, or what is wrong; each process does its part."""
+@dataclass(frozen=True)
+class _Block:
+    """What is known of neighbours in the list.
 
-    def read(k: int) -> tuple[Tensor, Tensor, float] | str:
+    Attributes:
+        results: Of each the shape of its noise, and the part of its image that a crop takes away,
+            of what no assignment spoke of; or what is wrong.
+        noises: Hash of all noises.
+        latents: Hash of all latents.
+    """
+
+    results: list[tuple[tuple[int, ...], float] | str]
+    noises: bytes
+    latents: bytes
+
+
+def _encode(
+    generator: Generator, targets: TargetImages, pairs: Sequence[MatchedPair], path: Path
+) -> _Block:
+    """Read some pairs, and keep their latents in a file, by id."""
+    latents, results = dict[str, Tensor](), list[tuple[tuple[int, ...], float] | str]()
+    with contextlib.suppress(DamagedError, FileNotFoundError):
+        latents = read_safetensors(path)
+    known, shapes, digests = {*latents}, dict[torch.Size, torch.Size](), (sha256(), sha256())
+    for pair in pairs:
         try:
-            return _read(pairs[k], targets, generator)
+            noise, lost = _read(pair, targets, generator)
+            name = _name(pair)
+            if name not in latents:
+                latents[name] = targets.latent(*pair.place)
         except DataError as error:
-            return str(error)
+            results.append(str(error))
+            continue
+        results.append((shapes.setdefault(noise.shape, noise.shape), lost))
+        for digest, tensor in zip(digests, (noise, latents[name]), strict=True):
+            digest.update(tensor.numpy().data)
+    if known != {*latents}:
+        write_safetensors(path, latents, {})
+    return _Block(results, *(digest.digest() for digest in digests))
+
+
+def _name(pair: MatchedPair) -> str:
+    """Of its latent; an id may be any text."""
+    return f"latent {pair.id}"
+
+
+def can_be_read(
+    generator: Generator, targets: TargetImages, pairs: Sequence[MatchedPair]
+) -> list[bool]:
+    """Of each pair whether it can be used; each process does its part."""
+
+    def read(k: int) -> bool:
+        with contextlib.suppress(DataError):
+            _read(pairs[k], targets, generator)
+            targets.latent(*pairs[k].place)
+            return True
+        return False
 
     return map_over_processes(read, len(pairs))
 
@@ -115,15 +200,11 @@ def size_of_pairs(generator: Generator, pairs: Sequence[MatchedPair]) -> Size:
     return generator.size_of_noise(read_noise(plain[-1].noise_path, plain[-1].noise_index).shape)
 
 
-def _read(
-    pair: MatchedPair, targets: TargetImages, generator: Generator
-) -> tuple[Tensor, Tensor, float]:
-    """Noise and target latent of one pair, [C, h, w] float32 on the CPU.
-
-    The third is the part of the image that a crop takes away, of what no assignment spoke of.
+def _read(pair: MatchedPair, targets: TargetImages, generator: Generator) -> tuple[Tensor, float]:
+    """Noise of one pair, [C, h, w] float32, and what a crop takes of its image, see ``_Block``.
 
     Raises:
-        DataError: If one of them cannot be read, or does not fit.
+        DataError: If it cannot be read, or does not fit the image.
     """
     noise = read_noise(pair.noise_path, pair.noise_index)
     size = targets.size if pair.frame is None else pair.frame.size
@@ -139,4 +220,4 @@ def _read(
         raise DataError(f"{pair.image_path} changed after its noise was assigned")
     is_new = pair.image_sha256 is None and pair.resize_mode == "crop"
     cut = crop_loss(pair.image_path, size) if is_new else 0.0
-    return noise, targets.latent(*pair.place), cut
+    return noise, cut

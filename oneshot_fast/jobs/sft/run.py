@@ -12,7 +12,7 @@ from oneshot_fast.data.records import Failure
 from oneshot_fast.generators.base import Conditioning, Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.options import SftOptions
-from oneshot_fast.jobs.sft.pairs import Examples, read_pairs, size_of_pairs
+from oneshot_fast.jobs.sft.pairs import Examples, can_be_read, size_of_pairs
 from oneshot_fast.jobs.sft.plan import sft_plan
 from oneshot_fast.planning.timing import Plan
 from oneshot_fast.runtime.files import read_jsonl, write_jsonl
@@ -22,7 +22,7 @@ from oneshot_fast.runtime.processes import is_main, map_over_processes
 from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian, record_seed
 from oneshot_fast.training.batch import Batch, Rows, in_order, steps_per_epoch
 from oneshot_fast.training.losses.base import Loss
-from oneshot_fast.training.run import TrainingRun
+from oneshot_fast.training.run import LATENTS, TrainingRun
 
 CAPTIONS = "captions.jsonl"
 
@@ -112,9 +112,16 @@ class SftRun(TrainingRun):
         Raises:
             RunError: If the training was interrupted and its pairs are not those of then.
         """
-        begun, pairs, left_out = self.begun(self.pairs)
+        begun, _, left_out = self.begun(self.pairs)
         bad = [*self.failures, *left_out]
-        self._examples = Examples.load(self.generator, self.targets, pairs, bad)
+        self._examples = Examples(
+            self.generator,
+            self.targets,
+            self.pairs,
+            bad,
+            self.folder / LATENTS,
+            {failure.id for failure in left_out if failure.id},
+        )
         self.begin(begun, self._examples.contents, bad)
         pairs = self._examples.pairs
         sizes, (height, width) = {noise.shape for noise in self._examples.noises}, self.size
@@ -142,19 +149,18 @@ class SftRun(TrainingRun):
         rows = read_jsonl(self.folder / "failures.jsonl")
         failed = {row.get(key) for row in rows for key in ("id", "line")} - {None}
         pairs = [pair for pair in self.pairs if {pair.id, pair.line} & failed]
-        found = read_pairs(self.generator, self.targets, pairs)
-        return any(not isinstance(one, str) for one in found)
+        return any(can_be_read(self.generator, self.targets, pairs))
 
     def batch(self, rows: list[int], step: int) -> Batch:
         assert self._examples is not None
         generator, pairs = self.generator, [self._examples.pairs[k] for k in rows]
-        noise = torch.stack([self._examples.noises[k] for k in rows])
         later = [record_seed(pair.record_id) for pair in pairs]
         if self.options.noise == "random":
             seeds = later = [derived_seed(self.seed, "direct", step, pair.id) for pair in pairs]
-            noise = gaussian(seeds, noise.shape[1:])
-        latents = torch.stack([self._examples.latents[k] for k in rows])
-        extra = {"latents": latents.to(generator.device)}
+            noise = gaussian(seeds, self._examples.shape(rows[0]))
+        else:
+            noise = self._examples.noises(rows)
+        extra = {"latents": self._examples.latents(rows).to(generator.device)}
         if self.options.pixel_l1_weight:
             extra["images"] = self.targets.images([pair.place for pair in pairs])
         texts = [self._prompt(pair, step // self.per_epoch) for pair in pairs]
@@ -195,10 +201,8 @@ class SftRun(TrainingRun):
             pairs = [examples.pairs[i] for i in parts[k]]
             later = [record_seed(pair.record_id) for pair in pairs]
             prompts = self._told(pairs, [pair.prompt for pair in pairs], later)
-            noise, target = (
-                torch.stack([rows[i] for i in parts[k]]).to(generator.device)
-                for rows in (examples.noises, examples.latents)
-            )
+            noise = examples.noises(parts[k]).to(generator.device)
+            target = examples.latents(parts[k]).to(generator.device)
             made = generator.predict(noise, prompts)
             return ops.latent_mse(made.output, made.x, target, made.sigma).cpu()
 
