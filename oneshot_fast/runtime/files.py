@@ -27,12 +27,16 @@ _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` atomically: temporary name, fsync, rename; what is so already stays."""
-    ledger = ledger_of(path)
-    is_known = ledger is not None and ledger.is_sealed(ledger.key(path))
-    if is_known and path.is_file() and path.read_bytes() == text.encode():
+    if _is_known(path) and path.read_bytes() == text.encode():
         return  # a finished run may be on a drive that cannot be written
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _is_known(path: Path) -> bool:
+    """Whether the file is there as its run wrote it, to the end."""
+    ledger = ledger_of(path)
+    return ledger is not None and ledger.is_sealed(ledger.key(path)) and path.is_file()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -41,8 +45,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object per line, atomically."""
-    write_text(path, "".join(map(_line, rows)))
+    """Write one JSON object per line, atomically, and as they come: there may be millions."""
+    if _is_known(path):
+        write_text(path, "".join(map(_line, rows)))
+        return
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(map(_line, rows))
 
 
 def _line(row: Mapping[str, Any]) -> str:

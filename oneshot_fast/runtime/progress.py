@@ -26,6 +26,11 @@ class Tracker:
         self._writer, self._prefix = writer, prefix
         self._known: set[str] = set()
 
+    @property
+    def is_on(self) -> bool:
+        """Whether it sends anything."""
+        return self._writer is not None
+
     def part(self, name: str) -> "Tracker":
         """The same, for a stage whose steps begin anew."""
         return Tracker(self._writer, f"{self._prefix}{name}/")

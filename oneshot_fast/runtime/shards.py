@@ -9,7 +9,16 @@ import math
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -41,6 +50,7 @@ from oneshot_fast.runtime.processes import (
     processes,
 )
 from oneshot_fast.runtime.progress import Tracker, progress, start_tracking
+from oneshot_fast.runtime.row_index import RowIndex
 
 
 class Result(Protocol):
@@ -94,7 +104,7 @@ class ShardRun(ABC, Generic[Item, Found]):
         """
         require(batch_size >= 1, f"batch_size is {batch_size}; give at least 1")
         self.folder, self.batch_size, self.total = Path(folder), batch_size, total
-        self.done: dict[str, Json] = {}  # rows by the ids of their samples
+        self.done = RowIndex()  # by the ids of their samples
         self.failures: list[Json] = []  # lines of failures.jsonl
         self.on_evaluations: Callable[[int], object] = lambda count: None
         self._evaluations = evaluations
@@ -106,7 +116,7 @@ class ShardRun(ABC, Generic[Item, Found]):
         """Everything a result depends on."""
 
     @abstractmethod
-    def batches(self, done: frozenset[str]) -> Iterator[Item]:
+    def batches(self, done: Container[str]) -> Iterator[Item]:
         """All batches in order, the same in every process, less the samples with ids in ``done``.
 
         They are cut before these are left out: a resumed run solves the same samples together.
@@ -134,11 +144,11 @@ class ShardRun(ABC, Generic[Item, Found]):
         """Write a picture."""
 
     @abstractmethod
-    def means(self, rows: Sequence[Json]) -> dict[str, float | None]:
+    def means(self, rows: Collection[Json]) -> dict[str, float | None]:
         """What history.jsonl says of a shard."""
 
     @abstractmethod
-    def summary(self, rows: Sequence[Json], is_last: bool) -> Json:
+    def summary(self, rows: Collection[Json], is_last: bool) -> Json:
         """What the summary says of all ``rows``; other files made of them are written, too."""
 
     @property
@@ -214,9 +224,12 @@ class ShardRun(ABC, Generic[Item, Found]):
         ledger = Ledger(self.folder)  # as it is now: other processes write, too
         return [path for path in paths if ledger.owns(ledger.key(path))]
 
-    def _rows(self) -> dict[str, Json]:
+    def _rows(self) -> RowIndex:
         """Rows of all shards."""
-        return {row["id"]: row for shard in self._shards() for row in read_metadata(shard, "rows")}
+        found = RowIndex()
+        for shard in self._shards():
+            found.add(shard, read_metadata(shard, "rows"))
+        return found
 
     def is_finished(self) -> bool:
         """Whether nothing is left to do; a failed sample is tried again."""
@@ -239,7 +252,7 @@ class ShardRun(ABC, Generic[Item, Found]):
         ):
             self.on_evaluations = bar.update
             self._since = time.perf_counter()
-            self.solve_into(keep, self._claimed(self.batches(frozenset(self.done))))
+            self.solve_into(keep, self._claimed(self.batches(self.done)))
 
     def _claimed(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The batches that this process is to solve."""
@@ -296,7 +309,7 @@ class ShardRun(ABC, Generic[Item, Found]):
 
     def note(self, rows: Sequence[Json]) -> None:
         """Count a shard's rows as done; the main process lists them and their means."""
-        self.done.update((row["id"], row) for row in rows)
+        self.done.add(self.folder / rows[0]["noise_path"], rows)
         if not is_main():  # the lists are made of all shards in the end
             return
         append_jsonl(self.folder / "manifest.jsonl", map(self.line, rows))
@@ -321,16 +334,16 @@ class ShardRun(ABC, Generic[Item, Found]):
         """Write failures, manifest and summary, of the shards of all processes."""
         path = self.folder / "failures.jsonl"
         write_jsonl(path, failures)
-        known, self.done = {*self.done}, self._rows()
+        known, self.done = self.done, self._rows()
         require(bool(self.done), f"{self.nothing_kept}; see {path}")
-        others = [row for name, row in self.done.items() if name not in known]
-        if others:  # of the other processes
+        if len(known) < len(self.done) and self._tracker.is_on:  # the rest is of other processes
+            others = [row for name, row in self.done.items() if name not in known]
             self._track(others, {"samples": len(self.done), **self.means(others)})
         self.write_lists(len(failures))
 
     def write_lists(self, failed: int, is_last: bool = True) -> None:
         """Write the manifest and the summary of what is done."""
-        rows = sorted(self.done.values(), key=lambda row: int(row["index"]))
+        rows = self.done.values()
         write_jsonl(self.folder / "manifest.jsonl", map(self.line, rows))
         seconds = sum(event["seconds"] for event in mend_jsonl(self.folder / "history.jsonl"))
         summary = self.summary(rows, is_last) | {
@@ -353,11 +366,23 @@ def shard_path(index: int, suffix: str = "") -> Path:
 
 def mean(values: Iterable[float | None]) -> float | None:
     """Mean of the finite ``values``; None stands for the others, and for a mean of none."""
-    there = [value for value in values if value is not None and math.isfinite(value)]
+    there = array("d", (value for value in values if value is not None and math.isfinite(value)))
     return statistics.fmean(there) if there else None
 
 
-def mean_curve(curves: Sequence[Sequence[float | None]]) -> list[float | None]:
+def mean_curve(curves: Iterable[Sequence[float | None]]) -> list[float | None]:
     """Mean per step; what ended early stays at its last value."""
-    steps = range(max(map(len, curves), default=0))
-    return [mean(curve[min(k, len(curve) - 1)] for curve in curves if curve) for k in steps]
+    sums, counts = list[float](), list[int]()
+    ends, ended = 0.0, 0  # of the last values of all curves so far, which may go on
+    for curve in filter(None, curves):
+        longer = len(curve) - len(sums)
+        sums += [ends] * longer
+        counts += [ended] * longer
+        for k in range(len(sums)):
+            value = curve[min(k, len(curve) - 1)]
+            if value is not None and math.isfinite(value):
+                sums[k] += value
+                counts[k] += 1
+        if curve[-1] is not None and math.isfinite(curve[-1]):
+            ends, ended = ends + curve[-1], ended + 1
+    return [total / count if count else None for total, count in zip(sums, counts, strict=True)]

@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from oneshot_fast.data.image_refs import file_sha256, image_text
-from oneshot_fast.data.images import cut_warning, save_png
+from oneshot_fast.data.images import MUCH, cut_warning, save_png
 from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.data.sizes import Buckets, Resolution, Size
 from oneshot_fast.data.sources import Batch, FolderSource, Source, pending
@@ -179,7 +179,7 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         """They finish one by one where they stop early."""
         return self.options.stops_early
 
-    def batches(self, done: frozenset[str]) -> Iterator[Batch]:
+    def batches(self, done: Container[str]) -> Iterator[Batch]:
         return pending(self.reviewed(), done, self.window)
 
     def reviewed(self) -> Iterator[Record | Failure]:
@@ -188,12 +188,12 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
         Raises:
             RunError: At the end, if samples that are done are gone without a failure.
         """
-        known, home = dict(self.done), self.folder.resolve()
+        known, home = self.done, self.folder.resolve()
         gone, failed = set(known), False
         for item in self.source:
             failed |= isinstance(item, Failure)
-            row = known.get(item.id or "")
-            if row and isinstance(item, Record):
+            row = known[item.id] if item.id in gone else None
+            if row is not None and isinstance(item, Record):
                 gone.discard(row["id"])
                 place = image_text(item.image_path, home)
                 if place != row["target_image_path"]:
@@ -287,22 +287,27 @@ class AssignRun(ShardRun[Batch, Solved[Target]]):
             "losses": losses,
         }
 
-    def means(self, rows: Sequence[Json]) -> dict[str, float | None]:
+    def means(self, rows: Collection[Json]) -> dict[str, float | None]:
         names = ("initial_loss", "best_loss")
         return {name: mean(row[name] for row in rows) for name in names}
 
-    def summary(self, rows: Sequence[Json], is_last: bool) -> Json:
-        cut = [(row["target_image_path"], row.get("cut", 0.0)) for row in rows]
+    def summary(self, rows: Collection[Json], is_last: bool) -> Json:
+        cut, long, nfe = list[tuple[object, float]](), list[str](), array("d")
+        for row in rows:
+            nfe.append(row["nfe"])
+            if row.get("cut", 0.0) > MUCH:
+                cut.append((row["target_image_path"], row["cut"]))
+            if row["prompt_truncated"]:
+                long.append(row["prompt"])
         remedy = "--resize_mode pad keeps all of them" + ("" if self.buckets else ", bucket most")
-        long = [row["prompt"] for row in rows if row["prompt_truncated"]]
         self.generator.warn_of_cut(long)
         return {
             "state": self._state,
             "truncated_prompts": len(long),
             "cut_images": cut_warning(cut, remedy),
             **self.means(rows),
-            "nfe": statistics.fmean(row["nfe"] for row in rows),
-            "losses": mean_curve([row["losses"] for row in rows]),
+            "nfe": mean(nfe),
+            "losses": mean_curve(row["losses"] for row in rows),
         }
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,7 +124,7 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
         path = self.folder / self.summary_name
         return super().is_finished() and read_json(path)["training_pairs"] is not None
 
-    def batches(self, done: frozenset[str]) -> Iterator[Sequence[Sample]]:
+    def batches(self, done: Container[str]) -> Iterator[Sequence[Sample]]:
         for start in range(0, len(self.samples), self.batch_size):
             batch = self.samples[start : start + self.batch_size]
             yield [sample for sample in batch if sample.id not in done]
@@ -163,7 +163,7 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
             "scores": last.scores,
         }
 
-    def means(self, rows: Sequence[Json]) -> dict[str, float | None]:
+    def means(self, rows: Collection[Json]) -> dict[str, float | None]:
         return mean_rewards(rows)
 
     def note(self, rows: Sequence[Json]) -> None:
@@ -174,16 +174,17 @@ class OptimizeRun(ShardRun[Sequence[Sample], Optimized]):
             self.write_lists(len(self.failures), is_last=False)
             self._written = now
 
-    def summary(self, rows: Sequence[Json], is_last: bool) -> Json:
+    def summary(self, rows: Collection[Json], is_last: bool) -> Json:
         """Means over all images; writes the metrics of each prompt, and in the end the pairs."""
-        write_json(self.folder / "metrics_per_prompt.json", metrics_per_prompt(rows))
-        with_image = [r for r in rows if (self.folder / r["target_image_path"]).is_file()]
+        found = list(rows)
+        write_json(self.folder / "metrics_per_prompt.json", metrics_per_prompt(found))
+        with_image = [r for r in found if (self.folder / r["target_image_path"]).is_file()]
         pairs = [{"prompt": row["prompt"], "image": row["target_image_path"]} for row in with_image]
         write_jsonl(self.folder / "pairs.jsonl", pairs)
         count = None
         if is_last:
-            count = write_training_pairs(self.folder, rows, self.search.noise_shape)
-        return {**summarise(rows), "training_pairs": count}
+            count = write_training_pairs(self.folder, found, self.search.noise_shape)
+        return {**summarise(found), "training_pairs": count}
 
 
 def metrics_per_prompt(rows: Sequence[Json]) -> list[dict[str, Any]]:
@@ -204,7 +205,7 @@ def metrics_per_prompt(rows: Sequence[Json]) -> list[dict[str, Any]]:
     ]
 
 
-def mean_rewards(rows: Sequence[Json]) -> dict[str, float | None]:
+def mean_rewards(rows: Collection[Json]) -> dict[str, float | None]:
     """Of all images, before and after."""
     names = ("initial", "best")
     return {f"{name}_reward": mean(row[name]["total"] for row in rows) for name in names}

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -160,7 +160,7 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
             "prompts": content_id(*((s.prompt, s.seed) for s in self.samples)),
         }
 
-    def batches(self, done: frozenset[str]) -> Iterator[Sequence[Sample]]:
+    def batches(self, done: Container[str]) -> Iterator[Sequence[Sample]]:
         for start in range(0, len(self.samples), self.batch_size):
             wave = self.samples[start : start + self.batch_size]
             yield [sample for sample in wave if name_of(sample) not in done]
@@ -270,13 +270,13 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
             ),
         }
 
-    def means(self, rows: Sequence[Json]) -> dict[str, float | None]:
+    def means(self, rows: Collection[Json]) -> dict[str, float | None]:
         return {
             name: mean(value for row in rows for value in row["scores"][name][-1])
             for name in self.walker.rewards.by_name
         }
 
-    def summary(self, rows: Sequence[Json], is_last: bool) -> Json:
+    def summary(self, rows: Collection[Json], is_last: bool) -> Json:
         """Means at the last step and how early scores agree with it; writes labels and pool."""
         labels, lines = [], list[str]()
         weights = self.walker.rewards.weights
@@ -309,7 +309,7 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
             "candidates": self.n,
             "rewards": self.means(rows),
             "agreement": agreement(pool),
-            "first_prompt": rows[0]["prompt"],
+            "first_prompt": labels[0]["prompt"],
         }
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,7 +295,7 @@ class ScaleRun(ShardRun[Sequence[Sample], Scaled]):
                 )
         return Plan(lines, total)
 
-    def batches(self, done: frozenset[str]) -> Iterator[Sequence[Sample]]:
+    def batches(self, done: Container[str]) -> Iterator[Sequence[Sample]]:
         for start in range(0, len(self.samples), self.batch_size):
             wave = self.samples[start : start + self.batch_size]
             yield [sample for sample in wave if sample.id not in done]
@@ -362,13 +362,14 @@ class ScaleRun(ShardRun[Sequence[Sample], Scaled]):
             "flops": won.counts.cost(*self.flops),
         }
 
-    def means(self, rows: Sequence[Json]) -> dict[str, float | None]:
+    def means(self, rows: Collection[Json]) -> dict[str, float | None]:
         return {"best_reward": mean(row["best"]["total"] for row in rows)}
 
-    def summary(self, rows: Sequence[Json], is_last: bool) -> Json:
+    def summary(self, rows: Collection[Json], is_last: bool) -> Json:
         """Means with 95 % intervals, what was paid, and Best-of-N beside it; writes the pairs."""
-        pairs = write_training_pairs(self.folder, rows, self.walker.shape)
-        found = summarise(rows) | {"training_pairs": pairs}
+        everything = list(rows)
+        pairs = write_training_pairs(self.folder, everything, self.walker.shape)
+        found = summarise(everything) | {"training_pairs": pairs}
         alike = found.get("decoder_spearman")
         if alike is not None and alike < _ALIKE:
             say(
