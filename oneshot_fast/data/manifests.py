@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from glob import glob, has_magic
 from itertools import chain
@@ -22,6 +22,9 @@ from oneshot_fast.data.sizes import Frame, Size
 from oneshot_fast.errors import DataError
 from oneshot_fast.runtime.files import mend_jsonl, write_jsonl
 from oneshot_fast.runtime.seeds import content_id
+from oneshot_fast.runtime.stored import Stored
+
+_EXAMPLE = '{"prompt": ..., "target_image_path": ..., "noise_path": ...}'
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ def find_manifests(given: Iterable[Iterable[Path]]) -> list[Path]:
     return [*dict.fromkeys(found)]
 
 
-def read_manifests(paths: Sequence[Path]) -> tuple[list[MatchedPair], list[Failure]]:
-    """Read several manifests as one, see ``read_manifest``.
+def read_manifests(paths: Sequence[Path]) -> tuple[Sequence[MatchedPair], list[Failure]]:
+    """Read several manifests as one, see ``read_manifest``; the pairs stay on disk.
 
     Lines are counted through all of them, and reasons name the file. An id of an earlier one gets
     "-1", "-2", ...
@@ -78,25 +81,29 @@ def read_manifests(paths: Sequence[Path]) -> tuple[list[MatchedPair], list[Failu
     Raises:
         DataError: one of them cannot be read, or has no usable line.
     """
-    used: dict[str, int] = {}
-    pairs: list[MatchedPair] = []
     failures: list[Failure] = []
-    before = 0
-    for path in paths:
-        found, failed = read_manifest(path, used)
-        lines = [*(pair.line for pair in found), *(x.line or 0 for x in failed)]
-        pairs += [replace(pair, line=before + pair.line) for pair in found]
-        failures += [
-            replace(x, line=before + (x.line or 0), reason=f"{path}, line {x.line}: {x.reason}")
-            for x in failed
-        ]
-        before += max(lines)
+
+    def read() -> Iterator[MatchedPair]:
+        before, used = 0, dict[str, int]()
+        for path in paths:
+            line, usable, failed = 0, False, len(failures)
+            for line, item in _matches(path, used):
+                if isinstance(item, MatchedPair):
+                    usable = True
+                    yield replace(item, line=before + line)
+                    continue
+                where = f"{path}, line {line}: " if len(paths) > 1 else ""
+                failures.append(replace(item, line=before + line, reason=where + item.reason))
+            if not usable:
+                raise nothing_usable(path, failures[failed:], _EXAMPLE)
+            before += line
+
+    pairs = Stored(read())
+    need_readers(pair.image_path for pair in pairs)
     return pairs, failures
 
 
-def read_manifest(
-    path: Path, used: dict[str, int] | None = None
-) -> tuple[list[MatchedPair], list[Failure]]:
+def read_manifest(path: Path) -> tuple[list[MatchedPair], list[Failure]]:
     """Read a manifest of matched pairs, of `oneshot_fast.assign` or of the reference workflow.
 
     Lines of ours hold id, prompt, target_image_path, noise_path and noise_index; their paths are
@@ -106,28 +113,22 @@ def read_manifest(
     gets the id that `Record` describes; a repeated id gets "-1", "-2", ... in file order. Of a line
     with a list of several captions (prompts, or prompt itself) all are kept.
 
-    Args:
-        path: the manifest.
-        used: ids that are taken, see ``claim_id``; updated.
-
     Returns:
         The pairs and the failures, each in file order.
 
     Raises:
         DataError: no such file, no usable line in it, or a library for its images is missing.
     """
+    pairs, failures = read_manifests([path])
+    return [*pairs], failures
+
+
+def _matches(path: Path, used: dict[str, int]) -> Iterator[tuple[int, MatchedPair | Failure]]:
+    """Of each line its number and what it holds; ``used`` are ids, see ``claim_id``."""
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such manifest file; give the path of a manifest.jsonl")
-    used = {} if used is None else used
-    found = [_parse_match(number, item, path.parent, used) for number, item in read_objects(path)]
-    pairs = [item for item in found if isinstance(item, MatchedPair)]
-    failures = [item for item in found if isinstance(item, Failure)]
-    if not pairs:
-        raise nothing_usable(
-            path, failures, '{"prompt": ..., "target_image_path": ..., "noise_path": ...}'
-        )
-    need_readers(pair.image_path for pair in pairs)
-    return pairs, failures
+    for number, item in read_objects(path):
+        yield number, _parse_match(number, item, path.parent, used)
 
 
 def merge_manifests(old: Path, new: Path, merged: Path) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ class RunFolder:
 
 
 def list_settings(
-    folder: Path | None, failed: Sequence[int], identity: Callable[[Container[int]], str]
+    folder: Path | None, failed: Sequence[int], identity: Callable[[Sequence[int]], str]
 ) -> dict[str, Any]:
     """Settings of a run that depends on a list whose broken lines may be mended.
 

@@ -1,7 +1,7 @@
 """Seeds and base noise that depend on the run's seed and a sample's name, and on nothing else."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,8 +9,14 @@ from torch import Tensor
 
 def derived_seed(seed: int, *names: object) -> int:
     """A 63-bit seed for the thing called ``names`` in the run with ``seed``."""
-    text = "/".join(str(name) for name in (seed, *names))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return _hashed(seed, names)
+
+
+def _hashed(seed: int, names: Iterable[object]) -> int:
+    digest = hashlib.sha256(str(seed).encode())
+    for name in names:
+        digest.update(f"/{name}".encode())
+    return int.from_bytes(digest.digest()[:8], "big") >> 1
 
 
 def record_seed(name: str) -> int:
@@ -23,7 +29,12 @@ def record_seed(name: str) -> int:
 
 def content_id(*values: object) -> str:
     """Sixteen hex digits that change with any of ``values``, for a run's settings."""
-    return f"{derived_seed(0, *values):016x}"
+    return content_id_of(values)
+
+
+def content_id_of(values: Iterable[object]) -> str:
+    """The same, of values that come one by one."""
+    return f"{_hashed(0, values):016x}"
 
 
 def gaussian(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:

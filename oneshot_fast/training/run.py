@@ -10,9 +10,10 @@ import math
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,9 +58,6 @@ class Example(Protocol):
 
     @property
     def line(self) -> int: ...
-
-
-E = TypeVar("E", bound=Example)
 
 
 def contents_of(examples: Sequence[Example], noises: str, latents: str) -> dict[str, Any]:
@@ -224,28 +222,27 @@ class TrainingRun(ABC):
         """Whether more can be read now than the finished training was given."""
         return False
 
-    def begun(self, examples: Sequence[E]) -> tuple[dict[str, Any] | None, list[E], list[Failure]]:
+    def begun(self, examples: Iterable[Example]) -> tuple[dict[str, Any] | None, list[Failure]]:
         """What an interrupted training began with, ``begin``'s contents; None if none goes on.
 
-        Besides, those of the examples that it has, and why others are left out: what was mended
-        meanwhile waits for the end, see ``is_mended``.
+        Besides, which of the examples it does not have, and why: what was mended meanwhile waits
+        for the end, see ``is_mended``.
         """
         path = self.folder / BEGUN
         if is_main() and not path.exists():
             self._drop_state()  # of which examples it is, is lost
         barrier()
         if not (self.folder / "state.safetensors").exists():
-            return None, list(examples), []
+            return None, []
         found, late = read_json(path), "could not be read when the training began; repeat the "
         late += "command when it is done"
         ids = set(found["ids"])
         said = {r.get("id"): r["reason"] for r in read_jsonl(self.folder / "failures.jsonl")}
-        left_out = [
+        return found, [
             Failure(said.get(x.id, late), x.line or None, x.id, x.prompt)
             for x in examples
             if x.id not in ids
         ]
-        return found, [x for x in examples if x.id in ids], left_out
 
     def begin(
         self, begun: dict[str, Any] | None, contents: dict[str, Any], failures: Sequence[Failure]
@@ -335,14 +332,17 @@ class TrainingRun(ABC):
         return found
 
     def train(
-        self, count: int, prompts: Sequence[str], kinds: Sequence[Hashable] | None = None
+        self, count: int, prompts: Iterable[str], kinds: Sequence[Hashable] | None = None
     ) -> dict[str, Any]:
         """Train on ``count`` examples of these prompts; all trainees end with final weights.
 
-        ``kinds`` has what each of them is, such as its size; no batch has two.
+        ``prompts`` are gone through several times; ``kinds`` has what each of them is, such as its
+        size; no batch has two.
         """
         self.generator.warn_of_cut(prompts)
-        self._shown = [*self.options.validation_prompt] or [*dict.fromkeys(prompts)][:4]
+        self._shown = [*self.options.validation_prompt] or [*dict.fromkeys(islice(prompts, 1000))][
+            :4
+        ]
         kinds = [None] * count if kinds is None else kinds
         self.per_epoch = steps_per_epoch(kinds, self.options.batch_size)
         steps = self.options.steps(self.per_epoch)
@@ -477,7 +477,7 @@ class TrainingRun(ABC):
             remove(self.folder / name)
 
     @contextlib.contextmanager
-    def _only_needed(self, prompts: Sequence[str]) -> Iterator[None]:
+    def _only_needed(self, prompts: Iterable[str]) -> Iterator[None]:
         """Keep what only encodes off the device, once the prompts are encoded."""
         if not self.offloads or not self.generator.encoders(self.decodes):
             yield

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.manifests import read_manifests
 from oneshot_fast.data.sizes import Resolution
 from oneshot_fast.errors import one_line, require
 from oneshot_fast.evaluation.distances import HEADLINE, Verdict, best_of, said
@@ -220,7 +220,7 @@ class Cycles(ABC):
 
     def train(self, name: str, manifest: Path, options: SftOptions, seed: int) -> dict[str, Any]:
         """Train on the pairs of ``manifest`` in the stage ``name``; returns the summary."""
-        pairs, failures = read_manifest(manifest)
+        pairs, failures = read_manifests([manifest])
         run = SftRun(
             self.generator, pairs, self.folder / name, options, targets=self.targets,
             failures=failures, seed=seed, **self._saving,

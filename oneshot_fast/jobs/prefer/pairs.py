@@ -122,7 +122,9 @@ class PairRun(ComparingRun):
         Raises:
             RunError: If the training was interrupted and its pairs are not those of then.
         """
-        begun, pairs, left_out = self.begun(self.pairs)
+        begun, left_out = self.begun(self.pairs)
+        gone = {failure.id for failure in left_out}
+        pairs = [pair for pair in self.pairs if pair.id not in gone]
         failures = [*self.failures, *left_out]
         for pair, found in zip(pairs, self._read(pairs), strict=True):
             if isinstance(found, str):

@@ -3,7 +3,7 @@
 import contextlib
 from array import array
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -25,6 +25,7 @@ from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.runtime.files import read_safetensors, write_safetensors
 from oneshot_fast.runtime.processes import map_over_processes
+from oneshot_fast.runtime.stored import View
 from oneshot_fast.training.run import contents_of
 
 Kind: TypeAlias = tuple[tuple[int, ...], bool]  # shape of the noise, and whether it is no bucket's
@@ -35,13 +36,12 @@ _OPEN = 64  # files that are kept open
 class Examples:
     """What the training reads: noises in their shards, and target latents in ``folder``.
 
-    Both are read when a batch needs them, through memory maps. In memory there are the pairs alone.
+    Both are read when a batch needs them, through memory maps.
 
     Attributes:
         pairs: n matched pairs.
         kinds: What the pairs of a batch have in common: their size, and whether it is a bucket's.
         cut_images: What is to be said of images that a crop takes too much of; None: nothing.
-        contents: What a training goes on with, see ``contents_of``.
     """
 
     def __init__(
@@ -66,8 +66,9 @@ class Examples:
         Raises:
             UserError: If no pair can be used.
         """
-        self._folder, self.pairs, self.kinds = folder, list[MatchedPair](), list[Kind]()
+        self._folder, self.kinds = folder, list[Kind]()
         self._places = array("q")  # of the pairs in the list that was given
+        self.pairs: Sequence[MatchedPair] = View(pairs, lambda pair: pair, self._places)
         self._open = lru_cache(_OPEN)(lambda path: safe_open(path, framework="pt"))
         blocks = range(0, len(pairs), _ROWS)
 
@@ -88,16 +89,20 @@ class Examples:
                     continue
                 shape, lost = result
                 kind = shape, pair.frame is None
-                self.pairs.append(pair)
                 self.kinds.append(known.setdefault(kind, kind))  # one object
                 self._places.append(place)
                 if lost > MUCH:
                     cut.append((pair.image_path, lost))
-        if not self.pairs:
+        if not self._places:
             raise UserError(f"no pair of the manifest can be used; the first: {failures[0].reason}")
         keeps = '"resize_mode": "pad" in the manifest keeps all of them'
         self.cut_images = cut_warning(cut, keeps)
-        self.contents = contents_of(self.pairs, *(digest.hexdigest() for digest in digests))
+        self._digests = [digest.hexdigest() for digest in digests]
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """What a training goes on with."""
+        return contents_of(self.pairs, *self._digests)
 
     def shape(self, row: int) -> tuple[int, ...]:
         """[C, h, w] of a pair's noise."""
@@ -121,6 +126,19 @@ class Examples:
     def _path(self, place: int) -> Path:
         """File of the latents of a pair and its neighbours in the list."""
         return self._folder / f"{place // _ROWS:08d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Texts(Iterable[str]):
+    """All captions of some pairs, and a few more."""
+
+    pairs: Sequence[MatchedPair]
+    more: Sequence[str] = ()
+
+    def __iter__(self) -> Iterator[str]:
+        for pair in self.pairs:
+            yield from (pair.prompt, *pair.prompts)
+        yield from self.more
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """The M-step on one manifest of matched pairs."""
 
-from collections.abc import Container, Sequence
+import functools
+import heapq
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,21 @@ from oneshot_fast.data.records import Failure
 from oneshot_fast.generators.base import Conditioning, Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.options import SftOptions
-from oneshot_fast.jobs.sft.pairs import Examples, can_be_read, size_of_pairs
+from oneshot_fast.jobs.sft.pairs import Examples, Texts, can_be_read, size_of_pairs
 from oneshot_fast.jobs.sft.plan import sft_plan
 from oneshot_fast.planning.timing import Plan
 from oneshot_fast.runtime.files import read_jsonl, write_jsonl
 from oneshot_fast.runtime.folder import list_settings
 from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main, map_over_processes
-from oneshot_fast.runtime.seeds import content_id, derived_seed, gaussian, record_seed
+from oneshot_fast.runtime.seeds import (
+    content_id,
+    content_id_of,
+    derived_seed,
+    gaussian,
+    record_seed,
+)
+from oneshot_fast.runtime.stored import View
 from oneshot_fast.training.batch import Batch, Rows, in_order, steps_per_epoch
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.run import LATENTS, TrainingRun
@@ -78,12 +88,7 @@ class SftRun(TrainingRun):
             generator.encode_prompts([""])  # some models do not know it
 
     def settings(self) -> dict[str, Any]:
-        listed: list[MatchedPair | Failure] = sorted([*self.pairs, *self.failures], key=_line)
         failed = sorted(failure.line for failure in self.failures if failure.line)
-
-        def identity(without: Container[int]) -> str:
-            kept = (item for item in listed if item.line not in without)
-            return content_id(*((item.id, item.prompt, item.digest or vars(item)) for item in kept))
 
         return {
             "command": "sft",
@@ -91,10 +96,23 @@ class SftRun(TrainingRun):
             **({"loss": self._own_loss} if self._own_loss else {}),
             "seed": self.seed,
             **self.generator.settings(self.size),
-            "samples": len(listed),
-            **list_settings(None if self.begins_anew else self.folder, failed, identity),
+            "samples": len(self.pairs) + len(self.failures),
+            **list_settings(
+                None if self.begins_anew else self.folder,
+                failed,
+                lambda without: self._hash_of(tuple(without)),
+            ),
             **({"pool": content_id(*self.pool.prompts)} if self.pool else {}),
         }
+
+    @functools.cache  # noqa: B019 (as long as the run)
+    def _hash_of(self, without: tuple[int, ...]) -> str:
+        """Changes with the list, but for lines without."""
+        failed: list[Any] = sorted(self.failures, key=_line)
+        pairs: Iterable[Any] = self.pairs  # in order, and there may be millions
+        listed = heapq.merge(pairs, failed, key=_line)
+        kept = (item for item in listed if item.line not in without)
+        return content_id_of((x.id, x.prompt, x.digest or vars(x)) for x in kept)
 
     def plan(self) -> Plan:
         """What the run will need; does nothing of it."""
@@ -112,7 +130,7 @@ class SftRun(TrainingRun):
         Raises:
             RunError: If the training was interrupted and its pairs are not those of then.
         """
-        begun, _, left_out = self.begun(self.pairs)
+        begun, left_out = self.begun(self.pairs)
         bad = [*self.failures, *left_out]
         self._examples = Examples(
             self.generator,
@@ -124,13 +142,13 @@ class SftRun(TrainingRun):
         )
         self.begin(begun, self._examples.contents, bad)
         pairs = self._examples.pairs
-        sizes, (height, width) = {noise.shape for noise in self._examples.noises}, self.size
+        sizes, (height, width) = {shape for shape, _ in self._examples.kinds}, self.size
         if len(sizes) > 1 and is_main():
             say(
                 f"the pairs are of {len(sizes)} sizes; preserve losses and what is measured on "
                 f"fresh noise are of {width} x {height} pixels alone"
             )
-        self.make_pool([pair.prompt for pair in pairs])
+        self.make_pool(View(pairs, attrgetter("prompt")))
         before = self._matched_loss()
         empty = [""] if self.options.caption_dropout else []
         if is_main() and (empty or any(pair.prompts for pair in pairs)):
@@ -139,8 +157,8 @@ class SftRun(TrainingRun):
             drawn = ({pair.id: self._caption(pair, k) for pair in pairs} for k in epochs)
             rows = ({"epoch": k, "captions": row} for k, row in enumerate(drawn, 1))
             write_jsonl(self.folder / CAPTIONS, rows)
-        prompts = [text for pair in pairs for text in (pair.prompt, *pair.prompts)]
-        summary = self.train(len(pairs), prompts + empty, self._examples.kinds)
+        prompts = Texts(pairs, empty)
+        summary = self.train(len(pairs), prompts, self._examples.kinds)
         summary |= {"matched_loss_before": before}
         return summary | {"failed": len(bad), "cut_images": self._examples.cut_images}
 
