@@ -211,7 +211,7 @@ def test_sft_with_two_processes_equals_one(tmp_path, damaged, forks, one_thread,
 
 def test_what_cannot_be_sharded_is_one_line(tmp_path, prompts, damaged, forks):
     sft = ["--manifest_path", damaged]
-    reinforce = ["--prompt_file", prompts, *"--reward digit --num_inference_steps 2".split()]
+    reinforce = ["--prompt_file", prompts, "--reward", "digit", "--num_inference_steps", 2]
     reinforce += ["--batch_size", 8]
     for command, flags, more, said in (
         ("sft", sft, {"FSDP_VERSION": "1"}, "version 1 is not supported"),
