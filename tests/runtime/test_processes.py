@@ -20,7 +20,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from samples import rows_of
 
-import oneshot_fast.reinforce
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.pairs import Examples
@@ -211,8 +210,7 @@ def test_sft_with_two_processes_equals_one(tmp_path, damaged, forks, one_thread,
 
 def test_what_cannot_be_sharded_is_one_line(tmp_path, prompts, damaged, forks):
     sft = ["--manifest_path", damaged]
-    reinforce = ["--prompt_file", prompts, "--reward", "digit", "--num_inference_steps", 2]
-    reinforce += ["--batch_size", 8]
+    prefer = ["--prompt_file", prompts, "--reward", "digit"]
     for command, flags, more, said in (
         ("sft", sft, {"FSDP_VERSION": "1"}, "version 1 is not supported"),
         (
