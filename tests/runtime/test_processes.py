@@ -213,12 +213,7 @@ def test_what_cannot_be_sharded_is_one_line(tmp_path, prompts, damaged, forks):
     prefer = ["--prompt_file", prompts, "--reward", "digit"]
     for command, flags, more, said in (
         ("sft", sft, {"FSDP_VERSION": "1"}, "version 1 is not supported"),
-        (
-            oneshot_fast.reinforce.__file__,
-            reinforce,
-            {},
-            "is for sft and em; leave it out, for DDP",
-        ),
+        ("prefer", prefer, {}, "is for sft and em; leave it out, for DDP"),
     ):
         argv = [*flags, "--model_id", "tiny", "--output_dir", tmp_path / "run"]
         for ended in forks.run_two(command, argv, tmp_path, **{**FSDP2, **more}):
