@@ -163,9 +163,9 @@ class Generator(ABC):
         """The denoiser, by the name that all trainees have for what is trained."""
         return self.denoiser
 
-    @abstractmethod
     def replace_module(self, module: nn.Module) -> None:
-        """Take another denoiser of the same architecture."""
+        """Take another denoiser of the same architecture; UserError if that cannot be done."""
+        raise UserError("the denoiser of this model cannot be replaced, as FSDP has to; take DDP")
 
     @property
     @abstractmethod

@@ -51,6 +51,7 @@ class Engine:
         self._losses = _Losses(trainee, loss)
         self._run: nn.Module = self._losses
         if self.is_sharded:
+            trainee.replace_module(self.module)  # else it would fail only after the training
             _shard(self.module)
         elif self.count > 1:
             self._run = _replicated(self._losses)
