@@ -69,6 +69,10 @@ class Engine:
         with run.no_sync() if waits else contextlib.nullcontext(), meeting():
             yield
 
+    def close(self) -> None:
+        """Free what the exchange of gradients takes; the module stays as it is."""
+        self._run = self._losses
+
     def whole(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """The module in one piece, with these of its weights; of sharded ones a copy of its own.
 
@@ -76,10 +80,13 @@ class Engine:
         """
         if self._plain is None:
             return self.module
-        found = {name: whole(p.detach()) for name, p in self.module.named_parameters()}
+        found = {
+            name: whole(weights.get(name, parameter).detach())
+            for name, parameter in self.module.named_parameters()
+        }
         module = copy.deepcopy(self._plain)
-        module.load_state_dict(found | {k: whole(v) for k, v in weights.items()}, False, True)
-        return module
+        module.load_state_dict(found, strict=False, assign=True)
+        return module.requires_grad_(False)
 
 
 class _Losses(nn.Module):

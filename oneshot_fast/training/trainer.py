@@ -206,6 +206,7 @@ class Trainer:
     def close(self) -> None:
         """End the training; the weights stay as they are."""
         self.optimizer.close()
+        self.engine.close()
         if self.options.gradient_checkpointing or self.options.selective_checkpointing:
             module: Any = self.trainee.module
             module.disable_gradient_checkpointing()
@@ -283,6 +284,7 @@ class Trainer:
             self.trainee.replace_module(module)
             weights = dict(module.named_parameters())
             self.parameters = {name: weights[name] for name in self.parameters}
+            self.close()  # of this module, too
         self.load_weights(self.final())
 
     def final(self) -> dict[str, Tensor]:
