@@ -208,19 +208,6 @@ def test_sft_with_two_processes_equals_one(tmp_path, damaged, forks, one_thread,
             torch.testing.assert_close(theirs[key], weight, rtol=0, atol=2e-3)
 
 
-def test_what_cannot_be_sharded_is_one_line(tmp_path, prompts, damaged, forks):
-    sft = ["--manifest_path", damaged]
-    prefer = ["--prompt_file", prompts, "--reward", "digit"]
-    for command, flags, more, said in (
-        ("sft", sft, {"FSDP_VERSION": "1"}, "version 1 is not supported"),
-        ("prefer", prefer, {}, "is for sft and em; leave it out, for DDP"),
-    ):
-        argv = [*flags, "--model_id", "tiny", "--output_dir", tmp_path / "run"]
-        for ended in forks.run_two(command, argv, tmp_path, **{**FSDP2, **more}):
-            assert ended.code == 2 and said in ended.error
-        assert not (tmp_path / "run").exists()
-
-
 def wait_for(happened: Callable[[], object]) -> None:
     """Until then."""
     deadline = time.monotonic() + 120

@@ -1,0 +1,35 @@
+"""What accelerate's config may ask of a training; those on two processes: runtime/test_processes."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from oneshot_fast.training import engines
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "flags", "said"),
+    [
+        ("sft", {"FSDP_VERSION": "1"}, "", "version 1 is not supported"),
+        ("sft", {"FSDP_OFFLOAD_PARAMS": "true"}, "", "fsdp_offload_params is not supported"),
+        ("sft", {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "", "give --gradient_checkpointing"),
+        ("sft", {"FSDP_AUTO_WRAP_POLICY": "nonsense"}, "", "accelerate's FSDP config: Invalid"),
+        ("sft", {}, "--compile", "not for --compile"),
+        ("prefer", {}, "--reward digit", "is for sft and em; leave it out, for DDP"),
+    ],
+)
+def test_what_cannot_be_sharded_is_one_line(
+    command: str, config: dict[str, str], flags: str, said: str, monkeypatch: Any, tmp_path: Path,
+    prompts: Path, assigned: Path, call: Any,
+) -> None:  # fmt: skip
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **config}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(engines, "processes", lambda: SimpleNamespace(num_processes=2))
+    data = ["--manifest_path", assigned / "manifest.jsonl"]
+    given = data if command == "sft" else ["--prompt_file", prompts]
+    folder = tmp_path / "run"
+    ended = call(command, *given, *flags.split(), "--model_id", "tiny", "--output_dir", folder)
+    assert ended.code == 2 and said in ended.error
+    assert not folder.exists()
