@@ -1,4 +1,4 @@
-"""What accelerate's config may ask of a training; those on two processes: runtime/test_processes."""
+"""What accelerate's config may ask of a training; two processes are in runtime/test_processes."""
 
 from pathlib import Path
 from types import SimpleNamespace
