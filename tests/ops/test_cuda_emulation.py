@@ -22,6 +22,7 @@ pair of accesses within a block for a barrier between them:
 
 import ctypes
 import functools
+import math
 import os
 import shlex
 import shutil
@@ -277,7 +278,14 @@ def emulated(emulator, request):
 
 
 SPECS = {spec.name: spec for spec in ops.OPS}
-GPU_MORE_CASES = [param for param in MORE_CASES if param.values[0].gpu_kernels]
+# instead of an image past the CPU's caches, one of more chunks than a warp adds at once
+MANY_CHUNKS = ((1, 3, 220, 204),)
+GPU_MORE_CASES = [
+    param
+    for param in MORE_CASES
+    if param.values[0].gpu_kernels and math.prod(param.values[1][0]) < 1 << 18
+]
+GPU_MORE_CASES.append(pytest.param(SPECS["pixel_l1"], MANY_CHUNKS, id=f"pixel_l1-{MANY_CHUNKS}"))
 PATCHES_OF_256 = ((1, 4, 16, 24), 8, (1,))
 RUNS = [
     ((2, 4, 10, 16), 2, (2,)),
