@@ -26,7 +26,7 @@ COPIES, CANDIDATES, SEED = 8, 10, 2
 MODEL = "--model_id tiny-teacher --num_inference_steps 20 --guidance_scale 2 --reward thickness"
 DATA = f"data {MODEL} --candidates {CANDIDATES} --steps_saved 0:15,19 --format tar --seed {SEED}"
 TRAIN = "train_reward --reward thickness --network classifier --holdout 0.3"
-TRAIN += " --batch_size 16 --lr 3e-4"
+TRAIN += " --batch_size 16"
 ARMS = {
     "base": "`thickness` itself", "clean": "network, finished images only",
     "own_level": "network, curriculum: the step's level", "kept": "what is kept",

@@ -147,7 +147,7 @@ class RewardTraining:
     """Images per step."""
     lr: float | None = None
     """AdamW's learning rate, which falls to half within a level; by default TTSnap's: 3e-6 of
-    imagereward, 5e-7 of CLIP's; 1e-3 of classifier, 1e-4 of digit."""
+    imagereward, 5e-7 of CLIP's; 3e-4 of classifier, 1e-4 of digit."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 5.0

@@ -56,7 +56,7 @@ CLEAN = "clean"  # the baseline
 _STATE = "state.safetensors"  # to resume from, of the phase that goes on
 # published learning rates of TTSnap, and ours of the small networks
 _RATES = {"imagereward": 3e-6, "pickscore": 5e-7, "hpsv2": 5e-7, "hpsv2.0": 5e-7, "hpsv2.1": 5e-7,
-          "clip": 5e-7, CLASSIFIER: 1e-3, "digit": 1e-4}  # fmt: skip
+          "clip": 5e-7, CLASSIFIER: 3e-4, "digit": 1e-4}  # fmt: skip
 
 
 class HalvingOptions(TrainOptions):
@@ -132,7 +132,7 @@ class RewardRun:
         digest = hashlib.sha256()
         update_digest(digest, "network", self._begin(None))
         self._network_id = digest.hexdigest()[:16]
-        lr = options.lr or _RATES.get(self.network)
+        lr = _RATES.get(self.network) if options.lr is None else options.lr
         if lr is None:
             raise UserError(f"no learning rate is known for {self.network}; give --lr")
         # what a batch is of, where pairs are: images of one prompt

@@ -216,7 +216,7 @@ def test_the_rate_falls_to_half() -> None:
         (["--reward", "nothing"], "no reward 'nothing'"),
         (["--reward", "digit", "--levels", "0,3"], "levels has step 3; the data have [0, 1, 2]"),
         (["--reward", "digit", "--holdout", "1"], "holdout must be between 0 and 1"),
-        (["--reward", "digit", "--lr", "-1"], "lr is -1"),
+        (["--reward", "digit", "--lr", "0"], "lr is 0"),
         (["--reward", "digit", "--epochs_per_level", "0"], "epochs_per_level is 0"),
     ],
 )
