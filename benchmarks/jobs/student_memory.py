@@ -45,15 +45,17 @@ SD35_MEDIUM: dict[str, Any] = {
 }  # fmt: skip
 
 
-def sd35_medium() -> PipelineGenerator:
+def sd35_medium(dtype: torch.dtype) -> PipelineGenerator:
     """The transformer's sizes; the text encoders, which are off the GPU, are small."""
-    tokenizer = build_tokenizer()
+    tokenizer, usual = build_tokenizer(), torch.get_default_dtype()
     with FakeTensorMode(allow_non_fake_inputs=True):
+        torch.set_default_dtype(dtype)
         transformer = SD3Transformer2DModel(**SD35_MEDIUM)
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         )  # fmt: skip
+        torch.set_default_dtype(usual)
         texts = [
             CLIPTextModelWithProjection(clip_config(tokenizer, 32, 1, 1, "gelu")) for _ in range(2)
         ]
@@ -67,12 +69,11 @@ def sd35_medium() -> PipelineGenerator:
 def estimates() -> dict[str, StepMemory]:
     """Memory of each case."""
     found = {}
-    for model, made in (
-        ("SDXL-base", full_generator(torch.float32)), ("SD3.5-medium", sd35_medium()),
-    ):  # fmt: skip
-        generator = FewStepGenerator.over(made, STEPS, eta=0.9, student=True)
+    for model, make in (("SDXL-base", full_generator), ("SD3.5-medium", sd35_medium)):
         for name, flags in CASES.items():
             options = DistillOptions(**COMMON, **flags)
+            made: Any = make(getattr(torch, options.weights_dtype))  # as the command loads it
+            generator = FewStepGenerator.over(made, STEPS, eta=0.9, student=True)
             found[f"{model}, {name}"] = distill_memory(
                 generator, options,
                 lambda roles, model, shape, options=options: losses_of(
