@@ -44,7 +44,7 @@ BEGUN = "begun.json"  # which examples an interrupted training has
 _PROMPTS = "prompts"  # encodings, where they are too many for memory
 LATENTS = "latents"  # of target images
 _VALIDATION = "validation"  # pictures
-_STATE = ("state.safetensors", BEGUN, _PROMPTS, LATENTS)
+_STATE = ("state.safetensors", BEGUN, _PROMPTS)
 
 
 class Example(Protocol):
@@ -103,7 +103,7 @@ class TrainingRun(ABC):
         "checkpoint-best", "checkpoint-final", "checkpoint-best.safetensors",
         "checkpoint-final.safetensors", "lora-best", "lora-final", "logs", "failures.jsonl",
         "history.jsonl", POOL, "summary.json", "report.html", _VALIDATION,
-        *_STATE,
+        *_STATE, LATENTS,
     )  # fmt: skip
 
     def __init__(
@@ -473,6 +473,11 @@ class TrainingRun(ABC):
 
     def _drop_state(self) -> None:
         """Remove what only an interrupted training goes on from."""
+        latents = self.folder / LATENTS
+        for path in latents.glob("*.safetensors"):  # what others put there stays
+            remove(path)
+        with contextlib.suppress(OSError):
+            latents.rmdir()
         for name in _STATE:
             remove(self.folder / name)
 
