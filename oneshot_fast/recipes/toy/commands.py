@@ -216,7 +216,7 @@ class SftToyCommand(PairOptions):
         command = pick(
             SftCommand,
             self,
-            manifest_path=manifest,
+            manifest_path=((manifest,),),
             model_id=self.model_id,
             output_dir=self.folder / ("sft" if self.matched else "direct_sft"),
             training=dataclasses.replace(self.training, noise=noise),
