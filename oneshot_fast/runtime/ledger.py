@@ -105,9 +105,13 @@ class Ledger:
             if is_meant and not self.entries[name].get("gone"):
                 self.put({"path": name, "gone": True})
 
+    def reread(self) -> None:
+        """Take what other processes wrote, too."""
+        self.entries = Ledger(self.folder).entries
+
     def seal(self) -> None:
         """Note all files as they are in the end, small texts whole."""
-        self.entries = Ledger(self.folder).entries  # other processes wrote, too
+        self.reread()
         for key, row in list(self.entries.items()):
             path = self.folder / key
             small_text = path.suffix in _TEXTS and row.get("size", 0) <= _SMALL

@@ -26,7 +26,7 @@ from oneshot_fast.generators.base import Generator
 from oneshot_fast.runtime.concurrency import Interrupts, stop
 from oneshot_fast.runtime.files import read_json, read_jsonl, remove, write_json, write_jsonl
 from oneshot_fast.runtime.folder import RunFolder
-from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.ledger import ledger_of, say
 from oneshot_fast.runtime.processes import barrier, is_main, kept_by_main, largest, processes
 from oneshot_fast.runtime.progress import Tracker, progress, start_tracking
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
@@ -75,7 +75,7 @@ def digest_of(tensors: Sequence[Tensor]) -> str:
 
 def _is_vital(key: str) -> bool:
     """Whether a finished training without this file has to train again."""
-    others = "preserve|state|history|failures|captions|validation"
+    others = f"preserve|state|history|failures|captions|validation|{LATENTS}/"
     return re.match(rf"(.*/)?checkpoint-\d+/|eval/|{others}", key) is None
 
 
@@ -230,7 +230,8 @@ class TrainingRun(ABC):
         """
         path = self.folder / BEGUN
         if is_main() and not path.exists():
-            self._drop_state()  # of which examples it is, is lost
+            for name in _STATE:  # of which examples it is, is lost; latents are kept
+                remove(self.folder / name)
         barrier()
         if not (self.folder / "state.safetensors").exists():
             return None, []
@@ -474,8 +475,11 @@ class TrainingRun(ABC):
     def _drop_state(self) -> None:
         """Remove what only an interrupted training goes on from."""
         latents = self.folder / LATENTS
-        for path in latents.glob("*.safetensors"):  # what others put there stays
-            remove(path)
+        if ledger := ledger_of(latents):
+            ledger.reread()  # others wrote some of them
+        for path in latents.glob("*.safetensors"):
+            if re.fullmatch(r"\d{8}", path.stem):  # what others put there stays
+                remove(path)
         with contextlib.suppress(OSError):
             latents.rmdir()
         for name in _STATE:

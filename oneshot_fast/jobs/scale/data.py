@@ -139,6 +139,7 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
                 f"{weights}, not {others}",
             )
             prune_rewards.check_steps(last + 1)
+            require(len(self.steps) > 1, "--prune_reward scores no step before the last here")
             self.walker.aware = prune_rewards
         self.n, self.seed, self.reward_names = candidates, seed, [*reward_names]
         self.prune_reward_names = [*prune_reward_names]

@@ -23,7 +23,7 @@ from oneshot_fast.data.sizes import Size
 from oneshot_fast.errors import DamagedError, DataError, UserError
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
-from oneshot_fast.runtime.files import read_safetensors, write_safetensors
+from oneshot_fast.runtime.files import read_metadata, read_safetensors, write_safetensors
 from oneshot_fast.runtime.processes import map_over_processes
 from oneshot_fast.runtime.stored import View
 from oneshot_fast.training.run import contents_of
@@ -148,8 +148,8 @@ class _Block:
     Attributes:
         results: Of each the shape of its noise, and the part of its image that a crop takes away,
             of what no assignment spoke of; or what is wrong.
-        noises: Hash of all noises.
-        latents: Hash of all latents.
+        noises: Hashes of the noises, one after another.
+        latents: Hashes of the latents.
     """
 
     results: list[tuple[tuple[int, ...], float] | str]
@@ -161,25 +161,27 @@ def _encode(
     generator: Generator, targets: TargetImages, pairs: Sequence[MatchedPair], path: Path
 ) -> _Block:
     """Read some pairs, and keep their latents in a file, by id."""
-    latents, results = dict[str, Tensor](), list[tuple[tuple[int, ...], float] | str]()
+    latents, images = dict[str, Tensor](), dict[str, str]()
     with contextlib.suppress(DamagedError, FileNotFoundError):
-        latents = read_safetensors(path)
-    known, shapes, digests = {*latents}, dict[torch.Size, torch.Size](), (sha256(), sha256())
+        latents, images = read_safetensors(path), read_metadata(path, "images")
+    known, shapes, digests = {**images}, dict[torch.Size, torch.Size](), (bytearray(), bytearray())
+    results = list[tuple[tuple[int, ...], float] | str]()
     for pair in pairs:
         try:
             noise, lost = _read(pair, targets, generator)
-            name = _name(pair)
-            if name not in latents:
+            name, image = _name(pair), pair.image_sha256 or file_sha256(pair.image_path)
+            if images.get(name) != image:
                 latents[name] = targets.latent(*pair.place)
+                images[name] = image
         except DataError as error:
             results.append(str(error))
             continue
         results.append((shapes.setdefault(noise.shape, noise.shape), lost))
         for digest, tensor in zip(digests, (noise, latents[name]), strict=True):
-            digest.update(tensor.numpy().data)
-    if known != {*latents}:
-        write_safetensors(path, latents, {})
-    return _Block(results, *(digest.digest() for digest in digests))
+            digest += sha256(tensor.numpy().data).digest()
+    if known != images:
+        write_safetensors(path, latents, {"images": images})
+    return _Block(results, *map(bytes, digests))
 
 
 def _name(pair: MatchedPair) -> str:

@@ -1,6 +1,5 @@
 """The M-step on one manifest of matched pairs."""
 
-import functools
 import heapq
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
@@ -84,6 +83,7 @@ class SftRun(TrainingRun):
         self.pairs, self.targets, self.failures = pairs, targets, failures
         self._own_loss = None if loss is None else type(loss).__qualname__
         self._examples: Examples | None = None
+        self._hashes = dict[tuple[int, ...], str]()
         if options.caption_dropout:
             generator.encode_prompts([""])  # some models do not know it
 
@@ -105,14 +105,16 @@ class SftRun(TrainingRun):
             **({"pool": content_id(*self.pool.prompts)} if self.pool else {}),
         }
 
-    @functools.cache  # noqa: B019 (as long as the run)
     def _hash_of(self, without: tuple[int, ...]) -> str:
         """Changes with the list, but for lines without."""
+        if without in self._hashes:
+            return self._hashes[without]
         failed: list[Any] = sorted(self.failures, key=_line)
         pairs: Iterable[Any] = self.pairs  # in order, and there may be millions
         listed = heapq.merge(pairs, failed, key=_line)
         kept = (item for item in listed if item.line not in without)
-        return content_id_of((x.id, x.prompt, x.digest or vars(x)) for x in kept)
+        found = content_id_of((x.id, x.prompt, x.digest or vars(x)) for x in kept)
+        return self._hashes.setdefault(without, found)
 
     def plan(self) -> Plan:
         """What the run will need; does nothing of it."""
