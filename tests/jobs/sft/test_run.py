@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.options import SftOptions
+from oneshot_fast.jobs.sft.pairs import Examples
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.training.batch import Batch, batches
@@ -333,3 +336,27 @@ def test_every_epoch_takes_every_pair_once_and_a_resumed_one_goes_on() -> None:
     assert list(batches([0] * 10, 4, 0, 4, 9)) == all_steps[4:]
     assert list(batches([0] * 10, 4, 1, 0, 9)) != all_steps
     assert derived_seed(0, "a", 1) != derived_seed(0, "a1")
+
+
+def test_latents_are_encoded_once_and_anew_where_the_image_changed(
+    tiny: Any, assigned: Path, tmp_path: Path
+) -> None:
+    image = tmp_path / "image.png"
+    first, second, *_ = (
+        replace(pair, image_sha256=None) for pair in read_manifest(assigned / "manifest.jsonl")[0]
+    )
+    shutil.copy(first.image_path, image)
+    pairs, folder = [replace(first, image_path=image), second], tmp_path / "latents"
+
+    def read() -> Examples:
+        return Examples(tiny, TargetImages(tiny), pairs, [], folder)
+
+    began = read()
+    (file,) = folder.iterdir()
+    written, before = file.stat().st_mtime_ns, began.latents([0, 1])
+    assert read().contents == began.contents and file.stat().st_mtime_ns == written
+    shutil.copy(second.image_path, image)
+    after = read()
+    assert after.contents != began.contents
+    assert torch.equal(after.latents([1])[0], before[1])
+    assert torch.equal(after.latents([0])[0], before[1])
