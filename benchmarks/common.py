@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +19,18 @@ import oneshot_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+def print_table(about: str, make: Callable[[], str]) -> None:
+    """Print the Markdown that ``make`` gives, and write it to --output; --help says ``about``."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    output = parser.parse_args().output
+    warnings.simplefilter("ignore")
+    text = make()
+    print(text)
+    if output is not None:
+        output.write_text(text, encoding="utf-8")
 
 
 def environment(device: str, seed: int) -> dict[str, Any]:

@@ -3,9 +3,6 @@
 python -m benchmarks.jobs.student_memory [--output benchmarks/results/student_memory.md]
 """
 
-import argparse
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from diffusers import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextModelWithProjection
 
+from benchmarks.common import print_table
 from benchmarks.sdxl.models import clip_config
 from benchmarks.sdxl.training_memory import full_generator
 from oneshot_fast.embedded.pipeline import build_tokenizer
@@ -105,17 +103,5 @@ def markdown(found: dict[str, StepMemory]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Print the table, and write it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path)
-    output = parser.parse_args().output
-    warnings.simplefilter("ignore")
-    text = markdown(estimates())
-    print(text)
-    if output is not None:
-        output.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    print_table(__doc__, lambda: markdown(estimates()))

@@ -8,10 +8,7 @@ python -m benchmarks.sdxl.search_memory [--output benchmarks/results/search_memo
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +25,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from benchmarks.common import print_table
 from benchmarks.sdxl.training_memory import full_generator
 from oneshot_fast.generators.decoder import Decoder
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
@@ -144,17 +142,5 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Print the table, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=None)
-    output = parser.parse_args().output
-    warnings.filterwarnings("ignore", module="torch")
-    text = markdown()
-    print(text)
-    if output is not None:
-        output.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    print_table(__doc__, markdown)

@@ -3,15 +3,12 @@
 python -m benchmarks.sdxl.training_memory [--output benchmarks/results/training_memory.md]
 """
 
-import argparse
-import warnings
-from pathlib import Path
-
 import torch
 from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from benchmarks.common import print_table
 from benchmarks.sdxl.models import SIZES, build_pipeline, build_unet, clip_config
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.decoder import Decoder
@@ -127,17 +124,5 @@ def markdown(found: dict[str, tuple[StepMemory, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Print the table, and write it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path)
-    output = parser.parse_args().output
-    warnings.simplefilter("ignore")
-    text = markdown(estimates())
-    print(text)
-    if output is not None:
-        output.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    print_table(__doc__, lambda: markdown(estimates()))
