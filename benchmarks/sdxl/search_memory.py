@@ -29,8 +29,9 @@ from benchmarks.common import print_table
 from benchmarks.sdxl.training_memory import full_generator
 from oneshot_fast.generators.decoder import Decoder
 from oneshot_fast.jobs.optimize.options import OptimizeOptions
-from oneshot_fast.jobs.optimize.plan import SearchMemory, search_memory
+from oneshot_fast.jobs.optimize.plan import search_memory
 from oneshot_fast.jobs.optimize.search import RewardSearch
+from oneshot_fast.planning.memory import StepMemory
 from oneshot_fast.rewards.base import Reward, WeightedRewards
 from oneshot_fast.rewards.clip_encoder import ClipEncoder, CosineReward
 from oneshot_fast.rewards.imagereward import ImageRewardReward
@@ -101,7 +102,7 @@ def rewards_in(mode: FakeTensorMode, checkpointing: bool) -> WeightedRewards:
     return rewards.eval().requires_grad_(False)
 
 
-def estimate(checkpointing: str, batch_size: int) -> SearchMemory:
+def estimate(checkpointing: str, batch_size: int) -> StepMemory:
     """Memory of a step with ``--checkpointing`` none, rewards or full."""
     generator = full_generator(torch.bfloat16)
     generator.autocast = None
