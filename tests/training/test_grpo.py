@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from oneshot_fast.generators.few_step import Transition
-from oneshot_fast.training.losses.grpo import advantages, chosen_steps, policy_loss
+from oneshot_fast.runtime.seeds import gaussian
+from oneshot_fast.training.losses.grpo import (
+    advantages,
+    chosen_steps,
+    clip_in_nats,
+    is_clipped,
+    original_seed,
+    policy_loss,
+)  # fmt: skip
 
 VECTORS = json.loads((Path(family_samples.__file__).parent / "rtdmd_vectors.json").read_text())
 
@@ -74,3 +82,34 @@ def test_the_steps_of_the_authors_code() -> None:
         found = chosen_steps(case["range"][1] + 1, case["count"], case["seed"], int(epoch))
         assert found == sorted(expected)
     assert chosen_steps(1, 2, 0, 0) == [0]
+
+
+def test_the_clip_of_the_authors_code() -> None:
+    assert clip_in_nats(1e-5, 0.74, 65_536) == pytest.approx(0.6, rel=0.01)
+    assert clip_in_nats(1e-5, 0.74, 256) == pytest.approx(0.0024, rel=0.05)
+    *steps, last = VECTORS["cps_logprob"]["steps"]
+    assert last["std"] == [0, 0]
+    with pytest.raises(ValueError, match="draws nothing"):
+        clip_in_nats(1e-5, 0.0, 8)
+    for step in steps:
+        old, now, std = (
+            torch.tensor(step[name]).double()
+            for name in ("log_prob", "log_prob_of_prev_under_v_plus_0.125", "std")
+        )
+        elements = torch.tensor(step["mean"])[0].numel()
+        nats = elements / (2 * std**2)
+        # each smaller and larger than an image's way
+        for clip in (old - now).abs().tolist():
+            for factor in (0.5, 2.0):
+                theirs = (now - old).expm1() < -factor * clip
+                mine = clip_in_nats(factor * clip, float(std[0]), elements)
+                found = is_clipped(nats * now, nats * old, torch.tensor([-1.0, -1.0]), mine)
+                assert torch.equal(found, theirs)
+
+
+def test_the_noise_of_the_authors_code() -> None:
+    case = VECTORS["shared_noise"]
+    seeds = [original_seed(text, case["step"], case["epoch"]) for text in case["prompts"]]
+    assert seeds == case["seeds"]
+    expected = torch.tensor(case["out"])
+    assert torch.equal(gaussian(seeds, expected.shape[1:]), expected)

@@ -27,11 +27,20 @@ class ReinforceOptions(TrainOptions):
     """Weight of the latent distance to the base generator on random noise, against drift."""
     preserve_pixel_weight: float = 0.0
     """The same in pixels ([0, 1] RGB); 0 never decodes."""
+    clip: float | None = None
+    """With --inner_updates 2 or more: a ratio of likelihoods that is further from 1 than this, the
+    way the rewards want it, learns no more; by default 0.2."""
+    clip_original: float | None = None
+    """Instead: the clip of RTDMD's code, 1e-5, whose log-probabilities are means of squares; in a
+    step that draws noise of standard deviation s, of D elements, it is this times D / (2 s^2)."""
     policy_weight: float = 1.0
     """Weight of the policy's loss in the steps that draw noise (SubGRPO)."""
     policy_steps: int = 2
     """Steps that learn from a rollout, of those that draw noise; in the others all images of a
     prompt share their noise."""
+    original_seeds: bool = False
+    """Draw that noise from the seeds of RTDMD's code, which are of prompt, step and rollout alone,
+    and not of --seed."""
     final_reward_weight: float = 0.0
     """Weight of the reward of the last step, whose gradient goes through the decoder; needs
     rewards with a gradient. RTDMD: 1e-4."""
@@ -60,6 +69,20 @@ class ReinforceOptions(TrainOptions):
         require(
             self.inner_updates == 1 or self.policy_weight > 0,
             "--inner_updates has no effect without --policy_weight; leave it out",
+        )
+        for name in ("clip", "clip_original"):
+            value = getattr(self, name)
+            require(
+                value is None or 0 < value < math.inf, f"{name} is {value}; give a positive number"
+            )
+            require(
+                value is None or self.inner_updates > 1,
+                f"--{name} has no effect without --inner_updates 2 or more: the first step from "
+                "new images clips nothing; leave it out",
+            )
+        require(
+            self.clip is None or self.clip_original is None,
+            "--clip and --clip_original are the same, in nats and as RTDMD has it; give one",
         )
         require(self.policy_steps >= 1, "policy_steps must be at least 1")
         for name in ("policy_weight", "final_reward_weight", "match_weight"):

@@ -30,7 +30,12 @@ from oneshot_fast.training.losses.dmd import (
     FakeLoss,
     StudentLoss,
 )  # fmt: skip
-from oneshot_fast.training.losses.grpo import ReinforceLoss, advantages, chosen_steps
+from oneshot_fast.training.losses.grpo import (
+    ReinforceLoss,
+    advantages,
+    chosen_steps,
+    original_seed,
+)  # fmt: skip
 from oneshot_fast.training.losses.preserve import Preserve
 from oneshot_fast.training.roles import FAKE, Roles
 from oneshot_fast.training.trainer import Trainer
@@ -60,6 +65,8 @@ def losses_of(
         options.match_weight,
         match,
         Preserve(*weights) if options.preserves else None,
+        options.clip_original or options.clip or 0.2,
+        options.clip_original is not None,
     )
     return losses
 
@@ -136,6 +143,11 @@ class ReinforceRun(JudgedRun):
             bool(self._noisy) or options.policy_weight == 0,
             "none of its steps draws noise to learn from: give --num_inference_steps 2 or more "
             "with --cps_eta, or --policy_weight 0; one step is for sft --reward",
+        )
+        require(
+            not options.original_seeds or len(self._noisy) > options.policy_steps,
+            f"--original_seeds has no effect: images share no noise, as all {len(self._noisy)} "
+            "steps that draw it learn; leave it out, or give a smaller --policy_steps",
         )
         require(steps[-1].noise == 0, "the last step draws noise; take another sampler")
         roles = Roles(generator, True) if adapts else None
@@ -232,7 +244,7 @@ class ReinforceRun(JudgedRun):
     def batch(self, rows: list[int], step: int) -> Batch:
         """What a step learns from: its rollout, which draws its prompts itself, or the last one."""
         if self._rollout is None or self._begins(step):
-            self._rollout = self._rolled(step)
+            self._rollout = self._rolled(step // self.options.inner_updates)
         made, extra = self._rollout, dict[str, Any]()
         if self._roles is not None:
             extra = self._draws(step, "match", len(made), STUDENT_NOISES)
@@ -241,22 +253,18 @@ class ReinforceRun(JudgedRun):
         return Batch(rollout=made, **self.preserved(step))
 
     @torch.no_grad()
-    def _rolled(self, step: int) -> Rows:
-        """New images of some prompts, with all that the losses need of them."""
+    def _rolled(self, number: int) -> Rows:
+        """The rollout ``number``, from 0: images of some prompts, with all that losses need."""
         K, generator = self.options.images_per_prompt, self.generator
-        draw = torch.Generator().manual_seed(derived_seed(self.seed, "rl prompts", step))
+        draw = torch.Generator().manual_seed(derived_seed(self.seed, "rl prompts", number))
         distinct = [*dict.fromkeys(self.prompts)]
         chosen = torch.randperm(len(distinct), generator=draw)[: self._per_step].tolist()
         texts = [distinct[k] for k in chosen for _ in range(K)]
-        seeds = [derived_seed(self.seed, "rl", step, k) for k in range(len(texts))]
+        seeds = [derived_seed(self.seed, "rl", number, k) for k in range(len(texts))]
         told = generator.told(texts, seeds)
-        learns = [*self._noisy]
-        if learns:
-            count = len(self._noisy)
-            learns = [
-                learns[k] for k in chosen_steps(count, self.options.policy_steps, self.seed, step)
-            ]
-        shared = {k: self._shared(texts, k, step, told.embeds.device) for k in self._noisy}
+        count, most = len(self._noisy), self.options.policy_steps
+        learns = [self._noisy[k] for k in chosen_steps(count, most, self.seed, number)]
+        shared = {k: self._shared(texts, k, number, told.embeds.device) for k in self._noisy}
 
         def noise(k: int, x: Tensor) -> Tensor:
             own = [derived_seed(seed, "step", k) for seed in seeds]
@@ -287,9 +295,12 @@ class ReinforceRun(JudgedRun):
             return samples[0][:, None]
         return torch.stack([samples[k + further] for k in steps], 1)
 
-    def _shared(self, texts: Sequence[str], k: int, step: int, device: torch.device) -> Tensor:
-        """Noise of step ``k`` that all images of a prompt share, [B, C, h, w]."""
-        seeds = [derived_seed(self.seed, "shared", step, k, text) for text in texts]
+    def _shared(self, texts: Sequence[str], k: int, number: int, device: torch.device) -> Tensor:
+        """Noise of step ``k`` that all images of a prompt share in a rollout, [B, C, h, w]."""
+        if self.options.original_seeds:
+            seeds = [original_seed(text, k, number) for text in texts]
+        else:
+            seeds = [derived_seed(self.seed, "shared", number, k, text) for text in texts]
         return gaussian(seeds, self.noise_shape).to(device)
 
     def _scores(self, latents: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ rollout serves one update, p is 1 as the gradient is taken, and nothing is clipp
 several, lp_old is what the first of them found, by the same passes of the same rows.
 """
 
+import hashlib
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -76,6 +77,28 @@ def chosen_steps(steps: int, count: int, seed: int, epoch: int) -> list[int]:
     return sorted(draw.sample(range(steps), min(count, steps)))
 
 
+def original_seed(prompt: str, step: int, epoch: int) -> int:
+    """Of the noise that a prompt's images share in a step, as RTDMD's code has it."""
+    hashed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "big")
+    return (hashed + 10_007 * step + 100_000 * epoch) % 2**31
+
+
+def clip_in_nats(clip: float, std: float, elements: int) -> float:
+    """RTDMD's clip, of likelihoods whose logarithms are means of squares, for those in nats.
+
+    Args:
+        clip: Theirs, such as 1e-5.
+        std: Of what the step draws.
+        elements: Of a sample.
+
+    Raises:
+        ValueError: If the step draws nothing, and so has no likelihood.
+    """
+    if std == 0:
+        raise ValueError("a step that draws nothing has no likelihood to clip")
+    return clip * elements / (2 * std**2)
+
+
 @dataclass(frozen=True)
 class ReinforceLoss:
     """Of a rollout's rows: what led to which sample, and how good it turned out.
@@ -94,6 +117,7 @@ class ReinforceLoss:
         match: That term; None: there is none.
         preserve: Holds on to the base; None: there is none.
         clip: Of the policy's ratio.
+        clips_means: Whether that is RTDMD's, see ``clip_in_nats``.
     """
 
     rewards: WeightedRewards
@@ -103,7 +127,8 @@ class ReinforceLoss:
     match_weight: float
     match: StudentLoss | None
     preserve: Preserve | None
-    clip: float = 0.2
+    clip: float
+    clips_means: bool
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -142,8 +167,10 @@ class ReinforceLoss:
                 now = made_of.log_probability(extra["after"][:, place])
                 old = extra["old"][:, place]
                 old.copy_(torch.where(old.isnan(), now.detach(), old))  # kept in the rollout's rows
-                found.append(policy_loss(now, old, advantage, self.clip))
-                clipped.append(is_clipped(now.detach(), old, advantage, self.clip))
+                clip, elements = self.clip, made_of.mean[0].numel()
+                clip = clip_in_nats(clip, made_of.std, elements) if self.clips_means else clip
+                found.append(policy_loss(now, old, advantage, clip))
+                clipped.append(is_clipped(now.detach(), old, advantage, clip))
             losses["policy"] = self.policy_weight * torch.stack(found).mean()
             losses["clipped"] = torch.stack(clipped).float().mean()
         if not self.final_weight and self.match is None:
