@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import faulthandler
 import inspect
 import io
 import itertools
@@ -56,6 +57,8 @@ def run_command(
     """
     with _ONE_AT_A_TIME, handling(stop, "SIGTERM", "SIGHUP"):
         silence_imports()
+        if sys.__stderr__ is not None and not faulthandler.is_enabled():
+            faulthandler.enable(sys.__stderr__)  # a crash in native code says where it was
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # a terminal may lack a path's letters
                 stream.reconfigure(errors="backslashreplace")

@@ -9,6 +9,8 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +55,15 @@ def test_a_crash_has_a_code_of_its_own(capsys: pytest.CaptureFixture[str]) -> No
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback") and lines[-2] == "ZeroDivisionError: division by zero"
     assert "please report" in lines[-1] and "repeat the command" in lines[-1]
+
+
+def test_a_crash_of_native_code_says_where(
+    forks: Any, tmp_path: Path, small_data: Path, small_model: Path
+) -> None:
+    flags = ["--data_root", small_data, "--model_id", small_model, "--output_root", tmp_path / "x"]
+    ended = forks.run("assign", flags, tmp_path, at="noises", signal_number=signal.SIGABRT)
+    assert ended.code == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in ended.err and "oneshot_fast/assign.py" in ended.err
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
