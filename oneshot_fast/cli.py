@@ -24,7 +24,7 @@ from oneshot_fast.errors import UserError, one_line, printable, require
 from oneshot_fast.runtime.concurrency import handling, stop
 from oneshot_fast.runtime.files import Json, if_writable
 from oneshot_fast.runtime.options import RunOptions
-from oneshot_fast.runtime.processes import is_main, leave, set_timeout
+from oneshot_fast.runtime.processes import is_main, leave, lost_another, set_timeout
 from oneshot_fast.runtime.progress import silence_imports
 
 OK, SOME_FAILED, BAD_INPUT, NO_SPACE, CRASHED = 0, 1, 2, 3, 70
@@ -94,6 +94,8 @@ def _fail(error: Exception) -> int:
         )
     if isinstance(error, SafetensorError):
         return _say(BAD_INPUT, f"error: damaged safetensors file: {one_line(error)}; restore it")
+    if isinstance(error, RuntimeError) and lost_another(error):
+        return _say(BAD_INPUT, f"error: another process ended: see what it said; {_AGAIN}")
     said = "".join(traceback.format_exception(error))
     return _say(
         CRASHED,

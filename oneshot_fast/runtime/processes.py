@@ -210,6 +210,12 @@ def claims(job: str) -> Iterator[int]:
         yield store.add(f"oneshot_fast/{job}", 1) - 1
 
 
+def lost_another(error: RuntimeError) -> bool:
+    """Whether torch raised ``error`` because another process has ended."""
+    signs = ("by peer", "Broken pipe", "remote process exited")  # gloo, the store, NCCL
+    return any(sign in str(error) for sign in signs) and processes().num_processes > 1
+
+
 def leave() -> None:
     """Leave the others at the end of a command; a process that just exits can abort them."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
