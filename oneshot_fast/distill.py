@@ -17,6 +17,7 @@ from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.distill.options import DistillOptions
 from oneshot_fast.rewards.options import JudgeModels
 from oneshot_fast.runtime.options import RunOptions
+from oneshot_fast.training.options import RolesKeepOptions
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,6 @@ class DistillCommand:
     """With --heldout_root: what images are compared by, see evaluate --help."""
     judge: UseAppendAction[tuple[str, ...]] = ()
     """NAME of a reward that is measured; may be given several times."""
-    save_minutes: float = 5.0
-    """Minutes between saved training states; 0 saves after every step."""
-    keep_checkpoints: int = 0
-    """Also keep checkpoint-<step> of the newest so many epochs; 0 keeps none."""
-    offload_encoders: bool | None = None
-    """Move text encoders and image encoder to the CPU while training; by default on a GPU."""
     dry_run: bool = False
     """Print parameters, memory by part, disk and time needed, from a few timed passes on random
     data; nothing is written."""
@@ -61,6 +56,7 @@ class DistillCommand:
     training: DistillOptions = DistillOptions()
     judges: JudgeModels = JudgeModels()
     model: ModelOptions = ModelOptions()
+    keep: RolesKeepOptions = RolesKeepOptions()
     run: RunOptions = RunOptions()
 
 
@@ -115,9 +111,7 @@ def execute(command: DistillCommand) -> int:
         eval_samples=command.eval_samples,
         names=[f"judge {name}" for name in command.judge],
         seed=command.run.seed,
-        save_minutes=command.save_minutes,
-        keep_checkpoints=command.keep_checkpoints,
-        offload_encoders=command.offload_encoders,
+        **command.keep.arguments(device, command.dry_run),
     )
     if command.dry_run:
         print(run.plan())

@@ -20,6 +20,7 @@ from oneshot_fast.jobs.prefer.pairs import PairRun
 from oneshot_fast.jobs.prefer.run import PreferRun
 from oneshot_fast.rewards.options import check_judges
 from oneshot_fast.runtime.options import RunOptions
+from oneshot_fast.training.options import KeepOptions
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,13 @@ class PreferCommand:
     """Generator: folder in diffusers layout, hub id, .safetensors file, or "tiny"."""
     output_dir: Path | None = None
     """Folder of the results."""
-    save_minutes: float = 5.0
-    """Minutes between saved training states; 0 saves after every step."""
-    keep_checkpoints: int = 0
-    """Also keep checkpoint-<step> of the newest so many epochs; 0 keeps none."""
-    offload_encoders: bool | None = None
-    """Move text encoders and image encoder to the CPU while training; by default on a GPU."""
     dry_run: bool = False
     """Print parameters, memory by part, disk and time needed, from a few timed passes on random
     data; nothing is written."""
     training: PreferOptions = PreferOptions()
     data: PreferData = PreferData()
     model: ModelOptions = ModelOptions()
+    keep: KeepOptions = KeepOptions()
     run: RunOptions = RunOptions()
 
 
@@ -121,9 +117,7 @@ def _common(command: PreferCommand) -> dict[str, Any]:
         "eval_samples": data.eval_samples,
         "names": data.names,
         "seed": command.run.seed,
-        "save_minutes": command.save_minutes,
-        "keep_checkpoints": command.keep_checkpoints,
-        "offload_encoders": command.offload_encoders,
+        **command.keep.arguments(generator.device, command.dry_run),
     }
 
 

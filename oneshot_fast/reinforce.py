@@ -15,6 +15,7 @@ from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.reinforce.options import ReinforceOptions
 from oneshot_fast.rewards.options import RewardOptions
 from oneshot_fast.runtime.options import RunOptions
+from oneshot_fast.training.options import RolesKeepOptions
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,6 @@ class ReinforceCommand:
     judge: UseAppendAction[tuple[str, ...]] = ()
     """NAME of a reward that is measured but not trained on, and so tells whether others are
     over-optimised; may be given several times."""
-    save_minutes: float = 5.0
-    """Minutes between saved training states; 0 saves after every step."""
-    keep_checkpoints: int = 0
-    """Also keep checkpoint-<step> of the newest so many epochs; 0 keeps none."""
-    offload_encoders: bool | None = None
-    """Move text encoders and image encoder to the CPU while training; by default on a GPU."""
     dry_run: bool = False
     """Print parameters, memory by part, disk and time needed, from a few timed passes and
     rollouts; nothing is written."""
@@ -59,6 +54,7 @@ class ReinforceCommand:
     training: ReinforceOptions = ReinforceOptions()
     rewards: RewardOptions = RewardOptions()
     model: ModelOptions = ModelOptions()
+    keep: RolesKeepOptions = RolesKeepOptions()
     run: RunOptions = RunOptions()
 
 
@@ -113,9 +109,7 @@ def execute(command: ReinforceCommand) -> int:
         eval_samples=command.eval_samples,
         names=[*command.rewards.names, *(f"judge {name}" for name in command.judge)],
         seed=command.run.seed,
-        save_minutes=command.save_minutes,
-        keep_checkpoints=command.keep_checkpoints,
-        offload_encoders=command.offload_encoders,
+        **command.keep.arguments(generator.device, command.dry_run),
     )
     if command.dry_run:
         print(run.plan())

@@ -22,6 +22,7 @@ from oneshot_fast.jobs.sft.rewards import RewardRun
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.rewards.options import RewardOptions
 from oneshot_fast.runtime.options import RunOptions
+from oneshot_fast.training.options import KeepOptions
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,6 @@ class SftCommand:
     which takes several steps."""
     output_dir: Path | None = None
     """Folder of the results."""
-    save_minutes: float = 5.0
-    """Minutes between saved training states; 0 saves after every step."""
-    keep_checkpoints: int = 0
-    """Also keep checkpoint-<step> of the newest so many epochs; 0 keeps none."""
-    offload_encoders: bool | None = None
-    """Move text encoders and image encoder to the CPU while training, and the decoder if no loss
-    needs it; by default on a GPU."""
     dry_run: bool = False
     """Print parameters, memory by part, disk and time needed, from a few timed passes on random
     data; nothing is written."""
@@ -58,6 +52,7 @@ class SftCommand:
     reward_training: MeasuredTrainingOptions = MeasuredTrainingOptions()
     heldout: HeldOutOptions = HeldOutOptions()
     model: ModelOptions = ModelOptions()
+    keep: KeepOptions = KeepOptions()
     run: RunOptions = RunOptions()
 
 
@@ -158,14 +153,13 @@ def _on_rewards(command: SftCommand) -> RewardRun:
 def _common(command: SftCommand) -> dict[str, Any]:
     """Arguments of either run."""
     master_weights = command.training.weights_dtype == "float32"
+    generator = command.model.load(command.model_id, master_weights=master_weights)
     return {
-        "generator": command.model.load(command.model_id, master_weights=master_weights),
+        "generator": generator,
         "folder": command.output_dir or Path(),
         "options": command.training,
         "seed": command.run.seed,
-        "save_minutes": command.save_minutes,
-        "keep_checkpoints": command.keep_checkpoints,
-        "offload_encoders": command.offload_encoders,
+        **command.keep.arguments(generator.device, command.dry_run),
     }
 
 

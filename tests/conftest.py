@@ -305,11 +305,11 @@ class Forks:
         """Start a command and return its pid, which is its process group, and its output's folder.
 
         Args:
-            command: assign, sft, em, optimize, or a script's path.
+            command: Such as assign, or a script's path.
             argv: Its flags.
             watch: Folder in which changes to the file system are counted.
-            at: Just before this change (from 1, or the first to a path with this part), the child
-                gets ``signal_number``.
+            at: Just before this change (from 1, or the first to a path with this part, or with a
+                part of "os.rename PATH"), the child gets ``signal_number``.
             signal_number: The signal.
             limit: Bytes beyond which the child can write no file, as on a full disk.
             environment: Variables that the child has besides.

@@ -29,7 +29,7 @@ from oneshot_fast.planning.memory import StepMemory
 
 RESOLUTION, BATCH, STEPS = 1024, 4, 4
 COMMON: dict[str, Any] = {"batch_size": BATCH, "gradient_checkpointing": True}
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "LoRA of rank 32, bfloat16 base": {"lora_rank": 32, "weights_dtype": "bfloat16"},
     "all weights, bfloat16, adamw8bit": {"weights_dtype": "bfloat16", "optimizer": "adamw8bit"},
     "all weights, float32, AdamW": {},
@@ -72,13 +72,15 @@ def estimates() -> dict[str, StepMemory]:
             options = DistillOptions(**COMMON, **flags)
             made: Any = make(getattr(torch, options.weights_dtype))  # as the command loads it
             generator = FewStepGenerator.over(made, STEPS, eta=0.9, student=True)
-            found[f"{model}, {name}"] = distill_memory(
-                generator, options,
-                lambda roles, model, shape, options=options: losses_of(
-                    roles, model, shape, options
-                ),
-                RESOLUTION, offloads=True,
-            )  # fmt: skip
+            for offload in (False,) if options.lora_rank else (False, True):
+                case = f"{model}, {name}{', `--offload`' if offload else ''}"
+                found[case] = distill_memory(
+                    generator, options,
+                    lambda roles, model, shape, options=options: losses_of(
+                        roles, model, shape, options
+                    ),
+                    RESOLUTION, offloads=True, offload=offload,
+                )  # fmt: skip
     return found
 
 
@@ -89,8 +91,9 @@ def markdown(found: dict[str, StepMemory]) -> str:
         f"{RESOLUTION} x {RESOLUTION} pixels, {BATCH} images per step, {STEPS} steps, gradient "
         "checkpointing, computed in bfloat16, text encoders and VAE's encoder off the GPU: "
         "`python -m benchmarks.jobs.student_memory`. `networks` are the student's, the fake's and "
-        "the teacher's, one base for all three with a LoRA. Left out: what the allocator wastes, "
-        "the CUDA context, workspaces of cuDNN and cuBLAS.",
+        "the teacher's, one base for all three with a LoRA, and with `--offload` those on the GPU "
+        "at the peak, as `moments`. Left out: what the allocator wastes, the CUDA context, "
+        "workspaces of cuDNN and cuBLAS.",
         "",
         "| case | networks | VAE | moments and average | step | peak |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -27,6 +27,7 @@ from oneshot_fast.training.options import TrainOptions
 # torchao keeps the moments of smaller tensors, and of those not of whole blocks, as they are
 _BLOCK, _SMALL = 256, 4096
 _AVERAGE, _MOMENTS = "average of the weights", "optimiser's moments"
+_FAKE_MOMENTS = "moments of the fake"
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ class Fake:
         options: How it is trained.
         times: Steps of it to one of the student.
         teacher: Bytes of the teacher's networks, where these are not the student's.
+        offload: Whether both are off the device while they are idle.
     """
 
     kind: Kind
     options: TrainOptions
     times: float
     teacher: int
+    offload: bool = False
 
     @property
     def part(self) -> str:
@@ -107,8 +110,9 @@ def training_plan(
     pipeline = sum(memory.bytes_of(network.parameters()) for network in generator.networks.values())
     checkpoints = 2 * needed.trained_bytes + pipeline if options.lora_rank else 2 * pipeline
     best = needed.kept[_AVERAGE] or needed.trained_bytes
-    state = needed.trained_bytes + sum(needed.kept.values()) + best
-    state += 0 if fake is None else needed.weights[fake.part]
+    known = needed.weights | needed.kept | needed.idle
+    saved = [_MOMENTS, _AVERAGE, *([] if fake is None else [fake.part, _FAKE_MOMENTS])]
+    state = needed.trained_bytes + best + sum(known[name] for name in saved)
     latent = 4 * math.prod(generator.latent_shape(*size_of(resolution)))
     pool = latent * options.preserve_pool_size if options.preserves else 0
     size = f"{options.batch_size} {kind.unit}"
@@ -125,21 +129,30 @@ def training_plan(
 def memory_beside(
     generator: Generator, options: TrainOptions, kind: Kind, fake: Fake | None, offloads: bool
 ) -> memory.StepMemory:
-    """As ``memory_of``: the larger of a student's and a fake's step, and all that stays."""
+    """As ``memory_of``: the larger of a student's and a fake's step, and all that is there then."""
     student = memory_of(generator, options, kind, offloads)
     if fake is None:
         return student
     found = memory_of(generator, fake.options, fake.kind, offloads)
-    larger = max(student, found, key=lambda need: need.step)
-    return dataclasses.replace(
-        student,
-        weights=student.weights
-        | {fake.part: found.trained_bytes}
-        | ({"the teacher": fake.teacher} if fake.teacher else {}),
-        kept=student.kept | {"moments of the fake": found.kept[_MOMENTS]},
-        held=larger.held,
-        step=larger.step,
+    own = {fake.part: found.trained_bytes}
+    teacher = {"the teacher": fake.teacher} if fake.teacher else {}
+    moments = {_FAKE_MOMENTS: found.kept[_MOMENTS]}
+    turns = [(student, own | teacher, moments), (found, own | teacher, moments)]
+    if fake.offload:
+        larger = max(*own.values(), fake.teacher)
+        turns = [(student, {"the fake or the teacher": larger}, {}), (found, own, moments)]
+    needs = (
+        dataclasses.replace(
+            student,
+            weights=student.weights | networks,
+            kept=student.kept | kept,
+            held=turn.held,
+            step=turn.step,
+            idle=own | teacher | moments if fake.offload else {},
+        )
+        for turn, networks, kept in turns
     )
+    return max(needs, key=lambda need: need.peak)
 
 
 def memory_of(

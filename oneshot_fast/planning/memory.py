@@ -5,7 +5,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class StepMemory:
         step: Most that a step holds at once beside ``weights`` and ``kept``.
         trained: Number of trained parameters.
         trained_bytes: Their bytes.
+        idle: What is not on the device, or not all of the time.
     """
 
     weights: dict[str, int]
@@ -80,6 +81,7 @@ class StepMemory:
     step: int
     trained: int = 0
     trained_bytes: int = 0
+    idle: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -92,6 +94,7 @@ class StepMemory:
         parts |= self.kept | self.held
         parts["most that a step holds at once"] = self.step
         parts[f"peak of a step of {batch}"] = self.peak
+        parts |= {f"on the CPU while idle, {part}": size for part, size in self.idle.items()}
         return [f"memory, {name}: {size_text(size)}" for name, size in parts.items()]
 
 

@@ -92,6 +92,13 @@ class WeightOptimizer:
             torch.manual_seed(derived_seed(self._seed, "rounding", self._step, *place))
             optimizer.step()
 
+    def move(self, device: torch.device) -> None:
+        """Take the moments to a device; updates need them where the weights are."""
+        for _, parameter, optimizer in self._each():
+            state = optimizer.state.get(parameter, {})
+            for moment in state.keys() & set(MOMENTS):
+                state[moment] = state[moment].to(device)
+
     def tensors(self) -> dict[str, Tensor]:
         """Moments by weight, and how often each weight was updated: "updates", [P] int64."""
         tensors: dict[str, Tensor] = {}

@@ -224,3 +224,39 @@ class TrainOptions:
     def decodes(self) -> bool:
         """Whether a loss is in pixels, or images are shown."""
         return self.preserve_pixel_weight > 0 or self.validation_steps > 0
+
+
+@dataclass(frozen=True)
+class KeepOptions:
+    """What is kept of a training as it goes, and where."""
+
+    save_minutes: float = 5.0
+    """Minutes between saved training states; 0 saves after every step."""
+    keep_checkpoints: int = 0
+    """Also keep checkpoint-<step> of the newest so many epochs; 0 keeps none."""
+    offload_encoders: bool | None = None
+    """Move text encoders and image encoder to the CPU while training, and the decoder where nothing
+    needs it; by default on a GPU."""
+
+    def arguments(self, device: torch.device, planned: bool) -> dict[str, Any]:
+        """Those of every ``TrainingRun`` on ``device``.
+
+        Raises:
+            UserError: If something is to leave the CPU for the CPU, and not only ``planned``.
+        """
+        found = dataclasses.asdict(self)
+        for name in ("offload_encoders", "offload"):
+            require(
+                planned or device.type != "cpu" or not found.get(name),
+                f"--{name} has no effect on the CPU, where it would move it to; leave it out",
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class RolesKeepOptions(KeepOptions):
+    """What is kept of a training beside a teacher, and where."""
+
+    offload: bool = False
+    """Keep the teacher, and the fake with its moments, on the CPU while they are idle, where they
+    are networks of their own: less memory, for the time that moving them takes."""

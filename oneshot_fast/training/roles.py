@@ -5,23 +5,46 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
+
+from oneshot_fast.errors import require
 from oneshot_fast.generators.adapters import role
 from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.runtime.processes import processes
+from oneshot_fast.training.optimizer import WeightOptimizer
 
 FAKE = "fake"
 Role = Literal["student", "fake", "teacher"]
 _ROLES = ("student", "fake", "teacher")
 
 
+def check_offload(offload: bool, adapts: bool) -> None:
+    """Raise UserError where networks cannot wait on the CPU: adapters, several processes."""
+    require(
+        not (offload and adapts),
+        "--offload has no effect where student, fake and teacher are one network with adapters; "
+        "leave it out",
+    )
+    require(
+        not offload or processes().num_processes == 1,
+        "--offload is for one process: DDP keeps what it moves on the GPU; leave it out",
+    )
+
+
 class Roles:
     """Gives the generator in a role, which is the only way to change it.
 
     With adapters there is one base network: the fake has an adapter of it, the student all others,
-    and the teacher is the base without. Else the fake and the teacher are copies of the denoiser.
+    and the teacher is the base without. Else the fake and the teacher are copies of the denoiser,
+    which can wait on the CPU until their role comes.
     """
 
     def __init__(
-        self, generator: FewStepGenerator, adapts: bool, teacher: FewStepGenerator | None = None
+        self,
+        generator: FewStepGenerator,
+        adapts: bool,
+        teacher: FewStepGenerator | None = None,
+        offload: bool = False,
     ) -> None:
         """Take ``generator`` as it is now, before it is trained.
 
@@ -29,22 +52,29 @@ class Roles:
             generator: The student.
             adapts: Whether adapters are trained, of one base.
             teacher: Another model, which the fake begins as, too; without adapters.
+            offload: Whether fake and teacher are on the CPU while they are idle; without adapters.
         """
         self._adapts = adapts
         self._of: dict[str, FewStepGenerator] = dict.fromkeys(_ROLES, generator)
+        self._home, self._away = generator.device, torch.device("cpu")
+        self._waiting = set[str]()
         if adapts:
             return
         base = generator if teacher is None else teacher
         others = [*base.networks.values()][1:]
         shared: dict[int, Any] = {id(part): part for part in (*others, base.decoder)}
-        self._of["fake"] = copy.deepcopy(base, {**shared})
-        self._of["teacher"] = teacher or copy.deepcopy(base, {**shared})
+        for name, own in (("fake", None), ("teacher", teacher)):
+            self._of[name] = own or copy.deepcopy(base, {**shared})
+            if offload:
+                self._of[name].denoiser.to(self._away)
+                self._waiting.add(name)
 
     @classmethod
     def of_one(cls, generator: FewStepGenerator) -> "Roles":
         """All three roles without a difference, for a plan."""
         roles = cls.__new__(cls)
         roles._adapts, roles._of = False, dict.fromkeys(_ROLES, generator)
+        roles._waiting = set()
         return roles
 
     @property
@@ -53,11 +83,34 @@ class Roles:
         return self._of["fake"]
 
     @contextmanager
-    def __call__(self, name: Role) -> Iterator[FewStepGenerator]:
-        """The generator in a role, meanwhile."""
+    def present(self, name: Role, optimizer: WeightOptimizer | None = None) -> Iterator[None]:
+        """Meanwhile a role's network, and what its optimiser keeps, are on the device."""
+        if name not in self._waiting:
+            yield
+            return
+        self._waiting.remove(name)
+
+        def move(device: torch.device) -> None:
+            self._of[name].denoiser.to(device)
+            if optimizer is not None:
+                optimizer.move(device)
+
+        move(self._home)
+        try:
+            yield
+        finally:
+            move(self._away)
+            self._waiting.add(name)
+
+    @contextmanager
+    def __call__(
+        self, name: Role, optimizer: WeightOptimizer | None = None
+    ) -> Iterator[FewStepGenerator]:
+        """The generator in a role, meanwhile; to train it there, with its optimiser."""
         generator = self._of[name]
         if not self._adapts:
-            yield generator
+            with self.present(name, optimizer):
+                yield generator
             return
         denoiser: Any = generator.denoiser
         known = [*getattr(denoiser, "peft_config", {})]

@@ -142,6 +142,50 @@ def test_kills_at_random_moments(
     finish(forks, flags, command, folder, expected)
 
 
+def killed_ten_times(folder: Path) -> list[str]:
+    """Where a training of three epochs is killed, each time further on."""
+    written = f"os.rename {folder}/.tmp-"
+    return [
+        "run.json",
+        "eval/.tmp-base.json",
+        f"{written}state.safetensors",  # the first, which then has no name yet
+        "history.jsonl",  # once there is a state
+        "epoch-002.png",
+        f"{written}state.safetensors",  # in place of the first
+        "epoch-003.safetensors",
+        ".tmp-checkpoint-final/unet",
+        f"{written}checkpoint-final",
+        "report.html",
+    ]
+
+
+@pytest.mark.parametrize("command", ["distill", "reinforce"])
+def test_ten_kills(
+    forks: Any, small_model: Path, prompts: Path, folder: Path, command: str
+) -> None:
+    flags = f"--prompt_file {prompts} --eval_samples 10 --lr 1e-3 --save_minutes 0 --epochs 3 "
+    flags += {
+        "distill": f"--teacher {small_model} --num_inference_steps 2 --batch_size 2 --ttur 2 "
+        "--images_per_prompt 1 --lora_rank 2",
+        "reinforce": f"--model_id {small_model} --teacher {small_model} --match_weight 0.1 "
+        "--num_inference_steps 3 --cps_eta 0.9 --reward thickness --final_reward_weight 0.1 "
+        "--batch_size 4 --images_per_prompt 2 --steps_per_epoch 1",
+    }[command]
+    whole, found = folder.with_name("whole"), []
+    assert forks.run(command, [*flags.split(), "--output_dir", whole], whole).code == 0
+    argv = [*flags.split(), "--output_dir", folder]
+    for at in killed_ten_times(folder):
+        assert forks.run(command, argv, folder, at=at).code == -signal.SIGKILL, at
+        check_valid(folder)
+    ended = forks.run(command, argv, folder)
+    assert ended.code == 0, ended.err
+    for run in (whole, folder):
+        rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+        found.append((outcome(run), rows))
+        assert len(rows) == 3
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("command", "number", "by"),
     [

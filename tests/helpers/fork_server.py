@@ -21,7 +21,7 @@ import torch
 
 COMMANDS = {
     name: importlib.import_module(f"oneshot_fast.{name}")
-    for name in ("assign", "distill", "sft", "em", "optimize", "prefer", "scale")
+    for name in ("assign", "distill", "sft", "em", "optimize", "prefer", "reinforce", "scale")
 }
 for name in (
     "accelerate",
@@ -48,7 +48,7 @@ CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.l
 def watch(folder: str, at: int | str | None, signal_number: int) -> list[int]:
     """Count the changes to files under ``folder``; just before number ``at``, send the signal.
 
-    ``at`` may also be a part of a path: the first change to such a file.
+    ``at`` may also be a part of a path, or of "os.rename PATH": the first such change.
     """
     seen = [0]
 
@@ -56,7 +56,7 @@ def watch(folder: str, at: int | str | None, signal_number: int) -> list[int]:
         writes = event == "open" and isinstance(args[2], int) and args[2] & os.O_ACCMODE
         if (writes or event in CHANGES) and folder in str(args[0]):
             seen[0] += 1
-            if seen[0] == at or (isinstance(at, str) and at in str(args[0])):
+            if seen[0] == at or (isinstance(at, str) and at in f"{event} {args[0]}"):
                 os.kill(os.getpid(), signal_number)
 
     sys.addaudithook(hook)

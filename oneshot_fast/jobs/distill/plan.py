@@ -34,16 +34,16 @@ def distill_memory(
     losses: Losses,
     resolution: Resolution,
     offloads: bool = False,
+    offload: bool = False,
 ) -> StepMemory:
     """Memory of a distillation: the larger of a student's and a fake's step, and all that stays.
 
     With an adapter there is one base network: the fake adds an adapter and its moments. Else the
-    fake and the teacher are networks of their own.
+    fake and the teacher are networks of their own, which ``offload`` keeps on the CPU while idle.
     """
     kind = _kind(losses, resolution, options, STUDENT)
-    return memory_beside(
-        generator, options, kind, _fake(generator, options, losses, resolution), offloads
-    )
+    fake = _fake(generator, options, losses, resolution, offload)
+    return memory_beside(generator, options, kind, fake, offloads)
 
 
 def distill_plan(
@@ -54,6 +54,7 @@ def distill_plan(
     resolution: Resolution,
     samples: int,
     offload_encoders: bool | None = None,
+    offload: bool = False,
 ) -> Plan:
     """Parameters, memory by part, disk and time, with all steps of the fake."""
     plan = training_plan(
@@ -63,23 +64,28 @@ def distill_plan(
         resolution=resolution,
         samples=samples,
         offload_encoders=offload_encoders,
-        fake=_fake(generator, options, losses, resolution),
+        fake=_fake(generator, options, losses, resolution, offload),
     )
     network = size_text(bytes_of(generator.denoiser.parameters()))
     base = f"one base network of {network} for all roles" if options.lora_rank else "three networks"
-    counted = f"time: {options.ttur} steps of the fake to one of the student"
+    counted = f"time: {options.ttur} steps of the fake to one of the student; not "
+    counted += "what moving idle networks takes, nor " if offload else ""
     return Plan(
-        [*plan.lines, f"roles: {base}", f"{counted}; not what the first of several steps take"],
+        [*plan.lines, f"roles: {base}", f"{counted}what the first of several steps take"],
         plan.seconds,
     )
 
 
 def _fake(
-    generator: FewStepGenerator, options: DistillOptions, losses: Losses, resolution: Resolution
+    generator: FewStepGenerator,
+    options: DistillOptions,
+    losses: Losses,
+    resolution: Resolution,
+    offload: bool,
 ) -> Fake:
     teacher = 0 if options.lora_rank else bytes_of(generator.denoiser.parameters())
     kind = _kind(losses, resolution, options, FAKE)
-    return Fake(kind, options.of_fake, options.ttur, teacher)
+    return Fake(kind, options.of_fake, options.ttur, teacher, offload)
 
 
 def _kind(losses: Losses, resolution: Resolution, options: DistillOptions, name: str) -> Kind:

@@ -35,7 +35,7 @@ from oneshot_fast.training.losses.dmd import (
     FakeLoss,
     StudentLoss,
 )  # fmt: skip
-from oneshot_fast.training.roles import FAKE, Roles
+from oneshot_fast.training.roles import FAKE, Roles, check_offload
 from oneshot_fast.training.trainer import Trainer
 
 
@@ -81,6 +81,7 @@ class DistillRun(JudgedRun):
         heldout: Sequence[Record] = (),
         features: str | None = None,
         setup: Setup | None = None,
+        offload: bool = False,
         **more: Any,
     ) -> None:
         """Describe the run.
@@ -94,6 +95,7 @@ class DistillRun(JudgedRun):
             heldout: Images that the student's are compared with.
             features: What they are compared by, see ``load_features``.
             setup: Where the features' models are.
+            offload: Whether fake and teacher are on the CPU while they are idle; without adapters.
             **more: As for ``JudgedRun``.
 
         Raises:
@@ -108,10 +110,12 @@ class DistillRun(JudgedRun):
         shape = generator.latent_shape(*TargetImages(generator, more.get("resolution")).size)
         # all that the losses need of the roles comes later: an adapter is added by its trainer
         adapts = options.lora_rank > 0 or options.lora_from is not None
-        roles = Roles(generator, adapts)
+        check_offload(offload, adapts)
+        roles = Roles(generator, adapts, offload=offload)
         losses = losses_of(roles, generator, shape, options)
         super().__init__(generator, losses[STUDENT], prompts, folder, options, **more)
-        self.roles, self.images_per_prompt, self.heldout = roles, images_per_prompt, [*heldout]
+        self.roles, self.offload = roles, offload
+        self.images_per_prompt, self.heldout = images_per_prompt, [*heldout]
         self.trainees[FAKE], self.losses[FAKE] = roles.fake, losses[FAKE]
         self._examples = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         self.classifier = classifier_for(generator, prompts)
@@ -141,6 +145,7 @@ class DistillRun(JudgedRun):
             resolution=self.size,
             samples=len(self._examples),
             offload_encoders=self.offloads,
+            offload=self.offload,
         )
 
     def learn(self) -> dict[str, Any]:
@@ -171,13 +176,16 @@ class DistillRun(JudgedRun):
         options = self.options.of_fake
         adapter = FAKE if options.lora_rank else "default"
         steps *= self.options.ttur
-        return Trainer(self.trainees[name], self.losses[name], options, steps, self.seed, adapter)
+        trainee, loss = self.trainees[name], self.losses[name]
+        with self.roles.present("fake"):
+            return Trainer(trainee, loss, options, steps, self.seed, adapter)
 
     def take_step(self, rows: list[int], step: int) -> None:
         """So many steps of the fake, and one of the student."""
-        for k in range(self.options.ttur):
-            with self.roles("fake"):
-                self.trainers[FAKE](self._batch(self._drawn(len(rows), step, k), "fake", step, k))
+        fake = self.trainers[FAKE]
+        with self.roles("fake", fake.optimizer):
+            for k in range(self.options.ttur):
+                fake(self._batch(self._drawn(len(rows), step, k), "fake", step, k))
         self.trainers[STUDENT](self.batch(rows, step))
 
     def batch(self, rows: list[int], step: int) -> Batch:

@@ -37,6 +37,7 @@ def reinforce_plan(
     adapts: bool,
     rollout: Callable[[], object],
     offload_encoders: bool | None = None,
+    offload: bool = False,
 ) -> Plan:
     """As ``training_plan``, of a training on ``samples`` images an epoch.
 
@@ -80,7 +81,7 @@ def reinforce_plan(
         kind = Kind(lambda model, found: loss(model, found, FAKE), fake_batch, True)
         # all else is the generator's
         network = 0 if teacher is None else bytes_of(teacher.denoiser.parameters())
-        fake = Fake(kind, options.of_fake(adapts), 1 / options.inner_updates, network)
+        fake = Fake(kind, options.of_fake(adapts), 1 / options.inner_updates, network, offload)
     plan = training_plan(
         generator,
         options,

@@ -37,7 +37,7 @@ from oneshot_fast.training.losses.grpo import (
     original_seed,
 )  # fmt: skip
 from oneshot_fast.training.losses.preserve import Preserve
-from oneshot_fast.training.roles import FAKE, Roles
+from oneshot_fast.training.roles import FAKE, Roles, check_offload
 from oneshot_fast.training.trainer import Trainer
 
 _AT_ONCE = 16  # images
@@ -95,6 +95,7 @@ class ReinforceRun(JudgedRun):
         *,
         rewards: WeightedRewards,
         teacher: FewStepGenerator | None = None,
+        offload: bool = False,
         **more: Any,
     ) -> None:
         """Describe the run.
@@ -107,6 +108,8 @@ class ReinforceRun(JudgedRun):
             rewards: What is raised.
             teacher: Of the matching term; only its denoiser is kept. None: the base of the
                 generator's stacked adapters.
+            offload: Whether fake and teacher are on the CPU while they are idle; of a teacher that
+                is another network.
             **more: As for ``JudgedRun``.
 
         Raises:
@@ -125,6 +128,10 @@ class ReinforceRun(JudgedRun):
         require(
             matches or teacher is None, "--teacher has no effect without --match_weight; give both"
         )
+        require(
+            matches or not offload, "--offload has no effect without --match_weight; leave it out"
+        )
+        check_offload(offload, adapts)
         stacked = active_adapters(generator.denoiser)
         require(
             not adapts or bool(stacked and options.lora_rank),
@@ -160,12 +167,12 @@ class ReinforceRun(JudgedRun):
             ]
             require(of[0] == of[1], "the teacher's network is of another shape")
             teacher = generator.with_denoiser(teacher)
-            roles = Roles(generator, False, teacher)
+            roles = Roles(generator, False, teacher, offload)
         losses = losses_of(roles, generator, shape, options, rewards)
         super().__init__(
             generator, losses[STUDENT], prompts, folder, options, rewards=rewards, **more
         )
-        self.teacher, self._roles = teacher, roles
+        self.teacher, self._roles, self.offload = teacher, roles, offload
         self._rollout: Rows | None = None
         if roles is not None:
             self.trainees[FAKE], self.losses[FAKE] = roles.fake, losses[FAKE]
@@ -196,6 +203,7 @@ class ReinforceRun(JudgedRun):
             adapts=self._adapts,
             rollout=lambda: self.batch([], 0),
             offload_encoders=self.offloads,
+            offload=self.offload,
         )
 
     @property
@@ -214,7 +222,10 @@ class ReinforceRun(JudgedRun):
             return trainer
         options, steps = self.options.of_fake(self._adapts), steps // self.options.inner_updates
         adapter = FAKE if self._adapts else "default"
-        return Trainer(self.trainees[name], self.losses[name], options, steps, self.seed, adapter)
+        trainee, loss = self.trainees[name], self.losses[name]
+        assert self._roles is not None
+        with self._roles.present("fake"):
+            return Trainer(trainee, loss, options, steps, self.seed, adapter)
 
     def is_resumable(self, step: int) -> bool:
         return step % self.options.inner_updates == 0  # what drew a rollout is not kept
@@ -233,8 +244,9 @@ class ReinforceRun(JudgedRun):
             made = batch["rollout"]
             extra = self._draws(step, "fake", len(made), FAKE_NOISES)
             fakes = Rows(made.noise, made.conditioning, extra | {"sample": made.extra["made"]})
-            with self._roles("fake"):
-                self.trainers[FAKE](Batch(dmd=fakes))
+            fake = self.trainers[FAKE]
+            with self._roles("fake", fake.optimizer):
+                fake(Batch(dmd=fakes))
         self.trainers[STUDENT](batch)
 
     def _begins(self, step: int) -> bool:

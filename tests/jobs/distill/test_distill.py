@@ -1,4 +1,4 @@
-"""Distillation: roles apart, killed and resumed, memory, and what is refused."""
+"""Distillation: roles apart, memory, and what is refused."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from oneshot_fast.generators.levels import Levels
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.generators.sd3 import Sd3Generator
 from oneshot_fast.generators.sdxl import SdxlGenerator
+from oneshot_fast.jobs import training_plan
 from oneshot_fast.jobs.distill.options import DistillOptions
 from oneshot_fast.jobs.distill.plan import distill_memory
 from oneshot_fast.jobs.distill.run import DistillRun, losses_of
+from oneshot_fast.planning.memory import StepMemory
 from oneshot_fast.runtime.files import read_json, read_jsonl
 from oneshot_fast.training.checkpoints import STUDENT
 from oneshot_fast.training.roles import FAKE, Roles
@@ -42,11 +44,13 @@ def few(name: str = "SDXL", steps: int = 2) -> FewStepGenerator:
     return FewStepGenerator.over(generator, steps, eta=0.9 if steps > 1 else None)
 
 
-def run_of(folder: Path, generator: Any = None, **options: Any) -> DistillRun:
+def run_of(
+    folder: Path, generator: Any = None, offload: bool = False, **options: Any
+) -> DistillRun:
     torch.manual_seed(0)
     return DistillRun(
         generator or few(), PROMPTS, folder, DistillOptions(**{**SMALL, **options}),
-        images_per_prompt=1, eval_samples=10, save_minutes=0,
+        images_per_prompt=1, eval_samples=10, save_minutes=0, offload=offload,
     )  # fmt: skip
 
 
@@ -139,50 +143,60 @@ def test_both_parametrisations_and_one_step(tmp_path: Path, name: str, steps: in
     assert not (tmp_path / FAKE).exists() and (tmp_path / "checkpoint-final").is_dir()
 
 
-def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, forks: Any) -> None:
-    tiny_pipeline("StableDiffusionXLPipeline").save_pretrained(tmp_path / "teacher")
-    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
-    flags = [
-        "--teacher", tmp_path / "teacher", "--prompt_file", tmp_path / "p.txt", "--epochs", 2,
-        "--batch_size", 2, "--ttur", 2, "--images_per_prompt", 1, "--eval_samples", 10,
-        "--lr", 1e-3, "--num_inference_steps", 2, "--lora_rank", 2, "--save_minutes", 0,
-        "--output_dir",
-    ]  # fmt: skip
+def test_idle_networks_wait_elsewhere(tmp_path: Path) -> None:
+    base = few()
+    run_of(tmp_path / "here", copy.deepcopy(base)).run()
+    run = run_of(tmp_path / "away", copy.deepcopy(base), offload=True)
+    roles: Any = run.roles
+    # in place of two devices: nothing can compute where they wait, and no value changes
+    roles._home, roles._away = torch.float32, torch.float64
+    take, kinds = run.take_step, set[torch.dtype]()
 
-    def run(name: str, at: str | None = None) -> int:
-        folder = tmp_path / name
-        return forks.run("distill", [*flags, folder], folder, at=at).code  # type: ignore[no-any-return]
+    def looks(rows: list[int], step: int) -> None:
+        take(rows, step)
+        moments = run.trainers[FAKE].optimizer.tensors()
+        del moments["updates"]
+        idle = [roles._of[name].denoiser for name in ("fake", "teacher")]
+        kinds.update(p.dtype for p in (*moments.values(), *idle[0].parameters()))
+        kinds.update(p.dtype for p in idle[1].parameters())
+        with roles("fake"), roles("fake"):
+            assert next(idle[0].parameters()).dtype == torch.float32
 
-    assert run("whole") == 0
-    # once its first state is there, and while the second step's images are measured
-    assert run("broken", at="history.jsonl") == run("broken", at="epoch-002") == -9
-    assert run("broken") == 0
-    names = ("whole", "broken")
-    file = "lora-final/pytorch_lora_weights.safetensors"
-    weights = [(tmp_path / name / file).read_bytes() for name in names]
-    assert weights[0] == weights[1]
-    rows = [read_jsonl(tmp_path / name / "history.jsonl") for name in names]
-    assert rows[0] == rows[1] and len(rows[0]) == 2
-    # the last weights are the only ones: no loss says which are better
-    assert not [*tmp_path.glob("*/*-best*")]
-    assert "best_epoch" not in read_json(tmp_path / "whole/summary.json")
+    run.take_step = looks  # type: ignore[method-assign]
+    run.run()
+    assert kinds == {torch.float64}
+    file = "checkpoint-final/unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "away" / file).read_bytes()
 
 
-def test_with_adapters_there_is_one_base_in_memory() -> None:
-    generator = few()
+def test_memory_of_the_roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, found = few(), list[StepMemory]()
+    traced = training_plan.memory_of
+    monkeypatch.setattr(
+        training_plan, "memory_of", lambda *a: found.append(traced(*a)) or found[-1]
+    )
 
-    def of(**options: Any) -> dict[str, int]:
+    def of(offload: bool = False, **options: Any) -> StepMemory:
         chosen = DistillOptions(**{**SMALL, **options})
 
         def losses(*of: Any) -> Any:
             return losses_of(*of, chosen)
 
-        return distill_memory(generator, chosen, losses, generator.image_size).weights
+        size = generator.image_size
+        return distill_memory(generator, chosen, losses, size, offload=offload)
 
-    adapted, whole = of(lora_rank=2), of()
+    needs = [of(lora_rank=2), of()]
+    steps = iter(found[2:])  # of the student and the fake, which are the same wherever they wait
+    monkeypatch.setattr(training_plan, "memory_of", lambda *_: next(steps))
+    needs.append(of(offload=True))
+    adapted, whole, offloaded = (need.weights for need in needs)
     assert "the fake's adapter" in adapted and "the teacher" not in adapted
     assert adapted["the fake's adapter"] < 0.15 * whole["unet"]
     assert whole["the fake"] == whole["the teacher"] == whole["unet"]
+    # the fake's turn, with its moments; the teacher is away
+    assert sum(whole.values()) - sum(offloaded.values()) == whole["unet"]
+    assert needs[1].peak - needs[2].peak >= whole["unet"] and not needs[1].idle
+    assert sum(needs[2].idle.values()) == 4 * whole["unet"]
 
 
 def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
@@ -197,6 +211,7 @@ def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
         ({"consistency_weight": -1.0}, "consistency_weight is -1"),
         ({"fake_lr": 0.0}, "fake_lr is 0"),
         ({"optimizer_in_backward": True}, "three roles share"),
+        ({"offload": True, "lora_rank": 2}, "--offload has no effect where"),
     ):
         with pytest.raises(UserError, match=message):
             run_of(tmp_path, generator, **options)
@@ -217,6 +232,7 @@ def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
         ([tmp_path / "p.txt", "--timestep", 399], "a student begins at the noisiest"),
         ([tmp_path / "p.txt", "--embedded_guidance", 1], "the student is told 1"),
         ([tmp_path / "p.txt", "--features", "vae"], "--features has no effect"),
+        ([tmp_path / "p.txt", "--offload"], "--offload has no effect on the CPU"),
         ([tmp_path / "p.txt", "--cps_eta", 1.5, "--num_inference_steps", 2], "eta is 1.5"),
     ):
         ended = call("distill", *flags, *more)
@@ -307,8 +323,11 @@ def test_the_command(tmp_path: Path, call: Callable[..., Any]) -> None:
     ]  # fmt: skip
     ended = call("distill", *flags, "--dry_run")
     assert ended.code == 0 and "the fake's adapter" in ended.out, ended
+    assert "one base network" in ended.out and "on the CPU while idle" not in ended.out
     ended = call("distill", *flags, "--output_dir", tmp_path / "run", "--judge", "digit")
     assert ended.code == 0 and "distilled in 1 steps" in ended.out, ended
-    final = read_json(tmp_path / "run/summary.json")["final"]
-    assert {"accuracy", "diversity", "drift", "judge digit"} <= final.keys()
+    summary = read_json(tmp_path / "run/summary.json")
+    assert {"accuracy", "diversity", "drift", "judge digit"} <= summary["final"].keys()
+    # the last weights are the only ones: no loss says which are better
+    assert not [*tmp_path.glob("run/*-best*")] and "best_epoch" not in summary
     assert (tmp_path / "run/report.html").exists() and (tmp_path / "run/lora-final").is_dir()

@@ -48,12 +48,12 @@ def few(steps: int = 3) -> FewStepGenerator:
 
 
 def run_of(folder: Path, generator: Any, of: str = "bright", **options: Any) -> ReinforceRun:
-    teacher = options.pop("teacher", None)
+    teacher, offload = options.pop("teacher", None), options.pop("offload", False)
     prompts = options.pop("prompts", PROMPTS)
     return ReinforceRun(
         generator, prompts, folder, ReinforceOptions(**{**SMALL, **options}),
         rewards=load_rewards([f"python:{__name__}.{of}"]), teacher=teacher, eval_samples=10,
-        save_minutes=0,
+        save_minutes=0, offload=offload,
     )  # fmt: skip
 
 
@@ -106,20 +106,23 @@ def test_a_rollout_and_what_its_steps_share(tmp_path: Path, original_seeds: bool
 def test_killed_and_resumed_beside_a_teacher(tmp_path: Path) -> None:
     base = few(2)
 
-    def run(name: str) -> ReinforceRun:
-        return run_of(
+    def run(name: str, offload: bool = False) -> ReinforceRun:
+        found = run_of(
             tmp_path / name, copy.deepcopy(base), teacher=copy.deepcopy(base), match_weight=0.1,
             final_reward_weight=0.1, final_reward_margin=2.0, preserve_latent_weight=0.1,
-            preserve_pool_size=4, teacher_guidance=2.0, lora_rank=2,
+            preserve_pool_size=4, teacher_guidance=2.0, lora_rank=2, offload=offload,
         )  # fmt: skip
+        roles: Any = found._roles  # nothing can compute where idle networks wait
+        roles._home, roles._away = torch.float32, torch.float64
+        return found
 
     summary = run("whole").run()
     assert summary["steps"] == 2 and summary["skipped_steps"] == 0
     (row,) = read_jsonl(tmp_path / "whole/history.jsonl")
     assert {"policy", "final", "match", "preserve", "fake loss", "reward", "drift"} <= row.keys()
     assert row["drift"] > 0
-    die(run("broken"), 1)
-    run("broken").run()
+    die(run("broken", offload=True), 1)
+    run("broken", offload=True).run()
     rows = [read_jsonl(tmp_path / name / "history.jsonl") for name in ("whole", "broken")]
     assert rows[0] == rows[1]
     files = [(tmp_path / of / "lora-final" / LORA).read_bytes() for of in ("whole", "broken")]
@@ -324,6 +327,7 @@ def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
         ({"teacher": generator}, "no effect without --match_weight"),
         ({"final_reward_margin": 2.0}, "no effect without --final_reward_weight"),
         ({"match_weight": 0.1, "fake_lr": -1.0}, "fake_lr is -1"),
+        ({"offload": True}, "--offload has no effect without --match_weight"),
         ({"fake_lr": 1e-4}, "no effect without --match_weight"),
     ):
         with pytest.raises(UserError, match=message):
