@@ -73,6 +73,7 @@ def execute(command: ReinforceCommand) -> int:
     model, size = command.model, command.size.size
     require(model.guidance_scale == 1, "--guidance_scale: RL knows no guidance; leave it out")
     prompts = read_prompts(command.prompt_file, command.prompt_field)
+    command.training.check_prompts(prompts)
 
     from oneshot_fast.generators.few_step import FewStepGenerator
     from oneshot_fast.generators.pipeline import PipelineGenerator

@@ -91,8 +91,8 @@ def markdown(found: dict[str, StepMemory]) -> str:
         f"{RESOLUTION} x {RESOLUTION} pixels, {BATCH} images per step, {STEPS} steps, gradient "
         "checkpointing, computed in bfloat16, text encoders and VAE's encoder off the GPU: "
         "`python -m benchmarks.jobs.student_memory`. `networks` are the student's, the fake's and "
-        "the teacher's, one base for all three with a LoRA, and with `--offload` those on the GPU "
-        "at the peak, as `moments`. Left out: what the allocator wastes, the CUDA context, "
+        "the teacher's, one base for all three with a LoRA, and with `--offload`, as the moments, "
+        "those on the GPU at the peak. Left out: what the allocator wastes, the CUDA context, "
         "workspaces of cuDNN and cuBLAS.",
         "",
         "| case | networks | VAE | moments and average | step | peak |",

@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
 
 from oneshot_fast.data.sizes import Size
-from oneshot_fast.errors import ModelError, UserError, require
+from oneshot_fast.errors import ModelError, UserError, refused, require
 from oneshot_fast.generators.base import Conditioning, Prediction
 from oneshot_fast.generators.pipeline import PipelineGenerator
 from oneshot_fast.generators.samplers import check_known, trailing, with_cps, without_memory
-from oneshot_fast.generators.schedulers import Eta
+from oneshot_fast.generators.schedulers import Eta, check_eta
 from oneshot_fast.generators.step import Step
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 
@@ -112,24 +112,11 @@ class FewStepGenerator(PipelineGenerator):
             UserError: If a number makes no sense, or the scheduler's steps have another form.
         """
         count, last = num_inference_steps, backprop_steps
-        require(count >= 1, f"num_inference_steps is {count}; give at least 1")
-        require(
-            last is None or 1 <= last <= count,
-            f"backprop_steps is {last}; give 1 to {count}, the num_inference_steps",
-        )
-        require(
-            1 <= guidance_scale < math.inf,
-            f"guidance_scale is {guidance_scale}; give a number from 1, which is none",
-        )
+        check_steps(count, guidance_scale, last, eta, scheduler_eta, step_list)
         own, most = generator.pipe.scheduler, generator.last_timestep
-        falls = all(a > b for a, b in zip(step_list, [*step_list[1:], 0], strict=False))
         require(
-            falls and all(t <= most for t in step_list),
+            all(t <= most for t in step_list),
             f"step_list is {_listed(step_list)}; give falling timesteps, from {most} to above 0",
-        )
-        require(
-            not step_list or count <= len(step_list),
-            f"num_inference_steps is {count}, but step_list has {len(step_list)} timesteps",
         )
         start = generator.start
         require(
@@ -140,9 +127,6 @@ class FewStepGenerator(PipelineGenerator):
         require(
             scheduler_eta == 0 or (takes_eta and eta is None),
             f"--scheduler_eta: the steps of a {type(own).__name__} take none here; leave it out",
-        )
-        require(
-            0 <= scheduler_eta <= 1, f"scheduler_eta is {scheduler_eta}; give a number from 0 to 1"
         )
         require(
             guidance_scale == 1 or generator.takes_cfg,
@@ -391,6 +375,38 @@ class FewStepGenerator(PipelineGenerator):
             **({"step_list": self.step_list} if self.step_list else {}),
             **({"embedded_guidance": told} if (told := self.embedded_guidance) is not None else {}),
         }
+
+
+def check_steps(
+    count: int,
+    guidance_scale: float,
+    backprop_steps: int | None,
+    eta: Eta | None,
+    scheduler_eta: float,
+    step_list: Sequence[float],
+) -> None:
+    """Raise UserError for what makes no sense for any model; see ``FewStepGenerator.over``."""
+    require(count >= 1, f"num_inference_steps is {count}; give at least 1")
+    require(
+        backprop_steps is None or 1 <= backprop_steps <= count,
+        f"backprop_steps is {backprop_steps}; give 1 to {count}, the num_inference_steps",
+    )
+    require(
+        1 <= guidance_scale < math.inf,
+        f"guidance_scale is {guidance_scale}; give a number from 1, which is none",
+    )
+    if eta is not None:
+        with refused(UserError, "--cps_eta: "):
+            check_eta(eta)
+    require(0 <= scheduler_eta <= 1, f"scheduler_eta is {scheduler_eta}; give a number from 0 to 1")
+    require(
+        all(a > b for a, b in zip(step_list, [*step_list[1:], 0], strict=False)),
+        f"step_list is {_listed(step_list)}; give falling timesteps, all above 0",
+    )
+    require(
+        not step_list or count <= len(step_list),
+        f"num_inference_steps is {count}, but step_list has {len(step_list)} timesteps",
+    )
 
 
 def _listed(numbers: Sequence[float]) -> str:

@@ -114,9 +114,12 @@ class ModelOptions:
         import torch
         import transformers
 
+        from oneshot_fast.generators.few_step import FewStepGenerator, check_steps
         from oneshot_fast.generators.loading import load_generator
         from oneshot_fast.generators.lora_files import LoraFile
 
+        taken = self.backprop_steps, self.cps_eta, self.scheduler_eta, self.step_list
+        check_steps(self.num_inference_steps, self.guidance_scale, *taken)
         self._check_steps()
         if self.compile_mode != "default" and not self.compile:
             raise UserError("--compile_mode is for --compile; give both")
@@ -144,7 +147,6 @@ class ModelOptions:
             )
             generator.embedded_guidance = self.embedded_guidance  # type: ignore[attr-defined]
         if student or self.num_inference_steps > 1:
-            from oneshot_fast.generators.few_step import FewStepGenerator
             from oneshot_fast.generators.pipeline import PipelineGenerator
 
             if not isinstance(generator, PipelineGenerator):
@@ -177,7 +179,6 @@ class ModelOptions:
 
     def _check_steps(self) -> None:
         count = self.num_inference_steps
-        require(count >= 1, f"num_inference_steps is {count}; give at least 1")
         for name in ("guidance_scale", "backprop_steps", "cps_eta", "scheduler_eta", "step_list"):
             require(
                 count > 1 or getattr(self, name) == getattr(ModelOptions, name),

@@ -10,6 +10,7 @@ pipelines: ``pipe.scheduler = CPSScheduler.from_config(pipe.scheduler.config, et
 
 import inspect
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,15 @@ class CPSOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
+def check_eta(eta: Eta) -> None:
+    """Raise ValueError if it is neither numbers from 0 to 1 nor "ancestral"."""
+    numbers = [eta] if isinstance(eta, int | float) else eta
+    if eta != "ancestral" and (
+        isinstance(numbers, str) or not all(0 <= value <= 1 for value in numbers)
+    ):
+        raise ValueError(f'eta is {eta}; give numbers from 0 to 1, or "ancestral"')
+
+
 class _CPS:
     """What both schedulers share; they give ``_estimates`` and ``_next``."""
 
@@ -60,11 +70,7 @@ class _CPS:
         Raises:
             ValueError: If ``eta`` is none of these.
         """
-        numbers = [eta] if isinstance(eta, int | float) else eta
-        if eta != "ancestral" and (
-            isinstance(numbers, str) or not all(0 <= value <= 1 for value in numbers)
-        ):
-            raise ValueError(f'eta is {eta}; give numbers from 0 to 1, or "ancestral"')
+        check_eta(eta)
         super().__init__(*args, **kwargs)
         self.register_to_config(eta=eta)  # type: ignore[attr-defined]
 
@@ -170,7 +176,9 @@ class CPSScheduler(_CPS, FlowMatchEulerDiscreteScheduler):
             super().set_timesteps(num_inference_steps, device, mu=mu, timesteps=timesteps)
             return
         values = torch.as_tensor(sigmas, dtype=torch.float32, device=device)
-        if not (values[-1] > 0 and values[0] <= 1 and bool((values.diff() < 0).all())):
+        if not (
+            len(values) and values[-1] > 0 and values[0] <= 1 and bool((values.diff() < 0).all())
+        ):
             raise ValueError(f"sigmas are {list(sigmas)}; give falling ones, in (0, 1]")
         self.num_inference_steps = len(values)
         self.timesteps = values * self.config.num_train_timesteps
@@ -203,10 +211,18 @@ class CPSEulerScheduler(_CPS, EulerDiscreteScheduler):
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> None:
-        """As the parent; 0 follows sigmas that are given."""
-        ends = sigmas is None or sigmas[-1] == 0
-        given = sigmas if sigmas is None or ends else [*sigmas, 0.0]
-        super().set_timesteps(num_inference_steps, device, timesteps, given)
+        """As the parent; 0 follows sigmas that are given.
+
+        Raises:
+            ValueError: If they do not fall to above 0, or to it.
+        """
+        if sigmas is None:
+            super().set_timesteps(num_inference_steps, device, timesteps)
+            return
+        values = [*sigmas, *([] if len(sigmas) and sigmas[-1] == 0 else [0.0])]
+        if len(values) == 1 or not all(map(operator.gt, values, values[1:])):
+            raise ValueError(f"sigmas are {list(sigmas)}; give falling ones, above 0")
+        super().set_timesteps(num_inference_steps, device, timesteps, values)
 
     def _estimates(self, x: Tensor, output: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         kind = self.config.prediction_type

@@ -60,7 +60,7 @@ class Fake:
         options: How it is trained.
         times: Steps of it to one of the student.
         teacher: Bytes of the teacher's networks, where these are not the student's.
-        offload: Whether both are off the device while they are idle.
+        offload: Whether both, and all moments, are off the device while they are idle.
     """
 
     kind: Kind
@@ -137,18 +137,21 @@ def memory_beside(
     own = {fake.part: found.trained_bytes}
     teacher = {"the teacher": fake.teacher} if fake.teacher else {}
     moments = {_FAKE_MOMENTS: found.kept[_MOMENTS]}
-    turns = [(student, own | teacher, moments), (found, own | teacher, moments)]
+    always = own | teacher, student.kept | moments
+    turns, idle = [(student, *always), (found, *always)], dict[str, int]()
     if fake.offload:
-        larger = max(*own.values(), fake.teacher)
-        turns = [(student, {"the fake or the teacher": larger}, {}), (found, own, moments)]
+        either = {"the fake or the teacher": max(*own.values(), fake.teacher)}
+        others = {k: v for k, v in student.kept.items() if k != _MOMENTS}
+        turns = [(student, either, student.kept), (found, own, others | moments)]
+        idle = own | teacher | moments | {_MOMENTS: student.kept[_MOMENTS]}
     needs = (
         dataclasses.replace(
             student,
             weights=student.weights | networks,
-            kept=student.kept | kept,
+            kept=kept,
             held=turn.held,
             step=turn.step,
-            idle=own | teacher | moments if fake.offload else {},
+            idle=idle,
         )
         for turn, networks, kept in turns
     )

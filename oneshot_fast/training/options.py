@@ -258,5 +258,5 @@ class RolesKeepOptions(KeepOptions):
     """What is kept of a training beside a teacher, and where."""
 
     offload: bool = False
-    """Keep the teacher, and the fake with its moments, on the CPU while they are idle, where they
-    are networks of their own: less memory, for the time that moving them takes."""
+    """Keep teacher and fake, where they are networks of their own, and the optimisers' moments on
+    the CPU while they are idle: less memory, for the time that moving them takes."""

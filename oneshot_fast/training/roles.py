@@ -1,7 +1,7 @@
 """One model as student, fake and teacher of a distillation: adapters of one network, or three."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -52,12 +52,13 @@ class Roles:
             generator: The student.
             adapts: Whether adapters are trained, of one base.
             teacher: Another model, which the fake begins as, too; without adapters.
-            offload: Whether fake and teacher are on the CPU while they are idle; without adapters.
+            offload: Whether networks, and optimisers' moments, are on the CPU while they are idle;
+                without adapters. The student's network stays.
         """
         self._adapts = adapts
         self._of: dict[str, FewStepGenerator] = dict.fromkeys(_ROLES, generator)
         self._home, self._away = generator.device, torch.device("cpu")
-        self._waiting = set[str]()
+        self._offload, self._waiting = offload, set[str]()
         if adapts:
             return
         base = generator if teacher is None else teacher
@@ -74,7 +75,7 @@ class Roles:
         """All three roles without a difference, for a plan."""
         roles = cls.__new__(cls)
         roles._adapts, roles._of = False, dict.fromkeys(_ROLES, generator)
-        roles._waiting = set()
+        roles._offload, roles._waiting = False, set()
         return roles
 
     @property
@@ -82,34 +83,31 @@ class Roles:
         """Whose module has the fake's weights."""
         return self._of["fake"]
 
+    def turn(self, name: Role, optimizers: Mapping[str, WeightOptimizer]) -> None:
+        """Let the moments wait, too, but for those of the role that is trained next."""
+        for of, optimizer in optimizers.items() if self._offload else ():
+            optimizer.move(self._home if of == name else self._away)
+
     @contextmanager
-    def present(self, name: Role, optimizer: WeightOptimizer | None = None) -> Iterator[None]:
-        """Meanwhile a role's network, and what its optimiser keeps, are on the device."""
+    def present(self, name: Role) -> Iterator[None]:
+        """Meanwhile a role's network is on the device."""
         if name not in self._waiting:
             yield
             return
         self._waiting.remove(name)
-
-        def move(device: torch.device) -> None:
-            self._of[name].denoiser.to(device)
-            if optimizer is not None:
-                optimizer.move(device)
-
-        move(self._home)
+        self._of[name].denoiser.to(self._home)
         try:
             yield
         finally:
-            move(self._away)
+            self._of[name].denoiser.to(self._away)
             self._waiting.add(name)
 
     @contextmanager
-    def __call__(
-        self, name: Role, optimizer: WeightOptimizer | None = None
-    ) -> Iterator[FewStepGenerator]:
-        """The generator in a role, meanwhile; to train it there, with its optimiser."""
+    def __call__(self, name: Role) -> Iterator[FewStepGenerator]:
+        """The generator in a role, meanwhile."""
         generator = self._of[name]
         if not self._adapts:
-            with self.present(name, optimizer):
+            with self.present(name):
                 yield generator
             return
         denoiser: Any = generator.denoiser

@@ -36,6 +36,7 @@ from oneshot_fast.training.engines import sharding, shards_weights
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.losses.preserve import POOL, PreservePool
 from oneshot_fast.training.memory import offloaded
+from oneshot_fast.training.optimizer import WeightOptimizer
 from oneshot_fast.training.options import TrainOptions
 from oneshot_fast.training.trainer import BadStepsError, Trainee, Trainer
 
@@ -148,6 +149,7 @@ class TrainingRun(ABC):
             "to it; leave it out, or give --backprop_steps 1",
         )
         require(keep_checkpoints >= 0, "keep_checkpoints must not be negative")
+        require(save_minutes >= 0, f"save_minutes is {save_minutes}; give 0 or a positive number")
         require(
             generator.autocast != torch.float16,
             "float16 loses small gradients; train with --dtype bfloat16 or float32",
@@ -391,6 +393,11 @@ class TrainingRun(ABC):
         count = self.options.preserve_batch_size or self.options.batch_size
         seed = derived_seed(self.seed, "preserve step", step)
         return {"preserve": self._pool.rows(self.generator, count, seed)}
+
+    @property
+    def optimizers(self) -> dict[str, WeightOptimizer]:
+        """Of the trainers, by name."""
+        return {name: trainer.optimizer for name, trainer in self.trainers.items()}
 
     @property
     def _kept(self) -> list[str]:

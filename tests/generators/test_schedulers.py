@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -125,9 +126,12 @@ def test_eta_is_kept_and_checked(tmp_path: Path) -> None:
     for eta in (1.5, -0.1, "all", [0.5, 2.0]):
         with pytest.raises(ValueError, match="give numbers from 0 to 1"):
             CPSScheduler(eta=eta)
-    for sigmas in ([0.5, 0.9], [1.2, 0.5], [0.5, 0.0]):
+    for sigmas in ([0.5, 0.9], [1.2, 0.5], [0.5, 0.0], [0.9, 0.9], [0.9, -0.1], [math.nan], []):
         with pytest.raises(ValueError, match="give falling ones"):
             CPSScheduler().set_timesteps(sigmas=sigmas)
+        if sigmas not in ([1.2, 0.5], [0.5, 0.0]):  # which sigma space has
+            with pytest.raises(ValueError, match="give falling ones"):
+                CPSEulerScheduler().set_timesteps(sigmas=sigmas)
     short = CPSScheduler(eta=[0.5, 0.5])
     short.set_timesteps(3)
     with pytest.raises(ValueError, match="2 numbers for 3 steps"):

@@ -95,7 +95,7 @@ class DistillRun(JudgedRun):
             heldout: Images that the student's are compared with.
             features: What they are compared by, see ``load_features``.
             setup: Where the features' models are.
-            offload: Whether fake and teacher are on the CPU while they are idle; without adapters.
+            offload: See ``Roles``.
             **more: As for ``JudgedRun``.
 
         Raises:
@@ -183,9 +183,11 @@ class DistillRun(JudgedRun):
     def take_step(self, rows: list[int], step: int) -> None:
         """So many steps of the fake, and one of the student."""
         fake = self.trainers[FAKE]
-        with self.roles("fake", fake.optimizer):
+        self.roles.turn("fake", self.optimizers)
+        with self.roles("fake"):
             for k in range(self.options.ttur):
                 fake(self._batch(self._drawn(len(rows), step, k), "fake", step, k))
+        self.roles.turn("student", self.optimizers)
         self.trainers[STUDENT](self.batch(rows, step))
 
     def batch(self, rows: list[int], step: int) -> Batch:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from oneshot_fast.errors import require
@@ -12,12 +13,14 @@ from oneshot_fast.training.options import TrainOptions
 class ReinforceOptions(TrainOptions):
     """How the generator is trained."""
 
+    epochs: int = 10
+    """After each of them, of steps_per_epoch rollouts, the generator is measured."""
     batch_size: int = 40
     """Images per step: of each of some prompts images_per_prompt."""
     images_per_prompt: int = 8
     """Images of a prompt that are compared with each other."""
     steps_per_epoch: int = 5
-    """Rollouts, of inner_updates steps each, after which the generator is measured."""
+    """Rollouts in an epoch, from each of which inner_updates steps learn."""
     inner_updates: int = 1
     """Steps that learn from the same images. From the second on the policy is another than the one
     that drew them, and the ratio of their likelihoods is clipped (PPO)."""
@@ -97,6 +100,8 @@ class ReinforceOptions(TrainOptions):
             self.final_reward_weight > 0 or self.final_reward_margin == default.final_reward_margin,
             "--final_reward_margin has no effect without --final_reward_weight; give it, too",
         )
+        margin = self.final_reward_margin
+        require(margin > -math.inf, f"final_reward_margin is {margin}; give a number")
         for name in ("teacher_guidance", "fake_lr"):
             require(
                 self.match_weight > 0 or getattr(self, name) == getattr(default, name),
@@ -111,6 +116,15 @@ class ReinforceOptions(TrainOptions):
         require(
             not self.optimizer_in_backward,
             "optimizer_in_backward: a step has several backward parts",
+        )
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise UserError if a step's prompts cannot be drawn from these."""
+        count, distinct = self.batch_size // self.images_per_prompt, len({*prompts})
+        require(distinct >= 2, "there is one prompt only; give several, which are drawn from")
+        require(
+            count <= distinct,
+            f"batch_size {self.batch_size} is {count} prompts; there are {distinct}",
         )
 
     def of_fake(self, adapts: bool) -> TrainOptions:

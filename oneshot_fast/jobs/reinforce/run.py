@@ -108,21 +108,15 @@ class ReinforceRun(JudgedRun):
             rewards: What is raised.
             teacher: Of the matching term; only its denoiser is kept. None: the base of the
                 generator's stacked adapters.
-            offload: Whether fake and teacher are on the CPU while they are idle; of a teacher that
-                is another network.
+            offload: See ``Roles``; of a teacher that is another network.
             **more: As for ``JudgedRun``.
 
         Raises:
             UserError: If an option makes no sense, or nothing could be learnt.
         """
         options.check()
-        distinct = len({*prompts})
-        require(distinct >= 2, "there is one prompt only; give several, which are drawn from")
+        options.check_prompts(prompts)
         self._per_step = options.batch_size // options.images_per_prompt
-        require(
-            self._per_step <= distinct,
-            f"batch_size {options.batch_size} is {self._per_step} prompts; there are {distinct}",
-        )
         matches = options.match_weight > 0
         self._adapts = adapts = matches and teacher is None
         require(
@@ -244,9 +238,10 @@ class ReinforceRun(JudgedRun):
             made = batch["rollout"]
             extra = self._draws(step, "fake", len(made), FAKE_NOISES)
             fakes = Rows(made.noise, made.conditioning, extra | {"sample": made.extra["made"]})
-            fake = self.trainers[FAKE]
-            with self._roles("fake", fake.optimizer):
-                fake(Batch(dmd=fakes))
+            self._roles.turn("fake", self.optimizers)
+            with self._roles("fake"):
+                self.trainers[FAKE](Batch(dmd=fakes))
+            self._roles.turn("student", self.optimizers)
         self.trainers[STUDENT](batch)
 
     def _begins(self, step: int) -> bool:

@@ -53,7 +53,6 @@ from oneshot_fast.training.trainer import BadStepsError, Trainer
 
 SHARES = tuple(k / 20 for k in range(1, 20))  # that a prune keeps, of which is measured
 CLEAN = "clean"  # the baseline
-_STATE = "state.safetensors"  # to resume from, of the phase that goes on
 # published learning rates of TTSnap, and ours of the small networks
 _RATES = {"imagereward": 3e-6, "pickscore": 5e-7, "hpsv2": 5e-7, "hpsv2.0": 5e-7, "hpsv2.1": 5e-7,
           "clip": 5e-7, CLASSIFIER: 3e-4, "digit": 1e-4}  # fmt: skip
@@ -71,7 +70,7 @@ class Phase:
     """A training of its own.
 
     Attributes:
-        name: Of its file.
+        name: Of its files.
         step: Whose estimates are learnt from.
         epochs: Passes over the images.
         after: Phase whose weights it begins with; None: those of the base network.
@@ -85,6 +84,11 @@ class Phase:
     @property
     def file(self) -> str:
         return f"{self.name}.safetensors"
+
+    @property
+    def state(self) -> str:
+        """The file to resume from, of no other phase: one before may have to be trained again."""
+        return f"state-{self.name}.safetensors"
 
 
 class RewardRun:
@@ -185,10 +189,9 @@ class RewardRun:
     @property
     def outputs(self) -> tuple[str, ...]:
         """What the run writes."""
-        files = (phase.file for phase in self.phases)
+        files = (name for phase in self.phases for name in (phase.file, phase.state))
         return (
-            *files, CONFIG, _STATE, "metrics.json", "history.jsonl", "summary.json",
-            "report.html", "logs",
+            *files, CONFIG, "metrics.json", "history.jsonl", "summary.json", "report.html", "logs",
         )  # fmt: skip
 
     def run(
@@ -222,6 +225,7 @@ class RewardRun:
                 for phase in self.phases:
                     steps = per_epoch * phase.epochs
                     if (self.folder / phase.file).exists():
+                        remove(self.folder / phase.state)  # of one killed as it ended
                         bar.update(steps)
                         continue
                     self._train(phase, steps, bar, interrupts, tracker)
@@ -272,7 +276,7 @@ class RewardRun:
         seed = derived_seed(self.seed, phase.name)
         trainer = Trainer(trainee, loss, self.training, total, seed)
         trainer.chooses = False
-        state, saved = self.folder / _STATE, time.monotonic()
+        state, saved = self.folder / phase.state, time.monotonic()
         if state.exists():
             load_state(state, {phase.name: trainer})
         bar.update(trainer.step)
@@ -298,8 +302,8 @@ class RewardRun:
         require(bool(trainer.history), "no step had a finite loss and gradient; lower the lr")
         about = {"history": trainer.history, "skipped": trainer.skipped}
         about |= {"held_out": self._measured(network)}
-        remove(state)  # first: it is of no other phase
         write_safetensors(self.folder / phase.file, network.state_dict(), {"about": about})
+        remove(state)
 
     def _rows(
         self, phase: Phase, seed: int, start: int, total: int

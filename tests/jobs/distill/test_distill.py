@@ -152,13 +152,16 @@ def test_idle_networks_wait_elsewhere(tmp_path: Path) -> None:
     roles._home, roles._away = torch.float32, torch.float64
     take, kinds = run.take_step, set[torch.dtype]()
 
+    def moments(name: str) -> set[torch.dtype]:
+        found = run.trainers[name].optimizer.tensors()
+        return {found[key].dtype for key in found if key != "updates"}
+
     def looks(rows: list[int], step: int) -> None:
         take(rows, step)
-        moments = run.trainers[FAKE].optimizer.tensors()
-        del moments["updates"]
         idle = [roles._of[name].denoiser for name in ("fake", "teacher")]
-        kinds.update(p.dtype for p in (*moments.values(), *idle[0].parameters()))
-        kinds.update(p.dtype for p in idle[1].parameters())
+        kinds.update(p.dtype for network in idle for p in network.parameters())
+        kinds.update(moments(FAKE))
+        assert moments(STUDENT) == {torch.float32}
         with roles("fake"), roles("fake"):
             assert next(idle[0].parameters()).dtype == torch.float32
 
@@ -193,10 +196,10 @@ def test_memory_of_the_roles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the fake's adapter" in adapted and "the teacher" not in adapted
     assert adapted["the fake's adapter"] < 0.15 * whole["unet"]
     assert whole["the fake"] == whole["the teacher"] == whole["unet"]
-    # the fake's turn, with its moments; the teacher is away
+    # one network and two moments less
     assert sum(whole.values()) - sum(offloaded.values()) == whole["unet"]
-    assert needs[1].peak - needs[2].peak >= whole["unet"] and not needs[1].idle
-    assert sum(needs[2].idle.values()) == 4 * whole["unet"]
+    assert needs[1].peak - needs[2].peak >= 3 * whole["unet"] and not needs[1].idle
+    assert sum(needs[2].idle.values()) == 6 * whole["unet"]
 
 
 def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
@@ -225,15 +228,20 @@ def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
     assert run_of(tmp_path, FewStepGenerator.over(SdxlGenerator(pipe), 1, student=True))
     (tmp_path / "empty.txt").touch()
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
-    flags = ["--teacher", "tiny-teacher", "--output_dir", tmp_path / "run", "--prompt_file"]
+    # before a model is loaded
+    flags = ["--teacher", tmp_path / "none", "--output_dir", tmp_path / "run", "--prompt_file"]
+    four = ["--num_inference_steps", 4, "--step_list"]
     for more, message in (
         ([tmp_path / "empty.txt"], "has no prompt"),
         ([tmp_path / "p.txt", "--guidance_scale", 2], "the student does without"),
         ([tmp_path / "p.txt", "--timestep", 399], "a student begins at the noisiest"),
         ([tmp_path / "p.txt", "--embedded_guidance", 1], "the student is told 1"),
         ([tmp_path / "p.txt", "--features", "vae"], "--features has no effect"),
-        ([tmp_path / "p.txt", "--offload"], "--offload has no effect on the CPU"),
         ([tmp_path / "p.txt", "--cps_eta", 1.5, "--num_inference_steps", 2], "eta is 1.5"),
+        ([tmp_path / "p.txt", *four, 999, 499], "but step_list has 2 timesteps"),
+        ([tmp_path / "p.txt", *four, 999, 499, 499, 1], "give falling timesteps"),
+        ([tmp_path / "p.txt", "--save_minutes", -1, "--teacher", "tiny"], "save_minutes is -1"),
+        ([tmp_path / "p.txt", "--offload", "--teacher", "tiny"], "no effect on the CPU"),
     ):
         ended = call("distill", *flags, *more)
         assert ended.code == 2 and message in ended.error, ended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,10 @@ def bright(images: Tensor, prompts: list[str]) -> Tensor:
 
 def equal(images: Tensor, prompts: list[str]) -> Tensor:
     return images.new_ones(len(images))
+
+
+def infinite(images: Tensor, prompts: list[str]) -> Tensor:
+    return bright(images, prompts) / 0
 
 
 def few(steps: int = 3) -> FewStepGenerator:
@@ -256,13 +261,14 @@ def test_between_rollouts_it_is_resumed_to_the_same_bits(tmp_path: Path) -> None
     assert rows[0] == rows[1]
 
 
-def test_rewards_that_say_nothing_end_it(tmp_path: Path) -> None:
-    run = run_of(tmp_path, few(2), "equal", steps_per_epoch=30)
+@pytest.mark.parametrize("of", ["equal", "infinite"])
+def test_rewards_that_say_nothing_end_it(tmp_path: Path, of: str) -> None:
+    run = run_of(tmp_path, few(2), of, steps_per_epoch=30)
     before = [p.clone() for p in run.generator.denoiser.parameters()]
     with pytest.raises(UserError, match="in 20 steps in a row"):
         run.run()
     assert all(map(torch.equal, before, run.generator.denoiser.parameters()))
-    again = run_of(tmp_path, few(2), "equal", steps_per_epoch=30)
+    again = run_of(tmp_path, few(2), of, steps_per_epoch=30)
     again.trainers = {STUDENT: again.trainer(STUDENT, 30)}
     load_state(tmp_path / "state.safetensors", again.trainers)
     student = again.trainers[STUDENT]
@@ -326,6 +332,7 @@ def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
         ({"match_weight": 0.1, "lora_rank": 2}, "needs a --teacher; or --lora_rank"),
         ({"teacher": generator}, "no effect without --match_weight"),
         ({"final_reward_margin": 2.0}, "no effect without --final_reward_weight"),
+        ({"final_reward_weight": 1.0, "final_reward_margin": math.nan}, "margin is nan"),
         ({"match_weight": 0.1, "fake_lr": -1.0}, "fake_lr is -1"),
         ({"offload": True}, "--offload has no effect without --match_weight"),
         ({"fake_lr": 1e-4}, "no effect without --match_weight"),
@@ -335,13 +342,17 @@ def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="none of its steps draws noise"):
         run_of(tmp_path, few(1))
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
-    flags = ["--model_id", "tiny-teacher", "--output_dir", tmp_path / "run"]
+    (tmp_path / "one.txt").write_text(PROMPTS[0])
+    # before a model is loaded
+    flags = ["--model_id", tmp_path / "none", "--output_dir", tmp_path / "run"]
     flags += ["--prompt_file", tmp_path / "p.txt"]
     for more, message in (
         ([], "give --reward NAME"),
         (["--reward", "thickness", "--judge", "thickness"], "cannot judge what is trained on it"),
         (["--reward", "thickness", "--guidance_scale", 2], "RL knows no guidance"),
         (["--reward", "thickness", "--width", 64], "--width and --height go together"),
+        (["--reward", "thickness", "--prompt_file", tmp_path / "one.txt"], "one prompt only"),
+        (["--reward", "thickness", "--batch_size", 64], "is 8 prompts; there are 3"),
     ):
         ended = call("reinforce", *flags, *more)
         assert ended.code == 2 and message in ended.error, ended

@@ -116,9 +116,11 @@ def test_the_baseline_learns_as_long_from_finished_images_alone(trained: Path) -
     assert "Kendall, trained on finished images" in (trained / "report.html").read_text()
 
 
-@pytest.mark.parametrize("steps", [1, 5, 9, 14])
+@pytest.mark.parametrize(
+    ("steps", "damaged"), [(1, ""), (5, "level-02"), (9, "level-02"), (14, "")]
+)
 def test_a_killed_training_goes_on_to_the_same_bits(
-    trained: Path, made: Path, tmp_path: Path, monkeypatch: Any, steps: int
+    trained: Path, made: Path, tmp_path: Path, monkeypatch: Any, steps: int, damaged: str
 ) -> None:
     class Killed(BaseException):
         pass
@@ -138,10 +140,19 @@ def test_a_killed_training_goes_on_to_the_same_bits(
         patch.setattr(train_reward, "Trainer", Mortal)
         with pytest.raises(Killed):
             run().run()
-    run().run()
+    (state,) = (tmp_path / "run").glob("state-*.safetensors")
+    if damaged:  # an earlier level, which is trained again while the state of this one waits
+        path = tmp_path / "run" / f"{damaged}.safetensors"
+        path.write_bytes(path.read_bytes()[:-9])
+        assert damaged not in state.name
+    taken = iter(range(99))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_reward, "Trainer", Mortal)
+        run().run()
+    assert 99 - len([*taken]) == 24 - steps + (4 if damaged else 0)
     for name in (*(f"{name}.safetensors" for name in FILES), "metrics.json", "reward.json"):
         assert (tmp_path / "run" / name).read_bytes() == (trained / name).read_bytes()
-    assert not (tmp_path / "run" / "state.safetensors").exists()
+    assert not [*(tmp_path / "run").glob("state-*")]
 
 
 def test_a_reward_with_weights_is_trained_itself(made: Path, tmp_path: Path) -> None:
