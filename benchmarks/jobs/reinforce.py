@@ -3,13 +3,16 @@ r"""Rewards raised on the embedded four-step student, with and without the match
     python -m benchmarks.jobs.reinforce --model_id runs/distill/steps-4/checkpoint-final \
         --output_dir runs/rl
 
-Writes benchmarks/results/reinforce.json and docs/images/reinforce.png. The reward is the strokes'
-thickness, the judge the digits' own classifier, which is not trained on.
+Prints two tables and writes benchmarks/results/reinforce.json and docs/images/reinforce.png. The
+reward is the strokes' thickness, the judge the digits' own classifier, which is not trained on.
+Finished runs are kept. An hour of one core.
 """
 
 import argparse
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.common import environment
 from oneshot_fast.embedded.digits import prompt_of
@@ -25,6 +28,8 @@ RESULTS, FIGURE = Path("benchmarks/results/reinforce.json"), Path("docs/images/r
 PROMPTS = [prompt_of(digit) for digit in range(10)]
 ARMS = {"no matching term": 0.0, "matching term": 20.0}
 SHOWN = ("thickness", "judge digit", "accuracy", "diversity", "drift")
+AT = (10.0, 11.0, 12.0, 13.0, 14.0)  # thickness at which the arms are compared
+Rows = list[dict[str, Any]]
 
 
 def few(name: str) -> FewStepGenerator:
@@ -33,20 +38,47 @@ def few(name: str) -> FewStepGenerator:
     return FewStepGenerator.over(generator, 4, eta=0.9)
 
 
-def draw(arms: dict[str, list[dict[str, Any]]]) -> None:
-    """Reward against judge, and diversity and drift over the updates."""
+def draw(arms: dict[str, list[Rows]]) -> None:
+    """Judge, diversity and drift against the reward, a line for every seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     panels = figure.subplots(1, 3)
-    for name, rows in arms.items():
-        reward = [row["thickness"] for row in rows]
-        for axes, other in zip(panels, ("judge digit", "diversity", "drift"), strict=True):
-            axes.plot(reward, [row[other] for row in rows], marker="o", markersize=3, label=name)
-            axes.set_xlabel("reward: thickness")
-            axes.set_title(other, fontsize=10)
+    for colour, (name, seeds) in zip(("C0", "C1"), arms.items(), strict=True):
+        for k, rows in enumerate(seeds):
+            reward = [row["thickness"] for row in rows]
+            for axes, other in zip(panels, ("judge digit", "diversity", "drift"), strict=True):
+                label = None if k else name
+                axes.plot(reward, [row[other] for row in rows], colour, label=label, linewidth=1)
+                axes.set_xlabel("reward: thickness")
+                axes.set_title(other, fontsize=10)
     panels[0].legend(fontsize=7)
     figure.savefig(FIGURE, dpi=110)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and range."""
+    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def print_tables(arms: dict[str, list[Rows]]) -> None:
+    """Where the runs end, and what each pays for the same reward."""
+    print(f"\n| at the end | {' | '.join(SHOWN)} |\n|{' --- |' * (len(SHOWN) + 1)}")
+    for name, seeds in arms.items():
+        cells = (spread([rows[-1][key] for rows in seeds]) for key in SHOWN)
+        print(f"| {name} | {' | '.join(cells)} |")
+    print(f"\n| at thickness | {' | '.join(map(str, AT))} |\n|{' --- |' * (len(AT) + 1)}")
+    for key in SHOWN[1:]:
+        for name, seeds in arms.items():
+            cells = (spread([at(rows, x, key) for rows in seeds]) for x in AT)
+            print(f"| {key}, {name} | {' | '.join(cells)} |")
+
+
+def at(rows: Rows, thickness: float, key: str) -> float:
+    """A measure where the reward passes a value, between two epochs."""
+    return float(
+        np.interp(thickness, *([row[name] for row in rows] for name in ("thickness", key)))
+    )
 
 
 def main() -> None:
@@ -54,32 +86,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model_id", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--arms", nargs="+", choices=[*ARMS], default=[*ARMS])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {}
     settings = {
         "batch_size": 40, "images_per_prompt": 8, "steps_per_epoch": 5, "epochs": given.epochs,
         "lr": 2e-5,
     }  # fmt: skip
-    for name in given.arms:
-        weight = ARMS[name]
-        more = {"match_weight": weight, "teacher_guidance": 2.0} if weight else {}
-        folder = given.output_dir / name.replace(" ", "-")
-        run = ReinforceRun(
-            few(given.model_id), PROMPTS, folder, ReinforceOptions(**settings, **more),
-            rewards=load_rewards(["thickness"]), judge=load_rewards(["digit"]), eval_samples=100,
-            teacher=few("tiny-teacher") if weight else None, seed=given.seed, save_minutes=1,
-        )  # fmt: skip
-        run.run()
-        rows = history(folder)
-        found[name] = [{key: row[key] for key in ("epoch", *SHOWN)} for row in rows]
-        print(name, found[name][-1], flush=True)
-    if len(found) < len(ARMS):
-        return
-    about = {"environment": environment("cpu", given.seed), "settings": settings, "arms": ARMS}
-    write_json(RESULTS, about | {"rows": found})
+    found: dict[str, list[Rows]] = {name: [] for name in ARMS}
+    for seed in given.seeds:
+        for name, weight in ARMS.items():
+            more = {"match_weight": weight, "teacher_guidance": 2.0} if weight else {}
+            folder = given.output_dir / f"seed-{seed}" / name.replace(" ", "-")
+            run = ReinforceRun(
+                few(given.model_id), PROMPTS, folder, ReinforceOptions(**settings, **more),
+                rewards=load_rewards(["thickness"]), judge=load_rewards(["digit"]),
+                eval_samples=100, teacher=few("tiny-teacher") if weight else None, seed=seed,
+                save_minutes=1,
+            )  # fmt: skip
+            run.run()
+            rows = history(folder)
+            found[name].append([{key: row[key] for key in ("epoch", *SHOWN)} for row in rows])
+    about = {"environment": environment("cpu", given.seeds[0]), "seeds": given.seeds}
+    write_json(RESULTS, about | {"settings": settings, "arms": ARMS, "rows": found})
+    print_tables(found)
     draw(found)
 
 
