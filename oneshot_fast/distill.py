@@ -5,8 +5,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tyro.conf import UseAppendAction
-
 from oneshot_fast.cli import OK, finish, run_command
 from oneshot_fast.data.options import SizeOptions
 from oneshot_fast.data.prompts import read_prompts
@@ -15,7 +13,7 @@ from oneshot_fast.data.sources import open_pairs
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.distill.options import DistillOptions
-from oneshot_fast.rewards.options import JudgeModels
+from oneshot_fast.rewards.options import JudgeModels, MeasureOptions
 from oneshot_fast.runtime.options import RunOptions
 from oneshot_fast.training.options import RolesKeepOptions
 
@@ -40,21 +38,17 @@ class DistillCommand:
     """Folder of the results."""
     images_per_prompt: int = 8
     """Images of each prompt in an epoch, each from a new noise."""
-    eval_samples: int = 64
-    """Random noises, not trained on, on which the student is measured before training and after
-    every epoch."""
     heldout_root: Path | None = None
     """Images, in the format of assign's data_root, that the student's are compared with."""
     features: str | None = None
     """With --heldout_root: what images are compared by, see evaluate --help."""
-    judge: UseAppendAction[tuple[str, ...]] = ()
-    """NAME of a reward that is measured; may be given several times."""
     dry_run: bool = False
     """Print parameters, memory by part, disk and time needed, from a few timed passes on random
     data; nothing is written."""
     size: SizeOptions = SizeOptions()
     training: DistillOptions = DistillOptions()
     judges: JudgeModels = JudgeModels()
+    measure: MeasureOptions = MeasureOptions()
     model: ModelOptions = ModelOptions()
     keep: RolesKeepOptions = RolesKeepOptions()
     run: RunOptions = RunOptions()
@@ -106,10 +100,10 @@ def execute(command: DistillCommand) -> int:
         heldout=heldout,
         features=command.features,
         setup=command.judges.setup(device),
-        judge=command.judges.judges(device, command.judge),
+        judge=command.judges.judges(device, command.measure.judge),
         resolution=size,
-        eval_samples=command.eval_samples,
-        names=[f"judge {name}" for name in command.judge],
+        eval_samples=command.measure.eval_samples,
+        names=[f"judge {name}" for name in command.measure.judge],
         seed=command.run.seed,
         **command.keep.arguments(device, command.dry_run),
     )

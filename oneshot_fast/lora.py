@@ -72,19 +72,14 @@ def execute(command: LoraCommand) -> int:
     import torch
 
     from oneshot_fast.generators.base import LoadOptions
-    from oneshot_fast.generators.lora_files import (
-        LoraFile,
-        check_alpha,
-        convert_rtdmds,
-        is_rtdmds,
-        weights_of,
-    )
+    from oneshot_fast.generators.lora_files import LoraFile, check_alpha, weights_of
+    from oneshot_fast.generators.rtdmd_files import convert_rtdmds, is_rtdmds
 
     if isinstance(config, ConvertConfig):
         file = LoraFile(weights_of(config.file, f"{config.file}"), alpha=alpha)
         require(is_rtdmds(file.path), f"{file.path}: diffusers and peft read it themselves")
         check_alpha(alpha, [file])
-        count = convert_rtdmds(file, config.part, config.output_dir)
+        count = convert_rtdmds(file.path, alpha, config.part, config.output_dir)
         print(f"{count} modules of {config.part}: {config.output_dir}")
         return OK
 

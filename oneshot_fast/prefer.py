@@ -18,7 +18,6 @@ from oneshot_fast.generators.options import ModelOptions, check_sampler
 from oneshot_fast.jobs.prefer.options import PreferData, PreferOptions
 from oneshot_fast.jobs.prefer.pairs import PairRun
 from oneshot_fast.jobs.prefer.run import PreferRun
-from oneshot_fast.rewards.options import check_judges
 from oneshot_fast.runtime.options import RunOptions
 from oneshot_fast.training.options import KeepOptions
 
@@ -50,7 +49,7 @@ class PreferCommand:
 def execute(command: PreferCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
     require(bool(command.output_dir or command.dry_run), "give --output_dir DIR")
-    check_judges(command.data.reward, command.data.judge)
+    command.data.check(command.data.reward)
     run = _on_drawn(command) if command.data.pairs is None else _on_pairs(command)
     if command.dry_run:
         print(run.plan())

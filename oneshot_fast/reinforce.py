@@ -5,15 +5,13 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tyro.conf import UseAppendAction
-
 from oneshot_fast.cli import OK, finish, run_command
 from oneshot_fast.data.options import SizeOptions
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.reinforce.options import ReinforceOptions
-from oneshot_fast.rewards.options import RewardOptions
+from oneshot_fast.rewards.options import MeasureOptions, RewardOptions
 from oneshot_fast.runtime.options import RunOptions
 from oneshot_fast.training.options import RolesKeepOptions
 
@@ -41,18 +39,13 @@ class ReinforceCommand:
     """Column or field of prompt_file; by default the first of prompt, text and caption."""
     output_dir: Path | None = None
     """Folder of the results."""
-    eval_samples: int = 64
-    """Random noises, not trained on, on which the generator is measured before training and after
-    every epoch."""
-    judge: UseAppendAction[tuple[str, ...]] = ()
-    """NAME of a reward that is measured but not trained on, and so tells whether others are
-    over-optimised; may be given several times."""
     dry_run: bool = False
     """Print parameters, memory by part, disk and time needed, from a few timed passes and
     rollouts; nothing is written."""
     size: SizeOptions = SizeOptions()
     training: ReinforceOptions = ReinforceOptions()
     rewards: RewardOptions = RewardOptions()
+    measure: MeasureOptions = MeasureOptions()
     model: ModelOptions = ModelOptions()
     keep: RolesKeepOptions = RolesKeepOptions()
     run: RunOptions = RunOptions()
@@ -66,9 +59,7 @@ def execute(command: ReinforceCommand) -> int:
         raise UserError("give --output_dir DIR")
     require(bool(command.rewards.reward), "give --reward NAME[:WEIGHT]")
 
-    from oneshot_fast.rewards.options import RewardTrainingOptions
-
-    RewardTrainingOptions(judge=command.judge).check(command.rewards.reward)
+    command.measure.check(command.rewards.reward)
     command.training.check()
     model, size = command.model, command.size.size
     require(model.guidance_scale == 1, "--guidance_scale: RL knows no guidance; leave it out")
@@ -105,10 +96,10 @@ def execute(command: ReinforceCommand) -> int:
         command.training,
         teacher=None if command.teacher is None else load(command.teacher, False, of_teacher),
         rewards=command.rewards.rewards(generator.device),
-        judge=command.rewards.judges(generator.device, command.judge),
+        judge=command.rewards.judges(generator.device, command.measure.judge),
         resolution=size,
-        eval_samples=command.eval_samples,
-        names=[*command.rewards.names, *(f"judge {name}" for name in command.judge)],
+        eval_samples=command.measure.eval_samples,
+        names=[*command.rewards.names, *(f"judge {name}" for name in command.measure.judge)],
         seed=command.run.seed,
         **command.keep.arguments(generator.device, command.dry_run),
     )

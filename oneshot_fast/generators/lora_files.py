@@ -1,9 +1,4 @@
-"""LoRA files of diffusers, peft, kohya's scripts and RTDMD, merged, or given another form.
-
-All are read by diffusers' own loaders. RTDMD (https://github.com/Harahan/RTDMD) saves a trained
-generator with torch.save: ``<module>.lora_A.default.weight`` and the same of B, without alpha; and
-in its checkpoint's transformer/ by the same names, with peft's configuration, which says alpha.
-"""
+"""LoRA files of diffusers, peft, kohya's scripts and RTDMD, read by diffusers' own loaders."""
 
 import copy
 import hashlib
@@ -23,20 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from oneshot_fast.data.image_refs import file_sha256
-from oneshot_fast.errors import ModelError, UserError, one_line, refused, require
-from oneshot_fast.runtime.files import write_folder
-from oneshot_fast.runtime.tensor_files import read_header, read_pickle, read_safetensors
-
-_OURS, _PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
-_PEFT_PREFIX, _PEFT_CONFIG = "base_model.model.", "adapter_config.json"
-_TORCH = (".pt", ".pth")  # files of torch.save, as RTDMD's generator_ema.pt
-_TORCH_KEY = re.compile(
-    r"(?:module\.|_orig_mod\.|base_model\.model\.)*(.+)\.lora_([AB])\.default\.weight"
+from oneshot_fast.errors import ModelError, UserError, one_line, require
+from oneshot_fast.generators.rtdmd_files import (
+    DIFFUSERS_FILE,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    PEFT_PREFIX,
+    TORCH,
+    is_rtdmds,
+    peft_config,
+    read_rtdmds,
 )
+from oneshot_fast.runtime.tensor_files import read_header, read_safetensors
+
 # how torch and transformers name a weight of another shape
 _MISFIT = re.compile(r"size mismatch for (\S+):|^(\S*\.lora_\S+) *\| *MISMATCH", re.MULTILINE)
-_UNETS = ("down_blocks.", "mid_block.", "up_blocks.")  # how modules of a UNet begin
-_TRANSFORMERS = ("transformer_blocks.", "single_transformer_blocks.")
 _UNSUPPORTED = {
     "dora_scale": "DoRA's magnitudes",
     "lora_magnitude_vector": "DoRA's magnitudes",
@@ -80,7 +76,7 @@ class LoraFile:
     @property
     def has_alpha(self) -> bool:
         """Whether the file, or the one beside it, says its alpha."""
-        return not is_rtdmds(self.path) or (self.path.parent / _PEFT_CONFIG).is_file()
+        return not is_rtdmds(self.path) or (self.path.parent / PEFT_CONFIG).is_file()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -318,10 +314,10 @@ def check_alpha(alpha: float | None, files: Sequence[LoraFile]) -> None:
 def weights_of(path: Path, said: str) -> Path:
     """The .safetensors or .pt file at ``path``, in this folder, or in RTDMD's of a checkpoint."""
     if path.is_dir():
-        if (path / "transformer" / _PEFT).is_file():
-            return path / "transformer" / _PEFT
+        if (path / "transformer" / PEFT_FILE).is_file():
+            return path / "transformer" / PEFT_FILE
         found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pt"))
-        named = [p for p in found if p.name in (_OURS, _PEFT)] or found
+        named = [p for p in found if p.name in (DIFFUSERS_FILE, PEFT_FILE)] or found
         require(
             len(named) == 1,
             f"{said}: it has {len(named)} .safetensors files; name one of them"
@@ -330,33 +326,23 @@ def weights_of(path: Path, said: str) -> Path:
         )
         return named[0]
     require(path.is_file(), f"{said}: no such file")
-    is_known = path.suffix in (".safetensors", *_TORCH)
+    is_known = path.suffix in (".safetensors", *TORCH)
     require(is_known, f"{said}: it is no .safetensors file, nor .pt; convert it first")
     return path
 
 
 def lora_sha256(path: Path) -> str:
     """sha256 of a LoRA file, or of it and peft's configuration beside it, where that counts."""
-    digest, config = file_sha256(path), path.parent / _PEFT_CONFIG
+    digest, config = file_sha256(path), path.parent / PEFT_CONFIG
     has_config = is_rtdmds(path) or _is_pefts(read_header(path)[0])
     if not has_config or not config.is_file():
         return digest
     return hashlib.sha256(f"{digest} {file_sha256(config)}".encode()).hexdigest()
 
 
-def is_rtdmds(path: Path) -> bool:
-    """Whether a file has RTDMD's names of modules: one of torch.save, or of its checkpoint.
-
-    Raises:
-        ModelError: If it is damaged.
-    """
-    names = () if path.suffix in _TORCH else read_header(path)[0]
-    return path.suffix in _TORCH or _TORCH_KEY.fullmatch(next(iter(names), "")) is not None
-
-
 def _is_pefts(names: Iterable[str]) -> bool:
     """Whether a file is one of peft's own, which has a configuration beside it."""
-    return next(iter(names), "").startswith(_PEFT_PREFIX)
+    return next(iter(names), "").startswith(PEFT_PREFIX)
 
 
 def _read_file(lora: LoraFile, denoiser: str, said: str) -> tuple[dict[str, Tensor], Any]:
@@ -369,7 +355,7 @@ def _read_file(lora: LoraFile, denoiser: str, said: str) -> tuple[dict[str, Tens
     except ModelError as error:
         raise ModelError(f"{said}{error}") from None
     if not others:
-        pairs, config = read_rtdmds(lora, said)
+        pairs, config = read_rtdmds(path, lora.alpha, said)
         found = {f"{denoiser}.{key}": value for key, value in pairs.items()}
         return found, {f"{denoiser}.{key}": value for key, value in config.items()}
     if not tensors:
@@ -381,133 +367,12 @@ def _read_file(lora: LoraFile, denoiser: str, said: str) -> tuple[dict[str, Tens
         text = header.get("lora_adapter_metadata")
         return tensors, None if text is None else json.loads(text)
 
-    if not (path.parent / _PEFT_CONFIG).is_file():
-        raise ModelError(f"{said}peft's {_PEFT_CONFIG} is not beside it; copy it there")
-    known = _beside(path, said)
-    names = {key: f"{denoiser}.{key.removeprefix(_PEFT_PREFIX)}" for key in tensors}
+    if not (path.parent / PEFT_CONFIG).is_file():
+        raise ModelError(f"{said}peft's {PEFT_CONFIG} is not beside it; copy it there")
+    known = peft_config(path, said)
+    names = {key: f"{denoiser}.{key.removeprefix(PEFT_PREFIX)}" for key in tensors}
     found = {names[key]: value for key, value in tensors.items()}
     return found, {f"{denoiser}.{key}": value for key, value in known.items()}
-
-
-def _beside(path: Path, said: str) -> dict[str, Any]:
-    """What peft's configuration beside a file says."""
-    from peft import LoraConfig
-
-    with refused(ModelError, f"{said}{_PEFT_CONFIG}: "):
-        known: dict[str, Any] = LoraConfig.from_pretrained(str(path.parent)).to_dict()
-    known.pop("peft_type")
-    return known
-
-
-def read_rtdmds(lora: LoraFile, said: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A denoiser's LoRA in a file of RTDMD's names; code in a pickle is never run.
-
-    Args:
-        lora: The file, and its alpha.
-        said: How messages begin.
-
-    Returns:
-        MODULE.lora_A.weight [r, in] and MODULE.lora_B.weight [out, r] by name, float32, and the
-        arguments of peft's LoraConfig.
-
-    Raises:
-        ModelError: If it is damaged, holds anything else, lacks a half of a pair, or has other
-            ranks than the configuration beside it.
-    """
-    from peft import LoraConfig
-    from peft.utils.other import get_pattern_key
-
-    try:
-        is_pickle = lora.path.suffix in _TORCH
-        raw = read_pickle(lora.path, mmap=True) if is_pickle else read_safetensors(lora.path)
-    except ModelError as error:
-        raise ModelError(f"{said}{error}") from None
-    tensors, ranks = dict[str, Tensor](), dict[str, int]()
-    for key, value in raw.items():
-        named = _TORCH_KEY.fullmatch(key)
-        if named is None or value.ndim != 2 or not value.is_floating_point():
-            raise ModelError(f"{said}{key} is no MODULE.lora_A.default.weight or lora_B, a matrix")
-        name = f"{named[1]}.lora_{named[2]}.weight"
-        if name in tensors:
-            raise ModelError(f"{said}{key} is there twice, under another prefix")
-        tensors[name] = value.to(torch.float32, copy=True)  # away from the file
-        if not tensors[name].isfinite().all():
-            raise ModelError(f"{said}{key} has values that are NaN or infinite")
-    if not tensors:
-        raise ModelError(f"{said}it holds no tensors")
-    for name, value in tensors.items():
-        module, kind = name[:-14], name[-8]
-        other = tensors.get(f"{module}.lora_{'B' if kind == 'A' else 'A'}.weight")
-        if other is None:
-            raise ModelError(f"{said}{module} has lora_{kind} alone; its other half is missing")
-        rank = value.shape[0 if kind == "A" else 1]
-        if other.shape[1 if kind == "A" else 0] != rank:
-            shapes = f"{list(value.shape)} and {list(other.shape)}"
-            raise ModelError(f"{said}{module} has lora_A and lora_B of shapes {shapes}")
-        ranks[module] = rank
-    modules = "|".join(map(re.escape, ranks))
-    if (lora.path.parent / _PEFT_CONFIG).is_file():
-        known = _beside(lora.path, said)
-        for module, rank in ranks.items():
-            patterns = known["rank_pattern"]
-            wanted = patterns.get(get_pattern_key(patterns, module), known["r"])
-            if wanted != rank:
-                raise ModelError(
-                    f"{said}{module} has rank {rank}, but {_PEFT_CONFIG} beside it says {wanted}"
-                )
-        return tensors, known | {"target_modules": modules}
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = 2.0 * usual if lora.alpha is None else lora.alpha
-    config: Any = LoraConfig(
-        r=usual,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # it computes with floats
-        target_modules=modules,
-        rank_pattern={f"^{re.escape(k)}": r for k, r in ranks.items() if r != usual},
-        alpha_pattern={
-            f"^{re.escape(k)}": 2.0 * r
-            for k, r in ranks.items()
-            if r != usual and lora.alpha is None
-        },
-    )
-    return tensors, {k: v for k, v in config.to_dict().items() if k != "peft_type"}
-
-
-def convert_rtdmds(lora: LoraFile, part: str, folder: Path) -> int:
-    """Write a LoRA of RTDMD as files that others read.
-
-    ``folder`` has pytorch_lora_weights.safetensors for ``pipe.load_lora_weights(folder)`` and, in
-    peft/, what ``PeftModel.from_pretrained`` reads; alpha is in both.
-
-    Args:
-        lora: The file.
-        part: Name of the pipeline's network that it adapts: transformer or unet.
-        folder: Where to; replaced as a whole.
-
-    Returns:
-        How many modules it adapts.
-
-    Raises:
-        ModelError: See ``read_rtdmds``; or a module is one of the other kind of network.
-    """
-    from peft import LoraConfig
-    from safetensors.torch import save_file
-
-    tensors, config = read_rtdmds(lora, f"{lora.path}: ")
-    for key in tensors:
-        kinds = ("unet", _UNETS), ("transformer", _TRANSFORMERS)
-        of = next((kind for kind, begins in kinds if key.startswith(begins)), part)
-        if of != part:
-            raise ModelError(f"{lora.path}: {key} is of a {of}; give --part {of}")
-    metadata = {f"{part}.{key}": value for key, value in config.items()}
-    text = json.dumps(metadata, indent=2, sort_keys=True, default=sorted)
-    with write_folder(folder) as temporary:
-        named = {f"{part}.{key}": value for key, value in tensors.items()}
-        save_file(named, temporary / _OURS, {"format": "pt", "lora_adapter_metadata": text})
-        prefixed = {_PEFT_PREFIX + key: value for key, value in tensors.items()}
-        (temporary / "peft").mkdir()
-        save_file(prefixed, temporary / "peft" / _PEFT, {"format": "pt"})
-        LoraConfig(**config).save_pretrained(str(temporary / "peft"))
-    return len(tensors) // 2
 
 
 def _shadow(network: nn.Module) -> nn.Module:

@@ -80,24 +80,37 @@ class RewardOptions(JudgeModels):
 
 
 @dataclass(frozen=True)
-class RewardTrainingOptions:
-    """Training on rewards: of which images, and what is measured."""
+class JudgeOptions:
+    """By what a training on rewards is judged."""
 
-    prompt_file: Path | None = None
-    """With --reward, prompts: .txt with one per line, .tsv or .csv with a header, or .jsonl."""
-    images_per_prompt: int = 8
-    """With --reward: random noises of each prompt, new ones in every epoch or cycle."""
     judge: UseAppendAction[tuple[str, ...]] = ()
     """NAME of a reward that is measured but not trained on, and so tells whether others are
     over-optimised; may be given several times."""
 
     def check(self, rewards: Sequence[str]) -> None:
         """Raise UserError if a judge is among the ``rewards`` that are trained on."""
-        check_judges(rewards, self.judge)
+        trained = {parse_reward(spec)[0] for spec in rewards}
+        both = sorted(trained.intersection(parse_reward(spec)[0] for spec in self.judge))
+        require(
+            not both,
+            f"{', '.join(both)} cannot judge what is trained on it; name another --judge",
+        )
 
 
-def check_judges(rewards: Sequence[str], judges: Sequence[str]) -> None:
-    """Raise UserError if a judge is among the rewards that are trained on."""
-    trained = {parse_reward(spec)[0] for spec in rewards}
-    both = sorted(trained.intersection(parse_reward(spec)[0] for spec in judges))
-    require(not both, f"{', '.join(both)} cannot judge what is trained on it; name another --judge")
+@dataclass(frozen=True)
+class MeasureOptions(JudgeOptions):
+    """What is measured as the training goes."""
+
+    eval_samples: int = 64
+    """Random noises, not trained on, on which the generator is measured before training and after
+    every epoch."""
+
+
+@dataclass(frozen=True)
+class RewardTrainingOptions(JudgeOptions):
+    """Training on rewards: of which images, and what is measured."""
+
+    prompt_file: Path | None = None
+    """With --reward, prompts: .txt with one per line, .tsv or .csv with a header, or .jsonl."""
+    images_per_prompt: int = 8
+    """With --reward: random noises of each prompt, new ones in every epoch or cycle."""

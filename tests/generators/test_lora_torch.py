@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from oneshot_fast.errors import ModelError
-from oneshot_fast.generators.lora_files import Adapters, LoraFile, convert_rtdmds
+from oneshot_fast.generators.lora_files import Adapters, LoraFile
+from oneshot_fast.generators.rtdmd_files import convert_rtdmds
 
 SD3 = "StableDiffusion3Pipeline"
 TARGETS = {
@@ -56,7 +57,7 @@ def test_converted_and_merged_alike(name: str, tmp_path: Path) -> None:
     base = getattr(pipe, part)
     expected = merged(base, state, scale=2.0)
     # diffusers
-    assert convert_rtdmds(LoraFile(tmp_path / "a.pt"), part, tmp_path / "out") == len(state) // 2
+    assert convert_rtdmds(tmp_path / "a.pt", None, part, tmp_path / "out") == len(state) // 2
     with torch.no_grad():
         theirs = tiny_pipeline(name)
         getattr(theirs, part).load_state_dict(base.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,11 @@ from oneshot_fast.evaluation.random_noise import classifier_for
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.toy import ToyGenerator
 from oneshot_fast.generators.toy_networks import ToyConfig, ToyNetwork
+from oneshot_fast.recipes.toy.commands import PairOptions, SftToyCommand
 from oneshot_fast.recipes.toy.critics import Critic, HingeCritic, LogisticCritic
 from oneshot_fast.recipes.toy.data import LabelledImages, digits, shapes
 from oneshot_fast.recipes.toy.datasets import RECIPES
+from oneshot_fast.sft import SftCommand
 
 Call = Callable[..., Any]
 
@@ -180,6 +183,14 @@ def test_assign_sft_and_direct_sft(trained: Path, call: Call) -> None:
     found = json.loads((trained / "comparison" / "comparison.json").read_text())
     assert found["base"]["drift"] == 0 < found["sft"]["drift"]
     assert found["sft"] != found["direct_sft"] and mine.exists()
+
+
+def test_what_toy_sft_has_is_what_sft_has() -> None:
+    own, shared, given = (
+        {field.name for field in dataclasses.fields(kind)}
+        for kind in (SftToyCommand, PairOptions, SftCommand)
+    )
+    assert "keep" in own and own - shared <= given
 
 
 def test_em_on_the_test_split(trained: Path, call: Call) -> None:

@@ -12,7 +12,7 @@ from tyro.conf import UseAppendAction
 
 from oneshot_fast.data.options import Manifests, SizeOptions
 from oneshot_fast.errors import require
-from oneshot_fast.rewards.options import JudgeModels
+from oneshot_fast.rewards.options import JudgeModels, MeasureOptions
 from oneshot_fast.training.losses.d3po import d3po
 from oneshot_fast.training.losses.dpo import GroupDPO, PairDPO
 from oneshot_fast.training.losses.drpo import DrPO
@@ -315,15 +315,12 @@ def _flat(latents: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PreferData(SizeOptions, JudgeModels):
+class PreferData(MeasureOptions, SizeOptions, JudgeModels):
     """Which images are compared, by what, and what is measured."""
 
     reward: UseAppendAction[tuple[str, ...]] = ()
     """NAME[:WEIGHT], such as clip:0.01, or python:module.function[:WEIGHT]; may be given several
     times: images are compared by the weighted sum. No gradient is needed."""
-    judge: UseAppendAction[tuple[str, ...]] = ()
-    """NAME of a reward that is measured but not trained on, and so tells whether others are
-    over-optimised; may be given several times."""
     pairs: Path | None = None
     """Instead of drawn images: JSON lines {"prompt", "image", "rejected"[, "weight"]}, a better and
     a worse image each, with paths relative to the file; for --objective dpo and pso."""
@@ -334,9 +331,6 @@ class PreferData(SizeOptions, JudgeModels):
     """Prompts: .txt with one per line, .tsv or .csv with a header, or .jsonl."""
     prompt_field: str | None = None
     """Column or field of prompt_file; by default the first of prompt, text and caption."""
-    eval_samples: int = 64
-    """Random noises, not trained on, on which the generator is measured before training and after
-    every epoch."""
 
     @property
     def names(self) -> list[str]:

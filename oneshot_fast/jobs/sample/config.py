@@ -11,7 +11,8 @@ import yaml
 from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.data.records import text_field
 from oneshot_fast.errors import UserError, one_line, require
-from oneshot_fast.generators.lora_files import LoraFile, read_rtdmds
+from oneshot_fast.generators.lora_files import LoraFile
+from oneshot_fast.generators.rtdmd_files import read_rtdmds
 from oneshot_fast.runtime.ledger import say
 
 _FAMILIES = {"sd35": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
@@ -189,7 +190,7 @@ class _Reader:
         rank = self._whole("lora_rank", 1)
         for file in map(LoraFile.parse, files):
             if not file.has_alpha:
-                found = read_rtdmds(file, f"{file.path}: ")[1]["r"]
+                found = read_rtdmds(file.path, file.alpha, f"{file.path}: ")[1]["r"]
                 self._need(found == rank, "lora_rank", f"{file.path} has {found}")
 
     def _prompts(self, of_dataset: bool) -> list[str]:

@@ -23,6 +23,7 @@ from oneshot_fast.runtime.options import RunOptions, pick
 from oneshot_fast.runtime.processes import is_main, main_first
 from oneshot_fast.sft import SftCommand
 from oneshot_fast.sft import execute as execute_sft
+from oneshot_fast.training.options import KeepOptions
 
 _SFT = SftOptions(epochs=20, batch_size=16, lr=1e-4)
 
@@ -198,11 +199,10 @@ class AssignToyCommand(PairOptions):
 class SftToyCommand(PairOptions):
     """Train the generator on the assigned noises: ``python -m oneshot_fast.sft``."""
 
-    save_minutes: float = 5.0
-    """Minutes between saved training states; 0 saves after every step."""
     dry_run: bool = False
     """Print memory, disk and time needed; nothing is written."""
     training: SftOptions = _SFT
+    keep: KeepOptions = KeepOptions()
 
     matched: ClassVar[bool] = True
 
