@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 
 from oneshot_fast.errors import ModelError
+from oneshot_fast.runtime import hub as client
 from oneshot_fast.runtime.hub import _remote_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -127,8 +131,9 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 def hub() -> Iterator[Hub]:
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(hub))
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # the client may hang up
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     yield hub
     hub.released.set()
@@ -137,30 +142,25 @@ def hub() -> Iterator[Hub]:
     server.server_close()
 
 
-def start(hub: Hub, folder: Path, *flags: str) -> subprocess.Popen[str]:
-    """Start the command; huggingface_hub reads its settings when it is imported."""
-    module = ["-c", IMPATIENT] if hub.fault else ["-m", "oneshot_fast.download"]
-    argv = [sys.executable, *module, "--models_dir", str(folder), *flags]
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
-    return subprocess.Popen(
-        argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+Run = Callable[..., tuple[int, str, str]]
 
 
-IMPATIENT = """
-import sys
-from oneshot_fast import download
-from oneshot_fast.runtime import hub
+@pytest.fixture
+def run(hub: Hub, call: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Runs the command in this process, told of the hub as the environment would have told it."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()
 
-hub._PATIENCE, hub._READ = 2.0, 1.0
-sys.exit(download.main())
-"""
+    def run(folder: Path, *flags: str) -> tuple[int, str, str]:
+        ended = call("download", "--models_dir", folder, *flags)
+        return ended.code, ended.out, ended.err
 
-
-def run(hub: Hub, folder: Path, *flags: str) -> tuple[int, str, str]:
-    process = start(hub, folder, *flags)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+    yield run
+    close_session()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -173,29 +173,29 @@ def wanted() -> dict[str, bytes]:
 
 
 def test_download_says_licence_and_bytes_first_and_keeps_what_is_whole(
-    hub: Hub, tmp_path: Path
+    hub: Hub, run: Run, tmp_path: Path
 ) -> None:
-    code, out, err = run(hub, tmp_path / "models", "--only", "HPSv2", "--dry_run")
+    code, out, err = run(tmp_path / "models", "--only", "HPSv2", "--dry_run")
     assert (code, err) == (0, "")
     assert "HPSv2: 22,020,107 bytes of xswu/HPSv2, licence apache-2.0\\x1b[31m" in out
     assert "to download: 22,020,123 bytes of 22,020,123" in out
     assert not hub.gets and not (tmp_path / "models").exists()
 
-    code, _, err = run(hub, tmp_path / "models", "--only", "HPSv2")
+    code, _, err = run(tmp_path / "models", "--only", "HPSv2")
     assert (code, err) == (0, "")
     assert contents(tmp_path / "models" / "HPSv2") == wanted()
 
     (tmp_path / "models" / "HPSv2" / WEIGHTS).write_bytes(b"\xff" + LARGE[1:])
     hub.gets.clear()
-    code, out, _ = run(hub, tmp_path / "models", "--only", "HPSv2")
+    code, out, _ = run(tmp_path / "models", "--only", "HPSv2")
     assert code == 0 and "to download: 0 bytes" in out
     assert hub.gets == [(WEIGHTS, None)]  # the size alone does not tell that it is damaged
     assert contents(tmp_path / "models" / "HPSv2") == wanted()
 
 
-def test_a_broken_connection_is_resumed_by_the_same_run(hub: Hub, tmp_path: Path) -> None:
+def test_a_broken_connection_is_resumed_by_the_same_run(hub: Hub, run: Run, tmp_path: Path) -> None:
     hub.stop_at = STOP
-    code, _, err = run(hub, tmp_path, "--only", "HPSv2")
+    code, _, err = run(tmp_path, "--only", "HPSv2")
     assert (code, err) == (0, "")
     assert contents(tmp_path) == wanted()
     first, second = (asked for name, asked in hub.gets if name == WEIGHTS)
@@ -203,19 +203,21 @@ def test_a_broken_connection_is_resumed_by_the_same_run(hub: Hub, tmp_path: Path
     assert 10 << 20 <= int(second.removeprefix("bytes=").rstrip("-")) <= STOP
 
 
-def test_a_killed_download_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> None:
+def test_a_killed_download_goes_on_where_it_stopped(hub: Hub, run: Run, tmp_path: Path) -> None:
     hub.stop_at, hub.hang = STOP, True
-    process = start(hub, tmp_path, "--only", "HPSv2")
+    command = ["-m", "oneshot_fast.download", "--models_dir", str(tmp_path), "--only", "HPSv2"]
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    process = subprocess.Popen([sys.executable, *command], env=env)
     assert hub.stopped.wait(60)
     part = next(iter(wait_for_bytes(tmp_path)))
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.wait(60)
     kept = part.stat().st_size
     assert 0 < kept <= STOP
     assert not (tmp_path / "HPSv2" / WEIGHTS).exists()
 
     hub.gets.clear()
-    code, _, err = run(hub, tmp_path, "--only", "HPSv2")
+    code, _, err = run(tmp_path, "--only", "HPSv2")
     assert (code, err) == (0, "")
     assert contents(tmp_path) == wanted()
     assert [asked for name, asked in hub.gets if name == WEIGHTS] == [f"bytes={kept}-"]
@@ -232,26 +234,26 @@ def wait_for_bytes(folder: Path) -> list[Path]:
 
 
 def test_a_corrupted_file_is_refused_and_comes_right_the_next_time(
-    hub: Hub, tmp_path: Path
+    hub: Hub, run: Run, tmp_path: Path
 ) -> None:
     hub.corrupt = True
-    code, _, err = run(hub, tmp_path, "--only", "HPSv2")
+    code, _, err = run(tmp_path, "--only", "HPSv2")
     assert code == 2 and len(err.splitlines()) == 1
     assert f"{WEIGHTS} of xswu/HPSv2 came corrupted" in err
     assert not any(path.name.endswith(WEIGHTS) for path in tmp_path.rglob("*"))
-    assert run(hub, tmp_path, "--only", "HPSv2")[0] == 0
+    assert run(tmp_path, "--only", "HPSv2")[0] == 0
     assert contents(tmp_path) == wanted()
 
 
-def test_the_aesthetic_head_must_be_the_published_one(hub: Hub, tmp_path: Path) -> None:
-    code, _, err = run(hub, tmp_path, "--only", "Aesthetic")
+def test_the_aesthetic_head_must_be_the_published_one(hub: Hub, run: Run, tmp_path: Path) -> None:
+    code, _, err = run(tmp_path, "--only", "Aesthetic")
     assert code == 2 and "is not the published one" in err and not contents(tmp_path)
 
 
-def test_what_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path) -> None:
-    code, _, err = run(hub, tmp_path, "--only", "ImageReward")
+def test_what_the_hub_does_not_have_is_one_line(hub: Hub, run: Run, tmp_path: Path) -> None:
+    code, _, err = run(tmp_path, "--only", "ImageReward")
     assert code == 2 and len(err.splitlines()) == 1 and "THUDM/ImageReward" in err
-    code, _, err = run(hub, tmp_path, "--only", "nothing")
+    code, _, err = run(tmp_path, "--only", "nothing")
     assert code == 2 and len(err.splitlines()) == 1 and "PickScore_v1" in err
 
 
@@ -264,10 +266,17 @@ def test_what_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path) -> Non
     ],
 )
 def test_a_server_that_never_ends_is_one_line(
-    hub: Hub, tmp_path: Path, fault: str, said: str
+    hub: Hub,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    said: str,
 ) -> None:
+    monkeypatch.setattr(client, "_PATIENCE", 2.0)
+    monkeypatch.setattr(client, "_READ", 1.0)
     hub.fault = fault
-    code, _, err = run(hub, tmp_path, "--only", "HPSv2")
+    code, _, err = run(tmp_path, "--only", "HPSv2")
     assert code == 2 and said in err and len(err.splitlines()) == 1
     assert sum(path.stat().st_size for path in tmp_path.rglob("*")) < 2 * len(LARGE)
 

@@ -39,24 +39,33 @@ def listed(data: Path) -> Path:
     return data
 
 
-def assign(call: Call, data: Path, folder: Path, *more: object) -> list[dict[str, Any]]:
-    flags = ["--model_id", "tiny", "--steps", 1, "--num_images", 0, "--output_dir", folder]
-    ended = call("assign", "--data_root", data, *flags, *more)
-    assert ended.code == 0, ended.err
-    return rows_of(folder / "manifest.jsonl")
+Assign = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def assign(small_model: Path, listed: Path, call: Call) -> Assign:
+    """Assigns in a folder; returns the manifest's rows."""
+
+    def run(folder: Path, *more: object) -> list[dict[str, Any]]:
+        flags = ["--model_id", small_model, "--steps", 1, "--num_images", 0, *more]
+        ended = call("assign", "--data_root", listed, "--output_dir", folder, *flags)
+        assert ended.code == 0, ended.err
+        return rows_of(folder / "manifest.jsonl")
+
+    return run
 
 
 def test_assign_draws_one_by_the_seed_and_says_which(
-    listed: Path, tmp_path: Path, call: Call
+    listed: Path, tmp_path: Path, assign: Assign
 ) -> None:
     lines = rows_of(listed / "pairs.jsonl")
-    rows = [assign(call, listed, tmp_path / str(k), "--seed", k) for k in range(2)]
+    rows = [assign(tmp_path / str(k), "--seed", k) for k in range(2)]
     for found in rows:
         assert [row["prompts"] for row in found[:-1]] == [line["prompt"] for line in lines[:-1]]
         assert all(row["prompt"] in row["prompts"] for row in found[:-1])
         assert found[-1]["prompt"] == lines[-1]["prompt"] and "prompts" not in found[-1]
     assert len({row["prompt"] for found in rows for row in found}) > len(lines)
-    again = assign(call, listed, tmp_path / "again", "--seed", 1, "--batch_size", 2)
+    again = assign(tmp_path / "again", "--seed", 1, "--batch_size", 2)
     assert [row["prompt"] for row in again] == [row["prompt"] for row in rows[1]]
     pairs, failures = read_manifest(tmp_path / "1" / "manifest.jsonl")
     assert not failures and [pair.prompt for pair in pairs] == [row["prompt"] for row in rows[1]]
@@ -76,11 +85,15 @@ def test_all_forms_of_shards_have_them(tmp_path: Path) -> None:
 
 
 def train(
-    folder: Path, pairs: list[MatchedPair], seen: list[list[str]] | None = None, **options: Any
+    model: Path,
+    folder: Path,
+    pairs: list[MatchedPair],
+    seen: list[list[str]] | None = None,
+    **options: Any,
 ) -> Generator:
     """Train; ``seen`` takes the prompts of every step."""
     cache = options.pop("cache", None)
-    generator = load_generator("tiny", master_weights=True)
+    generator = load_generator(model, master_weights=True)
     if cache:
         generator.use_cache(cache)
     small = SftOptions(epochs=4, batch_size=4, lr=1e-4, preserve_pool_size=4, **options)
@@ -106,13 +119,20 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_sft_draws_one_per_epoch(
-    listed: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, tmp_path: Path, assign: Assign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dropout = 0.4
-    assign(call, listed, tmp_path / "assigned")
+    assign(tmp_path / "assigned")
     pairs, _ = read_manifest(tmp_path / "assigned" / "manifest.jsonl")
     seen: list[list[str]] = []
-    train(tmp_path / "whole", pairs, seen, caption_dropout=dropout, cache=tmp_path / "cache")
+    train(
+        small_model,
+        tmp_path / "whole",
+        pairs,
+        seen,
+        caption_dropout=dropout,
+        cache=tmp_path / "cache",
+    )
     told = rows_of(tmp_path / "whole" / "captions.jsonl")
     assert [row["epoch"] for row in told] == [1, 2, 3, 4]
     texts = {pair.id: pair.prompts or (pair.prompt,) for pair in pairs}
@@ -134,18 +154,20 @@ def test_sft_draws_one_per_epoch(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "update", dying)
-        train(tmp_path / "parts", pairs, caption_dropout=dropout)
-    train(tmp_path / "parts", pairs, caption_dropout=dropout, cache=tmp_path / "cache")
+        train(small_model, tmp_path / "parts", pairs, caption_dropout=dropout)
+    train(small_model, tmp_path / "parts", pairs, caption_dropout=dropout, cache=tmp_path / "cache")
     one, two = (weights(tmp_path / name) for name in ("whole", "parts"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     told, again = ((tmp_path / x / "captions.jsonl").read_bytes() for x in ("whole", "parts"))
     assert told == again
 
 
-def test_dropout_of_all_or_of_nothing(assigned: Path, tmp_path: Path, call: Call) -> None:
-    pairs, _ = read_manifest(assigned / "manifest.jsonl")
+def test_dropout_of_all_or_of_nothing(
+    small_model: Path, small_assigned: Path, tmp_path: Path, call: Call
+) -> None:
+    pairs, _ = read_manifest(small_assigned / "manifest.jsonl")
     seen: list[list[str]] = []
-    train(tmp_path / "all", pairs, seen, caption_dropout=1.0)
+    train(small_model, tmp_path / "all", pairs, seen, caption_dropout=1.0)
     assert {text for step in seen for text in step} == {""}
     for wrong in (-0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match=r"caption_dropout is .*; give a probability"):
@@ -157,8 +179,8 @@ def test_dropout_of_all_or_of_nothing(assigned: Path, tmp_path: Path, call: Call
     assert "leave caption_dropout out" in said
 
 
-def test_em_takes_both(listed: Path, tmp_path: Path, call: Call) -> None:
-    flags = ["--data_root", listed, "--initial_model_id", "tiny", "--num_cycles", 2]
+def test_em_takes_both(small_model: Path, listed: Path, tmp_path: Path, call: Call) -> None:
+    flags = ["--data_root", listed, "--initial_model_id", small_model, "--num_cycles", 2]
     flags += ["--eval_samples", 10, "--assign_steps", 1, "--train_epochs", 1, "--num_images", 0]
     flags += ["--preserve_pool_size", 4, "--caption_dropout", 0.5, "--work_dir", tmp_path / "em"]
     ended = call("em", *flags)

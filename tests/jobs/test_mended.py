@@ -15,7 +15,12 @@ from samples import NOISE, noises_of, rows_of
 from shard_samples import samples, tar
 
 Call = Callable[..., Any]
-ONE_STEP = ["--model_id", "tiny", "--steps", 1, "--num_images", 0, "--batch_size", 4]
+
+
+@pytest.fixture
+def one_step(small_model: Path) -> list[object]:
+    """Flags of a short assignment."""
+    return ["--model_id", small_model, *["--steps", "1", "--num_images", "0", "--batch_size", "4"]]
 
 
 def images(data: Path) -> list[Path]:
@@ -26,12 +31,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoint-final/unet/diffusion_pytorch_model.safetensors")
 
 
-def test_assign(data: Path, tmp_path: Path, call: Call) -> None:
+def test_assign(data: Path, tmp_path: Path, one_step: list[object], call: Call) -> None:
     missing, broken = images(data)[1:3]
     kept = missing.read_bytes(), broken.read_bytes()
     missing.unlink()
     broken.write_bytes(b"no image")
-    run, whole = ["--data_root", data, "--output_dir", tmp_path / "run", *ONE_STEP], tmp_path / "w"
+    run, whole = ["--data_root", data, "--output_dir", tmp_path / "run", *one_step], tmp_path / "w"
     assert call("assign", *run).code == 1
     failed = [row["image"] for row in rows_of(tmp_path / "run" / "failures.jsonl")]
     assert sorted(failed) == [f"images/{path.name}" for path in (missing, broken)]
@@ -42,7 +47,7 @@ def test_assign(data: Path, tmp_path: Path, call: Call) -> None:
     assert call("assign", *run).code == 0
     assert (tmp_path / "run" / "run.json").read_bytes() == settings
     assert rows_of(tmp_path / "run" / "failures.jsonl") == []
-    assert call("assign", "--data_root", data, "--output_dir", whole, *ONE_STEP).code == 0
+    assert call("assign", "--data_root", data, "--output_dir", whole, *one_step).code == 0
     one, other = noises_of(tmp_path / "run"), noises_of(whole)
     assert one.keys() == other.keys()
     for name, z in one.items():
@@ -54,8 +59,8 @@ def test_assign(data: Path, tmp_path: Path, call: Call) -> None:
     assert noises_of(tmp_path / "run").keys() == other.keys()
 
 
-def test_assign_of_shards(tmp_path: Path, call: Call) -> None:
-    data, run = tmp_path / "data", ["--data_root", tmp_path / "data", *ONE_STEP]
+def test_assign_of_shards(tmp_path: Path, one_step: list[object], call: Call) -> None:
+    data, run = tmp_path / "data", ["--data_root", tmp_path / "data", *one_step]
     data.mkdir()
     whole = samples(0, 6)
     (data / "0.tar").write_bytes(tar(*whole[:2], *whole[3:]))  # one image is missing
@@ -80,14 +85,16 @@ def test_assign_of_shards(tmp_path: Path, call: Call) -> None:
     assert "no longer in the data set" in call("assign", *run).err
 
 
-def test_sft(assigned: Path, small_data: Path, tmp_path: Path, call: Call) -> None:
+def test_sft(
+    small_model: Path, small_assigned: Path, small_data: Path, tmp_path: Path, call: Call
+) -> None:
     shutil.copytree(small_data, tmp_path / "data")
-    source = shutil.copytree(assigned, tmp_path / "assigned")
+    source = shutil.copytree(small_assigned, tmp_path / "assigned")
     rows = rows_of(source / "manifest.jsonl")
     for row in rows:
         row["target_image_path"] = f"../data/images/{Path(row['target_image_path']).name}"
     (source / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--manifest_path", source / "manifest.jsonl", "--model_id", "tiny", "--epochs", 1]
+    flags = ["--manifest_path", source / "manifest.jsonl", "--model_id", small_model, "--epochs", 1]
     flags += ["--batch_size", 4, "--preserve_pool_size", 4, "--lr", 1e-4]
     assert call("sft", *flags, "--output_dir", tmp_path / "whole").code == 0
     missing = images(tmp_path / "data")[2]
@@ -108,8 +115,8 @@ def test_sft(assigned: Path, small_data: Path, tmp_path: Path, call: Call) -> No
     assert rows_of(tmp_path / "run" / "failures.jsonl") == []
 
 
-def test_em(data: Path, tmp_path: Path, call: Call) -> None:
-    flags = ["--data_root", data, "--initial_model_id", "tiny", "--num_cycles", 2]
+def test_em(small_model: Path, data: Path, tmp_path: Path, call: Call) -> None:
+    flags = ["--data_root", data, "--initial_model_id", small_model, "--num_cycles", 2]
     flags += ["--eval_samples", 10, "--assign_steps", 1, "--train_epochs", 1]
     flags += ["--preserve_pool_size", 4, "--num_images", 0]
     assert call("em", *flags, "--work_dir", tmp_path / "whole").code == 0
@@ -143,7 +150,9 @@ def break_line(data: Path, k: int) -> bytes:
     return whole
 
 
-def test_assign_of_a_mended_line(data: Path, tmp_path: Path, call: Call) -> None:
+def test_assign_of_a_mended_line(
+    data: Path, tmp_path: Path, one_step: list[object], call: Call
+) -> None:
     whole = break_line(data, 1)
     rows = [json.loads(line) for line in whole.splitlines()]
     (data / "broken.png").write_bytes(b"no image")
@@ -151,7 +160,7 @@ def test_assign_of_a_mended_line(data: Path, tmp_path: Path, call: Call) -> None
     lines = [json.dumps(row) for row in wrong + rows[4:]]
     lines[1] = lines[1][:-1]
     (data / "pairs.jsonl").write_text("\n".join(lines))
-    run, other = ["--data_root", data, *ONE_STEP], tmp_path / "w"
+    run, other = ["--data_root", data, *one_step], tmp_path / "w"
     assert call("assign", *run, "--output_dir", tmp_path / "run").code == 1
     failed = [row["line"] for row in rows_of(tmp_path / "run" / "failures.jsonl")]
     assert sorted(failed) == [2, 3, 4]  # a broken line, no image, no such file
@@ -171,11 +180,13 @@ def test_assign_of_a_mended_line(data: Path, tmp_path: Path, call: Call) -> None
     assert "samples: 6 then, 5 now" in call("assign", *run, "--output_dir", tmp_path / "run").error
 
 
-def test_sft_of_a_mended_line(assigned: Path, tmp_path: Path, call: Call) -> None:
-    source = shutil.copytree(assigned, tmp_path / "assigned") / "manifest.jsonl"
+def test_sft_of_a_mended_line(
+    small_model: Path, small_assigned: Path, tmp_path: Path, call: Call
+) -> None:
+    source = shutil.copytree(small_assigned, tmp_path / "assigned") / "manifest.jsonl"
     rows = rows_of(source)
     for row in rows:
-        row["target_image_path"] = str((assigned / row["target_image_path"]).resolve())
+        row["target_image_path"] = str((small_assigned / row["target_image_path"]).resolve())
     lines = [json.dumps(row) for row in rows]
 
     def write(*lines: str) -> None:
@@ -183,7 +194,7 @@ def test_sft_of_a_mended_line(assigned: Path, tmp_path: Path, call: Call) -> Non
 
     wrong = json.dumps(rows[2] | {"noise_path": "noises/none.safetensors"})
     write(lines[0], lines[1][:-1], wrong, *lines[3:])
-    flags = ["--manifest_path", source, "--model_id", "tiny", "--epochs", 1, "--batch_size", 4]
+    flags = ["--manifest_path", source, "--model_id", small_model, "--epochs", 1, "--batch_size", 4]
     flags += ["--preserve_pool_size", 4, "--lr", 1e-4, "--output_dir"]
     assert call("sft", *flags, tmp_path / "run").code == 1
     assert [row["line"] for row in rows_of(tmp_path / "run" / "failures.jsonl")] == [2, 3]
@@ -198,9 +209,9 @@ def test_sft_of_a_mended_line(assigned: Path, tmp_path: Path, call: Call) -> Non
     assert "other settings (data:" in call("sft", *flags, tmp_path / "run").error
 
 
-def test_em_of_a_mended_line(data: Path, tmp_path: Path, call: Call) -> None:
+def test_em_of_a_mended_line(small_model: Path, data: Path, tmp_path: Path, call: Call) -> None:
     whole = break_line(data, 2)
-    flags = ["--data_root", data, "--heldout_root", data, "--initial_model_id", "tiny"]
+    flags = ["--data_root", data, "--heldout_root", data, "--initial_model_id", small_model]
     flags += ["--num_cycles", 1, "--eval_samples", 10, "--assign_steps", 1, "--train_epochs", 1]
     flags += ["--preserve_pool_size", 4, "--num_images", 0, "--preserve_latent_weight", 0.5]
     assert call("em", *flags, "--work_dir", tmp_path / "run").code == 1

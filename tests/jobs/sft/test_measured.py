@@ -14,19 +14,22 @@ from html_pages import page
 from oneshot_fast.generators.loading import load_generator
 
 Call = Callable[..., Any]
+Flags = Callable[..., list[object]]
 
 
-def flags(assigned: Path, folder: Path, *more: object) -> list[object]:
+@pytest.fixture
+def flags(small_model: Path, small_assigned: Path) -> Flags:
+    """Of a training on the shared assignment into a folder."""
     fixed = (
-        "--model_id tiny --epochs 3 --batch_size 2 --preserve_latent_weight 0 "
+        "--epochs 3 --batch_size 2 --preserve_latent_weight 0 "
         "--preserve_pixel_weight 0 --eval_every 2 --eval_samples 20 --heldout 0.34 --save_minutes 0"
     )
-    manifest = assigned / "manifest.jsonl"
-    return ["--manifest_path", manifest, "--output_dir", folder, *fixed.split(), *more]
+    given = ["--model_id", small_model, "--manifest_path", small_assigned / "manifest.jsonl"]
+    return lambda folder, *more: [*given, "--output_dir", folder, *fixed.split(), *more]
 
 
-def test_an_epoch_that_is_better_is_the_best(assigned: Path, call: Call, tmp_path: Path) -> None:
-    ended = call("sft", *flags(assigned, tmp_path / "run", "--lr", 1e-4, "--judge", "thickness"))
+def test_an_epoch_that_is_better_is_the_best(flags: Flags, call: Call, tmp_path: Path) -> None:
+    ended = call("sft", *flags(tmp_path / "run", "--lr", 1e-4, "--judge", "thickness"))
     assert ended.code == 0 and "2 of 6 pairs are held out, to measure by" in ended.err, ended.err
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert [*summary["measured"]] == ["base", "epoch-002", "epoch-003"]
@@ -50,25 +53,25 @@ def test_an_epoch_that_is_better_is_the_best(assigned: Path, call: Call, tmp_pat
         "Fit to the matched pairs",
     ]
     assert "The final generator" in ended.out and "energy score for 2 held-out images" in ended.out
-    again = call("sft", *flags(assigned, tmp_path / "run", "--lr", 1e-4, "--judge", "thickness"))
+    again = call("sft", *flags(tmp_path / "run", "--lr", 1e-4, "--judge", "thickness"))
     assert again.code == 0 and json.loads((tmp_path / "run/summary.json").read_text()) == summary
 
 
 def test_where_nothing_beats_the_base_it_is_the_best(
-    assigned: Path, call: Call, tmp_path: Path
+    small_model: Path, flags: Flags, call: Call, tmp_path: Path
 ) -> None:
-    ended = call("sft", *flags(assigned, tmp_path / "run", "--lr", 1e-30))
+    ended = call("sft", *flags(tmp_path / "run", "--lr", 1e-30))
     assert ended.code == 0 and ended.out.startswith("Nothing beat the base"), ended.err
     best = load_generator(tmp_path / "run/checkpoint-best").fingerprint()
-    assert best == load_generator("tiny").fingerprint()
+    assert best == load_generator(small_model).fingerprint()
 
 
 def test_an_interrupted_training_ends_with_the_same_best(
-    assigned: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: Flags, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from oneshot_fast.jobs.sft.measured import MeasuredSftRun
 
-    assert call("sft", *flags(assigned, tmp_path / "whole", "--lr", 1e-4)).code == 0
+    assert call("sft", *flags(tmp_path / "whole", "--lr", 1e-4)).code == 0
     after_epoch = MeasuredSftRun.after_epoch
 
     def killed(self: MeasuredSftRun, epoch: int) -> dict[str, Any]:
@@ -78,9 +81,9 @@ def test_an_interrupted_training_ends_with_the_same_best(
 
     with monkeypatch.context() as patch:
         patch.setattr(MeasuredSftRun, "after_epoch", killed)
-        assert call("sft", *flags(assigned, tmp_path / "run", "--lr", 1e-4)).code == 130
+        assert call("sft", *flags(tmp_path / "run", "--lr", 1e-4)).code == 130
     assert (tmp_path / "run/state.safetensors").exists()
-    assert call("sft", *flags(assigned, tmp_path / "run", "--lr", 1e-4)).code == 0
+    assert call("sft", *flags(tmp_path / "run", "--lr", 1e-4)).code == 0
     whole, run = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("whole", "run"))
     for key in ("measured", "verdicts", "best_epoch"):
         assert run[key] == whole[key]
@@ -99,18 +102,18 @@ def test_an_interrupted_training_ends_with_the_same_best(
     ],
 )
 def test_flags_that_make_no_sense(
-    assigned: Path, data: Path, call: Call, tmp_path: Path, more: list[object], said: str
+    flags: Flags, data: Path, call: Call, tmp_path: Path, more: list[object], said: str
 ) -> None:
     more = [data if value == "DATA" else value for value in more]
-    ended = call("sft", *flags(assigned, tmp_path / "run", *more))
+    ended = call("sft", *flags(tmp_path / "run", *more))
     assert ended.code == 2 and said in ended.err and not (tmp_path / "run").exists()
 
 
 def test_other_data_can_be_held_out(
-    assigned: Path, small_data: Path, call: Call, tmp_path: Path
+    flags: Flags, small_data: Path, call: Call, tmp_path: Path
 ) -> None:
     held = shutil.copytree(small_data, tmp_path / "held")
-    fixed = flags(assigned, tmp_path / "run", "--heldout_root", held)
+    fixed = flags(tmp_path / "run", "--heldout_root", held)
     at = fixed.index("--heldout")
     ended = call("sft", *fixed[:at], *fixed[at + 2 :], "--features", "vae")
     assert ended.code == 0, ended.err

@@ -30,6 +30,7 @@ from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.pairs import Examples
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
+from oneshot_fast.sft import main
 from oneshot_fast.training.batch import Batch, batches
 from oneshot_fast.training.losses.base import OneStepLoss
 from oneshot_fast.training.losses.preserve import Preserve, PreservePool
@@ -54,8 +55,6 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, assigned: Path) -> Path:
     """A finished training on the shared assignment."""
-    from oneshot_fast.sft import main
-
     folder = tmp_path_factory.mktemp("trained") / "run"
     assert main([str(v) for v in flags(assigned / "manifest.jsonl", folder)]) == 0
     return folder
@@ -292,29 +291,20 @@ def without_times(path: Path) -> object:
 
 
 @pytest.mark.slow
-def test_equal_trainings_leave_equal_files(assigned: Path, tmp_path: Path) -> None:
-    """In processes that hash differently, of all weights and of an adapter."""
-    for seed, name in enumerate("ab", 1):
-        more = ("--epochs", 1, "--keep_checkpoints", 1, "--lora_rank")
-        argv = [
-            [
-                *map(
-                    str,
-                    flags(assigned / "manifest.jsonl", tmp_path / name / str(rank), *more, rank),
-                )
-            ]
-            for rank in (0, 2)
-        ]
-        subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                f"from oneshot_fast.sft import main; assert not any(map(main, {argv}))",
-            ],
-            env={**os.environ, "PYTHONHASHSEED": str(seed), "OMP_NUM_THREADS": "1"},
-            check=True,
-            capture_output=True,
-        )
+def test_equal_trainings_leave_equal_files(
+    small_model: Path, small_assigned: Path, tmp_path: Path, one_thread: None
+) -> None:
+    """In this process and in one that hashes differently, of all weights and of an adapter."""
+    manifest = small_assigned / "manifest.jsonl"
+    more = ("--model_id", small_model, "--epochs", 1, "--keep_checkpoints", 1, "--lora_rank")
+    one, other = (
+        [[*map(str, flags(manifest, tmp_path / name / str(rank), *more, rank))] for rank in (0, 2)]
+        for name in "ab"
+    )
+    assert not any(map(main, one))
+    code = f"from oneshot_fast.sft import main; assert not any(map(main, {other}))"
+    hashes = {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | hashes, check=True)
     one, other = tmp_path / "a", tmp_path / "b"
     names, twins = ({p.relative_to(x) for p in x.rglob("*") if p.is_file()} for x in (one, other))
     assert names == twins and len([name for name in names if name.suffix == ".safetensors"]) >= 12
