@@ -47,12 +47,14 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
-def test_a_loss_from_elsewhere_trains_the_generator(assigned: Path, tmp_path: Path) -> None:
-    pairs, _ = read_manifest(assigned / "manifest.jsonl")
+def test_a_loss_from_elsewhere_trains_the_generator(
+    small_model: Path, small_assigned: Path, tmp_path: Path
+) -> None:
+    pairs, _ = read_manifest(small_assigned / "manifest.jsonl")
     options = SftOptions(epochs=3, lr=1e-3, **FREE)
 
     def run(loss: Any) -> SftRun:
-        generator = load_generator("tiny", master_weights=True)
+        generator = load_generator(small_model, master_weights=True)
         return SftRun(generator, pairs, tmp_path / "run", options, loss=loss)
 
     run(Brightness()).run()
@@ -143,13 +145,13 @@ class AdversarialRun(SftRun):
 
 
 def test_two_trainees_resume_together(
-    assigned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, small_assigned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs, _ = read_manifest(assigned / "manifest.jsonl")
+    pairs, _ = read_manifest(small_assigned / "manifest.jsonl")
     options = SftOptions(epochs=2, lr=1e-3, **FREE)
 
     def train(folder: Path) -> AdversarialRun:
-        generator = load_generator("tiny", master_weights=True)
+        generator = load_generator(small_model, master_weights=True)
         run = AdversarialRun(generator, pairs, folder, options, save_minutes=0)
         run.run()
         return run
@@ -177,8 +179,8 @@ def test_two_trainees_resume_together(
     assert names == {"checkpoint-best", "checkpoint-final"}
 
 
-def test_the_average_follows_the_weights_of_every_step(tiny: Generator) -> None:
-    generator = load_generator("tiny", master_weights=True)
+def test_the_average_follows_the_weights_of_every_step(small_model: Path) -> None:
+    generator = load_generator(small_model, master_weights=True)
     options = SftOptions(use_ema=True, ema_decay=0.3, lr=1e-3, **FREE)
     trainer = Trainer(generator, Brightness(), options, 6)
     name, weight = next(iter(trainer.parameters.items()))

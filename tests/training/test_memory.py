@@ -25,10 +25,10 @@ IN_BACKWARD = {**BASE, "optimizer_in_backward": True}
 
 
 def train(
-    assigned: Path, folder: Path, options: dict[str, Any], **more: Any
+    small_model: Path, small_assigned: Path, folder: Path, options: dict[str, Any], **more: Any
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    generator = load_generator("tiny", master_weights=True)
-    pairs, _ = read_manifest(assigned / "manifest.jsonl")
+    generator = load_generator(small_model, master_weights=True)
+    pairs, _ = read_manifest(small_assigned / "manifest.jsonl")
     run = SftRun(generator, pairs, folder, SftOptions(**options), **more)
     summary = run.run()
     return generator.denoiser.state_dict(), summary
@@ -39,10 +39,10 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def test_updates_in_the_backward_pass_are_the_same_and_keep_no_gradient(
-    assigned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, small_assigned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unclipped = {"max_grad_norm": float("inf"), "lr_warmup_steps": 3}
-    usual, expected = train(assigned, tmp_path / "usual", {**BASE, **unclipped})
+    usual, expected = train(small_model, small_assigned, tmp_path / "usual", {**BASE, **unclipped})
     left: list[int] = []
     update = Trainer.update
 
@@ -51,32 +51,39 @@ def test_updates_in_the_backward_pass_are_the_same_and_keep_no_gradient(
         update(self)
 
     monkeypatch.setattr(Trainer, "update", watched)
-    ours, summary = train(assigned, tmp_path / "ours", {**IN_BACKWARD, **unclipped})
+    ours, summary = train(
+        small_model, small_assigned, tmp_path / "ours", {**IN_BACKWARD, **unclipped}
+    )
     assert same(ours, usual)
     assert left == [0] * 4
     assert summary["matched_loss_after"] == expected["matched_loss_after"]
     rows = [json.loads((tmp_path / f / "history.jsonl").read_text().splitlines()[0])
             for f in ("usual", "ours")]  # fmt: skip
     assert rows[1] == {**rows[0], "gradient_norm": pytest.approx(rows[0]["gradient_norm"])}
-    clipped, _ = train(assigned, tmp_path / "clipped", {**IN_BACKWARD, "max_grad_norm": 1e-9})
+    clipped, _ = train(
+        small_model, small_assigned, tmp_path / "clipped", {**IN_BACKWARD, "max_grad_norm": 1e-9}
+    )
     assert not same(clipped, usual)
 
 
 @pytest.mark.parametrize("more", [{}, {"lora_rank": 2, "use_ema": True}], ids=str)
 def test_selective_checkpointing_changes_nothing_but_memory(
-    assigned: Path, tmp_path: Path, more: dict[str, Any]
+    small_model: Path, small_assigned: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
     options = {**IN_BACKWARD, "epochs": 1, **more}
-    usual, _ = train(assigned, tmp_path / "usual", options)
-    ours, _ = train(assigned, tmp_path / "ours", {**options, "selective_checkpointing": True})
+    usual, _ = train(small_model, small_assigned, tmp_path / "usual", options)
+    ours, _ = train(
+        small_model, small_assigned, tmp_path / "ours", {**options, "selective_checkpointing": True}
+    )
     assert same(ours, usual)
 
 
 def test_updates_in_the_backward_pass_resume_exactly(
-    assigned: Path, tmp_path: Path, forks: Any
+    small_model: Path, small_assigned: Path, tmp_path: Path, forks: Any
 ) -> None:
-    fixed = "--model_id tiny --epochs 3 --lr 1e-4 --preserve_pool_size 4 --save_minutes 0"
-    flags = ["--manifest_path", assigned / "manifest.jsonl", *fixed.split()]
+    fixed = "--epochs 3 --lr 1e-4 --preserve_pool_size 4 --save_minutes 0"
+    flags = ["--manifest_path", small_assigned / "manifest.jsonl", *fixed.split()]
+    flags += ["--model_id", small_model]
     flags += ["--optimizer_in_backward", "--keep_checkpoints", "2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert forks.run("sft", [*flags, "--output_dir", whole], whole).code == 0
@@ -114,9 +121,11 @@ class Poison:
 
 
 @pytest.mark.parametrize("forward", [True, False])
-def test_a_bad_step_destroys_no_weight(assigned: Path, tmp_path: Path, forward: bool) -> None:
-    pairs, _ = read_manifest(assigned / "manifest.jsonl")
-    generator = load_generator("tiny", master_weights=True)
+def test_a_bad_step_destroys_no_weight(
+    small_model: Path, small_assigned: Path, tmp_path: Path, forward: bool
+) -> None:
+    pairs, _ = read_manifest(small_assigned / "manifest.jsonl")
+    generator = load_generator(small_model, master_weights=True)
     poison, options = Poison(generator, {2}, forward), SftOptions(**IN_BACKWARD)
     before = poison.weight.detach().clone()
     summary = SftRun(generator, pairs, tmp_path / "run", options).run()
@@ -124,7 +133,7 @@ def test_a_bad_step_destroys_no_weight(assigned: Path, tmp_path: Path, forward: 
     assert all(value.isfinite().all() for value in generator.denoiser.state_dict().values())
     assert not torch.equal(poison.weight, before)  # the good steps trained it
 
-    generator = load_generator("tiny", master_weights=True)
+    generator = load_generator(small_model, master_weights=True)
     poison = Poison(generator, {1, 2, 3}, forward)
     before = {k: v.clone() for k, v in generator.denoiser.state_dict().items()}
     with pytest.raises(BadStepsError):
@@ -142,9 +151,9 @@ def test_what_cannot_go_with_it_is_refused() -> None:
         SftOptions(optimizer_in_backward=True, gradient_accumulation_steps=2).check()
 
 
-def test_no_hook_is_left_behind(assigned: Path, tmp_path: Path) -> None:
-    pairs, _ = read_manifest(assigned / "manifest.jsonl")
-    generator = load_generator("tiny", master_weights=True)
+def test_no_hook_is_left_behind(small_model: Path, small_assigned: Path, tmp_path: Path) -> None:
+    pairs, _ = read_manifest(small_assigned / "manifest.jsonl")
+    generator = load_generator(small_model, master_weights=True)
     SftRun(generator, pairs, tmp_path, SftOptions(**IN_BACKWARD)).run()
     weight = next(iter(generator.denoiser.parameters())).requires_grad_(True)
     before = weight.detach().clone()
@@ -153,10 +162,10 @@ def test_no_hook_is_left_behind(assigned: Path, tmp_path: Path) -> None:
 
 
 def test_training_encodes_nothing_once_it_has_begun(
-    assigned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, small_assigned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs, _ = read_manifest(assigned / "manifest.jsonl")
-    generator = load_generator("tiny", master_weights=True)
+    pairs, _ = read_manifest(small_assigned / "manifest.jsonl")
+    generator = load_generator(small_model, master_weights=True)
     pipe, encoded = generator.pipe, []
     for network in (pipe.text_encoder, pipe.text_encoder_2, pipe.vae.encoder):
         network.register_forward_pre_hook(lambda *_: encoded.append(1))
@@ -173,13 +182,13 @@ def test_training_encodes_nothing_once_it_has_begun(
     assert started[0] > 0 and started == [started[0]] * 4
 
 
-def test_offloaded_networks_leave_the_device_and_come_back() -> None:
+def test_offloaded_networks_leave_the_device_and_come_back(small_model: Path) -> None:
     def places(module: torch.nn.Module) -> set[str]:
         return {p.device.type for p in module.parameters()}
 
     # "meta" holds no values, so nothing can come back from it: only the way there is seen
     for keep in (True, False):
-        generator = load_generator("tiny", master_weights=True)
+        generator = load_generator(small_model, master_weights=True)
         pipe = generator.pipe
         encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.vae.encoder)
         with pytest.raises(NotImplementedError, match="meta"), offloaded(generator, keep, "meta"):
