@@ -53,6 +53,8 @@ ON_GPU = [pytest.param(backend, marks=pytest.mark.gpu) for backend in BACKENDS]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # the longest first, or one of them would be alone at the end, with the other cores idle
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -190,12 +190,10 @@ def test_skew_exp_of_a_symmetric_matrix_is_exactly_the_identity(D, device):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
 @pytest.mark.parametrize("D", [5, 65])
-def test_skew_exp_without_a_result_is_not_finite(D, bad, device, monkeypatch):
+def test_skew_exp_without_a_result_is_not_finite(D, bad, device):
     """And ends; its batch mates are not touched."""
     if INTERPRETED and D > 64:
-        if bad is not torch.nan:
-            pytest.skip("the interpreter is slow")
-        monkeypatch.setattr("oneshot_fast.kernels.skew_exp_tiled._SQUARINGS", 2)
+        pytest.skip("the interpreter is slow, and test_triton_kernels.py has one of NaN")
     a = torch.randn(2, D, D, device=device) / D
     good = a[1].clone()
     a[0, 1, 0] = bad

@@ -79,17 +79,18 @@ def test_matrices_of_many_norms_in_one_batch(device):
         assert torch.equal(together[b], skew_exp.skew_exp(a[b]))
 
 
-def test_more_squarings_than_are_launched_give_nan(device, monkeypatch):
+def test_more_squarings_than_are_launched_or_nan_give_nan(device, monkeypatch):
     """And none in their batch mates."""
     monkeypatch.setattr(skew_exp_tiled, "_SQUARINGS", 2)
-    a = torch.randn(2, 33, 33, dtype=torch.float64, device=device) / 33
+    a = torch.randn(3, 33, 33, dtype=torch.float64, device=device) / 33
     a[0, 1, 0] = 1e4
+    a[2, 1, 0] = torch.nan
     q = skew_exp.skew_exp(a)
-    assert q[0].isnan().any()
-    assert not q[1].isnan().any()
     da = skew_exp.d_skew_exp(torch.ones_like(a), a, q)
-    assert da[0].isnan().any()
-    assert not da[1].isnan().any()
+    assert torch.equal(q[1:2], skew_exp.skew_exp(a[1:2]))
+    for result in (q, da):
+        assert result[0].isnan().any() and not result[2].isfinite().all()
+        assert not result[1].isnan().any()
 
 
 def test_a_batch_tunes_for_those_up_to_a_power_of_two(device, monkeypatch):

@@ -176,7 +176,11 @@ def test_a_budget_pays_for_candidates_and_best_of_n_gets_no_less(
     assert f"best_of_n, {of.n} candidates: {of.n * STEPS} evaluations" in plain
 
 
-def test_seconds_are_those_that_the_same_run_began_with(few_steps: Any, tmp_path: Path) -> None:
+def test_seconds_are_those_that_the_same_run_began_with(
+    few_steps: Any, work: Work, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(scale_run, "count_flops", lambda *of: work)
+
     def run(**more: Any) -> ScaleRun:
         options = ScaleOptions(
             "best_of_n", budget=7.0, cost_unit="seconds", compare=more.pop("compare", "none")
