@@ -120,7 +120,7 @@ def test_kills_at_random_moments(
 ) -> None:
     expected, changes, seconds = references(command)
     draw, kills, kept = random.Random(command), 0, {}
-    for k in range(6):
+    for k in range(4):
         if k % 3 == 2:  # at any time, not only where files change
             started = forks.start(command, flags(command, folder), folder)
             time.sleep(draw.uniform(0.1, 0.5) * seconds)

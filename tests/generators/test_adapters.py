@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import random
 from collections import defaultdict
@@ -54,17 +55,34 @@ def make(generator: Generator) -> Tensor:
         return generator.latents(gaussian([3], (4, 8, 8)), generator.encode_prompts([PROMPT]))
 
 
+Trained = Callable[..., tuple[Path, Generator, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def trained(assigned: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Trainings by alpha and the names in the adapter's file; each is run once."""
+
+    @functools.cache
+    def run(
+        alpha: float | None, names: str = "diffusers"
+    ) -> tuple[Path, Generator, dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("trained") / "run"
+        return folder, *train(assigned, folder, lora_alpha=alpha, lora_format=names)
+
+    return run
+
+
 @pytest.mark.parametrize("alpha", [None, 2.0])
 def test_diffusers_reads_the_adapter_and_makes_the_same_latents(
-    assigned: Path, tmp_path: Path, tiny: Generator, alpha: float | None
+    trained: Trained, tiny: Generator, alpha: float | None
 ) -> None:
-    generator, summary = train(assigned, tmp_path / "run", lora_alpha=alpha)
+    run, generator, summary = trained(alpha)
     assert summary["matched_loss_after"] < 0.95 * summary["matched_loss_before"]
     trained, base = make(generator), make(tiny)
     assert (trained - base).abs().max() > 0.05
     for name in ("lora-final", "checkpoint-4"):
         pipe = StableDiffusionXLPipeline.from_pretrained(model_path())
-        pipe.load_lora_weights(tmp_path / "run" / name)
+        pipe.load_lora_weights(run / name)
         ours = make(SdxlGenerator(pipe))
         torch.testing.assert_close(ours, trained, rtol=1e-4, atol=1e-4)
         if name == "lora-final":
@@ -72,10 +90,10 @@ def test_diffusers_reads_the_adapter_and_makes_the_same_latents(
             theirs = pipe(PROMPT, num_inference_steps=1, guidance_scale=0.0, output_type="latent",
                           latents=gaussian([3], (4, 8, 8))).images  # fmt: skip
             torch.testing.assert_close(theirs, trained, rtol=1e-4, atol=1e-4)
-    merged = load_generator(tmp_path / "run" / "checkpoint-final")
+    merged = load_generator(run / "checkpoint-final")
     assert torch.equal(make(merged), trained)
     assert merged.denoiser.state_dict().keys() == tiny.denoiser.state_dict().keys()
-    size = (tmp_path / "run" / "lora-final" / "pytorch_lora_weights.safetensors").stat().st_size
+    size = (run / "lora-final" / "pytorch_lora_weights.safetensors").stat().st_size
     assert size < 0.1 * sum(p.nbytes for p in tiny.denoiser.parameters())
 
 
@@ -219,11 +237,11 @@ def test_a_training_of_all_weights_leaves_the_other_parts_as_they_came(
 @pytest.mark.parametrize("alpha", [None, 2.0])
 @pytest.mark.parametrize("names", ["diffusers", "kohya"])
 def test_other_programs_read_the_same_change(
-    assigned: Path, tmp_path: Path, tiny: Generator, names: Any, alpha: float | None
+    trained: Trained, tiny: Generator, names: Any, alpha: float | None
 ) -> None:
-    generator, _ = train(assigned, tmp_path / "run", lora_alpha=alpha, lora_format=names, epochs=1)
+    run, generator, _ = trained(alpha, names)
     change = make(generator) - make(tiny)
-    path = tmp_path / "run/lora-final" / LORA_FILE
+    path = run / "lora-final" / LORA_FILE
     lora = load_file(path)
     pipe = StableDiffusionXLPipeline.from_pretrained(model_path())
     pipe.load_lora_weights(path.parent)
@@ -307,10 +325,10 @@ def test_a_training_goes_on_with_an_adapter(assigned: Path, tmp_path: Path) -> N
 
 
 def test_the_adapters_of_all_cycles_make_the_final_generator(
-    tmp_path: Path, call: Callable[..., Any]
+    small_data: Path, tmp_path: Path, call: Callable[..., Any]
 ) -> None:
-    flags = "--max_samples 6 --assign_steps 1 --train_epochs 1 --train_lr 5e-3 --eval_samples 10"
-    flags += " --num_images 0 --train_lora_rank 4 --work_dir"
+    flags = f"--heldout_root {small_data} --max_samples 6 --assign_steps 1 --train_epochs 1"
+    flags += " --train_lr 5e-3 --eval_samples 10 --num_images 0 --train_lora_rank 4 --work_dir"
     assert call("em", *flags.split(), tmp_path / "em").code == 0
     pipe = StableDiffusionXLPipeline.from_pretrained(model_path())
     made = []

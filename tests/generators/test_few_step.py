@@ -487,9 +487,9 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_assigned_and_trained_through_the_loop(
-    tmp_path: Path, small_data: Path, call: Callable[..., Any], forks: Any
+    tmp_path: Path, small_model: Path, small_data: Path, call: Callable[..., Any], forks: Any
 ) -> None:
-    flags = ["--model_id", "tiny", "--num_inference_steps", 2, "--seed", 3]
+    flags = ["--model_id", small_model, "--num_inference_steps", 2, "--seed", 3]
     search = ["--steps", 3, "--max_samples", 3, "--num_images", 1]
     noises = tmp_path / "noises"
     ended = call("assign", *flags, *search, "--data_root", small_data, "--output_dir", noises)
@@ -497,7 +497,7 @@ def test_assigned_and_trained_through_the_loop(
     rows = rows_of(noises / "manifest.jsonl")
     assert all(row["best_loss"] < row["initial_loss"] for row in rows)
     # the loss that was found is that of diffusers' steps with the record's noise
-    generator: Any = ModelOptions(num_inference_steps=2).load("tiny")
+    generator: Any = ModelOptions(num_inference_steps=2).load(str(small_model))
     assert generator.draws_noise  # SDXL-Turbo's scheduler is ancestral
     pair, row = read_manifest(noises / "manifest.jsonl")[0][0], rows[0]
     target = TargetImages(generator).latent(pair.image_path, "crop")

@@ -9,6 +9,7 @@ import os
 import sys
 
 import pytest
+import torch._dynamo  # noqa: F401  # once, or every fork would load it for tensors without data
 
 from oneshot_fast import _C
 

@@ -23,7 +23,6 @@ from oneshot_fast.training.batch import batches, steps_per_epoch
 Call = Callable[..., Any]
 SHAPES = [(128, 64), (64, 128), (36, 128), (100, 100), (128, 62), (64, 64), (512, 64)]  # w, h
 BUCKETS = [(48, 80), (80, 48), (112, 32), (64, 64), (48, 80), (64, 64), (32, 128)]  # h, w
-FLAGS = ["--model_id", "tiny", "--batch_size", 4]
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +36,24 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def assign(shapes: Path, folder: Path, *more: object) -> list[object]:
-    step = "--method rotation --steps 2 --resize_mode bucket --bucket_step 16"
-    return ["--data_root", shapes, "--output_dir", folder, *FLAGS, *step.split(), *more]
+Flags = Callable[..., list[object]]
 
 
 @pytest.fixture(scope="module")
-def bucketed(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
+def assign(small_model: Path, shapes: Path) -> Flags:
+    """Flags of an assignment in buckets into a folder."""
+    step = "--method rotation --steps 2 --resize_mode bucket --bucket_step 16 --batch_size 4"
+    given = ["--model_id", small_model, "--data_root", shapes, *step.split()]
+    return lambda folder, *more: [*given, "--output_dir", folder, *more]
+
+
+@pytest.fixture(scope="module")
+def bucketed(tmp_path_factory: pytest.TempPathFactory, assign: Flags) -> Path:
     """A finished assignment in buckets."""
     from oneshot_fast.assign import main
 
     folder = tmp_path_factory.mktemp("bucketed") / "run"
-    assert main([str(flag) for flag in assign(shapes, folder, "--num_images", 2)]) == 0
+    assert main([str(flag) for flag in assign(folder, "--num_images", 2)]) == 0
     return folder
 
 
@@ -100,12 +105,12 @@ def test_batches_have_one_size_and_a_resumed_training_goes_on() -> None:
 
 
 def test_training_on_buckets_resumes_to_the_same_bits(
-    bucketed: Path, tmp_path: Path, forks: Any
+    small_model: Path, bucketed: Path, tmp_path: Path, forks: Any
 ) -> None:
     def sft(folder: Path) -> list[object]:
-        flags = "--epochs 1 --preserve_pool_size 2 --pixel_l1_weight 0.1 --save_minutes 0"
-        manifest = bucketed / "manifest.jsonl"
-        return ["--manifest_path", manifest, "--output_dir", folder, *FLAGS, *flags.split()]
+        flags = "--batch_size 4 --epochs 1 --preserve_pool_size 2 --pixel_l1_weight 0.1"
+        place = ["--manifest_path", bucketed / "manifest.jsonl", "--output_dir", folder]
+        return ["--model_id", small_model, *place, *flags.split(), "--save_minutes", 0]
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ended = forks.run("sft", sft(whole), whole)
@@ -122,9 +127,9 @@ def test_training_on_buckets_resumes_to_the_same_bits(
 
 
 def test_a_resumed_assignment_in_buckets_gives_the_same_noises(
-    bucketed: Path, shapes: Path, tmp_path: Path, forks: Any
+    bucketed: Path, assign: Flags, tmp_path: Path, forks: Any
 ) -> None:
-    flags, run = assign(shapes, tmp_path / "run", "--num_images", 2), tmp_path / "run"
+    flags, run = assign(tmp_path / "run", "--num_images", 2), tmp_path / "run"
     ended = forks.run("assign", flags, run, at="00000003.safetensors")
     assert ended.code == -signal.SIGKILL
     assert 0 < len(list((run / "noises").glob("*.safetensors"))) < len({*BUCKETS})
@@ -133,10 +138,10 @@ def test_a_resumed_assignment_in_buckets_gives_the_same_noises(
         assert torch.equal(load_file(path)["z"], load_file(run / "noises" / path.name)["z"])
 
 
-def test_early_stops_and_pools_keep_sizes_apart(shapes: Path, tmp_path: Path, call: Call) -> None:
+def test_early_stops_and_pools_keep_sizes_apart(assign: Flags, tmp_path: Path, call: Call) -> None:
     for k, more in enumerate(("--stop_patience 1 --stop_improvement 0.5", "--pool_window 3")):
         flags = [*more.split(), *(["--method", "pool+sphere"] if k else [])]
-        ended = call("assign", *assign(shapes, tmp_path / str(k), "--num_images", 0), *flags)
+        ended = call("assign", *assign(tmp_path / str(k), "--num_images", 0), *flags)
         assert ended.code == 0, ended.err
         rows = rows_of(tmp_path / str(k) / "manifest.jsonl")
         assert [tuple(row["target_size"]) for row in rows] == BUCKETS
@@ -153,13 +158,15 @@ def test_a_bucket_without_its_frame_fails_alone(bucketed: Path, tmp_path: Path) 
     assert "resize_mode bucket needs 'original_size'" in failures[0].reason
 
 
-def test_one_size_that_is_no_square(shapes: Path, tmp_path: Path, call: Call) -> None:
+def test_one_size_that_is_no_square(
+    small_model: Path, shapes: Path, tmp_path: Path, call: Call
+) -> None:
     wide = ["--width", 96, "--height", 48]
     folder = tmp_path / "em"
     flags = "--num_cycles 1 --assign_steps 1 --train_epochs 1 --eval_samples 12 --num_images 1"
     flags += " --preserve_pool_size 4 --heldout 0.3 --assign_batch_size 4 --train_batch_size 4"
-    ended = call("em", "--data_root", shapes, "--work_dir", folder, "--initial_model_id", "tiny",
-                 "--seed", 3, *flags.split(), *wide)  # fmt: skip
+    ended = call("em", "--data_root", shapes, "--work_dir", folder, "--seed", 3,
+                 "--initial_model_id", small_model, *flags.split(), *wide)  # fmt: skip
     assert ended.code == 0, ended.err
     run = json.loads((folder / "run.json").read_text())
     assert (run["height"], run["width"]) == (48, 96) and "resolution" not in run
@@ -167,7 +174,7 @@ def test_one_size_that_is_no_square(shapes: Path, tmp_path: Path, call: Call) ->
     assert read_noise(folder / "cycle-01/assign" / row["noise_path"], 0).shape == (4, 6, 12)
     assert "accuracy" in json.loads((folder / "eval/cycle-01.json").read_text())
     assert "width 96" in (folder / "report.html").read_text()
-    ended = call("optimize", "--prompt", PROMPTS[0], "--reward", "digit", "--model_id", "tiny",
+    ended = call("optimize", "--prompt", PROMPTS[0], "--reward", "digit", "--model_id", small_model,
                  "--steps", 1, "--output_dir", tmp_path / "found", *wide)  # fmt: skip
     assert ended.code == 0, ended.err
     with Image.open(tmp_path / "found/images/00000-00-best.png") as image:

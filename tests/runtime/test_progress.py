@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,27 +16,31 @@ from oneshot_fast.generators.options import ModelOptions
 COMMANDS = ("assign", "sft", "em")
 
 
-def flags(command: str, data: Path, assigned: Path, folder: Path, tracker: str) -> list[object]:
-    more = {
-        "assign": f"--data_root {data} --output_root {folder} --model_id tiny --steps 1 "
-        "--max_samples 2",
-        "sft": f"--manifest_path {assigned}/manifest.jsonl --output_dir {folder} --model_id tiny "
-        "--epochs 1 --preserve_pool_size 2",
-        "em": f"--data_root {data} --work_dir {folder} --initial_model_id tiny --max_samples 2 "
-        "--assign_steps 1 --train_epochs 1 --eval_samples 10 --preserve_pool_size 2",
+Flags = Callable[[str, Path, str], list[object]]
+
+
+@pytest.fixture
+def flags(small_model: Path, small_data: Path, small_assigned: Path) -> Flags:
+    """Flags of a short run of a command into a folder with a tracker."""
+    pairs, matched = f"--data_root {small_data}", f"--manifest_path {small_assigned}/manifest.jsonl"
+    short = {
+        "assign": f"{pairs} --steps 1 --max_samples 2 --model_id {small_model} --output_root",
+        "sft": f"{matched} --epochs 1 --preserve_pool_size 2 --model_id {small_model} --output_dir",
+        "em": f"{pairs} --max_samples 2 --assign_steps 1 --train_epochs 1 --eval_samples 10 "
+        f"--preserve_pool_size 2 --initial_model_id {small_model} --work_dir",
     }
-    return [*more[command].split(), "--report_to", tracker]
+    return lambda command, folder, to: [*short[command].split(), folder, "--report_to", to]
 
 
 @pytest.mark.parametrize(
     ("command", "tag"), [("assign", "best_loss"), ("sft", "matching"), ("em", "diversity")]
 )
 def test_tensorboard_gets_the_losses(
-    small_data: Path, assigned: Path, tmp_path: Path, call: Any, command: str, tag: str
+    flags: Flags, tmp_path: Path, call: Any, command: str, tag: str
 ) -> None:
     module = "tensorboard.backend.event_processing.event_accumulator"
     events = pytest.importorskip(module).EventAccumulator
-    argv = flags(command, small_data, assigned, tmp_path / "run", "tensorboard")
+    argv = flags(command, tmp_path / "run", "tensorboard")
     assert call(command, *argv).code == 0
     log = events(str(tmp_path / "run" / "logs")).Reload()
     assert log.Scalars(tag)[-1].value > 0
@@ -44,9 +49,9 @@ def test_tensorboard_gets_the_losses(
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_missing_tracker_is_one_line_before_any_work(
-    small_data: Path, assigned: Path, tmp_path: Path, call: Any, command: str
+    flags: Flags, tmp_path: Path, call: Any, command: str
 ) -> None:
-    argv = flags(command, small_data, assigned, tmp_path / "run", "wandb")
+    argv = flags(command, tmp_path / "run", "wandb")
     ended = call(command, *argv)
     assert ended.code == 2 and "pip install wandb" in ended.error
     assert not (tmp_path / "run").exists()
@@ -90,9 +95,9 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> WandB:
 
 
 def test_wandb_gets_all_stages_and_goes_on(
-    small_data: Path, assigned: Path, tmp_path: Path, call: Any, wandb: WandB
+    flags: Flags, tmp_path: Path, call: Any, wandb: WandB
 ) -> None:
-    argv = flags("em", small_data, assigned, tmp_path / "letters", "wandb")
+    argv = flags("em", tmp_path / "letters", "wandb")
     for _ in range(2):
         assert call("em", *argv, "--tracker_project", "fonts").code == 0
     first, second = wandb.inits
@@ -108,10 +113,8 @@ def test_wandb_gets_all_stages_and_goes_on(
     assert wandb.inits[2]["id"] != first["id"] and wandb.inits[2]["project"] == "oneshot_fast"
 
 
-def test_a_project_is_for_wandb(
-    small_data: Path, assigned: Path, tmp_path: Path, call: Any
-) -> None:
-    argv = flags("assign", small_data, assigned, tmp_path / "run", "none")
+def test_a_project_is_for_wandb(flags: Flags, tmp_path: Path, call: Any) -> None:
+    argv = flags("assign", tmp_path / "run", "none")
     ended = call("assign", *argv, "--tracker_project", "letters")
     assert ended.code == 2 and "without --report_to wandb" in ended.error
 

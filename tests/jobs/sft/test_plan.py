@@ -89,13 +89,14 @@ def test_each_option_saves_what_it_says(tiny: Generator) -> None:
 
 
 def test_the_dry_run_of_a_training_writes_nothing(
-    assigned: Path, tmp_path: Path, call: Callable[..., Any]
+    small_model: Path, small_assigned: Path, tmp_path: Path, call: Callable[..., Any]
 ) -> None:
-    flags = ["--manifest_path", assigned / "manifest.jsonl", "--model_id", "tiny", "--dry_run"]
-    before = {path: path.stat().st_mtime_ns for path in assigned.rglob("*")}
+    flags = ["--manifest_path", small_assigned / "manifest.jsonl", "--model_id", small_model]
+    flags.append("--dry_run")
+    before = {path: path.stat().st_mtime_ns for path in small_assigned.rglob("*")}
     ended = call("sft", *flags, "--output_dir", tmp_path / "run", "--lora_rank", 4)
     assert ended.code == 0 and not (tmp_path / "run").exists(), ended.err
-    assert {path: path.stat().st_mtime_ns for path in assigned.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in small_assigned.rglob("*")} == before
     assert "in all, for 6 pairs and 20 steps: " in ended.out
     trained = [float(v) for v in re.findall(r"trained parameters: ([\d.]+) thousand", ended.out)]
     assert 1 < trained[0] < 200
