@@ -20,6 +20,7 @@ from oneshot_fast.evaluation.distances import (
     mmd,
     neighbours,
     prompt_diversity,
+    prompt_resamples,
     replicates,
     resamples,
     verdicts,
@@ -202,9 +203,10 @@ def test_errors_of_energy_scores_are_those_of_other_draws(prompts, images, real)
         centres = 2 * torch.randn(prompts, 8)
         noise = torch.randn(len(labels), 8)
         y = centres[real_labels] + torch.randn(real, 8)
+        drawn = prompt_resamples(labels, real_labels, seed)
         before, after = (
-            replicates(centres[labels] + by * noise, labels, y, real_labels, seed=seed)
-            for by in (1.5, 1.2)
+            {"energy_score": energy_score(x.double(), labels, y.double(), real_labels, *drawn)}
+            for x in (centres[labels] + by * noise for by in (1.5, 1.2))
         )
         found = verdicts(before, after)["energy_score"]
         gains.append(found.gain)

@@ -85,10 +85,20 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+# the last one compiles, where what is neither contiguous nor permuted differs by no stride
+OPCHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("spec", SPECS)
 def test_opcheck(spec, layout, device):
     """The op, and the ops that its backward calls."""
+    checks = OPCHECKS if layout in (contiguous, permuted) else OPCHECKS[:-1]
     if device == "cuda" and not spec.gpu_kernels:
         pytest.skip("made of torch's ops")
     args = make(spec, spec.small[1], torch.float32, layout, requires_grad=True)
@@ -101,7 +111,7 @@ def test_opcheck(spec, layout, device):
             layout(a.detach().to(device)).requires_grad_() if isinstance(a, Tensor) else a
             for a in op_args
         ]
-        torch.library.opcheck(op, leaves)
+        torch.library.opcheck(op, leaves, test_utils=checks)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

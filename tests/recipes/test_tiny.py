@@ -16,6 +16,7 @@ from oneshot_fast.embedded.classifier import load_classifier
 from oneshot_fast.embedded.pipeline import model_path, teacher_path
 from oneshot_fast.evaluation.measures import pairwise_diversity, prompt_accuracy
 from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.recipes.tiny import material
 from oneshot_fast.recipes.tiny.evaluate import reconstruction_psnr, sample_digits
 from oneshot_fast.tiny import main
 
@@ -72,7 +73,9 @@ def test_vae_reconstructs_both_styles(pipeline):
 
 
 @pytest.mark.slow
-def test_recipe_runs_resumes_and_repeats(tmp_path):
+def test_recipe_runs_resumes_and_repeats(tmp_path, monkeypatch):
+    few = tuple(part[:40] for part in dataset.load_digits("train"))
+    monkeypatch.setattr(material, "load_digits", lambda _: few)
     quick = ["--vae_steps=3", "--latent_copies=1", "--teacher_steps=3", "--solver_steps=2"]
     quick += ["--distill_pairs=32", "--distill_steps=3", "--classifier_steps=3", "--batch_size=8"]
     for name in ("a", "b"):

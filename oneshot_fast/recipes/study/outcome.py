@@ -62,9 +62,9 @@ class Setting:
         return cls(subject, pairs[:at], pairs[at:], seed, quick)
 
     def em(self, **changes: Any) -> EmOptions:
-        """Options of `em`, its defaults but for ``changes``."""
+        """Options of `em`, its defaults but for ``changes``; quick ones take few steps."""
         if self.quick:
-            changes = {"assign_steps": 2, "train_epochs": 2, **changes}
+            changes |= {"assign_steps": 2, "train_epochs": 2}
         return EmOptions(**changes)
 
     @property

@@ -120,18 +120,23 @@ class Subject:
         digits is of the training writers, whose digits are moved, as others write otherwise.
         """
         judge, found = self.judge, []
-        others = self.train.sample(1600, max(0, len(self.train.images) - 1600))
         with torch.no_grad():
-            real = judge.features(others.images)
             for seed in range(5):
                 images, labels = self.samples(generator, samples, seed)
-                distance = frechet_distance(judge.features(images), real)
+                distance = frechet_distance(judge.features(images), self._judged_real)
                 accuracy = prompt_accuracy(judge(images), labels)
                 spread = pairwise_diversity(images, labels)
                 found.append(
                     {"frechet_distance": distance, "accuracy": accuracy, "diversity": spread}
                 )
         return {key: sum(row[key] for row in found) / 5 for key in found[0]}
+
+    @cached_property
+    @torch.no_grad()
+    def _judged_real(self) -> Tensor:
+        """The judge's features of the images that are no targets."""
+        others = self.train.sample(1600, max(0, len(self.train.images) - 1600))
+        return self.judge.features(others.images)
 
     @torch.no_grad()
     def samples(self, generator: Generator, count: int, seed: int) -> tuple[Tensor, Tensor]:
