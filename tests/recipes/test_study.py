@@ -39,6 +39,7 @@ def quicker(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, partial(lambda f, *a, **k: f(*a, **k | FEW), whole))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("plots", "quicker")
 def test_the_quick_study_runs_and_is_kept(
@@ -71,6 +72,7 @@ def test_the_quick_study_runs_and_is_kept(
     assert (tmp_path / "study" / "study.md").read_text(encoding="utf-8") == text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quicker")
 def test_whole_runs_are_judged_by_a_classifier_that_nothing_was_chosen_by(tmp_path: Path) -> None:
     argv = ["--quick", "--outcome", "--datasets", "digits", "--output_dir", str(tmp_path)]
