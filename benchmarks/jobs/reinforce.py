@@ -1,4 +1,4 @@
-r"""Rewards raised on the embedded four-step student, with and without the matching term.
+r"""Rewards raised on the embedded four-step student, alone, or held by two kinds of terms.
 
     python -m benchmarks.jobs.reinforce --model_id runs/distill/steps-4/checkpoint-final \
         --output_dir runs/rl
@@ -26,7 +26,11 @@ from oneshot_fast.runtime.files import write_json
 
 RESULTS, FIGURE = Path("benchmarks/results/reinforce.json"), Path("docs/images/reinforce.png")
 PROMPTS = [prompt_of(digit) for digit in range(10)]
-ARMS = {"no matching term": 0.0, "matching term": 20.0}
+ARMS: dict[str, dict[str, float]] = {
+    "reward alone": {},
+    "matching term": {"match_weight": 20.0, "teacher_guidance": 2.0},
+    "preserve": {"preserve_latent_weight": 2.0},
+}
 SHOWN = ("thickness", "judge digit", "accuracy", "diversity", "drift")
 AT = (10.0, 11.0, 12.0, 13.0, 14.0)  # thickness at which the arms are compared
 Rows = list[dict[str, Any]]
@@ -44,7 +48,7 @@ def draw(arms: dict[str, list[Rows]]) -> None:
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     panels = figure.subplots(1, 3)
-    for colour, (name, seeds) in zip(("C0", "C1"), arms.items(), strict=True):
+    for colour, (name, seeds) in zip(("C0", "C1", "C2"), arms.items(), strict=True):
         for k, rows in enumerate(seeds):
             reward = [row["thickness"] for row in rows]
             for axes, other in zip(panels, ("judge digit", "diversity", "drift"), strict=True):
@@ -95,14 +99,13 @@ def main() -> None:
     }  # fmt: skip
     found: dict[str, list[Rows]] = {name: [] for name in ARMS}
     for seed in given.seeds:
-        for name, weight in ARMS.items():
-            more = {"match_weight": weight, "teacher_guidance": 2.0} if weight else {}
+        for name, terms in ARMS.items():
             folder = given.output_dir / f"seed-{seed}" / name.replace(" ", "-")
             run = ReinforceRun(
-                few(given.model_id), PROMPTS, folder, ReinforceOptions(**settings, **more),
+                few(given.model_id), PROMPTS, folder, ReinforceOptions(**settings, **terms),
                 rewards=load_rewards(["thickness"]), judge=load_rewards(["digit"]),
-                eval_samples=100, teacher=few("tiny-teacher") if weight else None, seed=seed,
-                save_minutes=1,
+                teacher=few("tiny-teacher") if "match_weight" in terms else None,
+                eval_samples=100, seed=seed, save_minutes=1,
             )  # fmt: skip
             run.run()
             rows = history(folder)
