@@ -1,13 +1,16 @@
 """The op benchmarks: that they run, what they write, and that they refuse ops whose tests fail."""
 
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import benchmarks
 import oneshot_fast
 from benchmarks.jobs import time_to_loss
 from benchmarks.ops import plot
@@ -15,6 +18,11 @@ from benchmarks.ops.compare import judge
 from benchmarks.ops.results import columns
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_every_script_imports_what_there_is():
+    found = [module.name for module in pkgutil.walk_packages(benchmarks.__path__, "benchmarks.")]
+    assert len([importlib.import_module(name) for name in found]) > 20
 
 
 @pytest.mark.slow
