@@ -64,7 +64,7 @@ class Roles:
         base = generator if teacher is None else teacher
         others = [*base.networks.values()][1:]
         shared: dict[int, Any] = {id(part): part for part in (*others, base.decoder)}
-        for name, own in (("fake", None), ("teacher", teacher)):
+        for name, own in (("teacher", teacher), ("fake", None)):
             self._of[name] = own or copy.deepcopy(base, {**shared})
             if offload:
                 self._of[name].denoiser.to(self._away)

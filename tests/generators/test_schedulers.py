@@ -13,6 +13,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from family_samples import tiny_pipeline
 from torch import Tensor
 
 from oneshot_fast.generators.schedulers import CPSEulerScheduler, CPSScheduler
@@ -85,6 +86,18 @@ def test_ancestral_is_that_of_diffusers_and_zero_is_euler(monkeypatch: pytest.Mo
         a, b = (s.step(column(V), t, column(X)).prev_sample for s in (flow, ours))
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         assert flow.sigmas[k] == ours.sigmas[k]
+
+
+def test_a_pipeline_takes_it() -> None:
+    pipe, made = tiny_pipeline("StableDiffusion3Pipeline"), list[Tensor]()
+    pipe.set_progress_bar_config(disable=True)
+    for scheduler in (FlowMatchEulerDiscreteScheduler(shift=3.0), CPSScheduler(shift=3.0, eta=0)):
+        pipe.scheduler = scheduler
+        draw = torch.Generator().manual_seed(1)
+        how = {"num_inference_steps": 4, "guidance_scale": 2.0, "generator": draw}
+        made.append(pipe("a", height=16, width=16, output_type="latent", **how).images)
+    torch.testing.assert_close(*made, rtol=1e-5, atol=1e-5)
+    assert made[0].std() > 0.1
 
 
 def test_sdxl_turbos_etas() -> None:

@@ -82,6 +82,15 @@ def test_every_step_moves_its_own_network_alone(tmp_path: Path, rank: int) -> No
         assert any(moved) and run.trainers[name].skipped == 0, name
         assert all(torch.equal(p, old[other][k]) for k, p in run.trainers[other].parameters.items())
     assert torch.equal(teacher(), before)
+    student = run.trainers[STUDENT]  # the authors' average stays in place of the weights on a CPU
+    now = {k: p.detach().clone() for k, p in student.parameters.items()}
+    for value in student.ema.shadow_params:
+        value.add_(1)
+    with student.ended():
+        average = student.final()
+        assert all(torch.equal(p, average[k]) for k, p in student.parameters.items())
+        assert not all(torch.equal(p, now[k]) for k, p in student.parameters.items())
+    assert all(torch.equal(p, now[k]) for k, p in student.parameters.items())
     if rank:  # one base in memory, as it was
         assert run.roles.fake.denoiser is generator.denoiser
         after = {
