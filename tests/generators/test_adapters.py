@@ -98,10 +98,11 @@ def test_diffusers_reads_the_adapter_and_makes_the_same_latents(
 
 
 def test_only_the_adapter_is_trained_and_kept(
-    assigned: Path, tmp_path: Path, tiny: Generator, forks: Any
+    small_model: Path, small_assigned: Path, tmp_path: Path, forks: Any
 ) -> None:
-    fixed = "--model_id tiny --lora_rank 2 --epochs 3 --lr 1e-3 --preserve_pool_size 4"
-    flags = ["--manifest_path", assigned / "manifest.jsonl", *fixed.split(), "--save_minutes", "0"]
+    fixed = "--lora_rank 2 --epochs 3 --lr 1e-3 --preserve_pool_size 4 --save_minutes 0"
+    flags = ["--manifest_path", small_assigned / "manifest.jsonl", *fixed.split()]
+    flags += ["--model_id", small_model]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert forks.run("sft", [*flags, "--output_dir", whole], whole).code == 0
     flags += ["--output_dir", parts]
@@ -119,7 +120,7 @@ def test_only_the_adapter_is_trained_and_kept(
         assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
     file = "unet/diffusion_pytorch_model.safetensors"
     old, new = (load_file(f / "checkpoint-final" / file) for f in (whole, parts))
-    base = tiny.denoiser.state_dict()
+    base = load_generator(small_model).denoiser.state_dict()
     assert all(torch.equal(old[k], new[k]) for k in base)
     changed = {k for k in base if not torch.equal(base[k], new[k])}
     adapted = {k for k in base if k.endswith(("to_q.weight", "to_k.weight", "to_v.weight",

@@ -173,13 +173,15 @@ def test_checkpoints_can_be_moved_and_are_named_where_they_cannot_be_made(
     assert (run / "report.html").is_file()
 
 
-def test_own_data_without_digits_and_heldout_pairs(data: Path, tmp_path: Path, call: Call) -> None:
+def test_own_data_without_digits_and_heldout_pairs(
+    small_model: Path, data: Path, tmp_path: Path, call: Call
+) -> None:
     lines = [json.loads(line) for line in (data / "pairs.jsonl").read_text().splitlines()]
     lines[0]["prompt"] = "a \u2028 photo"  # no digit, so there is no classifier to measure with
     lines[1]["image"] = "none.png"
     (data / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     ended = call(
-        "em", "--work_dir", tmp_path / "em", "--data_root", data, "--initial_model_id", "tiny",
+        "em", "--work_dir", tmp_path / "em", "--data_root", data, "--initial_model_id", small_model,
         "--num_cycles", 1, "--assign_steps", 1, "--train_epochs", 1, "--eval_samples", 10,
         "--preserve_latent_weight", 0, "--preserve_pixel_weight", 0, "--num_images", 0,
     )  # fmt: skip
@@ -204,7 +206,7 @@ def test_a_share_of_the_embedded_data_is_held_out_where_one_is_given(
 
 
 def test_held_out_prompts_that_no_classifier_knows_are_measured_without_one(
-    data: Path, small_data: Path, tmp_path: Path, call: Call
+    small_model: Path, data: Path, small_data: Path, tmp_path: Path, call: Call
 ) -> None:
     lines = [json.loads(line) for line in (data / "pairs.jsonl").read_text().splitlines()]
     lines = [{**line, "prompt": "a photo"} for line in lines]
@@ -212,7 +214,7 @@ def test_held_out_prompts_that_no_classifier_knows_are_measured_without_one(
     short = "--num_cycles 1 --assign_steps 1 --train_epochs 1 --num_images 0 --eval_samples 10"
     ended = call(
         "em", "--work_dir", tmp_path / "em", "--data_root", small_data, "--heldout_root", data,
-        "--initial_model_id", "tiny", *short.split(),
+        "--initial_model_id", small_model, *short.split(),
     )  # fmt: skip
     assert ended.code == 0, ended.err
     summary = json.loads((tmp_path / "em" / "summary.json").read_text())
@@ -220,17 +222,17 @@ def test_held_out_prompts_that_no_classifier_knows_are_measured_without_one(
 
 
 def test_own_data_is_split_and_measured_by_judges_and_features_without_a_classifier(
-    data: Path, tmp_path: Path, call: Call
+    small_model: Path, data: Path, tmp_path: Path, call: Call
 ) -> None:
     lines = [json.loads(line) for line in (data / "pairs.jsonl").read_text().splitlines()]
     lines = [{**lines[k % 6], "prompt": f"{'abc'[k % 3]} photo"} for k in range(64)]
     (data / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     fixed = (
-        "--initial_model_id tiny --num_cycles 1 --assign_steps 1 --train_epochs 1 --num_images 0 "
+        "--num_cycles 1 --assign_steps 1 --train_epochs 1 --num_images 0 "
         "--eval_samples 10 --preserve_latent_weight 0 --preserve_pixel_weight 0 --train_lr 1e-12"
     )
     more = ["--judge", "thickness", "--features", "python:feature_samples.rows"]
-    flags = ["--data_root", data, *fixed.split(), *more]
+    flags = ["--initial_model_id", small_model, "--data_root", data, *fixed.split(), *more]
     ended = call("em", "--work_dir", tmp_path / "em", *flags)
     assert ended.code == 0 and "16 of 64 pairs are held out, to measure by" in ended.err, ended.err
     summary = json.loads((tmp_path / "em" / "summary.json").read_text())
@@ -260,8 +262,11 @@ def test_direct_training_starts_from_the_base_and_sees_other_noises(aligned: Pat
     assert (settings["noise"], settings["epochs"]) == ("random", 8)
 
 
-def test_the_dry_run_of_em_writes_nothing(tmp_path: Path, call: Call) -> None:
-    flags = ["--work_dir", tmp_path / "run", "--max_samples", 6, "--assign_steps", 2, "--dry_run"]
+def test_the_dry_run_of_em_writes_nothing(
+    small_model: Path, small_data: Path, tmp_path: Path, call: Call
+) -> None:
+    flags = ["--initial_model_id", small_model, "--data_root", small_data, "--dry_run"]
+    flags += ["--work_dir", tmp_path / "run", "--num_cycles", 2, "--assign_steps", 2]
     ended = call("em", *flags, "--train_lora_rank", 4, "--train_optimizer_in_backward")
     assert ended.code == 0 and not (tmp_path / "run").exists(), ended.err
     assert ended.out.count("peak of a step of ") == 2
