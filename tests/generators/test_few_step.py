@@ -329,6 +329,44 @@ def test_log_probabilities_of_the_authors_code() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+def test_likelihoods_of_steps_are_those_of_preference_learners(made: Callable[..., Any]) -> None:
+    """Of PSO, D3PO and RLCM, which take means over a latent, with the Gaussian's constants."""
+    known = json.loads(
+        (Path(family_samples.__file__).parent / "preference_vectors.json").read_text()
+    )
+    for count, turbo in known["sdxl_turbo_schedule"].items():
+        steps = made(SCHEDULERS["EulerAncestral"], int(count)).steps(SHAPE)
+        assert [float(step.timestep) for step in steps] == turbo["timesteps"]
+        assert [*(step.sigma for step in steps), 0] == pytest.approx(turbo["sigmas"], rel=1e-6)
+        assert [step.noise for step in steps] == pytest.approx(turbo["sigma_up"], rel=1e-6)
+
+    def same(step: Any, of: Any, theirs: Any, divided: float = 1.0, rel: float = 1e-6) -> None:
+        x, output, after = (torch.tensor(of[name]) for name in ("x", "eps", "next"))
+        mean = step.keep * x / divided + step.change * output
+        found = Transition(mean, step.noise).log_probability(after) / mean[0].numel()
+        found -= math.log(step.noise * math.sqrt(2 * math.pi))
+        assert found.tolist() == pytest.approx(theirs, rel=rel)
+
+    of = known["ancestral_logprob"]
+    steps = made(SCHEDULERS["EulerAncestral"]).steps(SHAPE)
+    for k, theirs in enumerate(of["steps"]):  # ours begin with noise of N(0, 1), not of sigma
+        same(steps[k], of, theirs["log_prob"], steps[0].sigma if k == 0 else 1.0)
+    of = known["ddim_logprob"]
+    scheduler = DDIMScheduler(**NAMES, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    steps = made(scheduler, 20, scheduler_eta=1.0).steps(SHAPE)
+    for theirs in of["steps_20_eta_1"]:
+        (step,) = (step for step in steps if step.timestep == theirs["timestep"])
+        # the last variance is a difference in float32 there
+        same(step, of, theirs["log_prob"], rel=2e-5 if step is steps[-1] else 1e-6)
+    steps = made(SCHEDULERS["LCM"]).steps(SHAPE)
+    x, output = (torch.tensor(of[name]) for name in ("x", "eps"))
+    for step, theirs in zip(steps[:2], known["lcm_logprob"]["steps"], strict=False):
+        ours = step.skip * x - step.sigma * output
+        torch.testing.assert_close(ours, torch.tensor(theirs["x0"]), rtol=1e-5, atol=1e-5)
+    # the second one goes to another timestep there
+    same(steps[0], of, known["lcm_logprob"]["steps"][0]["log_prob"])
+
+
 def test_levels_and_samples_of_the_authors_code() -> None:
     vectors = json.loads((Path(family_samples.__file__).parent / VECTORS).read_text())
     for name, key, count, config in (

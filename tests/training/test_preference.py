@@ -72,6 +72,12 @@ def test_pso_is_the_originals() -> None:
     check((loss.sum() + math.log(2)) / 4, v["loss"], (d, [v["grad_0"], v["grad_1"]]))
 
 
+def test_preferences_are_the_originals_but_for_ties() -> None:
+    v = VECTORS["pso_preference"]
+    ours = preferences(torch.tensor([v["a"], v["b"]]).T).tolist()
+    assert ours == [-1, 0, 1] and [ours[0], ours[2]] == [v["out"][0][0], v["out"][2][0]]
+
+
 def test_clipping_as_ppo_leaves_a_way_back() -> None:
     d = leaf([[-0.3, -0.05], [0.3, -0.3]])
     pso_loss(d, torch.tensor([1.0, 1.0]), 5.0, LOW, HIGH).sum().backward()
@@ -209,6 +215,13 @@ def test_offline_pso_is_the_originals() -> None:
         expected = [case["beta"] * x for x in case["logits"]]
         assert logit.tolist() == pytest.approx(expected, rel=1e-5)
         check(loss.mean(), case["loss"], (made, case["grad_eps"]))
+
+
+def test_one_noise_for_both_is_evaluated_once() -> None:
+    (x0, base), targets = torch.randn(2, 5, 1, 4, 2, 2), torch.randn(5, 2, 4, 2, 2)
+    extra = {"targets": targets, "weight": torch.ones(5)}
+    twice = PairDPO()(x0.expand_as(targets), base.expand_as(targets), extra)
+    torch.testing.assert_close(PairDPO()(x0, base, extra), twice)
 
 
 def test_a_pair_of_weight_0_teaches_nothing() -> None:

@@ -147,9 +147,10 @@ class PairRun(ComparingRun):
         found = [self._found[k] for k in rows]
         texts = [pair.prompt for pair, *_ in found]
         seeds = [derived_seed(self.seed, "pair", step, k) for k in rows]
-        noise = torch.stack([noise for *_, noise in found])
-        if not self._noises:  # one for both
-            noise = gaussian(seeds, self.noise_shape)[:, None].expand(-1, 2, -1, -1, -1)
+        if self._noises:
+            noise = torch.stack([noise for *_, noise in found])
+        else:  # one for both, which is evaluated once
+            noise = gaussian(seeds, self.noise_shape)[:, None]
         extra = {
             "targets": torch.stack([latents for _, latents, _ in found]),
             "weight": torch.tensor([pair.weight for pair, *_ in found]),

@@ -57,10 +57,10 @@ def prefer_plan(
 def _batch(
     generator: Generator, options: PreferOptions, resolution: Resolution, pairs: bool
 ) -> Batch:
-    count, group = options.batch_size, 2 if pairs else options.group
-    noise = torch.zeros(
-        count, 2 if pairs else options.noises, *generator.noise_shape(*size_of(resolution))
-    )
+    count, group, noises = options.batch_size, options.group, options.noises
+    if pairs:
+        group, noises = 2, 2 if options.pair_noise == "assigned" else 1
+    noise = torch.zeros(count, noises, *generator.noise_shape(*size_of(resolution)))
     latents = torch.zeros(count, group, *generator.latent_shape(*size_of(resolution)))
     extra = {"rewards": torch.zeros(count, group), "ties": torch.zeros(count)}
     extra |= {"candidates": latents, "old": latents[:, : options.noises], "actions": latents}

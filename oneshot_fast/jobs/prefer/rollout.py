@@ -14,6 +14,8 @@ from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.training.losses.neighbor_grpo import neighbors
 from oneshot_fast.training.losses.preference import kl_scales, preferences
 
+_AT_ONCE = 16  # images that are decoded
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -88,8 +90,9 @@ class Rollout:
         return self.generator.told([prompt] * count, seeds)
 
     def _scored(self, prompt: str, latents: Tensor, **found: Tensor) -> dict[str, Tensor]:
-        scores = self.rewards(self.generator.decode(latents), [prompt] * len(latents))
-        return {name: value.cpu() for name, value in found.items()} | {"rewards": scores.cpu()}
+        parts = latents.split(_AT_ONCE)
+        scores = [self.rewards(self.generator.decode(x), [prompt] * len(x)).cpu() for x in parts]
+        return {name: x.cpu() for name, x in found.items()} | {"rewards": torch.cat(scores)}
 
 
 def compared(groups: Sequence[dict[str, Tensor]], paired: bool) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ class GroupDPO:
 
 @dataclass(frozen=True)
 class PairDPO:
-    """On clean latents [G, 2, C, h, w] of the noises of a winner and a loser.
+    """On clean latents of the noises of a winner and a loser, [G, 2, C, h, w]; of one, [G, 1, ...].
 
     ``extra`` has their images' latents "targets" [G, 2, C, h, w] and the pairs' "weight" [G].
 

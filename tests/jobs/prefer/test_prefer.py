@@ -25,6 +25,7 @@ from oneshot_fast.generators.few_step import FewStepGenerator
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.pipeline import PipelineGenerator
 from oneshot_fast.jobs import judged
+from oneshot_fast.jobs.prefer import rollout
 from oneshot_fast.jobs.prefer import run as prefer_run
 from oneshot_fast.jobs.prefer.options import Name, PreferOptions
 from oneshot_fast.jobs.prefer.rollout import Rollout, compared
@@ -51,8 +52,8 @@ def options(name: Any, **more: Any) -> PreferOptions:
 
 def drawn(tiny: Generator, chosen: PreferOptions) -> Batch:
     """A batch of two groups, as a run draws it."""
-    rollout = Rollout(tiny, load_rewards(["thickness"]), chosen, (4, 8, 8))
-    groups = [rollout.group(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+    draws = Rollout(tiny, load_rewards(["thickness"]), chosen, (4, 8, 8))
+    groups = [draws.group(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
     extra = compared(groups, chosen.drawing == "pairs")
     noise = extra.pop("noise")
     return Batch(preference=Rows(noise, tiny.told(PROMPTS, [0, 1]), extra))
@@ -84,6 +85,18 @@ def test_every_objective_on_what_is_drawn(name: str, tiny: Generator) -> None:
         torch.testing.assert_close(sum(piece[key] for piece in pieces), value.detach())
 
 
+def test_many_images_are_decoded_some_at_a_time(
+    tiny: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = options("neighbor_grpo", group=6)
+    whole = drawn(tiny, chosen)["preference"].extra["rewards"]
+    monkeypatch.setattr(rollout, "_AT_ONCE", 4)
+    sizes, decode = [], tiny.decode
+    monkeypatch.setattr(tiny, "decode", lambda x: sizes.append(len(x)) or decode(x))
+    torch.testing.assert_close(drawn(tiny, chosen)["preference"].extra["rewards"], whole)
+    assert sizes == [4, 2, 4, 2]
+
+
 def test_the_images_of_a_group(tiny: Generator) -> None:
     rows = drawn(tiny, options("pso"))["preference"]
     again = drawn(tiny, options("pso"))["preference"]
@@ -102,10 +115,10 @@ def test_the_images_of_a_group(tiny: Generator) -> None:
     # of 4 x 2 x 2 numbers, so that the log-ratio to another mean has twice its mean as variance
     chosen = options("rlcm", action_pool=4)
     assert chosen.drawn((4, 8, 8)) == 16 and chosen.drawn((4, 9, 7)) == 24
-    rollout = Rollout(tiny, load_rewards(["thickness"]), chosen, (4, 8, 8))
+    draws = Rollout(tiny, load_rewards(["thickness"]), chosen, (4, 8, 8))
     policy = chosen.loss(16).policy
     assert isinstance(policy, Actions)
-    actions = 0.3 * rollout._actions(0, 4000)
+    actions = 0.3 * draws._actions(0, 4000)
     apart = 0.1 * torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
     lp = [
         log_prob(policy.blocks(actions[None]), policy.blocks(m.expand_as(actions)[None]), 0.3)
