@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import math
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,16 @@ def run_job(
         args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         args.output.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
     return 0
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    """Mean and its standard error, as a cell of a table."""
+    mean = statistics.fmean(values)
+    digits = 2 if abs(mean) >= 5 else 3
+    if len(values) < 2:
+        return f"{mean:.{digits}f}"
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
 def slug(name: str) -> str:

@@ -10,7 +10,6 @@ python -m benchmarks.jobs.prefer [--output benchmarks/results/prefer.json]
 """
 
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.common import ROOT, run_job
+from benchmarks.common import ROOT, mean_and_error, run_job
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.embedded.classifier import load_classifier
 from oneshot_fast.evaluation.features import of_classifier
@@ -172,19 +171,9 @@ def markdown(found: dict[str, Any]) -> str:
     for name, rows in found["results"].items():
         taken = [row["steps"] for row in rows if "steps" in row]
         steps = "-".join(map(str, sorted({min(taken), max(taken)}))) if taken else ""
-        cells = [_cell([row[key] for row in rows]) for key in MEASURES]
+        cells = [mean_and_error([row[key] for row in rows]) for key in MEASURES]
         lines.append(f"| {TITLES[name]} | {steps} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _cell(values: list[float]) -> str:
-    """Mean and standard error."""
-    mean = statistics.fmean(values)
-    digits = 2 if abs(mean) >= 5 else 3
-    if len(values) < 2:
-        return f"{mean:.{digits}f}"
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from oneshot_fast.data.records import (
     text_field,
     texts_field,
 )
-from oneshot_fast.data.tables import open_parquet, parquet_rows
+from oneshot_fast.data.tables import read_rows
 from oneshot_fast.errors import DataError, one_line
 from oneshot_fast.runtime.files import write_jsonl
 from oneshot_fast.runtime.ledger import say
@@ -129,21 +129,9 @@ def _rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     if path.is_dir():
         return _captioned(path, tell=True)
     if path.suffix == ".parquet":
-        return enumerate(_parquet_rows(path, fields), 1)
+        rows = read_rows(path, fields, lambda names: _check_fields(names, fields))
+        return ((line, cells) for line, (_, _, cells) in enumerate(rows, 1))
     return read_table(path) if path.suffix == ".csv" else read_objects(path)
-
-
-def _parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[dict[str, object]]:
-    with path.open("rb") as file:
-        try:
-            table = open_parquet(file, *fields)
-            _check_fields(table.schema_arrow.names, fields)
-            for group in range(table.num_row_groups):
-                yield from parquet_rows(file, table, group, [*fields])
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
-        except Exception as error:  # damaged bytes raise nearly any class
-            raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def _check_fields(found: Sequence[str], fields: Sequence[str]) -> None:

@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from oneshot_fast.data.image_refs import ImageRef, find_file
+from oneshot_fast.data.image_refs import ImageRef, Member, cell_place, find_file
 from oneshot_fast.data.manifests import MatchedPair
 from oneshot_fast.data.records import (
     Failure,
@@ -15,8 +15,12 @@ from oneshot_fast.data.records import (
     read_objects,
     text_field,
 )
+from oneshot_fast.data.tables import read_rows
 from oneshot_fast.errors import DataError
+from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.processes import is_main
 
+_PICKED = ("caption", "label_0", "label_1")
 Noises = Mapping[tuple[str, str], MatchedPair]  # by real path of the image, and prompt
 
 
@@ -29,26 +33,34 @@ class PreferredPair:
     image: ImageRef  # the preferred one
     rejected: ImageRef
     weight: float
-    line: int  # 1-based
+    line: int  # 1-based; of a table its row
 
 
 def read_preferences(path: Path) -> tuple[list[PreferredPair], list[Failure]]:
-    """Read pairs from JSON lines {"prompt", "image", "rejected"[, "weight"]}.
+    """Read pairs from JSON lines {"prompt", "image", "rejected"[, "weight"]}, or from Parquet.
 
-    Paths are relative to the file's folder; the images are looked up, not decoded.
+    Paths are relative to the file's folder; the images are looked up, not decoded. A .parquet file
+    is one of Pick-a-Pic (Kirstain et al. 2023, arXiv 2305.01569): columns "caption", "jpg_0" and
+    "jpg_1" of bytes, "label_0" and "label_1", 1 of the better image. Ties, labels of 0.5, are left
+    out.
 
     Returns:
         The pairs and the failures, each in file order.
 
     Raises:
-        DataError: no such file, or no usable line in it.
+        DataError: no such file, or no usable line in it, or no Parquet file of these columns.
     """
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such file of pairs; give the path of a pairs.jsonl")
     used: dict[str, int] = {}
-    found = [_parse(line, item, path.parent, used) for line, item in read_objects(path)]
+    if path.suffix == ".parquet":
+        found = _picked(path.absolute(), used)
+    else:
+        found = [_parse(line, item, path.parent, used) for line, item in read_objects(path)]
     pairs = [item for item in found if isinstance(item, PreferredPair)]
     failures = [item for item in found if isinstance(item, Failure)]
+    if not found and path.suffix == ".parquet":
+        raise DataError(f"{path}: has no row, or ties alone")
     if not pairs:
         example = '{"prompt": "a bird", "image": "better.png", "rejected": "worse.png"}'
         raise nothing_usable(path, failures, example)
@@ -73,7 +85,46 @@ def noise_of(noises: Noises, image: ImageRef, prompt: str) -> MatchedPair:
 
 
 def _real(image: ImageRef) -> str:
-    return os.path.realpath(image) if isinstance(image, Path) else str(image)
+    if isinstance(image, Path):
+        return os.path.realpath(image)
+    return str(image if "://" in image.file else replace(image, file=os.path.realpath(image.file)))
+
+
+def _picked(path: Path, used: dict[str, int]) -> list[PreferredPair | Failure]:
+    """Those of a Parquet file of Pick-a-Pic, without its ties."""
+    found: list[PreferredPair | Failure] = []
+    ties = 0
+    for line, (group, row, cells) in enumerate(read_rows(path, _PICKED, _check_columns), 1):
+        prompt = None
+        try:
+            prompt = text_field(cells, "caption")
+            labels = cells["label_0"], cells["label_1"]
+            if labels == (0.5, 0.5):
+                ties += 1
+                continue
+            if labels not in ((1, 0), (0, 1)):
+                raise DataError(
+                    f"'label_0' and 'label_1' are {labels[0]} and {labels[1]}: give 1 and 0, 0 and "
+                    "1, or 0.5 twice for a tie"
+                )
+            columns = ("jpg_0", "jpg_1") if labels == (1, 0) else ("jpg_1", "jpg_0")
+            better, worse = (Member(str(path), cell_place(name, group, row)) for name in columns)
+            name = claim_id(pair_id(better.place, worse.place, prompt), used)
+            found.append(PreferredPair(name, prompt, better, worse, 1.0, line))
+        except DataError as error:
+            found.append(Failure(str(error), line, None, prompt, None))
+    if ties and is_main():
+        say(f"{path}: left out as ties: {ties}")
+    return found
+
+
+def _check_columns(names: list[str]) -> None:
+    missing = [name for name in (*_PICKED, "jpg_0", "jpg_1") if name not in names]
+    if missing:
+        raise DataError(
+            f"it lacks {', '.join(missing)}, which files of Pick-a-Pic have; give those, or a "
+            "pairs.jsonl"
+        )
 
 
 def _parse(

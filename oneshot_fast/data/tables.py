@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, BinaryIO
 
-from oneshot_fast.errors import DataError
+from oneshot_fast.errors import DataError, one_line
 
 _ROWS = 1024  # read at once
 _BYTES = 64 << 20  # read at once, as the file says; of texts no page may have more
@@ -60,6 +61,32 @@ def parquet_rows(file: BinaryIO, table: Any, group: int, columns: list[str]) -> 
     for part in parts:
         for cells in zip(*(part[column] for column in columns), strict=True):
             yield {name: cell.as_py() for name, cell in zip(columns, cells, strict=True)}
+
+
+def read_rows(
+    path: Path, columns: Sequence[str], check: Callable[[list[str]], None]
+) -> Iterator[tuple[int, int, Any]]:
+    """Rows of a Parquet file: row group, row of it, and a dict of some columns.
+
+    Args:
+        path: The file.
+        columns: Which ones.
+        check: Told the names that there are; raises DataError where they are not those.
+
+    Raises:
+        DataError: the file is damaged, or pyarrow is not installed, or by ``check``.
+    """
+    with path.open("rb") as file:
+        try:
+            table = open_parquet(file, *columns)
+            check(table.schema_arrow.names)
+            for group in range(table.num_row_groups):
+                for row, cells in enumerate(parquet_rows(file, table, group, [*columns])):
+                    yield group, row, cells
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        except Exception as error:  # damaged bytes raise nearly any class
+            raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def check_pages(file: BinaryIO, table: Any, group: int, column: str, limit: int) -> int:

@@ -124,9 +124,9 @@ class PreferOptions(TrainOptions):
     (baseline) both on the same new random noise at every step."""
     loser_weight: float = 1.0
     """With --pairs: factor of the worse image's part; less than 1 pushes less from it."""
-    winner_weight: float = 0.0
+    winner_weight: float = 5.0
     """With --pairs: weight of the better image's own squared distance, which may grow as long as
-    the worse one's grows more."""
+    the worse one's grows more; 0 as published."""
 
     def check(self) -> None:
         super().check()
@@ -323,7 +323,8 @@ class PreferData(MeasureOptions, SizeOptions, JudgeModels):
     times: images are compared by the weighted sum. No gradient is needed."""
     pairs: Path | None = None
     """Instead of drawn images: JSON lines {"prompt", "image", "rejected"[, "weight"]}, a better and
-    a worse image each, with paths relative to the file; for --objective dpo and pso."""
+    a worse image each, with paths relative to the file, or a .parquet file of Pick-a-Pic; for
+    --objective dpo and pso."""
     manifest_path: Manifests = ()
     """With --pairs: manifest.jsonl of assign with the noises of their images; may be several, such
     as of assign --image_field image and --image_field rejected."""

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from shard_samples import parquet, png
 
-from oneshot_fast.data.preferences import read_preferences
+from oneshot_fast.data.images import load_image
+from oneshot_fast.data.manifests import read_manifest
+from oneshot_fast.data.preferences import noise_of, noises_by_image, read_preferences
 from oneshot_fast.errors import DataError, UserError
 from oneshot_fast.jobs.prefer.options import PreferOptions
 
@@ -63,6 +66,42 @@ def test_pairs_are_read_and_bad_lines_fail_alone(pairs: Path) -> None:
     assert said[7].startswith("no such file: absent.png")
     with pytest.raises(DataError, match="no such file of pairs"):
         read_preferences(pairs.parent / "absent.jsonl")
+
+
+def test_pairs_of_pick_a_pic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels: list[Any] = [(1, 0), (0.5, 0.5), (0, 1), (1, 1), (None, None), (1.0, 0.0)]
+    rows = [
+        {"caption": f"grey {k}", "jpg_0": png(k), "jpg_1": png(100 + k), "label_0": a, "label_1": b}
+        for k, (a, b) in enumerate(labels)
+    ]
+    rows[5]["caption"] = None
+    path = tmp_path / "part.parquet"
+    path.write_bytes(parquet(rows, group=2))
+    found, failures = read_preferences(path)
+    assert "left out as ties: 1" in capsys.readouterr().err
+    assert [(pair.line, pair.prompt) for pair in found] == [(1, "grey 0"), (3, "grey 2")]
+    shades = [
+        load_image(x, 4, 4).mean() * 255 for pair in found for x in (pair.image, pair.rejected)
+    ]
+    assert [round(float(x)) for x in shades] == [0, 100, 102, 2]  # the second row of labels swaps
+    said = {failure.line: failure.reason for failure in failures}
+    assert said[4].startswith("'label_0' and 'label_1' are 1.0 and 1.0: give 1 and 0")
+    assert "are None and None" in said[5] and said[6] == "'caption' must be a string, not null"
+    # what assign --image_field jpg_1 writes
+    save_file({"z": torch.zeros(1, 4, 8, 8)}, tmp_path / "z.safetensors")
+    line = {"prompt": "grey 2", "target_image_path": "part.parquet#jpg_1:1:0"}
+    line |= {"noise_path": "z.safetensors", "noise_index": 0}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(line))
+    noises = noises_by_image(read_manifest(tmp_path / "manifest.jsonl")[0])
+    assert noise_of(noises, found[1].image, "grey 2").noise_index == 0
+    for bad, message in (
+        (parquet([row | {"label_0": 0.5, "label_1": 0.5} for row in rows[:2]]), "or ties alone"),
+        (parquet([{"caption": "a", "jpg_0": b""}]), "it lacks label_0, label_1, jpg_1"),
+        (path.read_bytes()[:-20], "cannot be read"),
+    ):
+        (tmp_path / "bad.parquet").write_bytes(bad)
+        with pytest.raises(DataError, match=message):
+            read_preferences(tmp_path / "bad.parquet")
 
 
 def test_the_better_image_is_preferred(pairs: Path, call: Callable[..., Any]) -> None:
