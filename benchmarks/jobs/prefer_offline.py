@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import ROOT, mean_and_error, run_job
+from benchmarks.common import ROOT, mean_and_error, run_job, slug
 from oneshot_fast.data.images import save_png
 from oneshot_fast.data.manifests import MatchedPair, read_manifest
 from oneshot_fast.data.noise_files import read_noise
@@ -107,6 +107,7 @@ def distances(generator: Generator) -> Tensor:
 def train(name: str, generator: Generator, folder: Path, epochs: int, seed: int) -> PairRun:
     """Train on the pairs; returns the run."""
     options = PreferOptions(**{"objective": "dpo", "batch_size": 8, "epochs": epochs, **ARMS[name]})
+    write_split("train")
     matched = assigned("train") if options.pair_noise == "assigned" else ()
     pairs, _ = read_preferences(KEPT / "train" / "preferences.jsonl")
     run = PairRun(generator, pairs, folder, options, matched=matched, eval_samples=10, seed=seed)
@@ -116,7 +117,7 @@ def train(name: str, generator: Generator, folder: Path, epochs: int, seed: int)
 
 def row(name: str, seed: int, epochs: int, samples: int) -> dict[str, Any]:
     """What one training brought; from disk, if it was measured before."""
-    named = "base" if name == "base" else f"{[*ARMS].index(name)}-{seed}-{epochs}"
+    named = "base" if name == "base" else f"{slug(name)}-{seed}-{epochs}"
     path = KEPT / f"{named}-{samples}.json"
     if path.exists():
         return dict(json.loads(path.read_text()))
