@@ -359,7 +359,9 @@ class FewStepGenerator(PipelineGenerator):
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(super().fingerprint().encode())
-        sampler = type(self._scheduler).__name__, sorted(self._scheduler.config.items(), key=str)
+        # not diffusers' own notes, such as a list of defaults, whose order is of a set
+        config = sorted((k, v) for k, v in self._scheduler.config.items() if not k.startswith("_"))
+        sampler = type(self._scheduler).__name__, config
         digest.update(repr((self.num_inference_steps, self.guidance_scale, sampler)).encode())
         for more in filter(None, (self.step_list, self.scheduler_eta)):
             digest.update(repr(more).encode())

@@ -404,6 +404,15 @@ def test_an_image_does_not_depend_on_its_batch(made: Callable[..., Any]) -> None
     assert len(ours.generate(PROMPTS, seed=1)) == 2
 
 
+def test_the_fingerprint_is_the_same_in_every_process(made: Callable[..., Any]) -> None:
+    ours = made(SCHEDULERS["Euler"])
+    scheduler, before = ours._scheduler, ours.fingerprint()
+    defaults = scheduler.config["_use_default_values"]  # a set's, in an order of the process
+    scheduler.register_to_config(_use_default_values=defaults[::-1])
+    assert len(defaults) > 1 and ours.fingerprint() == before
+    assert made(SCHEDULERS["Karras"]).fingerprint() != before
+
+
 def test_gradients_pass_all_steps_or_the_last(made: Callable[..., Any]) -> None:
     ours = made(SCHEDULERS["LCM"], 3)
     told, weight = ours.told(PROMPTS, SEEDS), next(ours.denoiser.parameters())

@@ -121,6 +121,7 @@ class RewardRun:
                 weights and no other network is named.
         """
         options.check()
+        require(save_minutes >= 0, f"save_minutes is {save_minutes}; give 0 or a positive number")
         one = processes().num_processes == 1
         require(one, "train_reward takes one process; start it without accelerate or torchrun")
         name, weight = parse_reward(reward)
