@@ -95,7 +95,7 @@ def _fail(error: Exception) -> int:
     if isinstance(error, SafetensorError):
         return _say(BAD_INPUT, f"error: damaged safetensors file: {one_line(error)}; restore it")
     if isinstance(error, RuntimeError) and lost_another(error):
-        return _say(BAD_INPUT, f"error: another process ended: see what it said; {_AGAIN}")
+        return _say(CRASHED, f"error: another process ended ({one_line(error)}); {_AGAIN}")
     said = "".join(traceback.format_exception(error))
     return _say(
         CRASHED,

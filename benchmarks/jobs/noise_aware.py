@@ -52,7 +52,7 @@ def finished(folder: Path, *flags: str) -> Path:
     return folder
 
 
-def pruned_gains(root: Path, reward: Path) -> dict[str, dict[str, float]]:
+def pruned_by(root: Path, reward: Path) -> dict[str, Any]:
     """Prune for real by ``thickness`` and by the trained reward; paired differences."""
     runs: dict[str, list[Any]] = {}
     alone = RUNS["pruned"].removesuffix(" --compare best_of_n")
@@ -65,15 +65,16 @@ def pruned_gains(root: Path, reward: Path) -> dict[str, dict[str, float]]:
     plain = [row["best"]["total"] for row in runs["pruned"]]
     pruned = [row["best"]["total"] for row in runs["noise_aware"]]
     best = [row["compare"]["best"]["total"] for row in runs["pruned"]]
-    gains = {}
+    gains: dict[str, Any] = {}
     for other, those in (("Best-of-8", best), ("pruned by thickness", plain)):
         differences = [a - b for a, b in zip(pruned, those, strict=True)]
         gains[other] = gain_of(by_prompt(runs["noise_aware"], differences))
     cost = runs["noise_aware"][0]["flops"] / 1e9
-    print(f"\npruned by the trained reward: {sum(pruned) / len(pruned):.3f} at {cost:.1f} GFLOP")
+    mean = sum(pruned) / len(pruned)
+    print(f"\npruned by the trained reward: {mean:.3f} at {cost:.1f} GFLOP")
     for other, gain in gains.items():
         print(f"against {other}: {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")
-    return gains
+    return {"reward": mean, "gflop": cost, "against": gains}
 
 
 def main(config: Config) -> None:
@@ -90,10 +91,10 @@ def main(config: Config) -> None:
         for arm, name in ARMS.items():
             values = [f"{found[arm][step][measure]:.2f}" for step in STEPS]
             print(f"| {name} | {' | '.join(values)} |")
-    gains = pruned_gains(config.output_dir, reward) if config.prune else None
+    pruned = pruned_by(config.output_dir, reward) if config.prune else None
     kept = {arm: {step: found[arm].get(step) for step in STEPS} for arm in ARMS}
     about = {name: found[name] for name in ("prompts", "images", "held_out_prompts", "best")}
-    write_json(config.results / "noise_aware.json", about | {"arms": kept, "gains": gains})
+    write_json(config.results / "noise_aware.json", about | {"arms": kept, "pruned": pruned})
 
 
 if __name__ == "__main__":

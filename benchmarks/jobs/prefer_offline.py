@@ -11,6 +11,7 @@ python -m benchmarks.jobs.prefer_offline [--output benchmarks/results/prefer_off
 
 import json
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,14 @@ def distances(generator: Generator) -> Tensor:
     return torch.stack(found)
 
 
+def options_of(name: str, epochs: int) -> PreferOptions:
+    """How an arm is trained."""
+    return PreferOptions(**{"objective": "dpo", "batch_size": 8, "epochs": epochs, **ARMS[name]})
+
+
 def train(name: str, generator: Generator, folder: Path, epochs: int, seed: int) -> PairRun:
     """Train on the pairs; returns the run."""
-    options = PreferOptions(**{"objective": "dpo", "batch_size": 8, "epochs": epochs, **ARMS[name]})
+    options = options_of(name, epochs)
     write_split("train")
     matched = assigned("train") if options.pair_noise == "assigned" else ()
     pairs, _ = read_preferences(KEPT / "train" / "preferences.jsonl")
@@ -117,7 +123,10 @@ def train(name: str, generator: Generator, folder: Path, epochs: int, seed: int)
 
 def row(name: str, seed: int, epochs: int, samples: int) -> dict[str, Any]:
     """What one training brought; from disk, if it was measured before."""
-    named = "base" if name == "base" else f"{slug(name)}-{seed}-{epochs}"
+    named = "base"
+    if name != "base":  # other options are another training
+        settings = repr(options_of(name, epochs)).encode()
+        named = f"{slug(name)}-{seed}-{sha256(settings).hexdigest()[:12]}"
     path = KEPT / f"{named}-{samples}.json"
     if path.exists():
         return dict(json.loads(path.read_text()))

@@ -51,6 +51,8 @@ class Config:
     """Folder of scale-gains.png and scale-images.png."""
     results: Path
     """Folder of scale.json, which has what the table says."""
+    seeds: tuple[int, ...] = ()
+    """Also prune with these seeds."""
 
 
 def arms_of(runs: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -70,6 +72,18 @@ def recognised(folder: Path, kind: str, rows: list[Any]) -> float:
         image = load_image(folder / "images" / f"{row['id']}-{kind}.png", SIDE, SIDE)
         right += int(classifier(image[None]).argmax()) == classifier.label_of(row["prompt"])
     return right / len(rows)
+
+
+def pruned_gain(root: Path, seed: int) -> dict[str, float]:
+    """What pruning gains over Best-of-8 with another seed."""
+    folder = root / f"pruned-seed-{seed}"
+    flags = [*COMMON.split(), *RUNS["pruned"].split(), "--seed", str(seed)]
+    assert scale([*flags, "--output_dir", str(folder)]) == 0
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").open()]
+    differences = [row["best"]["total"] - row["compare"]["best"]["total"] for row in rows]
+    gain = gain_of(by_prompt(rows, differences))
+    print(f"seed {seed}: {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]")
+    return gain
 
 
 def main(config: Config) -> None:
@@ -104,7 +118,9 @@ def main(config: Config) -> None:
             "recognised": share, **{f"against {b}": gains[name, b] for b in (plain, ancestral)},
         })  # fmt: skip
         print(f"| {' | '.join(cells)} |")
-    write_json(config.results / "scale.json", {"flags": RUNS, "rows": table})
+    others = {str(seed): pruned_gain(config.output_dir, seed) for seed in config.seeds}
+    about = {"flags": RUNS, "rows": table, "pruned with other seeds": others}
+    write_json(config.results / "scale.json", about)
     left = [len({*row["steps"][-1]["candidates"]}) for row in runs["fk"]]
     print(f"\nfirst noises of FK with a descendant in the end: {np.mean(left):.1f} of 6")
     shown = [("pruned, 21 noises", plain), ("FK, 6 particles", ancestral)]

@@ -119,8 +119,8 @@ class ModelOptions:
         from oneshot_fast.generators.lora_files import LoraFile
 
         taken = self.backprop_steps, self.cps_eta, self.scheduler_eta, self.step_list
-        check_steps(self.num_inference_steps, self.guidance_scale, *taken)
         self._check_steps()
+        check_steps(self.num_inference_steps, self.guidance_scale, *taken)
         if self.compile_mode != "default" and not self.compile:
             raise UserError("--compile_mode is for --compile; give both")
         diffusers.utils.logging.disable_progress_bar()

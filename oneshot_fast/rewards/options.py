@@ -84,7 +84,7 @@ class JudgeOptions:
     """By what a training on rewards is judged."""
 
     judge: UseAppendAction[tuple[str, ...]] = ()
-    """NAME of a reward that is measured but not trained on, and so tells whether others are
+    """NAME of a reward that is measured and never trained on, and so tells whether rewards are
     over-optimised; may be given several times."""
 
     def check(self, rewards: Sequence[str]) -> None:
@@ -102,7 +102,7 @@ class MeasureOptions(JudgeOptions):
     """What is measured as the training goes."""
 
     eval_samples: int = 64
-    """Random noises, not trained on, on which the generator is measured before training and after
+    """Random noises, not trained on, on which what is trained is measured before training and after
     every epoch."""
 
 

@@ -226,6 +226,12 @@ class TrainOptions:
         return self.preserve_pixel_weight > 0 or self.validation_steps > 0
 
 
+def check_keeping(save_minutes: float, keep_checkpoints: int = 0) -> None:
+    """Raise UserError for what a training cannot do with its states, or epochs' checkpoints."""
+    require(save_minutes >= 0, f"save_minutes is {save_minutes}; give 0 or a positive number")
+    require(keep_checkpoints >= 0, "keep_checkpoints must not be negative")
+
+
 @dataclass(frozen=True)
 class KeepOptions:
     """What is kept of a training as it goes, and where."""
@@ -242,14 +248,13 @@ class KeepOptions:
         """Those of every ``TrainingRun`` on ``device``.
 
         Raises:
-            UserError: If something is to leave the CPU for the CPU, and not only ``planned``.
+            UserError: If networks are to wait on the CPU, are there anyway, and this is no plan.
         """
         found = dataclasses.asdict(self)
-        for name in ("offload_encoders", "offload"):
-            require(
-                planned or device.type != "cpu" or not found.get(name),
-                f"--{name} has no effect on the CPU, where it would move it to; leave it out",
-            )
+        require(
+            planned or device.type != "cpu" or not found.get("offload"),
+            "--offload has no effect on the CPU, where all networks are anyway; leave it out",
+        )
         return found
 
 

@@ -95,8 +95,8 @@ class Roles:
             yield
             return
         self._waiting.remove(name)
-        self._of[name].denoiser.to(self._home)
         try:
+            self._of[name].denoiser.to(self._home)
             yield
         finally:
             self._of[name].denoiser.to(self._away)

@@ -37,7 +37,7 @@ from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.losses.preserve import POOL, PreservePool
 from oneshot_fast.training.memory import offloaded
 from oneshot_fast.training.optimizer import WeightOptimizer
-from oneshot_fast.training.options import TrainOptions
+from oneshot_fast.training.options import TrainOptions, check_keeping
 from oneshot_fast.training.trainer import BadStepsError, Trainee, Trainer
 
 _NOTHING = "no step had a finite loss and gradient, or rewards that differ; lower the lr"
@@ -148,8 +148,7 @@ class TrainingRun(ABC):
             "optimizer_in_backward keeps every gradient until the first of several steps has added "
             "to it; leave it out, or give --backprop_steps 1",
         )
-        require(keep_checkpoints >= 0, "keep_checkpoints must not be negative")
-        require(save_minutes >= 0, f"save_minutes is {save_minutes}; give 0 or a positive number")
+        check_keeping(save_minutes, keep_checkpoints)
         require(
             generator.autocast != torch.float16,
             "float16 loses small gradients; train with --dtype bfloat16 or float32",

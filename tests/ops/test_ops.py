@@ -24,6 +24,7 @@ from op_checks import (
     contiguous,
     cotangent_of,
     make,
+    misaligned,
     moved,
     one_image,
     permuted,
@@ -38,10 +39,10 @@ from oneshot_fast.ops._register import OpSpec
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# bfloat16 stands for float16, too: kernels make float32 of either
 INTERPRETED_FORMS = [
     (contiguous, torch.float64),
     (contiguous, torch.float32),
+    (contiguous, torch.float16),
     (permuted, torch.bfloat16),
 ]
 
@@ -87,7 +88,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# the last one compiles, where what is neither contiguous nor permuted differs by no stride
+# the last one compiles, where misaligned tensors are as contiguous ones
 OPCHECKS = (
     "test_schema",
     "test_autograd_registration",
@@ -100,7 +101,7 @@ OPCHECKS = (
 @pytest.mark.parametrize("spec", SPECS)
 def test_opcheck(spec, layout, device):
     """The op, and the ops that its backward calls."""
-    checks = OPCHECKS if layout in (contiguous, permuted) else OPCHECKS[:-1]
+    checks = OPCHECKS[:-1] if layout is misaligned else OPCHECKS
     if device == "cuda" and not spec.gpu_kernels:
         pytest.skip("made of torch's ops")
     args = make(spec, spec.small[1], torch.float32, layout, requires_grad=True)

@@ -220,7 +220,7 @@ def end(job: list[tuple[int, Path]], forks: Any) -> None:
     os.kill(job[1][0], signal.SIGKILL)
     os.kill(job[0][0], signal.SIGTERM)
     first, second = (forks.wait(started) for started in job)
-    assert second.code == -signal.SIGKILL and first.code in (2, 128 + signal.SIGTERM), first.err
+    assert second.code == -signal.SIGKILL and first.code in (70, 128 + signal.SIGTERM), first.err
     assert "another process ended" in first.err or "interrupted by SIGTERM" in first.err
 
 

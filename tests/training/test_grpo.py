@@ -15,8 +15,9 @@ from oneshot_fast.runtime.seeds import gaussian
 from oneshot_fast.training.losses.grpo import (
     advantages,
     chosen_steps,
-    clip_in_nats,
+    clip_bounds,
     is_clipped,
+    nats_of_mean,
     original_seed,
     policy_loss,
 )  # fmt: skip
@@ -69,7 +70,9 @@ def test_the_clipped_loss_of_the_authors_code() -> None:
     now = torch.tensor(case["log_prob"]).requires_grad_()
     limit = case["adv_clip"]
     advantage = torch.tensor(case["advantage"]).clamp(-limit, limit)
-    loss = policy_loss(now, torch.tensor(case["log_prob_old"]), advantage, case["clip"])
+    loss = policy_loss(
+        now, torch.tensor(case["log_prob_old"]), advantage, clip_bounds(case["clip"])
+    )
     loss.backward()
     torch.testing.assert_close(loss, torch.tensor(case["loss"]), rtol=1e-6, atol=1e-6)
     expected = torch.tensor(case["grad_log_prob"])
@@ -85,26 +88,29 @@ def test_the_steps_of_the_authors_code() -> None:
 
 
 def test_the_clip_of_the_authors_code() -> None:
-    assert clip_in_nats(1e-5, 0.74, 65_536) == pytest.approx(0.6, rel=0.01)
-    assert clip_in_nats(1e-5, 0.74, 256) == pytest.approx(0.0024, rel=0.05)
+    assert 1e-5 * nats_of_mean(0.74, 65_536) == pytest.approx(0.6, rel=0.01)
+    assert 1e-5 * nats_of_mean(0.74, 256) == pytest.approx(0.0024, rel=0.05)
     *steps, last = VECTORS["cps_logprob"]["steps"]
     assert last["std"] == [0, 0]
     with pytest.raises(ValueError, match="draws nothing"):
-        clip_in_nats(1e-5, 0.0, 8)
+        nats_of_mean(0.0, 8)
     for step in steps:
         old, now, std = (
             torch.tensor(step[name]).double()
             for name in ("log_prob", "log_prob_of_prev_under_v_plus_0.125", "std")
         )
         elements = torch.tensor(step["mean"])[0].numel()
-        nats = elements / (2 * std**2)
-        # each smaller and larger than an image's way
-        for clip in (old - now).abs().tolist():
-            for factor in (0.5, 2.0):
-                theirs = (now - old).expm1() < -factor * clip
-                mine = clip_in_nats(factor * clip, float(std[0]), elements)
-                found = is_clipped(nats * now, nats * old, torch.tensor([-1.0, -1.0]), mine)
-                assert torch.equal(found, theirs)
+        nats = nats_of_mean(float(std[0]), elements)
+        # each smaller and larger than an image's way, in both directions
+        for one, other, sign in ((now, old, -1.0), (old, now, 1.0)):
+            for clip in (old - now).abs().tolist():
+                for factor in (0.5, 2.0, 20.0):
+                    ratio, bound = (one - other).exp(), factor * clip
+                    theirs = ratio > 1 + bound if sign > 0 else ratio < 1 - bound
+                    advantage = torch.full((2,), sign)
+                    bounds = clip_bounds(bound, nats)
+                    found = is_clipped(nats * one, nats * other, advantage, bounds)
+                    assert torch.equal(found, theirs)
 
 
 def test_the_noise_of_the_authors_code() -> None:

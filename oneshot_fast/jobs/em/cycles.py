@@ -35,6 +35,7 @@ from oneshot_fast.runtime.processes import gather_objects, is_main, kept_by_main
 from oneshot_fast.runtime.progress import Tracker, start_tracking
 from oneshot_fast.runtime.units import duration
 from oneshot_fast.training.losses.preserve import POOL, PreservePool
+from oneshot_fast.training.options import check_keeping
 
 _OUTPUTS = (
     "eval", "direct", "heldout-base", "heldout-final", "logs", POOL,
@@ -79,6 +80,7 @@ class Cycles(ABC):
             UserError: If an option makes no sense.
         """
         require(eval_samples >= 10, "eval_samples must be at least 10")
+        check_keeping(save_minutes, keep_checkpoints)
         self.asked = self.options = options.resolve(generator.width, by_reward=self.by_reward)
         self.options.check()
         if options.save_single_file:

@@ -34,8 +34,8 @@ class ReinforceOptions(TrainOptions):
     """With --inner_updates 2 or more: a ratio of likelihoods that is further from 1 than this, the
     way the rewards want it, learns no more; by default 0.2."""
     clip_original: float | None = None
-    """Instead: the clip of RTDMD's code, 1e-5, whose log-probabilities are means of squares; in a
-    step that draws noise of standard deviation s, of D elements, it is this times D / (2 s^2)."""
+    """Instead: the clip of RTDMD's code, 1e-5, whose log-probabilities are means of squares: one of
+    theirs is D / (2 s^2) nats in a step that draws D elements of standard deviation s."""
     policy_weight: float = 1.0
     """Weight of the policy's loss in the steps that draw noise (SubGRPO)."""
     policy_steps: int = 2
@@ -85,7 +85,7 @@ class ReinforceOptions(TrainOptions):
             )
         require(
             self.clip is None or self.clip_original is None,
-            "--clip and --clip_original are the same, in nats and as RTDMD has it; give one",
+            "--clip and --clip_original are two clips of one ratio; give one",
         )
         require(self.policy_steps >= 1, "policy_steps must be at least 1")
         for name in ("policy_weight", "final_reward_weight", "match_weight"):

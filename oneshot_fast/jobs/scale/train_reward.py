@@ -48,7 +48,7 @@ from oneshot_fast.search.pruning import Floats
 from oneshot_fast.training.batch import Batch, Rows, batches, steps_per_epoch
 from oneshot_fast.training.checkpoints import load_state, save_state
 from oneshot_fast.training.losses.score import ScoreLoss, predict
-from oneshot_fast.training.options import TrainOptions
+from oneshot_fast.training.options import TrainOptions, check_keeping
 from oneshot_fast.training.trainer import BadStepsError, Trainer
 
 SHARES = tuple(k / 20 for k in range(1, 20))  # that a prune keeps, of which is measured
@@ -121,7 +121,7 @@ class RewardRun:
                 weights and no other network is named.
         """
         options.check()
-        require(save_minutes >= 0, f"save_minutes is {save_minutes}; give 0 or a positive number")
+        check_keeping(save_minutes)
         one = processes().num_processes == 1
         require(one, "train_reward takes one process; start it without accelerate or torchrun")
         name, weight = parse_reward(reward)

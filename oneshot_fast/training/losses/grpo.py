@@ -58,17 +58,45 @@ def advantages(
     return torch.where(total == 0, 0.0, normal).clamp(-_MOST, _MOST).to(first)
 
 
-def policy_loss(now: Tensor, old: Tensor, advantage: Tensor, clip: float) -> Tensor:
+Bounds = tuple[float, float]  # of the logarithm of a ratio of likelihoods
+
+
+def clip_bounds(clip: float, nats: float = 1.0) -> Bounds:
+    """What a log-ratio is clipped to where the ratio is to be within 1 - ``clip`` and 1 + ``clip``.
+
+    Args:
+        clip: How far from 1.
+        nats: In one unit of the log-probabilities whose ratio that is, see ``nats_of_mean``.
+    """
+    return nats * math.log1p(-clip) if clip < 1 else -math.inf, nats * math.log1p(clip)
+
+
+def nats_of_mean(std: float, elements: int) -> float:
+    """Nats in one of RTDMD's log-probabilities, which are means of squares.
+
+    Args:
+        std: Of what the step draws.
+        elements: Of a sample.
+
+    Raises:
+        ValueError: If the step draws nothing, and so has no likelihood.
+    """
+    if std == 0:
+        raise ValueError("a step that draws nothing has no likelihood to clip")
+    return elements / (2 * std**2)
+
+
+def policy_loss(now: Tensor, old: Tensor, advantage: Tensor, bounds: Bounds) -> Tensor:
     """PPO's clipped objective of log-probabilities [N] in nats, a scalar."""
-    ratio = (now - old).exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    return torch.maximum(-advantage * ratio, -advantage * clipped).mean()
+    further = now - old
+    clipped = further.clamp(*bounds)
+    return torch.maximum(-advantage * further.exp(), -advantage * clipped.exp()).mean()
 
 
-def is_clipped(now: Tensor, old: Tensor, advantage: Tensor, clip: float) -> Tensor:
+def is_clipped(now: Tensor, old: Tensor, advantage: Tensor, bounds: Bounds) -> Tensor:
     """Where ``policy_loss`` has no gradient as the policy has gone far enough, [N] of bool."""
-    further = (now - old).exp() - 1
-    return torch.where(advantage > 0, further > clip, (advantage < 0) & (further < -clip))
+    further, (low, high) = now - old, bounds
+    return torch.where(advantage > 0, further > high, (advantage < 0) & (further < low))
 
 
 def chosen_steps(steps: int, count: int, seed: int, epoch: int) -> list[int]:
@@ -81,22 +109,6 @@ def original_seed(prompt: str, step: int, epoch: int) -> int:
     """Of the noise that a prompt's images share in a step, as RTDMD's code has it."""
     hashed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "big")
     return (hashed + 10_007 * step + 100_000 * epoch) % 2**31
-
-
-def clip_in_nats(clip: float, std: float, elements: int) -> float:
-    """RTDMD's clip, of likelihoods whose logarithms are means of squares, for those in nats.
-
-    Args:
-        clip: Theirs, such as 1e-5.
-        std: Of what the step draws.
-        elements: Of a sample.
-
-    Raises:
-        ValueError: If the step draws nothing, and so has no likelihood.
-    """
-    if std == 0:
-        raise ValueError("a step that draws nothing has no likelihood to clip")
-    return clip * elements / (2 * std**2)
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,7 @@ class ReinforceLoss:
         match: That term; None: there is none.
         preserve: Holds on to the base; None: there is none.
         clip: Of the policy's ratio.
-        clips_means: Whether that is RTDMD's, see ``clip_in_nats``.
+        clips_means: Whether that is of RTDMD's likelihoods, see ``nats_of_mean``.
     """
 
     rewards: WeightedRewards
@@ -167,10 +179,10 @@ class ReinforceLoss:
                 now = made_of.log_probability(extra["after"][:, place])
                 old = extra["old"][:, place]
                 old.copy_(torch.where(old.isnan(), now.detach(), old))  # kept in the rollout's rows
-                clip, elements = self.clip, made_of.mean[0].numel()
-                clip = clip_in_nats(clip, made_of.std, elements) if self.clips_means else clip
-                found.append(policy_loss(now, old, advantage, clip))
-                clipped.append(is_clipped(now.detach(), old, advantage, clip))
+                of_mean = nats_of_mean(made_of.std, made_of.mean[0].numel())
+                bounds = clip_bounds(self.clip, of_mean if self.clips_means else 1.0)
+                found.append(policy_loss(now, old, advantage, bounds))
+                clipped.append(is_clipped(now.detach(), old, advantage, bounds))
             losses["policy"] = self.policy_weight * torch.stack(found).mean()
             losses["clipped"] = torch.stack(clipped).float().mean()
         if not self.final_weight and self.match is None:

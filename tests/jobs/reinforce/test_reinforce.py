@@ -26,7 +26,7 @@ from oneshot_fast.runtime.files import read_jsonl
 from oneshot_fast.runtime.seeds import gaussian
 from oneshot_fast.training.batch import Rows
 from oneshot_fast.training.checkpoints import STUDENT, load_state
-from oneshot_fast.training.losses.grpo import is_clipped, original_seed, policy_loss
+from oneshot_fast.training.losses.grpo import clip_bounds, is_clipped, original_seed, policy_loss
 
 LORA = "pytorch_lora_weights.safetensors"
 PROMPTS = ["a red bird", "a house by the sea", "a boat"]
@@ -239,10 +239,10 @@ def test_several_updates_of_a_rollout(tmp_path: Path) -> None:
     assert run.batch([], 2)["rollout"].extra["old"].isnan().all()  # of new images
     gone = torch.tensor([1.5, 0.5, 1.5, 0.5, 9.0]).log()
     for advantage, at in ((1.0, [0, 4]), (-1.0, [1, 3]), (0.0, [])):
-        found = is_clipped(gone, torch.zeros(5), torch.full((5,), advantage), 0.2)
+        found = is_clipped(gone, torch.zeros(5), torch.full((5,), advantage), clip_bounds(0.2))
         assert set(found.nonzero().flatten().tolist()) >= {*at}
         now = gone.clone().requires_grad_()
-        policy_loss(now, torch.zeros(5), torch.full((5,), advantage), 0.2).backward()
+        policy_loss(now, torch.zeros(5), torch.full((5,), advantage), clip_bounds(0.2)).backward()
         assert torch.equal(now.grad == 0, found | (torch.full((5,), advantage) == 0))
 
 
@@ -324,7 +324,7 @@ def test_what_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
         ({"policy_weight": 0.0}, "nothing to learn"),
         ({"inner_updates": 0}, "inner_updates is 0"),
         ({"inner_updates": 2, "policy_weight": 0.0, "final_reward_weight": 1.0}, "no effect"),
-        ({"inner_updates": 2, "clip": 0.1, "clip_original": 1e-5}, "are the same, in nats"),
+        ({"inner_updates": 2, "clip": 0.1, "clip_original": 1e-5}, "are two clips of one ratio"),
         ({"inner_updates": 2, "clip_original": 0.0}, "clip_original is 0"),
         ({"clip": 0.1}, "--clip has no effect without --inner_updates 2"),
         ({"original_seeds": True}, "share no noise, as all 2 steps"),
