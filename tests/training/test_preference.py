@@ -257,7 +257,7 @@ def likely(of: Sample) -> Sample:
 OBJECTIVES: dict[str, tuple[Any, Callable[[Sample], Sample]]] = {
     "pso": (PSO(), likely),
     "neighbor_grpo": (NeighborGRPO(), lambda of: of),
-    "drpo": (DrPO(lambda x: x.flatten(1), positives=3), lambda of: of),
+    "drpo": (DrPO(lambda x: x.flatten(1), positives=3, reference_weight=0.2), lambda of: of),
     "dpo": (GroupDPO(), lambda of: of),
     "rlcm": (RLCM(), likely),
     "rebel": (REBEL(), likely),

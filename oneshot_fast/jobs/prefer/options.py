@@ -44,7 +44,7 @@ _OF = {
 }
 _OWN = {flag for flags in _OF.values() for flag in flags}
 # where the distance to the base is weighed if nothing is said
-_KL = {"rlcm": 0.2, "rebel": 0.2, "neighbor_grpo": 0.2}
+_KL = {"rlcm": 0.2, "rebel": 0.2, "neighbor_grpo": 0.2, "drpo": 2.0}
 _PAIRED = ("pso", "d3po")
 # flags of given pairs of images, and of images that are drawn
 _PAIRS = ("pair_noise", "loser_weight", "winner_weight")
@@ -79,7 +79,7 @@ class PreferOptions(TrainOptions):
     """Weight of the distance of the step's own images to the base generator's: for pso, d3po, rlcm
     and rebel the KL divergence of what they draw in nats, by default 0 for pso and d3po and 0.2 for
     the others; for neighbor_grpo, drpo, dpo and --pairs the mean square of clean latents, by
-    default 0.2 for neighbor_grpo and else 0."""
+    default 0.2 for neighbor_grpo, 2 for drpo and else 0."""
     max_drift: float = 0.5
     """The training ends when the clean latents of a step are so far from the base generator's (RMS,
     in deviations of latents); inf never ends it."""
@@ -117,8 +117,9 @@ class PreferOptions(TrainOptions):
     latents."""
     positives: int | None = None
     """drpo: how many of the best draw, and of the worst push; by default half of the group."""
-    reference_weight: float = 0.2
-    """drpo: weight of the term that draws to the base generator's images."""
+    reference_weight: float = 0.0
+    """drpo: weight of a term that draws features to those of the base generator's images; 0.2 as
+    published."""
     pair_noise: Literal["assigned", "random"] = "assigned"
     """With --pairs: train better and worse image on the noise that was assigned to each, or
     (baseline) both on the same new random noise at every step."""

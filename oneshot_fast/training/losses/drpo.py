@@ -8,7 +8,7 @@ affinities A_ij = w_j sqrt(softmax_j softmax_i) of -distance / (scale radius), o
     F_i = sum_j c_ij (y_j - x_i) / u,   c_ij = A_ij (sum of A_i over negatives)   for positives
                                         c_ij = -A_ij (sum of A_i over positives)  for all others
 
-each divided by its RMS over the group, summed over radii. A second such term draws the policy to
+each divided by its RMS over the group, summed over radii. A second such term may draw the policy to
 what the base makes of the same noises. Only the order of the rewards is used, and the loss's value
 says nothing of progress, since every F is normalised: look at the reward.
 """
@@ -96,12 +96,12 @@ class DrPO:
 
     features: Callable[[Tensor], Tensor]
     positives: int = 8
-    reference_weight: float = 0.2
+    reference_weight: float = 0.0
     measures = ()
 
     def __call__(self, policy: Tensor, base: Tensor, extra: Extra) -> Found:
         """See ``Objective``."""
-        x, kept = (self.features(v.flatten(0, 1)).view(*v.shape[:2], -1) for v in (policy, base))
+        x = self._features(policy)
         rewards = extra["rewards"]
         good = rewards.isfinite()
         order = rewards.where(good, rewards.new_tensor(-torch.inf)).argsort(1, descending=True)
@@ -114,5 +114,13 @@ class DrPO:
         there = (first < (count // 2)[:, None]).to(x.dtype) * 3000.0
         loss, _ = drift_loss(x, ranked[:, :n], negative, (there, there))
         told = (count > 1) & (extra["ties"] < 1)
-        held, _ = drift_loss(x, kept, x.detach(), negative_is_self=True)
-        return loss * told + self.reference_weight * held, {}
+        loss = loss * told
+        if self.reference_weight:
+            kept = self._features(base)
+            held, _ = drift_loss(x, kept, x.detach(), negative_is_self=True)
+            loss = loss + self.reference_weight * held
+        return loss, {}
+
+    def _features(self, latents: Tensor) -> Tensor:
+        """[G, K, F] of [G, K, C, h, w]."""
+        return self.features(latents.flatten(0, 1)).view(*latents.shape[:2], -1)
