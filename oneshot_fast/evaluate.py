@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -65,13 +65,21 @@ def execute(command: EvaluateCommand) -> int:
 
     import torch
 
+    from oneshot_fast.generators.base import Generator
     from oneshot_fast.jobs.evaluate.run import EvaluateRun
     from oneshot_fast.report.evaluate import print_summary, write_evaluate_report
 
-    first = command.model.load(command.model_id[0])
+    has_file = any(name.endswith(".safetensors") for name in command.model_id)
+
+    def load(name: str) -> Generator:
+        is_other = has_file and not name.endswith(".safetensors")  # the configs are the file's
+        model = replace(command.model, model_config=None) if is_other else command.model
+        return model.load(name)
+
+    first = load(command.model_id[0])
     device = torch.device(first.device)
     run = EvaluateRun(
-        {name: partial(command.model.load, name) for name in command.model_id}
+        {name: partial(load, name) for name in command.model_id}
         | {command.model_id[0]: first},
         pairs,
         command.output_dir or Path(),

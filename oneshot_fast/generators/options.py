@@ -118,6 +118,10 @@ class ModelOptions:
         from oneshot_fast.generators.loading import load_generator
         from oneshot_fast.generators.lora_files import LoraFile
 
+        require(
+            self.model_config is None or model_id.endswith(".safetensors"),
+            f"--model_config is for a .safetensors file, which {model_id} is not; leave it out",
+        )
         taken = self.backprop_steps, self.cps_eta, self.scheduler_eta, self.step_list
         self._check_steps()
         check_steps(self.num_inference_steps, self.guidance_scale, *taken)

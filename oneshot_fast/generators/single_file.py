@@ -146,7 +146,8 @@ def scheduler_of_file(source: PipelineFile, config: Any) -> Any:
 
     Args:
         source: The file. Tensors ``v_pred`` and ``ztsnr`` mark a model by their presence.
-        config: The scheduler of the configs. diffusers' own, SDXL base's, has leading spacing.
+        config: The scheduler of the configs. That of --model_config stays, and is told what it
+            leaves open; diffusers' own, SDXL base's, has leading spacing, and is replaced.
 
     Raises:
         ModelError: If the file says that it is no such model, or its words contradict each other
@@ -180,7 +181,7 @@ def scheduler_of_file(source: PipelineFile, config: Any) -> Any:
             if key not in config.config.get("_use_default_values", ()):
                 say(key, config.config[key], f"--model_config {source.model_config}")
     words = {key: value for key, (value, _) in said.items()}
-    if not isinstance(config, EulerDiscreteScheduler | EulerAncestralDiscreteScheduler):
+    if source.model_config is not None:
         return type(config).from_config(config.config, **words)
     euler: Any = EulerAncestralDiscreteScheduler
     if words.get("prediction_type") == "sample":  # which the ancestral one does not know

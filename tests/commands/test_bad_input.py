@@ -40,6 +40,7 @@ BAD_FLAGS = {
         "--device nowhere": "cannot use device nowhere",
         "--prompt a": "not both",
         "--model_id nowhere/at_all": "hub did not give it",
+        "--model_config /nowhere": "model_config is for a .safetensors file, which tiny is not",
     },
     "em": {
         "--num_cycles 0": "num_cycles must be at least 1",

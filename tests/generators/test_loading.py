@@ -121,6 +121,9 @@ class Forms:
         path = shutil.copytree(self.folder, place) / "scheduler/scheduler_config.json"
         said = {**json.loads(path.read_text()), **scheduler}
         path.write_text(json.dumps({k: v for k, v in said.items() if v is not None}))
+        index = place / "model_index.json"
+        named = {"scheduler": ["diffusers", said["_class_name"]]}
+        index.write_text(json.dumps({**json.loads(index.read_text()), **named}))
         return str(place)
 
 
@@ -266,9 +269,27 @@ def test_what_a_file_says_of_itself_is_used(
 
 def test_a_file_that_predicts_the_image_is_known_by_its_name(forms: Forms, tmp_path: Path) -> None:
     file = forms.spoiled(tmp_path / "sdxl_lightning_1step_x0.safetensors", {})
-    silent = forms.config(tmp_path / "config", prediction_type=None)
+    euler = {"_class_name": "EulerDiscreteScheduler", "prediction_type": None}
+    silent = forms.config(tmp_path / "config", **euler)
     step = load_generator(file, model_config=silent).step  # type: ignore[attr-defined]
     assert (step.skip, step.sigma) == (0, -1)
+
+
+def test_a_scheduler_that_was_given_stays(forms: Forms, tmp_path: Path) -> None:
+    for kind in ("EulerDiscreteScheduler", "LCMScheduler"):
+        config = forms.config(tmp_path / kind, _class_name=kind)
+        file, folder = (
+            load_generator(place, several_steps=True, **more).pipe.scheduler  # type: ignore[attr-defined]
+            for place, more in ((forms.file, {"model_config": config}), (config, {}))
+        )
+        assert type(file).__name__ == kind and dict(file.config) == dict(folder.config)
+    leading = forms.config(tmp_path / "leading", timestep_spacing="leading")
+    said = []
+    for place, more in ((forms.file, {"model_config": leading}), (leading, {})):
+        with pytest.raises(ModelError, match=r'starts at timestep 0, .*"trailing"') as caught:
+            load_generator(place, **more)
+        said.append(str(caught.value).replace(str(place), ""))
+    assert said[0] == said[1]
 
 
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -321,10 +342,6 @@ def test_a_file_of_another_kind_is_refused_by_its_names(tmp_path: Path, key: str
 def test_a_file_that_contradicts_is_refused(forms: Forms, tmp_path: Path, name: str) -> None:
     changes, scheduler, message = CONTRADICTIONS[name]
     config = forms.config(tmp_path / "config", **scheduler)
-    if "_class_name" in scheduler:
-        index = tmp_path / "config/model_index.json"
-        said = {**json.loads(index.read_text()), "scheduler": ["diffusers", "DDIMScheduler"]}
-        index.write_text(json.dumps(said))
     file = forms.spoiled(tmp_path / "model.safetensors", **changes)
     with pytest.raises(ModelError, match=message) as caught:
         load_generator(file, model_config=config)
@@ -338,6 +355,16 @@ def test_configs_of_another_pipeline_are_refused(forms: Forms, tmp_path: Path) -
     (config / "model_index.json").write_text(json.dumps(said))
     with pytest.raises(ModelError, match="is of a StableDiffusionPipeline, the file is read as a"):
         load_generator(forms.file, model_config=str(config))
+
+
+def test_configs_are_those_of_the_file_among_several_models(
+    forms: Forms, small_data: Path, tmp_path: Path, call: Callable[..., Any]
+) -> None:
+    flags = ["--data_root", small_data, "--output_dir", tmp_path / "run", "--eval_samples", 10]
+    flags += ["--model_config", forms.folder, "--model_id", forms.folder]
+    ended = call("evaluate", *flags)
+    assert ended.code == 2 and "--model_config is for a .safetensors file" in ended.error
+    assert call("evaluate", *flags, forms.file).code == 0
 
 
 def change(path: Path, key: str, value: Tensor | None) -> None:
