@@ -79,8 +79,7 @@ def execute(command: EvaluateCommand) -> int:
     first = load(command.model_id[0])
     device = torch.device(first.device)
     run = EvaluateRun(
-        {name: partial(load, name) for name in command.model_id}
-        | {command.model_id[0]: first},
+        {name: partial(load, name) for name in command.model_id} | {command.model_id[0]: first},
         pairs,
         command.output_dir or Path(),
         features=command.features,
