@@ -186,6 +186,8 @@ class DataConfig(_Made):
     format: Literal["png", "tar"] = "png"
     """Of pictures: a file for each, or a WebDataset shard for each prompt, images/pXXXX.tar, whose
     samples pXXXX-idYYY have all steps of an image, .sNN.png, and a .json."""
+    dry_run: bool = False
+    """Print what will be made, and the time from some timed batches; nothing is written."""
 
     @property
     def steps(self) -> list[int] | None:
@@ -194,7 +196,7 @@ class DataConfig(_Made):
 
     def check(self) -> None:
         super().check()
-        require(self.output_dir is not None, "give --output_dir DIR")
+        require(self.output_dir is not None or self.dry_run, "give --output_dir DIR")
         require(
             self.save_images or self.format == "png",
             "--format has no effect with --no_save_images; leave one out",
@@ -248,8 +250,10 @@ class TrainRewardConfig:
     """Folder of `scale data`, with pictures."""
     reward: str
     """The reward of finished images, one of those that scored the data."""
-    output_dir: Path
+    output_dir: Path | None = None
     """Folder of the trained reward."""
+    dry_run: bool = False
+    """Print what will be trained, and the time from some timed steps; nothing is written."""
     models_dir: Path = Path("models")
     """Folder of the models of rewards, see python -m oneshot_fast.download."""
     save_minutes: float = 5.0
@@ -437,12 +441,11 @@ def _data(config: DataConfig) -> int:
     from oneshot_fast.report.scale import write_data_report
 
     prompts, folder, rewards = config.prompts(), config.output_dir, config.rewards
-    assert folder is not None  # checked
     generator = config.model.load(config.model_id)
     run = DataRun(
         generator,
         prompts,
-        folder,
+        folder or Path(),
         rewards=rewards.load(generator.device, rewards.reward),
         reward_names=rewards.names,
         candidates=config.candidates,
@@ -455,6 +458,9 @@ def _data(config: DataConfig) -> int:
         batch_size=config.batch_size,
         resolution=config.size.size,
     )
+    if folder is None or config.dry_run:
+        print(run.plan())
+        return OK
     summary = run.run(**config.run.arguments)
 
     def say(summary: dict[str, Any], folder: Path) -> None:
@@ -469,8 +475,9 @@ def _train_reward(config: TrainRewardConfig) -> int:
     from oneshot_fast.report.scale_reward import print_summary, write_reward_report
 
     config.run.check()
+    require(config.output_dir is not None or config.dry_run, "give --output_dir DIR")
     run = RewardRun(
-        config.output_dir,
+        config.output_dir or Path(),
         config.data,
         config.reward,
         config.training,
@@ -478,6 +485,9 @@ def _train_reward(config: TrainRewardConfig) -> int:
         seed=config.run.seed,
         save_minutes=config.save_minutes,
     )
+    if config.output_dir is None or config.dry_run:
+        print(run.plan())
+        return OK
     summary = run.run(**config.run.arguments)
     return finish(config, config.output_dir, summary, write_reward_report, print_summary)
 

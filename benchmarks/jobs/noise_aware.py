@@ -22,7 +22,7 @@ from oneshot_fast.jobs.scale.simulate import gain_of
 from oneshot_fast.runtime.files import read_json, write_json
 from oneshot_fast.scale import main as scale
 
-COPIES, CANDIDATES, SEED = 8, 10, 2
+COPIES, CANDIDATES, SEED = 24, 10, 2
 MODEL = "--model_id tiny-teacher --num_inference_steps 20 --guidance_scale 2 --reward thickness"
 DATA = f"data {MODEL} --candidates {CANDIDATES} --steps_saved 0:15,19 --format tar --seed {SEED}"
 TRAIN = "train_reward --reward thickness --network classifier --holdout 0.3"

@@ -25,6 +25,7 @@ from oneshot_fast.jobs.scale.pools import Pool, write_pool
 from oneshot_fast.jobs.scale.rules import Prune
 from oneshot_fast.jobs.scale.simulate import agreement
 from oneshot_fast.jobs.scale.walk import AWARE, Scored, Walker
+from oneshot_fast.planning.timing import Plan
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.concurrency import in_background
 from oneshot_fast.runtime.files import (
@@ -38,6 +39,7 @@ from oneshot_fast.runtime.files import (
 )
 from oneshot_fast.runtime.seeds import content_id
 from oneshot_fast.runtime.shards import ShardRun, mean
+from oneshot_fast.runtime.units import duration
 from oneshot_fast.search.samples import Sample, samples_of
 
 POOL = "pool.safetensors"
@@ -160,6 +162,23 @@ class DataRun(ShardRun[Sequence[Sample], Pooled]):
             "samples": self.total,
             "prompts": content_id(*((s.prompt, s.seed) for s in self.samples)),
         }
+
+    def plan(self) -> Plan:
+        """What the run will take, from counts and a few timed batches; does nothing of it."""
+        images = self.n * len(self.samples)
+        evaluation, _, verification = self.walker.seconds(self.samples[0])
+        evaluations = images * self.walker.generator.num_inference_steps
+        scored = images * len(self.steps)
+        total = evaluations * evaluation + scored * verification
+        pictures = f", pictures: {scored}" if self.save_images else ""
+        aware = "" if self.walker.aware is None else ", --prune_reward not counted"
+        lines = [
+            f"prompts: {len(self.samples)}, images of each: {self.n}{pictures}",
+            f"evaluations: {evaluations}, {duration(evaluation)} each",
+            f"decoded and scored: {scored}, {duration(verification)} each{aware}",
+            f"in all {duration(total)}",
+        ]
+        return Plan(lines, total)
 
     def batches(self, done: Container[str]) -> Iterator[Sequence[Sample]]:
         for start in range(0, len(self.samples), self.batch_size):

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from oneshot_fast.data.found_pairs import write_training_pairs
@@ -25,7 +23,7 @@ from oneshot_fast.jobs.scale.options import ScaleOptions
 from oneshot_fast.jobs.scale.rules import METHODS, Counts, Rule
 from oneshot_fast.jobs.scale.simulate import gain_of, interval
 from oneshot_fast.jobs.scale.walk import Walked, Walker
-from oneshot_fast.planning.costs import count_flops, median_seconds
+from oneshot_fast.planning.costs import count_flops
 from oneshot_fast.planning.timing import Plan
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.files import Json, read_json
@@ -222,29 +220,7 @@ class ScaleRun(ShardRun[Sequence[Sample], Scaled]):
             if all(then.get(key) == value for key, value in now.items()):
                 evaluation, early, last = then["cost_seconds"]
                 return evaluation, early, last
-        return self._measure()
-
-    def _measure(self) -> tuple[float, float, float]:
-        """Seconds of an evaluation and of both verifications of one image, in whole batches."""
-        walker, size, sample = self.walker, self.walker.batch_size, self.samples[0]
-        generator, prompts = walker.generator, [sample.prompt] * size
-        with torch.no_grad():
-            told = generator.told(prompts, [0] * size)
-            z = gaussian([sample.seed_of(k) for k in range(size)], walker.shape)
-            z = z.to(generator.device)
-            latents = generator.evaluate(0, z, told).latents
-
-            def evaluate() -> None:
-                generator.evaluate(0, z, told).latents.cpu()
-
-            def verify(decoder: Generator, rewards: WeightedRewards) -> None:
-                rewards(decoder.images(latents), prompts).cpu()
-
-            found = [median_seconds(evaluate)]
-            for pair in ((walker.early, walker.early_rewards), (generator, walker.rewards)):
-                found.append(median_seconds(functools.partial(verify, *pair)))
-        evaluation, early, last = (seconds / size for seconds in found)
-        return evaluation, early, last
+        return self.walker.seconds(self.samples[0])
 
     def solve_all(self) -> None:
         walker = self.walker
@@ -276,7 +252,7 @@ class ScaleRun(ShardRun[Sequence[Sample], Scaled]):
 
     def plan(self) -> Plan:
         """What the run will cost, from counts and a few timed batches; does nothing of it."""
-        seconds, lines, total = self._measure(), [], 0.0
+        seconds, lines, total = self.walker.seconds(self.samples[0]), [], 0.0
         evaluation, early, last = (value / TERA for value in self.flops)
         lines.append(f"evaluation {evaluation:.4g} TFLOP, {duration(seconds[0])}")
         lines.append(f"verification on the way {early:.4g} TFLOP, {duration(seconds[1])}")

@@ -25,6 +25,8 @@ from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.generators.decoder import update_digest
 from oneshot_fast.jobs.scale.labels import LABELS, described, read_labels, split
 from oneshot_fast.jobs.scale.options import RewardTraining
+from oneshot_fast.planning.costs import median_seconds
+from oneshot_fast.planning.timing import Plan
 from oneshot_fast.rewards import CONFIG, REWARDS, Reward, Setup, parse_reward
 from oneshot_fast.rewards.noise_aware import CLASSIFIER, ClassifierScore, network_of
 from oneshot_fast.runtime.concurrency import Interrupts, ahead, stop
@@ -43,10 +45,12 @@ from oneshot_fast.runtime.ledger import carried_digest
 from oneshot_fast.runtime.processes import processes
 from oneshot_fast.runtime.progress import Tracker, progress, start_tracking
 from oneshot_fast.runtime.seeds import derived_seed
+from oneshot_fast.runtime.units import count_text, duration, size_text
 from oneshot_fast.search.agreement import kendall, kept_best, spearman
 from oneshot_fast.search.pruning import Floats
 from oneshot_fast.training.batch import Batch, Rows, batches, steps_per_epoch
 from oneshot_fast.training.checkpoints import load_state, save_state
+from oneshot_fast.training.losses.base import total
 from oneshot_fast.training.losses.score import ScoreLoss, predict
 from oneshot_fast.training.options import TrainOptions, check_keeping
 from oneshot_fast.training.trainer import BadStepsError, Trainer
@@ -186,6 +190,34 @@ class RewardRun:
             "seed": self.seed,
             **self._data,
         }
+
+    def plan(self) -> Plan:
+        """What the run will take, from counts and a few timed steps; does nothing of it."""
+        network, size = self._begin(None), self.options.batch_size
+        weights = [*network.requires_grad_(True).parameters()]
+        loss = ScoreLoss(self._deviation, self.options.pair_weight)
+        rows = [(p, n) for p in self.train_rows for n in range(self.labels.final.shape[1])][:size]
+        model: Any = SimpleNamespace(module=network)
+        phase = self.phases[0]
+
+        def step() -> None:
+            found = total(loss(model, self._batch((phase.step, rows))))
+            gradients = torch.autograd.grad(found, weights, allow_unused=True)
+            _ = [gradient.cpu() for gradient in gradients if gradient is not None]
+
+        each = median_seconds(step)
+        per_epoch = steps_per_epoch(self._kinds, size)
+        steps = per_epoch * sum(phase.epochs for phase in self.phases)
+        count = sum(weight.numel() for weight in weights)
+        lines = [
+            f"images to learn from: {self._count}, of prompts: {len(self.train_rows)}, kept aside: "
+            f"{len(self.held_out)}",
+            f"trainings: {', '.join(phase.name for phase in self.phases)}",
+            f"{count_text(count)} weights; with gradients and moments {size_text(16 * count)}",
+            f"steps: {steps}, batch size {size}, {duration(each)} each",
+            f"in all {duration(steps * each)}, and what is measured after each training",
+        ]
+        return Plan(lines, steps * each)
 
     @property
     def outputs(self) -> tuple[str, ...]:

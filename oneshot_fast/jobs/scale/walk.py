@@ -1,5 +1,6 @@
 """Many noises of each of some images through the steps of a generator, of which few live on."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from oneshot_fast.data.sizes import Size
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.base import Conditioning, Generator
 from oneshot_fast.jobs.scale.rules import Rule
+from oneshot_fast.planning.costs import median_seconds
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.search.pruning import Floats, Ints
@@ -121,6 +123,27 @@ class Walker:
         # takes all that is decoded: step, number of the first row, [B, 3, H, W] uint8
         self.on_pictures: Callable[[int, int, Tensor], object] | None = None
         self.decoder_spearman: float | None = None
+
+    @torch.no_grad()
+    def seconds(self, sample: Sample) -> tuple[float, float, float]:
+        """Of an evaluation and of both verifications of one row, in whole batches of one prompt."""
+        generator, size = self.generator, self.batch_size
+        prompts = [sample.prompt] * size
+        told = generator.told(prompts, [0] * size)
+        z = gaussian([sample.seed_of(k) for k in range(size)], self.shape).to(generator.device)
+        latents = generator.evaluate(0, z, told).latents
+
+        def evaluate() -> None:
+            generator.evaluate(0, z, told).latents.cpu()
+
+        def verify(decoder: Generator, rewards: WeightedRewards) -> None:
+            rewards(decoder.images(latents), prompts).cpu()
+
+        found = [median_seconds(evaluate)]
+        for pair in ((self.early, self.early_rewards), (generator, self.rewards)):
+            found.append(median_seconds(functools.partial(verify, *pair)))
+        evaluation, early, last = (seconds / size for seconds in found)
+        return evaluation, early, last
 
     @torch.no_grad()
     def walk(self, samples: Sequence[Sample], rule: Rule) -> Walked:

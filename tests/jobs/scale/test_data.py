@@ -72,6 +72,10 @@ def test_some_steps_and_no_pictures(
         ended = call("scale", *data_flags, "--output_dir", tmp_path / "no", "--steps_saved", steps)
         assert ended.code == 2 and said in ended.error
     assert call("scale", *data_flags).error.endswith("give --output_dir DIR")
+    planned = call("scale", *data_flags, "--steps_saved", "0:1", "--dry_run").out.splitlines()
+    assert planned[0] == "prompts: 2, images of each: 2, pictures: 8"
+    assert planned[1].startswith("evaluations: 12, ")
+    assert planned[2].startswith("decoded and scored: 8, ")
 
 
 def test_a_damaged_picture_is_made_again(

@@ -190,7 +190,7 @@ def test_seconds_are_those_that_the_same_run_began_with(
 
     measured = iter([(1.0, 0.0, 0.0), (0.5, 0.0, 0.0), (0.25, 0.0, 0.0)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ScaleRun, "_measure", lambda self: next(measured))
+        patch.setattr(Walker, "seconds", lambda self, sample: next(measured))
         first = run()
         assert first.n == 2
         (tmp_path / "run.json").write_text(json.dumps(first.settings()))

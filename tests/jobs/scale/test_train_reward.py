@@ -29,14 +29,23 @@ GIVEN = {"0": "level-01", "1": "level-00"}
 OPTIONS = RewardTraining(network="classifier", batch_size=1, holdout=0.5, epochs_per_level=2)
 
 
+FLAGS = "train_reward --reward thickness --network classifier --batch_size 1 --holdout 0.5"
+FLAGS += " --epochs_per_level 2"  # as OPTIONS
+
+
 @pytest.fixture(scope="module")
 def trained(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reward that learnt thickness from two images, by ``OPTIONS``."""
     folder = tmp_path_factory.mktemp("trained") / "reward"
-    flags = "train_reward --reward thickness --network classifier --batch_size 1 --holdout 0.5"
-    flags += f" --epochs_per_level 2 --data {made} --output_dir {folder}"
-    assert main(flags.split()) == 0
+    assert main([*FLAGS.split(), "--data", str(made), "--output_dir", str(folder)]) == 0
     return folder
+
+
+def test_a_dry_run_counts_its_steps(made: Path, trained: Path, call: Call) -> None:
+    planned = call("scale", *FLAGS.split(), "--data", made, "--dry_run").out.splitlines()
+    assert planned[0] == "images to learn from: 2, of prompts: 1, kept aside: 1"
+    assert planned[1] == f"trainings: {', '.join(FILES)}"
+    assert planned[3].startswith(f"steps: {read_json(trained / 'summary.json')['steps']}, batch")
 
 
 @pytest.fixture(scope="module")
