@@ -106,12 +106,17 @@ class Adapters:
         Raises:
             ModelError: If a file is damaged, or a key in it is not one of this model.
         """
-        if not hasattr(pipe, "load_lora_weights"):
-            raise ModelError(f"{flag}: a {type(pipe).__name__} takes no LoRA; leave {flag} out")
         parts = [part for part in parts if getattr(pipe, part) is not None]
         shadow = copy.copy(pipe)
         for part in parts:
             setattr(shadow, part, _shadow(getattr(pipe, part)))
+        if not hasattr(pipe, "load_lora_weights") and parts[0] == "transformer":  # PixArt's
+            from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
+
+            adopt(shadow, SanaLoraLoaderMixin)  # which has nothing of SANA's own
+            adopt(shadow.transformer, PeftAdapterMixin)
+        if not hasattr(shadow, "load_lora_weights"):
+            raise ModelError(f"{flag}: a {type(pipe).__name__} takes no LoRA; leave {flag} out")
         self._networks = {part: getattr(shadow, part) for part in parts}
         loras = [file if isinstance(file, LoraFile) else LoraFile(file) for file in files]
         self._said = f"{flag} {loras[0].path}: "
@@ -299,6 +304,13 @@ class MergedSource:
                 merged[part] = network.to(dtype or self.stored[part])
         # the others in the types that they have without LoRAs
         return pipe if dtype is None else self._source.read(dtype, **merged)
+
+
+def adopt(thing: Any, mixin: type[Any]) -> None:
+    """Give a pipeline or network of diffusers what ``mixin`` can; files name its class the same."""
+    kind = type(thing)
+    if not issubclass(kind, mixin):
+        thing.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
 
 
 def check_alpha(alpha: float | None, files: Sequence[LoraFile]) -> None:

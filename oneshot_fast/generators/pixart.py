@@ -4,22 +4,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
+from diffusers import PixArtAlphaPipeline
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor
 
 from oneshot_fast.generators.base import Conditioning
+from oneshot_fast.generators.lora_files import adopt
 from oneshot_fast.generators.pipeline import TransformerGenerator
 from oneshot_fast.generators.pretrained import PipelineFolder
 from oneshot_fast.generators.single_file import PipelineFile
-
-# its class in diffusers is the only one here that takes no LoRA; files name this one the same,
-# with its module
-_Adaptable = type(
-    PixArtTransformer2DModel.__name__,
-    (PeftAdapterMixin, PixArtTransformer2DModel),
-    {"__module__": PixArtTransformer2DModel.__module__},
-)
 
 
 class PixartGenerator(TransformerGenerator):
@@ -35,7 +28,7 @@ class PixartGenerator(TransformerGenerator):
 
     @classmethod
     def adapt(cls, pipe: Any, source: PipelineFolder | PipelineFile) -> None:
-        pipe.transformer.__class__ = _Adaptable
+        adopt(pipe.transformer, PeftAdapterMixin)  # the only class here that takes no LoRA
 
     def blank_prompts(self, count: int) -> Conditioning:
         width = self.denoiser.config.caption_channels

@@ -279,3 +279,6 @@ def test_all_commands_take_it_and_diffusers_reads_what_they_save(
         found = made(load_generator(saved), eps)
         torch.testing.assert_close(found, called(pipe, eps), rtol=0, atol=1e-5)
         assert (found - made(before, eps)).abs().max() > 1e-4
+    lora = LoraFile.parse(f"{tmp_path}/em/cycle-01/sft/lora-final")
+    merged = made(load_generator(model, lora=(lora,)), eps)
+    torch.testing.assert_close(merged, found, rtol=0, atol=1e-5)
