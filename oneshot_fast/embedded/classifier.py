@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -44,12 +45,18 @@ class DigitClassifier(ConvolutionalJudge):
         self.digit_head = nn.Linear(NUM_FEATURES, 10)
         self.style_head = nn.Linear(NUM_FEATURES, 7)
 
+    def features(self, images: Tensor) -> Tensor:
+        """Penultimate features, [B, 64], of images [B, 3, s, s] in [0, 1] RGB, of any side s."""
+        if images.shape[-1] != IMAGE_SIZE:
+            images = F.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
+        return super().features(images)
+
     def label_of(self, prompt: str) -> int | None:
         """The digit that ``prompt`` names, None if it names none."""
         return digit_of(prompt)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of the ten digits, [B, 10], of images [B, 3, 64, 64] in [0, 1] RGB."""
+        """Logits of the ten digits, [B, 10], of images [B, 3, s, s] in [0, 1] RGB."""
         return self.digit_head(self.features(images))
 
 

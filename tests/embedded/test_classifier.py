@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch.nn.functional as F
 
 from oneshot_fast.embedded import digits as dataset
 from oneshot_fast.embedded.classifier import DigitClassifier, load_classifier
@@ -26,3 +27,10 @@ def test_classifier_features_tell_the_styles_apart(classifier):
     same = classifier.features(dataset.render(pairs["train"], dataset.TARGET_STYLE))
     base = classifier.features(dataset.render(pairs["train"], dataset.BASE_STYLE))
     assert frechet_distance(base, target) > 3 * frechet_distance(same, target)
+
+
+@pytest.mark.parametrize("side", [32, 96])
+def test_classifier_takes_images_of_other_sides(classifier, side):
+    digits, labels = dataset.load_digits("heldout")
+    images = F.interpolate(dataset.render(digits, dataset.BASE_STYLE), (side, side), mode="area")
+    assert prompt_accuracy(classifier(images), labels) >= 0.95
