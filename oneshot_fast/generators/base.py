@@ -372,7 +372,9 @@ class Generator(ABC):
 
     def check_single_file(self) -> None:
         """Raise UserError unless ``save_single_file`` can write this model."""
-        raise UserError("this model is no single file; leave --save_single_file out")
+        raise UserError(
+            "one file is written of models of the shape of SDXL alone; leave --save_single_file out"
+        )
 
     def save_single_file(self, folder: Path) -> None:
         """Write what ``save`` wrote to ``folder`` as one file, folder.safetensors, or UserError."""

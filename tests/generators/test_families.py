@@ -154,6 +154,8 @@ def test_sizes_and_flags_that_a_family_cannot_take_are_refused() -> None:
     assert sd3.latent_shape(64, 64) == (4, 32, 32)
     with pytest.raises(UserError, match="a size of 68 x 64 pixels is above 64, the model's"):
         sd3.latent_shape(64, 68)
+    with pytest.raises(UserError, match="models of the shape of SDXL alone; leave --save_single"):
+        sd3.check_single_file()
     with pytest.raises(UserError, match=r"Z-Image is compiled anew .*; leave --compile out"):
         family("ZImagePipeline")(tiny_pipeline("ZImagePipeline")).compile()
 
