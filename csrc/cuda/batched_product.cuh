@@ -160,30 +160,64 @@ __global__ void __launch_bounds__(kProductThreads, sizeof(T) == 8 ? 1 : 3)
   }
 }
 
-// One squaring: launches that follow one another.
+// Squarings: the products of an even and of an odd step; the last one waits for the others.
 template <class T>
 struct Squaring {
-  int launches = 0;
-  Products<T> launch[2];
+  int count = 0;
+  Product<T> product[2][3];
 };
 
-// The squarings from `step` on of the matrices that need so many, a block per matrix: even and odd
-// ones swap their matrices.
+// What the blocks of `square` know of one another; zero before it.
+using Counter = unsigned long long;
+struct Progress {
+  Counter* taken;     // tiles
+  Counter* steps;     // the most squarings of a matrix
+  Counter* finished;  // [B], tiles
+};
+
+// All squarings of all matrices. A block takes tile after tile in the order of the steps and waits
+// until what it reads, and whoever reads what it overwrites, is finished. It waits for tiles before
+// its own only, which blocks that already run have taken, so this ends whatever number of blocks
+// runs at once. (At three blocks per multiprocessor registers would be spilled.)
 template <class T>
-__global__ void __launch_bounds__(kProductThreads, sizeof(T) == 8 ? 1 : 3)
-    square_on(int64_t B, int D, const __grid_constant__ Squaring<T> even,
-              const __grid_constant__ Squaring<T> odd, int step,
-              const int* __restrict__ squarings) {  // [B]
+__global__ void __launch_bounds__(kProductThreads, sizeof(T) == 8 ? 1 : 2)
+    square(int64_t B, int D, Divider tiles, Divider per_product,  // of a matrix, of a batch
+           const __grid_constant__ Squaring<T> squaring,
+           const int* __restrict__ squarings,  // [B]
+           Progress progress) {
   __shared__ __align__(16) ProductMemory<T> memory;
-  for (int64_t b = blockIdx.x; b < B; b += gridDim.x)
-    for (int s = step; s < squarings[b]; ++s)
-      for (int i = 0; i < even.launches; ++i)
-        for (int j = 0; j < even.launch[i].count; ++j) {
-          const Product<T>& p = (s % 2 == 0 ? even : odd).launch[i].product[j];
-          for (int m0 = 0; m0 < D; m0 += kProductTile)
-            for (int n0 = 0; n0 < (p.mirror == 0 ? D : m0 + 1); n0 += kProductTile)
-              run_tile(p, b, D, m0, n0, memory);
-        }
+  __shared__ Counter turn;
+  const int across = (D + kProductTile - 1) / kProductTile;
+  const int64_t count = *progress.steps * squaring.count * per_product.divisor();
+  const auto take = [&] {
+    __syncthreads();
+    if (threadIdx.x == 0) turn = atomicAdd(progress.taken, Counter{1});
+    __syncthreads();
+    return static_cast<int64_t>(turn);
+  };
+  for (int64_t work = take(); work < count; work = take()) {
+    const int64_t order = per_product.quotient(work);
+    const int step = static_cast<int>(order) / squaring.count;
+    const int i = static_cast<int>(order) - step * squaring.count;
+    const int64_t rest = work - order * per_product.divisor();
+    const int b = static_cast<int>(tiles.quotient(rest));
+    const int tile = static_cast<int>(rest - b * tiles.divisor());
+    if (squarings[b] <= step) continue;
+    if (threadIdx.x == 0) {
+      const Counter before =
+          (step * squaring.count + (i == squaring.count - 1 ? i : 0)) * tiles.divisor();
+      while (*static_cast<volatile Counter*>(progress.finished + b) < before) __nanosleep(50);
+      __threadfence();
+    }
+    __syncthreads();
+    const Product<T>& p = squaring.product[step % 2][i];
+    const int m0 = tile / across * kProductTile, n0 = tile % across * kProductTile;
+    if (p.mirror == 0 || n0 <= m0) run_tile(p, b, D, m0, n0, memory);  // a barrier at its end
+    if (threadIdx.x == 0) {
+      __threadfence();
+      atomicAdd(progress.finished + b, Counter{1});
+    }
+  }
 }
 
 }  // namespace osf::cuda

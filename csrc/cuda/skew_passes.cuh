@@ -1,6 +1,5 @@
 #pragma once
-#include "common.cuh"
-#include "divider.h"
+#include "batched_product.cuh"
 #include "skew_scheme.h"
 
 // Passes over large matrices around the products of exp(a - a^T): generator, norms, scaling, sums.
@@ -8,14 +7,19 @@ namespace osf::cuda {
 
 constexpr int kPassThreads = 256;
 
-// out = a - a^T
+// out = a - a^T, and the counters are zero
 // Shared memory: the tile of 32 x 32 elements that is to be transposed. A thread handles 4 of them.
 template <class S>
 __global__ void __launch_bounds__(kPassThreads, 1)
-    make_generator(int64_t B, int D, Divider tiles,     // of a matrix
-                   const S* __restrict__ a,             // [B, D, D]
-                   Accumulator<S>* __restrict__ out) {  // [B, D, D]
+    make_generator(int64_t B, int D, Divider tiles,   // of a matrix
+                   const S* __restrict__ a,           // [B, D, D]
+                   Accumulator<S>* __restrict__ out,  // [B, D, D]
+                   Progress progress) {
   using T = Accumulator<S>;
+  if (blockIdx.x == 0) {
+    if (threadIdx.x == 0) *progress.taken = *progress.steps = 0;
+    for (int64_t b = threadIdx.x; b < B; b += kPassThreads) progress.finished[b] = 0;
+  }
   __shared__ T mirrored[32][33];
   const int across = (D + 31) / 32;
   const int row = threadIdx.x / 32, column = threadIdx.x % 32;
@@ -63,7 +67,8 @@ template <class T>
 __global__ void __launch_bounds__(kPassThreads, 1)
     choose_squarings(int64_t B, int D,
                      const T* __restrict__ sums,  // [3, B, D]
-                     int* __restrict__ chosen) {  // [B]
+                     int* __restrict__ chosen,    // [B]
+                     Progress progress) {
   constexpr int kMatrices = kPassThreads / kWarp;
   for (int64_t b = blockIdx.x * int64_t{kMatrices} + threadIdx.x / kWarp; b < B;
        b += gridDim.x * int64_t{kMatrices}) {
@@ -80,8 +85,10 @@ __global__ void __launch_bounds__(kPassThreads, 1)
         norm[k] = other > norm[k] ? other : norm[k];
       }
     }
-    if (threadIdx.x % kWarp == 0)
+    if (threadIdx.x % kWarp == 0) {
       chosen[b] = squarings(norm_bound(norm[0], norm[1], norm[2]), kMaxPowers, 2);
+      atomicMax(progress.steps, static_cast<Counter>(chosen[b]));
+    }
   }
 }
 

@@ -4,12 +4,8 @@
 
 // exp of large skew matrices and its adjoint: a fixed sequence of launches on a whole batch, with
 // the series of four powers in two levels for all. Only the number of squarings differs between the
-// matrices; it is chosen and read on the device.
+// matrices; it is chosen and read on the device, and one launch makes them all.
 namespace osf::cuda {
-
-// Squarings with a launch each; a matrix that needs more (norms above 2.7 * 2^8 in float32)
-// finishes in one block.
-constexpr int kLaunchedSquarings = 8;
 
 template <class S>
 class TiledExponential {
@@ -17,17 +13,21 @@ class TiledExponential {
   using T = Accumulator<S>;
   static constexpr int kForwardMatrices = 9, kAdjointMatrices = 17;
 
-  // Layout of the workspace: matrices [n, B, D, D], sums of rows [3, B, D], squarings [B].
+  // Layout of the workspace: matrices [n, B, D, D], sums of rows [3, B, D], progress [2 + B],
+  // squarings [B].
   static int64_t workspace_bytes(int64_t B, int64_t D, int matrices) {
-    return squarings_offset(B, D, matrices) + B * int64_t{sizeof(int)};
+    return progress_offset(B, D, matrices) + (2 + B) * int64_t{sizeof(Counter)} +
+           B * int64_t{sizeof(int)};
   }
 
   TiledExponential(int64_t B, int64_t D, int matrices, void* workspace, void* stream)
       : B_(B), D_(D), count_(B * D * D), size_(D * D), stream_(stream) {
     memory_ = static_cast<T*>(workspace);
     sums_ = memory_ + matrices * count_;
-    squarings_ =
-        reinterpret_cast<int*>(static_cast<char*>(workspace) + squarings_offset(B, D, matrices));
+    auto* const counters =
+        reinterpret_cast<Counter*>(static_cast<char*>(workspace) + progress_offset(B, D, matrices));
+    progress_ = {counters, counters + 1, counters + 2};
+    squarings_ = reinterpret_cast<int*>(counters + 2 + B);
   }
 
   cudaError_t forward(const S* a,  // [B, D, D]
@@ -36,11 +36,9 @@ class TiledExponential {
     set_generator(a);
     values();
     run({add(product(S_(), K(), -1, R[0]), C(), 1)});
-    Squaring<T> squaring[2];
-    for (int i = 0; i < 2; ++i) {
-      squaring[i].launches = 1;
-      squaring[i].launch[0].product[0] = product(R[i], R[i], 0, R[1 - i]);
-    }
+    Squaring<T> squaring;
+    for (int i = 0; i < 2; ++i) squaring.product[i][0] = product(R[i], R[i], 0, R[1 - i]);
+    squaring.count = 1;
     square(squaring);
     T *const q = at(3), *const gram = at(4), *const polished = at(5);  // as in skew_exp_small
     choose(R[0], R[1], kOddSquarings, q);
@@ -77,22 +75,21 @@ class TiledExponential {
          add_low(sum(product(dX(4), odd(), 1, dK), X(4), at(15)), 1, dX(1))});
     run({add(sum(product(E, K(), -1, R), S_(), dK), dC, T(-1))});
     run({transpose(product(inverse[0], R, -1, E))});
-    Squaring<T> squaring[2];
+    Squaring<T> squaring;
     for (int i = 0; i < 2; ++i) {
-      squaring[i].launches = 2;
-      squaring[i].launch[0].count = 2;
-      squaring[i].launch[0].product[0] = product(E, inverse[i], 0, turned);
-      squaring[i].launch[0].product[1] = product(inverse[i], inverse[i], 0, inverse[1 - i]);
-      squaring[i].launch[1].product[0] =
+      squaring.product[i][0] = product(E, inverse[i], 0, turned);
+      squaring.product[i][1] = product(inverse[i], inverse[i], 0, inverse[1 - i]);
+      squaring.product[i][2] =
           add(scale(transpose(product(inverse[i], turned, -1, E)), T(0.5)), E, T(0.5));
     }
+    squaring.count = 3;
     square(squaring);
     choose(E, E, kNone, out);
     return error_;
   }
 
  private:
-  static int64_t squarings_offset(int64_t B, int64_t D, int matrices) {
+  static int64_t progress_offset(int64_t B, int64_t D, int matrices) {
     return round_up((matrices * B * D * D + 3 * B * D) * int64_t{sizeof(T)}, 256);
   }
 
@@ -177,14 +174,14 @@ class TiledExponential {
   void set_generator(const S* a) {
     const int D = static_cast<int>(D_);
     const Divider tiles(ceil_div(D_, 32) * ceil_div(D_, 32));
-    start(make_generator<S>, B_ * tiles.divisor(), kPassThreads, B_, D, tiles, a, S_());
+    start(make_generator<S>, B_ * tiles.divisor(), kPassThreads, B_, D, tiles, a, S_(), progress_);
     run({product(S_(), S_(), 1, X(1))});
     run({product(X(1), X(1), 1, X(2))});
     constexpr int kWarps = kPassThreads / kWarp;
     start(sum_rows<T>, ceil_div(3 * B_ * D_, kWarps), kPassThreads, B_, D,
           const_cast<const T*>(S_()), sums_);
     start(choose_squarings<T>, ceil_div(B_, kWarps), kPassThreads, B_, D,
-          const_cast<const T*>(sums_), squarings_);
+          const_cast<const T*>(sums_), squarings_, progress_);
     pass(scale_powers<T>, B_, size_, const_cast<const int*>(squarings_), S_());
     run({product(X(1), X(2), 1, X(3)), product(X(2), X(2), 1, X(4))});
   }
@@ -198,15 +195,12 @@ class TiledExponential {
     run({cosine, sinc});
   }
 
-  void square(Squaring<T> (&squaring)[2]) {
-    for (int step = 0; step < kLaunchedSquarings; ++step)
-      for (int i = 0; i < squaring[0].launches; ++i) {
-        Products<T> products = squaring[step % 2].launch[i];
-        products.step = step;
-        run(products);
-      }
-    start(square_on<T>, B_, kProductThreads, B_, static_cast<int>(D_), squaring[0], squaring[1],
-          kLaunchedSquarings, const_cast<const int*>(squarings_));
+  void square(const Squaring<T>& squaring) {
+    const int64_t across = ceil_div(D_, kProductTile);
+    const Divider tiles(across * across), per_product(B_ * tiles.divisor());
+    start(osf::cuda::square<T>, per_product.divisor() * squaring.count, kProductThreads, B_,
+          static_cast<int>(D_), tiles, per_product, squaring, const_cast<const int*>(squarings_),
+          progress_);
   }
 
   const int64_t B_, D_, count_;
@@ -214,6 +208,7 @@ class TiledExponential {
   void* const stream_;
   T *memory_, *sums_;
   int* squarings_;
+  Progress progress_;
   cudaError_t error_ = cudaSuccess;
 };
 

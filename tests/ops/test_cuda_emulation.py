@@ -324,6 +324,19 @@ def test_value_and_gradients_of_whole_runs(name, case, dtype, emulated):
     assert_value_and_gradients(SPECS[name], make(SPECS[name], case, dtype), dtype)
 
 
+def test_matrices_of_a_batch_are_squared_as_alone(emulated):
+    """One launch squares all of them, each as often as it needs."""
+    a = make(SPECS["skew_exp"], ((4, 66, 66), 2.0), torch.float64)[0]
+    a = a * torch.tensor([0.1, 500.0, 20.0, 3.0]).double()[:, None, None]
+    q = ops.skew_exp(a)
+    assert torch.dist(q, torch.linalg.matrix_exp(a - a.mT)) < 1e-9
+    (together,) = emulated.run("d_skew_exp", a.flip(1), a, q)
+    for b in range(4):
+        (alone,) = emulated.run("d_skew_exp", a[b : b + 1].flip(1), a[b : b + 1], q[b : b + 1])
+        assert torch.equal(ops.skew_exp(a[b : b + 1]), q[b : b + 1])
+        assert torch.equal(alone, together[b : b + 1])
+
+
 @pytest.mark.parametrize("scalar", MOMENTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(6, 5, 5), (2, 31, 31)], ids=str)

@@ -1,4 +1,5 @@
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -6,6 +7,7 @@
 #include <functional>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 // What csrc/cuda uses of CUDA, for a host compiler; emulator.cpp says how it runs.
 #define __global__
@@ -59,6 +61,20 @@ void* slot(unsigned thread);
 inline const char* cudaGetErrorString(cudaError_t) { return emulation::last_error(); }
 inline void __syncthreads() { emulation::wait_for_block(); }
 inline void __syncwarp() { emulation::wait_for_warp(); }
+
+// blocks run one after another
+template <class T>
+T atomicAdd(T* p, T x) {
+  return std::exchange(*p, *p + x);
+}
+template <class T>
+T atomicMax(T* p, T x) {
+  return std::exchange(*p, std::max(*p, x));
+}
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) {
+  emulation::require(false, "waits for a block that has not begun");
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, unsigned mask) {
