@@ -44,7 +44,7 @@ _OF = {
 }
 _OWN = {flag for flags in _OF.values() for flag in flags}
 # where the distance to the base is weighed if nothing is said
-_KL = {"rlcm": 0.2, "rebel": 0.2, "neighbor_grpo": 0.2, "drpo": 2.0}
+_KL = {"rlcm": 0.2, "rebel": 0.2, "neighbor_grpo": 0.2, "drpo": 1.0}
 _PAIRED = ("pso", "d3po")
 # flags of given pairs of images, and of images that are drawn
 _PAIRS = ("pair_noise", "loser_weight", "winner_weight")
@@ -79,7 +79,7 @@ class PreferOptions(TrainOptions):
     """Weight of the distance of the step's own images to the base generator's: for pso, d3po, rlcm
     and rebel the KL divergence of what they draw in nats, by default 0 for pso and d3po and 0.2 for
     the others; for neighbor_grpo, drpo, dpo and --pairs the mean square of clean latents, by
-    default 0.2 for neighbor_grpo, 2 for drpo and else 0."""
+    default 0.2 for neighbor_grpo, 1 for drpo and else 0."""
     max_drift: float = 0.5
     """The training ends when the clean latents of a step are so far from the base generator's (RMS,
     in deviations of latents); inf never ends it."""
