@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import json
@@ -129,13 +130,17 @@ def interpreted_ops() -> Iterator[None]:
             op = getattr(torch.ops.oneshot_fast, name.split("::")[1]).default
             library.impl(name, functools.partial(op.redispatch, on_cuda), "CPU")
         patch.setattr(skew_exp_tiled, "_SQUARINGS", 7)
-        patch_language_once(patch)
+        patch_interpreter(patch)
         yield
     library._destroy()
 
 
-def patch_language_once(patch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter patches its language again for every function that a kernel calls."""
+def patch_interpreter(patch: pytest.MonkeyPatch) -> None:
+    """Leave out what Triton's interpreter does in vain, which is most of its time.
+
+    It patches its language again for every function that a kernel calls, and computes every sum
+    and product of integers a second time, for an assertion that it makes only where it debugs.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -147,6 +152,9 @@ def patch_language_once(patch: pytest.MonkeyPatch) -> None:
         return patch_language(fn) if todo else interpreter._LangPatchScope()
 
     patch.setattr(interpreter, "_patch_lang", patch_unless_done)
+    builder = interpreter.interpreter_builder
+    unchecked = dataclasses.replace(builder.options, sanitize_overflow=False)
+    patch.setattr(builder, "options", unchecked)
 
 
 @pytest.fixture
