@@ -32,11 +32,10 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 os.environ.setdefault("TORCHINDUCTOR_DEBUG_COMPILE", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 
-import pytest
-import torch
-
 with contextlib.suppress(ImportError):  # the tests on a GPU do without matplotlib
     import shortcuts
+import pytest
+import torch
 
 for number, usual in (
     (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL),
@@ -65,6 +64,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
     """Every test starts with seed 0 and the same number of threads."""
+    if "shortcuts" in sys.modules:
+        shortcuts.share_networks()
     threads = torch.get_num_threads()
     # without a GPU, torch.manual_seed keeps for it the stack, which takes longer than most tests
     (torch.manual_seed if BACKENDS else torch.default_generator.manual_seed)(0)
@@ -297,7 +298,8 @@ class Forks:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # hashes are other ones than here, so that no result may depend on them
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"},
         )
         self._logs, self._count = logs, 0
 

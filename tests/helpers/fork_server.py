@@ -16,7 +16,7 @@ import sys
 import traceback
 from typing import Any
 
-import shortcuts  # noqa: F401
+import shortcuts
 import torch
 
 COMMANDS = {
@@ -37,6 +37,7 @@ for name in (
     "peft",
 ):  # what the commands import only once they run
     importlib.import_module(name)
+shortcuts.share_networks()
 # and what their first use compiles: transformers' patterns of names of weights, the page
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers speak of the fork
 sys.modules["oneshot_fast.generators.loading"].load_generator("tiny")

@@ -63,6 +63,8 @@ def test_value_and_gradients_of_larger_tensors(spec, case, dtype, device):
     past_caches = spec.name == "pixel_l1" and case[0][-1] > 99
     if INTERPRETED and (past_caches or (dtype is not torch.float32 and not half_tiled)):
         pytest.skip("the interpreter is slow, and small tensors take the same path")
+    if device == "cpu" and past_caches and dtype.itemsize < 4:
+        pytest.skip("gradients of 16 bits do not bypass the caches: small tensors take the path")
     assert_value_and_gradients(spec, make(spec, case, dtype, device=device), dtype)
 
 

@@ -16,7 +16,7 @@ from oneshot_fast.embedded.classifier import load_classifier
 from oneshot_fast.embedded.pipeline import model_path, teacher_path
 from oneshot_fast.evaluation.measures import pairwise_diversity, prompt_accuracy
 from oneshot_fast.generators.loading import load_generator
-from oneshot_fast.recipes.tiny import material
+from oneshot_fast.recipes.tiny import evaluate, material
 from oneshot_fast.recipes.tiny.evaluate import reconstruction_psnr, sample_digits
 from oneshot_fast.tiny import main
 
@@ -74,17 +74,19 @@ def test_vae_reconstructs_both_styles(pipeline):
 
 @pytest.mark.slow
 def test_recipe_runs_resumes_and_repeats(tmp_path, monkeypatch):
+    """In stages, and at once."""
     few = tuple(part[:40] for part in dataset.load_digits("train"))
-    monkeypatch.setattr(material, "load_digits", lambda _: few)
+    for module in (material, evaluate):
+        monkeypatch.setattr(module, "load_digits", lambda _: few)
     quick = ["--vae_steps=3", "--latent_copies=1", "--teacher_steps=3", "--solver_steps=2"]
     quick += ["--distill_pairs=32", "--distill_steps=3", "--classifier_steps=3", "--batch_size=8"]
-    for name in ("a", "b"):
-        command = ["train", f"--output_dir={tmp_path / name}", *quick]
-        assert main([*command, "--stage=vae"]) == 0
-        stamp = (tmp_path / name / "vae.safetensors").stat().st_mtime_ns
+    staged, whole = (["train", f"--output_dir={tmp_path / name}", *quick] for name in "ab")
+    assert main([*staged, "--stage=vae"]) == 0
+    stamp = (tmp_path / "a" / "vae.safetensors").stat().st_mtime_ns
+    for command in (staged, whole):
         assert main(command) == 0
         assert main([*command, "--stage=packaged_teacher"]) == 0
-        assert (tmp_path / name / "vae.safetensors").stat().st_mtime_ns == stamp
+    assert (tmp_path / "a" / "vae.safetensors").stat().st_mtime_ns == stamp
     for name in ("vae", "teacher", "pairs", "student", "classifier", "packaged_teacher"):
         a, b = ((tmp_path / run / f"{name}.safetensors").read_bytes() for run in ("a", "b"))
         assert a == b, name

@@ -56,9 +56,9 @@ class Setting:
     @classmethod
     def of(cls, subject: Subject, data_seed: int, seed: int, quick: bool) -> "Setting":
         """The targets and held-out pairs of a data seed are other ones for each."""
-        count = 64 + 16 if quick else TARGETS + HELD_OUT
+        count = 32 + 8 if quick else TARGETS + HELD_OUT
         pairs = subject.pairs(count, data_seed * count)
-        at = 64 if quick else TARGETS
+        at = 32 if quick else TARGETS
         return cls(subject, pairs[:at], pairs[at:], seed, quick)
 
     def em(self, **changes: Any) -> EmOptions:

@@ -6,8 +6,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -292,7 +290,7 @@ def without_times(path: Path) -> object:
 
 @pytest.mark.slow
 def test_equal_trainings_leave_equal_files(
-    small_model: Path, small_assigned: Path, tmp_path: Path, one_thread: None
+    small_model: Path, small_assigned: Path, tmp_path: Path, forks: Any, one_thread: None
 ) -> None:
     """In this process and in one that hashes differently, of all weights and of an adapter."""
     manifest = small_assigned / "manifest.jsonl"
@@ -302,9 +300,7 @@ def test_equal_trainings_leave_equal_files(
         for name in "ab"
     )
     assert not any(map(main, one))
-    code = f"from oneshot_fast.sft import main; assert not any(map(main, {other}))"
-    hashes = {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], env=os.environ | hashes, check=True)
+    assert not any(forks.run("sft", argv, tmp_path).code for argv in other)
     one, other = tmp_path / "a", tmp_path / "b"
     names, twins = ({p.relative_to(x) for p in x.rglob("*") if p.is_file()} for x in (one, other))
     assert names == twins and len([name for name in names if name.suffix == ".safetensors"]) >= 12
