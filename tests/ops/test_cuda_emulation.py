@@ -52,7 +52,7 @@ from oneshot_fast import ops
 EMULATION = Path(__file__).with_name("cuda_emulation")
 KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
 FLAGS = (
-    "-std=c++20 -O1 -march=native -fPIC -fno-strict-aliasing -fno-extern-tls-init "
+    "-std=c++20 -Og -march=native -fPIC -fno-strict-aliasing -fno-extern-tls-init "
     "-Wno-unknown-pragmas"
 )
 GUARD = 256  # bytes

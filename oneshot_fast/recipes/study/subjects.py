@@ -76,7 +76,7 @@ class Subject:
                 train_letters(folder / "base", quick)
             else:
                 self._make_base(train, quick)
-        self.records = _on_disk(train, folder / "targets", 32 if quick else 256)
+        self.records = _on_disk(train, folder / "targets", 16 if quick else 256)
         self.heldout = _on_disk(self.real, folder / "heldout", 16 if quick else 64)
         self.classifier = self.base().classifier or self.judge
         with torch.no_grad():
