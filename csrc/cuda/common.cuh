@@ -1,6 +1,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
 #include <type_traits>
@@ -104,6 +105,27 @@ __device__ __forceinline__ void write_run(const T (&run)[N], T* p) {
     for (int j = 0; j < V; ++j) part.value[j] = run[i + j];
     part.store(p + i);
   }
+}
+
+// N neighbouring elements of device memory to shared memory, or zeros if not inside. In accesses of
+// 4, 8 or 16 bytes, to which both addresses are aligned, they pass no registers and land by
+// wait_for_copies, which waits for all that this thread has begun.
+template <int N, class T>
+__device__ __forceinline__ void copy_async(const T* from, bool inside, T* to) {
+  constexpr int V = N < kWide<T> ? N : kWide<T>;
+#pragma unroll
+  for (int i = 0; i < N; i += V) {
+    if (!inside)
+      Pack<T, V>{}.store(to + i);
+    else if constexpr (V * sizeof(T) < 4)
+      Pack<T, V>::load(from + i).store(to + i);
+    else
+      __pipeline_memcpy_async(to + i, from + i, V * sizeof(T));
+  }
+}
+__device__ __forceinline__ void wait_for_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
 }
 
 // Whether every address is a multiple of `bytes`.

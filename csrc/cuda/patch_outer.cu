@@ -30,7 +30,7 @@ template <class S>
 cudaError_t on_tensor_cores(const Outer& o, const OuterPlan& plan) {
   const int width = access_width<S>(o.tiles, o.a, o.b);
   return with_patch_side<S>(o.tiles.grid.p, width, [&]<int P, int V>() {
-    return launch(outer_wmma<S, P, V>, plan.blocks(), kPatchThreads, o.stream, o.tiles, plan,
+    return launch(outer_mma<S, P, V>, plan.blocks(), kPatchThreads, o.stream, o.tiles, plan,
                   static_cast<const S*>(o.a), static_cast<const S*>(o.b),
                   static_cast<float*>(o.workspace), static_cast<S*>(o.out));
   });
@@ -46,13 +46,14 @@ cudaError_t in_rows(const Outer& o, const OuterPlan& plan) {
 template <class S>
 cudaError_t by_size(const Outer& o, const OuterPlan& plan) {
   switch (tile_side(o.tiles.D)) {
-    case 16: return tiled<S, 16, 4, 4, 128>(o, plan);
-    case 32: return tiled<S, 32, 4, 4, 64>(o, plan);
+    case 16: return tiled<S, 16, 4, 4, 64>(o, plan);
+    case 32: return tiled<S, 32, 4, 4, 32>(o, plan);
     default: break;
   }
   if constexpr (sizeof(S) == 2)
-    if (o.tiles.D >= 64) return on_tensor_cores<S>(o, plan);
-  return tiled<S, 64, 8, 4, 32>(o, plan);
+    return on_tensor_cores<S>(o, plan);
+  else
+    return tiled<S, 64, 8, 4, 16>(o, plan);
 }
 
 template <class S>

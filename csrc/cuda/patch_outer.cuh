@@ -44,22 +44,28 @@ struct OuterPlan {
   }
 };
 
-// Walks over the panels of TN patches of the parts [first, last) and calls f, after a barrier, when
-// `origins` holds the offsets of the next panel. Every thread of the block takes part; f has to
-// synchronise after its last use of `origins`.
-template <int TN, class F>
+// Walks over the panels of TN patches of the parts [first, last), of which two stages are kept:
+// fetch(stage) begins to copy the panel whose offsets are origins[stage], and f(stage) uses it once
+// it is there, while the next one is on its way. Every thread of the block takes part.
+template <int TN, class Fetch, class F>
 __device__ __forceinline__ void for_each_panel(const Tiles& tiles, const OuterPlan& plan,
-                                               const OuterPlan::Block& block, int64_t* origins,
-                                               F f) {
-  for (int64_t part = block.first; part < block.last; ++part) {
-    const int64_t tile = plan.parts.quotient(part);
-    const int64_t n1 = (part - tile * plan.parts.divisor()) * plan.length;
-    const int64_t n2 = min(tiles.patches, n1 + plan.length), origin = tiles.origin(tile);
-    for (int64_t n0 = n1; n0 < n2; n0 += TN) {
-      locate<TN>(tiles, origin, n0, origins);
-      __syncthreads();
-      f();
+                                               const OuterPlan::Block& block,
+                                               int64_t (&origins)[2][TN], Fetch fetch, F f) {
+  int64_t part = block.first - 1, n0 = 0, end = 0, origin = 0;
+  for (int stage = 0, count = 0;; stage = 1 - stage, ++count) {
+    for (n0 += TN; n0 >= end && ++part < block.last;) {
+      const int64_t tile = plan.parts.quotient(part);
+      n0 = (part - tile * plan.parts.divisor()) * plan.length;
+      end = min(tiles.patches, n0 + plan.length);
+      origin = tiles.origin(tile);
     }
+    const bool more = part < block.last;
+    if (more) locate<TN>(tiles, origin, n0, origins[stage]);
+    wait_for_copies();
+    __syncthreads();
+    if (more) fetch(stage);
+    if (count > 0) f(1 - stage);
+    if (!more) break;
   }
 }
 
@@ -80,63 +86,110 @@ __device__ __forceinline__ void write_sums(const Tiles& tiles, const OuterPlan& 
   }
 }
 
+// A panel of TD elements of TN patches in shared memory as the image has them, a row per row.
+template <class S, int P, int V, int TD, int TN>
+struct RowPanel {
+  using T = Accumulator<S>;
+  static constexpr int kSide = P > 0 ? P : 1;
+  static constexpr int kRow = TN * kSide + (kSide > kWide<S> ? kSide : kWide<S>);
+  static constexpr int kElements = TD / kSide * kRow;
+  // read at once: so many elements of so many patches side by side
+  static constexpr int kNext = kWide<T>, E = kSide < kNext ? kSide : kNext, N = kNext / E;
+
+  static __device__ __forceinline__ int place(int d, int n) {
+    return d / kSide * kRow + n * kSide + d % kSide;
+  }
+  // Begins to copy element d0 + d of the patch at origins[n], 0 outside.
+  static __device__ __forceinline__ void fetch(const Tiles& tiles, const int64_t* origins,
+                                               const S* __restrict__ x,  // [B, C, H, W]
+                                               int64_t d0, S* panel) {
+#pragma unroll 4
+    for (int u = threadIdx.x; u < TD * TN / V; u += kPatchThreads) {
+      const Access at = access<P, V, TN>(tiles, origins, d0, u);
+      copy_async<V>(x + at.offset, at.offset >= 0, panel + place(at.d, at.n));
+    }
+  }
+  // The elements d .. d + E - 1 of the patches n .. n + kNext - 1
+  static __device__ __forceinline__ void read(const S* panel, int d, int n, T (&values)[E][kNext]) {
+#pragma unroll
+    for (int i = 0; i < kNext; i += N) {
+      const auto part = Pack<S, kNext>::load(panel + place(d, n + i));
+#pragma unroll
+      for (int e = 0; e < kNext; ++e) values[e % E][i + e / E] = widen(part.value[e]);
+    }
+  }
+};
+
 // Any D: TD x TD of A B^T per block, TN patches at a time.
-// Shared memory: a panel [d][n] of a and one of b, then the sums. The threads form groups that
-// share the patches of a panel; a thread sums RM x RN products, of rows far apart so that
-// neighbours read neighbouring rows, which lie in different banks.
+// Shared memory: twice a panel of a and one of b, of which one pair is multiplied and the other on
+// its way, then the sums. The threads form groups that share the patches of a panel; a thread sums
+// RM x RN products, of rows far apart so that neighbours read neighbouring rows, which lie in
+// different banks.
 template <class S, int P, int V, int TD, int RM, int RN, int TN>
-__global__ void __launch_bounds__(kPatchThreads, 1)
+__global__ void __launch_bounds__(kPatchThreads, sizeof(S) == 8 ? 2 : 4)
     outer_tiled(Tiles tiles, OuterPlan plan,
                 const S* __restrict__ a,               // [B, C, H, W]
                 const S* __restrict__ b,               // [B, C, H, W]
                 Accumulator<S>* __restrict__ partial,  // [outputs, splits, D, D]
                 S* __restrict__ out) {                 // [outputs, D, D]
   using T = Accumulator<S>;
-  constexpr int LN = TN + kWide<T>, kRows = TD / RM, kColumns = TD / RN;
+  using X = RowPanel<S, P, V, TD, TN>;
+  constexpr int E = X::E, kNext = X::kNext, kRows = TD / RM, kColumns = TD / RN;
   constexpr int kGroups = kPatchThreads / (kRows * kColumns);
-  constexpr int kPanels = 2 * TD * LN, kSums = kGroups * TD * TD;
-  __shared__ __align__(16) T memory[kPanels > kSums ? kPanels : kSums];
-  __shared__ int64_t origins[TN];
-  T* const A = memory;
-  T* const B = memory + TD * LN;
+  constexpr int kPanels = 4 * X::kElements * sizeof(S), kSums = kGroups * TD * TD * sizeof(T);
+  __shared__ __align__(16) unsigned char memory[kPanels > kSums ? kPanels : kSums];
+  __shared__ int64_t origins[2][TN];
+  const auto panel = [&](int i, int stage) {
+    return reinterpret_cast<S*>(memory) + (2 * stage + i) * X::kElements;
+  };
+  T* const sums = reinterpret_cast<T*>(memory);
   const int group = threadIdx.x / (kRows * kColumns), place = threadIdx.x % (kRows * kColumns);
-  const int m = place / kColumns, n = place % kColumns;
+  const int m = place / kColumns * E, n = place % kColumns * E;
   for (int64_t work = blockIdx.x; work < plan.blocks(); work += gridDim.x) {
     const OuterPlan::Block block = plan.block<TD>(work);
-    T sum[RM][RN] = {};
-    for_each_panel<TN>(tiles, plan, block, origins, [&] {
-      gather<P, V, TD, TN, LN>(tiles, origins, a, block.m0, A);
-      gather<P, V, TD, TN, LN>(tiles, origins, b, block.n0, B);
-      __syncthreads();
-#pragma unroll 2
-      for (int k = group * kWide<T>; k < TN; k += kGroups * kWide<T>) {
-        Pack<T, kWide<T>> right[RN];
+    T sum[RM / E][RN / E][E][E] = {};
+    for_each_panel(
+        tiles, plan, block, origins,
+        [&](int stage) {
+          X::fetch(tiles, origins[stage], a, block.m0, panel(0, stage));
+          X::fetch(tiles, origins[stage], b, block.n0, panel(1, stage));
+        },
+        [&](int stage) {
+#pragma unroll 1
+          for (int k = group * kNext; k < TN; k += kGroups * kNext) {
+            T right[RN / E][E][kNext];
 #pragma unroll
-        for (int j = 0; j < RN; ++j)
-          right[j] = Pack<T, kWide<T>>::load(B + (n + j * kColumns) * LN + k);
+            for (int j = 0; j < RN / E; ++j)
+              X::read(panel(1, stage), n + j * kColumns * E, k, right[j]);
 #pragma unroll
-        for (int i = 0; i < RM; ++i) {
-          const auto left = Pack<T, kWide<T>>::load(A + (m + i * kRows) * LN + k);
+            for (int i = 0; i < RM / E; ++i) {
+              T left[E][kNext];
+              X::read(panel(0, stage), m + i * kRows * E, k, left);
 #pragma unroll
-          for (int j = 0; j < RN; ++j)
+              for (int j = 0; j < RN / E; ++j)
 #pragma unroll
-            for (int e = 0; e < kWide<T>; ++e) sum[i][j] += left.value[e] * right[j].value[e];
-        }
-      }
-    });
+                for (int e = 0; e < E; ++e)
+#pragma unroll
+                  for (int f = 0; f < E; ++f)
+#pragma unroll
+                    for (int l = 0; l < kNext; ++l) sum[i][j][e][f] += left[e][l] * right[j][f][l];
+            }
+          }
+        });
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < RM; ++i)
 #pragma unroll
       for (int j = 0; j < RN; ++j)
-        memory[(group * TD + m + i * kRows) * TD + n + j * kColumns] = sum[i][j];
+        sums[(group * TD + m + i / E * kRows * E + i % E) * TD + n + j / E * kColumns * E + j % E] =
+            sum[i / E][j / E][i % E][j % E];
     __syncthreads();
     if constexpr (kGroups > 1) {
       for (int u = threadIdx.x; u < TD * TD; u += kPatchThreads)
-        for (int g = 1; g < kGroups; ++g) memory[u] += memory[g * TD * TD + u];
+        for (int g = 1; g < kGroups; ++g) sums[u] += sums[g * TD * TD + u];
       __syncthreads();
     }
-    write_sums<TD, TD>(tiles, plan, block, memory, partial, out);
+    write_sums<TD, TD>(tiles, plan, block, sums, partial, out);
   }
 }
 
@@ -145,7 +198,7 @@ __global__ void __launch_bounds__(kPatchThreads, 1)
 // is which column of a product, and which element which row, is chosen. Shared memory: the sums of
 // each warp, added in order.
 template <class S, int P, int K>
-__global__ void __launch_bounds__(kPatchThreads, 1)
+__global__ void __launch_bounds__(kPatchThreads, K == 1 ? 4 : 3)
     outer_rows(Tiles tiles, OuterPlan plan,
                const S* __restrict__ a,      // [B, C, H, W]
                const S* __restrict__ b,      // [B, C, H, W]
@@ -229,33 +282,38 @@ __global__ void __launch_bounds__(kPatchThreads, 1)
   }
 }
 
-// float16 and bfloat16, D >= 64: A B^T on tensor cores, 64 x 64 per block, 64 patches at a time.
-// Shared memory: a panel [d][n] of a and one of b, then the sums in float32. A warp sums 32 x 32
-// products in 2 x 2 fragments; the panel of b is B^T by columns.
+// float16 and bfloat16, D > 32: A B^T on tensor cores, 64 x 64 per block, 32 patches at a time.
+// Shared memory: twice a panel of a and one of b, of which one pair is multiplied and the other on
+// its way, then the sums in float32. A warp sums 32 x 32 products.
 template <class S, int P, int V>
-__global__ void __launch_bounds__(kPatchThreads, 1)
-    outer_wmma(Tiles tiles, OuterPlan plan,
-               const S* __restrict__ a,      // [B, C, H, W]
-               const S* __restrict__ b,      // [B, C, H, W]
-               float* __restrict__ partial,  // [outputs, splits, D, D]
-               S* __restrict__ out) {        // [outputs, D, D]
-  constexpr int TD = 64, TN = 64, LN = TN + 8, LD = TD + 4;
-  constexpr int kPanels = 2 * TD * LN * 2, kSums = TD * LD * 4;
+__global__ void __launch_bounds__(kPatchThreads, 4)
+    outer_mma(Tiles tiles, OuterPlan plan,
+              const S* __restrict__ a,      // [B, C, H, W]
+              const S* __restrict__ b,      // [B, C, H, W]
+              float* __restrict__ partial,  // [outputs, splits, D, D]
+              S* __restrict__ out) {        // [outputs, D, D]
+  constexpr int TD = 64, TN = 32, LD = TD + 4;
+  using X = TensorPanel<S, P, V, TD, TN>;
+  constexpr int kPanels = 4 * X::kElements * 2, kSums = TD * LD * 4;
   __shared__ __align__(128) unsigned char memory[kPanels > kSums ? kPanels : kSums];
-  __shared__ int64_t origins[TN];
-  S* const A = reinterpret_cast<S*>(memory);
-  S* const B = A + TD * LN;
+  __shared__ int64_t origins[2][TN];
+  const auto panel = [&](int i, int stage) {
+    return reinterpret_cast<S*>(memory) + (2 * stage + i) * X::kElements;
+  };
   float* const sums = reinterpret_cast<float*>(memory);
   for (int64_t work = blockIdx.x; work < plan.blocks(); work += gridDim.x) {
     const OuterPlan::Block block = plan.block<TD>(work);
     TensorTile<S> sum;
-    for_each_panel<TN>(tiles, plan, block, origins, [&] {
-      gather<P, V, TD, TN, LN>(tiles, origins, a, block.m0, A);
-      gather<P, V, TD, TN, LN>(tiles, origins, b, block.n0, B);
-      __syncthreads();
-#pragma unroll
-      for (int k = 0; k < TN; k += 16) sum.template add<true>(A + k, LN, B + k, LN);
-    });
+    for_each_panel(
+        tiles, plan, block, origins,
+        [&](int stage) {
+          X::fetch(tiles, origins[stage], a, block.m0, panel(0, stage));
+          X::fetch(tiles, origins[stage], b, block.n0, panel(1, stage));
+        },
+        [&](int stage) {
+          sum.template add<TN, X::kByPatch, !X::kByPatch>(panel(0, stage), X::kRow, panel(1, stage),
+                                                          X::kRow);
+        });
     __syncthreads();
     sum.store(sums, LD);
     __syncthreads();

@@ -54,9 +54,10 @@ cudaError_t on_tensor_cores(const Rotation& r) {
   const int width = access_width<S>(r.tiles, r.x, r.out);
   return with_patch_side<S>(r.tiles.grid.p, width, [&]<int P, int V>() {
     const RotateBlocks<64, 64> blocks(r.tiles);
-    return launch(rotate_wmma<S, P, V>, blocks.count, kPatchThreads, r.stream, r.tiles, blocks,
+    return launch(rotate_mma<S, P, V>, blocks.count, kPatchThreads, r.stream, r.tiles, blocks,
                   static_cast<const S*>(r.x), static_cast<const S*>(r.q.data), r.q.stride,
-                  r.q.transposed, static_cast<S*>(r.out));
+                  r.q.transposed, r.tiles.D % kWide<S> == 0 && aligned(16, r.q.data),
+                  static_cast<S*>(r.out));
   });
 }
 
@@ -78,8 +79,9 @@ cudaError_t by_size(const Rotation& r) {
   }
   if (D <= 32) return tiled<S, 16, 128, 4, 4>(r);
   if constexpr (sizeof(S) == 2)
-    if (D >= 64) return on_tensor_cores<S>(r);
-  return tiled<S, 64, 64, 8, 4>(r);
+    return on_tensor_cores<S>(r);
+  else
+    return tiled<S, 64, 64, 8, 4>(r);
 }
 
 template <class S>

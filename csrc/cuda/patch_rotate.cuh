@@ -234,41 +234,58 @@ __global__ void __launch_bounds__(kPatchThreads, 1)
   }
 }
 
-// float16 and bfloat16, D >= 64: Z = Q X on tensor cores, 64 x 64 of it per block, k in steps
-// of 32. Shared memory: Q as [m][k] and X as a panel [k][n], then Z in float32 as a panel [m][n]. A
-// warp computes 32 x 32 of Z in 2 x 2 fragments.
+// float16 and bfloat16, D > 32: Z = Q X on tensor cores, 64 x 64 of it per block, k in steps of 32.
+// Shared memory: twice Q as it lies in device memory and X as a panel, of which one is multiplied
+// and the other on its way, then Z in float32 as a panel [m][n]. A warp computes 32 x 32 of Z.
+// `wide`: the rows of q are aligned to 16 bytes.
 template <class S, int P, int V>
-__global__ void __launch_bounds__(kPatchThreads, 1)
-    rotate_wmma(Tiles tiles, RotateBlocks<64, 64> blocks,
-                const S* __restrict__ x,  // [B, C, H, W]
-                const S* __restrict__ q,  // [tiles, D, D], `stride` elements apart
-                int64_t stride, bool transposed,
-                S* __restrict__ out) {  // [B, C, H, W]
-  constexpr int TM = 64, TN = 64, TK = 32, LK = TK + 8, LN = TN + 8, LZ = TN + 4;
-  constexpr int kPanels = (TM * LK + TK * LN) * 2, kResult = TM * LZ * 4;
+__global__ void __launch_bounds__(kPatchThreads, 4)
+    rotate_mma(Tiles tiles, RotateBlocks<64, 64> blocks,
+               const S* __restrict__ x,  // [B, C, H, W]
+               const S* __restrict__ q,  // [tiles, D, D], `stride` elements apart
+               int64_t stride, bool transposed, bool wide,
+               S* __restrict__ out) {  // [B, C, H, W]
+  constexpr int TM = 64, TN = 64, TK = 32, LM = TM + 8, LK = TK + 8, LZ = TN + 4;
+  using X = TensorPanel<S, P, V, TK, TN>;
+  constexpr int kMatrix = TM * LK > TK * LM ? TM * LK : TK * LM, kStage = kMatrix + X::kElements;
+  constexpr int kPanels = 2 * kStage * 2, kResult = TM * LZ * 4;
   __shared__ __align__(128) unsigned char memory[kPanels > kResult ? kPanels : kResult];
   __shared__ int64_t origins[TN];
-  S* const Q = reinterpret_cast<S*>(memory);
-  S* const X = Q + TM * LK;
+  S* const panels = reinterpret_cast<S*>(memory);
   float* const Z = reinterpret_cast<float*>(memory);
   for (int64_t work = blockIdx.x; work < blocks.count; work += gridDim.x) {
     const auto [tile, n0, m0] = blocks[work];
     const S* const matrix = q + tile * stride;
-    locate<TN>(tiles, tiles.origin(tile), n0, origins);
-    TensorTile<S> z;
-    for (int64_t k0 = 0; k0 < tiles.D; k0 += TK) {
-      __syncthreads();
-      gather<P, V, TK, TN, LN>(tiles, origins, x, k0, X);
-#pragma unroll 4
-      for (int u = threadIdx.x; u < TM * TK; u += kPatchThreads) {
-        const int k = transposed ? u / TM : u % TK, i = transposed ? u % TM : u / TK;
-        const bool inside = k0 + k < tiles.D && m0 + i < tiles.D;
-        const int64_t at = transposed ? (k0 + k) * tiles.D + m0 + i : (m0 + i) * tiles.D + k0 + k;
-        Q[i * LK + k] = inside ? matrix[at] : convert<S>(0.f);
+    const auto fetch_matrix = [&]<int N>(int64_t k0, S* Q) {
+#pragma unroll 2
+      for (int u = threadIdx.x * N; u < TM * TK; u += kPatchThreads * N) {
+        const int row = transposed ? u / TM : u / TK, column = transposed ? u % TM : u % TK;
+        const int64_t i = (transposed ? k0 : m0) + row, j = (transposed ? m0 : k0) + column;
+        copy_async<N>(matrix + i * tiles.D + j, i < tiles.D && j < tiles.D,
+                      Q + row * (transposed ? LM : LK) + column);
       }
+    };
+    const auto fetch = [&](int64_t k0, S* stage) {
+      X::fetch(tiles, origins, x, k0, stage + kMatrix);
+      if (wide)
+        fetch_matrix.template operator()<8>(k0, stage);
+      else
+        fetch_matrix.template operator()<1>(k0, stage);
+    };
+    locate<TN>(tiles, tiles.origin(tile), n0, origins);
+    __syncthreads();
+    fetch(0, panels);
+    TensorTile<S> z;
+    int stage = 0;
+    for (int64_t k0 = 0; k0 < tiles.D; k0 += TK, stage = kStage - stage) {
+      wait_for_copies();
       __syncthreads();
-#pragma unroll
-      for (int k = 0; k < TK; k += 16) z.template add<false>(Q + k, LK, X + k * LN, LN);
+      if (k0 + TK < tiles.D) fetch(k0 + TK, panels + kStage - stage);
+      const S* const Q = panels + stage;
+      if (transposed)
+        z.template add<TK, true, X::kByPatch>(Q, LM, Q + kMatrix, X::kRow);
+      else
+        z.template add<TK, false, X::kByPatch>(Q, LK, Q + kMatrix, X::kRow);
     }
     __syncthreads();
     z.store(Z, LZ);

@@ -139,6 +139,31 @@ __device__ __forceinline__ void scatter(const Tiles& tiles, const int64_t* origi
   }
 }
 
+// A panel of 16-bit elements for tensor cores: [n][d] where an image row holds several neighbours
+// of a patch, else [d][n], so that up to 16 bytes stay together. Rows are aligned to 16 bytes.
+template <class S, int P, int V, int TD, int TN>
+struct TensorPanel {
+  static constexpr bool kByPatch = P > 1;
+  static constexpr int kRow = (kByPatch ? TD : TN) + 8, kElements = (kByPatch ? TN : TD) * kRow;
+
+  // Begins to copy element d0 + d of the patch at origins[n], 0 outside, to the panel.
+  static __device__ __forceinline__ void fetch(const Tiles& tiles, const int64_t* origins,
+                                               const S* __restrict__ x,  // [B, C, H, W]
+                                               int64_t d0, S* panel) {
+    constexpr int N = kByPatch ? P : V;  // elements that are copied at once
+    // eight patches, then 16 bytes of them: neither memory nor banks are met twice
+    constexpr int kPieces = kByPatch ? 8 / P : 1, kOctets = TN / 8;
+#pragma unroll 4
+    for (int u = threadIdx.x; u < TD * TN / N; u += kPatchThreads) {
+      const int octet = u / 8 / kPieces, piece = u / 8 % kPieces + octet / kOctets * kPieces;
+      const int order = kByPatch ? piece * TN + octet % kOctets * 8 + u % 8 : u;
+      const Access at = access<P, N, TN>(tiles, origins, d0, order);
+      copy_async<N>(x + at.offset, at.offset >= 0,
+                    panel + (kByPatch ? at.n * kRow + at.d : at.d * kRow + at.n));
+    }
+  }
+};
+
 // Calls f with the patch side where it is a compile-time constant, 0 elsewhere, and V.
 template <class S, class F>
 cudaError_t with_patch_side(int64_t p, int width, F f) {

@@ -39,6 +39,27 @@ __device__ __forceinline__ void add_product(const unsigned (&a)[4], const unsign
 #endif
 }
 
+// Four 8 x 8 matrices of 16-bit elements from shared memory, of whose 32 rows, each aligned to 16
+// bytes, every lane names one. Word i of lane 4 g + t holds, of matrix i, the columns 2 t, 2 t + 1
+// of row g, or of its transpose. PTX ISA, ldmatrix.
+template <bool Transposed, class S>
+__device__ __forceinline__ void load_matrices(const S* row, unsigned (&words)[4]) {
+#ifdef __CUDACC__
+#define OSF_LDMATRIX(trans)                                                                \
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])            \
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))                 \
+               : "memory")
+  if constexpr (Transposed)
+    OSF_LDMATRIX(".trans");
+  else
+    OSF_LDMATRIX("");
+#undef OSF_LDMATRIX
+#else
+  emulation::load_matrices<Transposed>(row, words);
+#endif
+}
+
 // Patches as runs of 16 bytes of an image row: R patches side by side in each.
 template <int P>
 struct PatchRuns {

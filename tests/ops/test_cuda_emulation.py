@@ -6,10 +6,10 @@ The ops then run on CPU tensors through these kernels and are held against their
 
 This shows wrong values and indices; outputs that are not written; reads of memory that is not
 initialised, and accesses just outside of an array (all that lies there is NaN and must stay so);
-misaligned accesses of tensor cores; barriers that are left out, mostly, or not reached by all; and
-results that depend on the order of threads or the number of blocks. It does not show what needs a
-GPU: races between blocks, asynchronous launches, weak memory order, caches, the rounding of tensor
-cores and of fast instructions, registers and speed.
+misaligned accesses of tensor cores; barriers that are left out, mostly, or not reached by all;
+copies that nobody waits for; and results that depend on the order of threads or the number of
+blocks. It does not show what needs a GPU: races between blocks, asynchronous launches, weak memory
+order, caches, the rounding of tensor cores and of fast instructions, registers and speed.
 
 CXX and CXXFLAGS are used as by make. With the sanitizers of GCC every access is checked, and every
 pair of accesses within a block for a barrier between them:
@@ -296,6 +296,7 @@ RUNS = [
     ((1, 1, 8, 16), 4, (1,)),
     ((1, 2, 8, 8), 4, ()),
 ]
+PADDED = [((1, 9, 8, 16), 2, ()), ((2, 36, 2, 24), 1, (2,)), ((1, 3, 8, 24), 4, (1,))]
 LARGE = [
     pytest.param("patch_rotate", PATCHES_OF_256, torch.float32, id="patch_rotate-float32"),
     pytest.param("patch_rotate", PATCHES_OF_256, torch.float16, id="patch_rotate-float16"),
@@ -321,6 +322,14 @@ def test_value_and_gradients_of_256_elements(name, case, dtype, emulated):
 @pytest.mark.parametrize("name", ["patch_rotate", "patch_outer"])
 def test_value_and_gradients_of_whole_runs(name, case, dtype, emulated):
     """Where a row of patches is runs of 16 bytes, registers hold the operands of tensor cores."""
+    assert_value_and_gradients(SPECS[name], make(SPECS[name], case, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", PADDED, ids=str)
+@pytest.mark.parametrize("name", ["patch_rotate", "patch_outer"])
+def test_value_and_gradients_of_padded_products(name, case, dtype, emulated):
+    """36 or 48 elements are less than the 64 x 64 that a block computes on tensor cores."""
     assert_value_and_gradients(SPECS[name], make(SPECS[name], case, dtype), dtype)
 
 

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 // What csrc/cuda uses of CUDA, for a host compiler; emulator.cpp says how it runs.
 #define __global__
@@ -22,6 +23,7 @@
 
 using std::ldexp;
 using std::memcpy;
+using std::memset;
 
 struct alignas(8) uint2 {
   unsigned x, y;
@@ -55,6 +57,14 @@ void allow_dynamic_shared(void* kernel, int bytes);
 const char* last_error();
 // An 8-byte slot of each thread of the block
 void* slot(unsigned thread);
+// This thread's copies to shared memory that are on their way
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  bool committed;
+};
+std::vector<Copy>& copies();
 
 }  // namespace emulation
 

@@ -67,6 +67,7 @@ struct Context {
 struct Thread {
   State state;
   uint64_t slot;
+  std::vector<Copy> copies;
   Context context;
   bool is_free;  // to run the next block: it has ended this one
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
@@ -115,6 +116,8 @@ void enter() {
   for (;;) {
     learn(&begin_token);
     kernel_body();
+    check(copies().empty(), "ends before its copies");
+    copies().clear();
     threads[threadIdx.x].is_free = true;
     leave(kDone, &end_token);
   }
@@ -184,6 +187,7 @@ void wait_for_warp() {
   leave(kAtWarpBarrier, &barrier.tokens[barrier.next]);
 }
 void* slot(unsigned thread) { return &threads[thread].slot; }
+std::vector<Copy>& copies() { return threads[threadIdx.x].copies; }
 void allow_dynamic_shared(void* kernel, int bytes) { allowed_shared[kernel] = bytes; }
 
 const char* last_error() { return error ? error : "the launcher refuses"; }
