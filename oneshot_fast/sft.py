@@ -1,8 +1,9 @@
 """Command line of the M-step: train the generator on matched pairs, or on rewards."""
 
 import functools
+import heapq
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from oneshot_fast.data.prompts import read_prompts
 from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.data.sources import open_pairs
 from oneshot_fast.errors import UserError, require
-from oneshot_fast.evaluation.heldout import held_out_words, hold_out
+from oneshot_fast.evaluation.heldout import held_out_places, held_out_words
 from oneshot_fast.generators.options import ModelOptions, check_sampler
 from oneshot_fast.jobs.sft.measured import MeasuredSftRun
 from oneshot_fast.jobs.sft.options import HeldOutOptions, MeasuredTrainingOptions, SftOptions
@@ -22,6 +23,7 @@ from oneshot_fast.jobs.sft.rewards import RewardRun
 from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.rewards.options import RewardOptions
 from oneshot_fast.runtime.options import RunOptions
+from oneshot_fast.runtime.stored import View, Without
 from oneshot_fast.training.options import KeepOptions
 
 
@@ -97,11 +99,7 @@ def _on_pairs(command: SftCommand) -> SftRun:
     if held.heldout_root:
         out = [item for item in open_pairs(held.heldout_root) if isinstance(item, Record)]
     else:
-        # by places in the list, so that a line which is mended moves none
-        listed: list[MatchedPair | Failure] = [*pairs, *failures]
-        listed.sort(key=lambda item: item.line or 0)
-        kept, apart = hold_out(listed, held.heldout, command.run.seed)
-        pairs, out = ([x for x in part if isinstance(x, MatchedPair)] for part in (kept, apart))
+        pairs, out = _hold_out(pairs, failures, held.heldout, command.run.seed)
         note = held_out_words(len(pairs), len(out))
     common = _common(command)
     device = common["generator"].device
@@ -117,6 +115,23 @@ def _on_pairs(command: SftCommand) -> SftRun:
         setup=command.rewards.setup(device),
         **common,
     )
+
+
+def _hold_out(
+    pairs: Sequence[MatchedPair], failures: Sequence[Failure], share: float | None, seed: int
+) -> tuple[Sequence[MatchedPair], list[MatchedPair]]:
+    """Pairs to train on and to measure by; chosen by places in the list of all its lines.
+
+    So a line that is mended moves none.
+    """
+    chosen = {*held_out_places(len(pairs) + len(failures), share, seed)}
+    listed: Iterable[MatchedPair | Failure] = heapq.merge(
+        pairs, failures, key=lambda item: item.line or 0
+    )
+    of_pair = (k for k, item in enumerate(listed) if isinstance(item, MatchedPair))
+    held = [place for place, k in enumerate(of_pair) if k in chosen]
+    kept = View(pairs, lambda pair: pair, Without(len(pairs), held))
+    return kept, [pairs[place] for place in held]
 
 
 def _on_rewards(command: SftCommand) -> RewardRun:

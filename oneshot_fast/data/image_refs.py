@@ -185,10 +185,14 @@ def need_readers(images: Iterable[ImageRef]) -> None:
     Raises:
         DataError: one is not installed.
     """
-    members = [image for image in images if isinstance(image, Member)]
-    if any(_CELL.fullmatch(member.place) for member in members):
+    has_cells, protocols = False, set[str]()
+    for image in images:  # there may be millions
+        if isinstance(image, Member):
+            has_cells = has_cells or _CELL.fullmatch(image.place) is not None
+            protocols |= {image.file.partition("://")[0]} if "://" in image.file else set()
+    if has_cells:
         extra_module("pyarrow.parquet")
-    for protocol in sorted({x.file.partition("://")[0] for x in members if "://" in x.file}):
+    for protocol in sorted(protocols):
         try:
             extra_module("fsspec").get_filesystem_class(protocol)
         except (ImportError, ValueError) as error:

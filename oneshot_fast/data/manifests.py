@@ -22,7 +22,7 @@ from oneshot_fast.data.sizes import Frame, Size
 from oneshot_fast.errors import DataError
 from oneshot_fast.runtime.files import mend_jsonl, write_jsonl
 from oneshot_fast.runtime.seeds import content_id
-from oneshot_fast.runtime.stored import Stored
+from oneshot_fast.runtime.stored import Stored, StoredNumbers
 
 _EXAMPLE = '{"prompt": ..., "target_image_path": ..., "noise_path": ...}'
 
@@ -84,7 +84,7 @@ def read_manifests(paths: Sequence[Path]) -> tuple[Sequence[MatchedPair], list[F
     failures: list[Failure] = []
 
     def read() -> Iterator[MatchedPair]:
-        before, used = 0, dict[str, int]()
+        before, used = 0, StoredNumbers()
         for path in paths:
             line, usable, failed = 0, False, len(failures)
             for line, item in _matches(path, used):
@@ -123,7 +123,7 @@ def read_manifest(path: Path) -> tuple[list[MatchedPair], list[Failure]]:
     return [*pairs], failures
 
 
-def _matches(path: Path, used: dict[str, int]) -> Iterator[tuple[int, MatchedPair | Failure]]:
+def _matches(path: Path, used: StoredNumbers) -> Iterator[tuple[int, MatchedPair | Failure]]:
     """Of each line its number and what it holds; ``used`` are ids, see ``claim_id``."""
     if not os.path.isfile(path):
         raise DataError(f"{path}: no such manifest file; give the path of a manifest.jsonl")
@@ -150,7 +150,7 @@ def merge_manifests(old: Path, new: Path, merged: Path) -> None:
 
 
 def _parse_match(
-    line: int, item: dict[str, object] | str, folder: Path, used: dict[str, int]
+    line: int, item: dict[str, object] | str, folder: Path, used: StoredNumbers
 ) -> MatchedPair | Failure:
     name = image = None
     prompts: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from oneshot_fast.data.records import (
@@ -96,11 +97,12 @@ def warn_of_cut(
     Returns:
         ``told`` with those of now.
     """
-    cut = [p for p in dict.fromkeys(prompts) if p not in told and is_cut(p)]
+    ask = lru_cache(4096)(is_cut)  # there may be millions, and many times the same
+    cut = dict.fromkeys(p for p in prompts if p not in told and ask(p))
     if cut and is_main():
         say(
             f"warning: {len(cut)} prompts are longer than {limit}; cut off, the first of them "
-            f'"{one_line(cut[0]):.60}..."'
+            f'"{one_line(next(iter(cut))):.60}..."'
         )
     return told.union(cut)
 

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,7 +155,7 @@ def pair_id(image: str, *prompts: str, digits: int = 12) -> str:
     return hashlib.sha256("\0".join((image, *prompts)).encode()).hexdigest()[:digits]
 
 
-def claim_id(base: str, used: dict[str, int]) -> str:
+def claim_id(base: str, used: MutableMapping[str, int]) -> str:
     """`base`, or where that is taken the first free one of `base`-1, `base`-2, ...
 
     Args:

@@ -1,5 +1,6 @@
 """Held-out pairs: chosen by the run's seed, read as what generators are measured against."""
 
+import heapq
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,18 +42,22 @@ def hold_out(
     Raises:
         UserError: If the share is not in [0, 1), or leaves nothing to train on.
     """
-    require(share is None or 0 <= share < 1, f"heldout is {share}; give a share from 0 to below 1")
-    count = len(items)
-    wanted = round((0.1 if share is None else share) * count)
-    if share is None:
-        wanted = min(MOST, max(FEWEST, wanted)) if count >= ENOUGH else 0
-    require(wanted < count or not wanted, f"heldout {share} leaves no pair to train on; give less")
-    seeds = [derived_seed(seed, "held out", place) for place in range(count)]
-    chosen = {*sorted(range(count), key=seeds.__getitem__)[:wanted]}
+    chosen = {*held_out_places(len(items), share, seed)}
     return (
         [item for k, item in enumerate(items) if k not in chosen],
         [item for k, item in enumerate(items) if k in chosen],
     )
+
+
+def held_out_places(count: int, share: float | None, seed: int) -> list[int]:
+    """Of ``count`` pairs the places of those that ``hold_out`` would measure by."""
+    require(share is None or 0 <= share < 1, f"heldout is {share}; give a share from 0 to below 1")
+    wanted = round((0.1 if share is None else share) * count)
+    if share is None:
+        wanted = min(MOST, max(FEWEST, wanted)) if count >= ENOUGH else 0
+    require(wanted < count or not wanted, f"heldout {share} leaves no pair to train on; give less")
+    places = range(count)
+    return heapq.nsmallest(wanted, places, key=lambda k: derived_seed(seed, "held out", k))
 
 
 def held_out_words(kept: int, held: int) -> str:

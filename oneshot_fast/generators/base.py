@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -240,12 +240,12 @@ class Generator(ABC):
         """Zeros of the shape of ``count`` prompts' conditioning, on torch's default device."""
 
     @contextlib.contextmanager
-    def kept_prompts(self, prompts: Sequence[str], folder: Path) -> Iterator[None]:
+    def kept_prompts(self, prompts: Collection[str], folder: Path) -> Iterator[None]:
         """Encode ``prompts`` now and keep them meanwhile: what encodes them will be moved away.
 
         What memory has no room for lies in ``folder``, which the caller removes.
         """
-        self.encode_prompts(prompts)
+        self.encode_prompts([*prompts])
         yield
 
     def is_truncated(self, prompt: str) -> bool:

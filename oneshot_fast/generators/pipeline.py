@@ -7,8 +7,9 @@ import hashlib
 import math
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -287,9 +288,10 @@ class PipelineGenerator(StoredPipeline):
         return Conditioning.cat(rows).to(self.device)
 
     @contextlib.contextmanager
-    def kept_prompts(self, prompts: Sequence[str], folder: Path) -> Iterator[None]:
+    def kept_prompts(self, prompts: Collection[str], folder: Path) -> Iterator[None]:
         """In memory where they have room there, else in the cache, which ``folder`` is for then."""
-        each = sum(row.nbytes for row in self.encode_prompts(prompts[:1]).tensors().values())
+        first = [*islice(prompts, 1)]
+        each = sum(row.nbytes for row in self.encode_prompts(first).tensors().values())
         most, own = max(1, _PROMPT_BYTES // max(1, each)), self._cache is None
         if len(prompts) <= most:
             self.prompts_kept = max(self.prompts_kept, len(prompts))

@@ -16,7 +16,6 @@ from oneshot_fast.generators.base import Generator
 from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main
 
-_LATENT_BYTES = 4 << 30  # 65,536 latents of 512 x 512 pixels: a data set may be a long stream
 _FAR = 8  # times: a native size that is so much larger than the images is warned of
 _IMAGE_BYTES = 128 << 20  # 42 images: latent, features and losses of a batch read them in turn
 # of an image: its path, resize mode, and size if it has its own
@@ -29,12 +28,19 @@ class TargetImages:
     Images are encoded one by one, so a latent never depends on its neighbours' rounding.
     """
 
-    def __init__(self, generator: Generator, resolution: Resolution | None = None) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        resolution: Resolution | None = None,
+        latent_bytes: int = 4 << 30,
+    ) -> None:
         """Bind the generator's encoder.
 
         Args:
             generator: Its VAE encodes; it is not trained.
             resolution: Image side in pixels, or height and width; default the generator's own.
+            latent_bytes: Most of the latents in memory, by default 65,536 of 512 x 512 pixels: a
+                data set may be a long stream.
 
         Raises:
             UserError: If the model makes no images of that size.
@@ -47,7 +53,7 @@ class TargetImages:
                 side > 0 and side % factor == 0,
                 f"{'resolution' if square else name} {side} is not a positive multiple of {factor}",
             )
-        self._generator = generator
+        self._generator, self._latent_bytes = generator, latent_bytes
         kept = max(1, _IMAGE_BYTES // (12 * self.size[0] * self.size[1]))
         self._load = lru_cache(kept)(
             lambda path, mode, size: load_image(path, size[0], size[1], mode)
@@ -90,7 +96,7 @@ class TargetImages:
     ) -> None:
         """Remember the latent [C, h, w] float32 of an image, whichever process encoded it."""
         self._latents[path, resize_mode, size or self.size] = latent
-        if len(self._latents) * latent.nbytes > _LATENT_BYTES:
+        if len(self._latents) * latent.nbytes > self._latent_bytes:
             del self._latents[next(iter(self._latents))]  # the oldest
 
     def image(self, path: ImageRef, resize_mode: str, size: Size | None = None) -> Tensor:

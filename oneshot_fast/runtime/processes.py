@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,6 +24,7 @@ from oneshot_fast.runtime.ledger import Ledger, listing
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+S = TypeVar("S")
 T = TypeVar("T")
 _NETWORK = "the network"
 _NOTICE = 60.0  # seconds after which a process says whom it waits for
@@ -169,20 +170,20 @@ def gather_objects(items: Sequence[T]) -> list[T]:
         return list(gather_object(list(items)))
 
 
-def map_over_processes(work: Callable[[int], T], count: int) -> list[T]:
-    """``work(0)`` to ``work(count - 1)``, each done by one process and known to all.
+def map_over_processes(work: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """``work`` of each of the items, done by one process and known to all, in their order.
+
+    Only some are in memory at once. All processes go through all of them.
 
     Args:
         work: Gives the same in every process; pickled on its way to the others.
-        count: How often.
+        items: The same in every process.
     """
-    here, done = processes(), list[T]()
+    here, left = processes(), iter(items)
     n = here.num_processes
-    for start in range(0, count, _AT_ONCE * n):
-        these = range(start, min(count, start + _AT_ONCE * n))
-        parts = gather_objects([[work(k) for k in these[here.process_index :: n]]])
-        done += [parts[k % n][k // n] for k in range(len(these))]
-    return done
+    while these := [*itertools.islice(left, _AT_ONCE * n)]:
+        parts = gather_objects([[work(item) for item in these[here.process_index :: n]]])
+        yield from (parts[k % n][k // n] for k in range(len(these)))
 
 
 def all_reduce(tensor: Tensor) -> None:

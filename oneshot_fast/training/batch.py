@@ -6,7 +6,7 @@ All randomness is a function of the seed and the step, so that a state needs no 
 import itertools
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.runtime.seeds import derived_seed
+
+_BLOCK = 64  # neighbours that stay together, as they lie in one file
+_BUFFER = 1 << 16  # examples that are mixed
 
 
 @dataclass(frozen=True)
@@ -102,55 +105,11 @@ def _part(count: int, k: int, parts: int) -> slice:
     return slice(start, start + size + (k < more))
 
 
-class Batches(Sequence[list[int]]):
-    """Positions of examples, batch by batch, in a few tensors: there may be millions."""
-
-    def __init__(self, kinds: Tensor, batch_size: int, order: Tensor) -> None:
-        """Group the examples by kind, the kinds as they come first, and cut the groups.
-
-        Args:
-            kinds: [n] int64, the number of each example's kind.
-            batch_size: Of all batches but the last of each kind.
-            order: [n] int64, the positions in the order to take them in.
-        """
-        ordered, count = kinds[order], int(kinds.max()) + 1
-        first = torch.full((count,), len(order))
-        first = first.scatter_reduce(0, ordered, torch.arange(len(order)), "amin")
-        rank = first.argsort().argsort()
-        self._order = order[rank[ordered].argsort(stable=True)]
-        sizes = ordered.bincount(minlength=count)[first.argsort()].tolist()
-        ends = list(itertools.accumulate(sizes))
-        cuts = [
-            torch.arange(end - size, end, batch_size) for size, end in zip(sizes, ends, strict=True)
-        ]
-        self._starts = torch.cat(cuts)
-        self._ends = torch.cat(
-            [(cut + batch_size).clamp(max=end) for cut, end in zip(cuts, ends, strict=True)]
-        )
-
-    def permuted(self, draw: torch.Generator) -> "Batches":
-        """The same batches in a drawn order."""
-        order = torch.randperm(len(self), generator=draw)
-        self._starts, self._ends = self._starts[order], self._ends[order]
-        return self
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, k: Any) -> Any:
-        found: list[int] = self._order[self._starts[k] : self._ends[k]].tolist()
-        return found
-
-
-def in_order(kinds: Sequence[Hashable], batch_size: int) -> Batches:
-    """Positions of examples of these kinds, kind by kind, in batches that have one each."""
-    return Batches(_numbered(kinds), batch_size, torch.arange(len(kinds)))
-
-
-def _numbered(kinds: Sequence[Hashable]) -> Tensor:
-    """[n] int64: the kinds as numbers."""
-    known: dict[Hashable, int] = {}
-    return torch.tensor([known.setdefault(kind, len(known)) for kind in kinds])
+def in_order(kinds: Sequence[Hashable], batch_size: int) -> Iterator[list[int]]:
+    """Positions of examples of these kinds as they come, in batches that have one kind each."""
+    places = range(len(kinds))
+    lists = (places[k : k + _BUFFER] for k in places[::_BUFFER])
+    return itertools.chain.from_iterable(_batches(lists, kinds, batch_size))
 
 
 def steps_per_epoch(kinds: Sequence[Hashable], batch_size: int) -> int:
@@ -161,22 +120,56 @@ def steps_per_epoch(kinds: Sequence[Hashable], batch_size: int) -> int:
 def batches(
     kinds: Sequence[Hashable], batch_size: int, seed: int, start: int, end: int
 ) -> Iterator[list[int]]:
-    """Positions of the examples of steps ``start`` to ``end``; each epoch is a permutation.
+    """Positions of the examples of steps ``start`` to ``end``; each epoch has every one once.
 
-    No batch has examples of two ``kinds``, such as sizes of images.
+    No batch has examples of two ``kinds``, such as sizes of images. The order is drawn: of up to
+    65,536 examples all orders are as likely; of more, blocks of 64 neighbours are drawn, and
+    1,024 blocks at a time are mixed, so that neither time nor memory grows with them.
     """
-    numbers, of = _numbered(kinds), -1
-    made: Sequence[list[int]] = []
-    per_epoch = steps_per_epoch(kinds, batch_size)
-    for step in range(start, end):
-        epoch, k = divmod(step, per_epoch)
-        if epoch != of:
-            made, of = _epoch(numbers, batch_size, derived_seed(seed, "epoch", epoch)), epoch
-        yield made[k]
+    epoch, first = divmod(start, steps_per_epoch(kinds, batch_size))
+    made = itertools.chain.from_iterable(
+        _epoch(kinds, batch_size, derived_seed(seed, "epoch", k)) for k in itertools.count(epoch)
+    )
+    return itertools.islice(made, first, first + end - start)
 
 
-def _epoch(kinds: Tensor, batch_size: int, seed: int) -> Batches:
+def _epoch(kinds: Sequence[Hashable], batch_size: int, seed: int) -> Iterator[list[int]]:
     """All batches of an epoch, those of the different kinds in one drawn order."""
     draw = torch.Generator().manual_seed(seed)
-    made = Batches(kinds, batch_size, torch.randperm(len(kinds), generator=draw))
-    return made.permuted(draw) if kinds.any() else made
+    for made in _batches(_shuffled(len(kinds), draw), kinds, batch_size):
+        several = len({kinds[rows[0]] for rows in made}) > 1
+        order = torch.randperm(len(made), generator=draw).tolist() if several else range(len(made))
+        yield from (made[k] for k in order)
+
+
+def _shuffled(count: int, draw: torch.Generator) -> Iterator[list[int]]:
+    """All positions, in lists of those that are mixed."""
+    blocks = torch.arange(math.ceil(count / _BLOCK))
+    if count > _BUFFER:
+        blocks = blocks[torch.randperm(len(blocks), generator=draw)]
+    for some in blocks.split(_BUFFER // _BLOCK):
+        places = (_BLOCK * some[:, None] + torch.arange(_BLOCK)).flatten()
+        places = places[places < count]
+        yield places[torch.randperm(len(places), generator=draw)].tolist()
+
+
+def _batches(
+    lists: Iterable[Sequence[int]], kinds: Sequence[Hashable], batch_size: int
+) -> Iterator[list[list[int]]]:
+    """Of each list of positions its batches, kind by kind, the kinds as they come first.
+
+    What fills no batch goes into the next list.
+    """
+    left, rest = len(kinds), list[int]()
+    for places in lists:
+        left -= len(places)
+        groups = dict[Hashable, list[int]]()
+        for place in (*rest, *places):
+            groups.setdefault(kinds[place], []).append(place)
+        made = [
+            rows[k : k + batch_size] for rows in groups.values()
+            for k in range(0, len(rows), batch_size)
+        ]  # fmt: skip
+        if left:
+            rest = [place for rows in made if len(rows) < batch_size for place in rows]
+        yield [rows for rows in made if not left or len(rows) == batch_size]

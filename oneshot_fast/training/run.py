@@ -11,7 +11,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +29,8 @@ from oneshot_fast.runtime.folder import RunFolder
 from oneshot_fast.runtime.ledger import ledger_of, say
 from oneshot_fast.runtime.processes import barrier, is_main, kept_by_main, largest, processes
 from oneshot_fast.runtime.progress import Tracker, progress, start_tracking
-from oneshot_fast.runtime.seeds import derived_seed, gaussian
+from oneshot_fast.runtime.seeds import content_id_of, derived_seed, gaussian
+from oneshot_fast.runtime.stored import StoredNumbers
 from oneshot_fast.training.batch import Batch, Rows, batches, steps_per_epoch
 from oneshot_fast.training.checkpoints import STUDENT, Checkpoints, load_state, save_state
 from oneshot_fast.training.engines import sharding, shards_weights
@@ -62,8 +63,9 @@ class Example(Protocol):
 
 
 def contents_of(examples: Sequence[Example], noises: str, latents: str) -> dict[str, Any]:
-    """What a training goes on with: ids, and hashes of all noises and latents."""
-    return {"ids": [example.id for example in examples], "noises": noises, "latents": latents}
+    """What a training goes on with: how many, and hashes of all ids, noises and latents."""
+    ids = content_id_of(example.id for example in examples)
+    return {"count": len(examples), "ids": ids, "noises": noises, "latents": latents}
 
 
 def digest_of(tensors: Sequence[Tensor]) -> str:
@@ -236,14 +238,13 @@ class TrainingRun(ABC):
         barrier()
         if not (self.folder / "state.safetensors").exists():
             return None, []
-        found, late = read_json(path), "could not be read when the training began; repeat the "
-        late += "command when it is done"
-        ids = set(found["ids"])
-        said = {r.get("id"): r["reason"] for r in read_jsonl(self.folder / "failures.jsonl")}
-        return found, [
-            Failure(said.get(x.id, late), x.line or None, x.id, x.prompt)
+        failed = read_jsonl(self.folder / "failures.jsonl")
+        said = {row.get(key): row["reason"] for row in failed for key in ("id", "line")}
+        said.pop(None, None)
+        return read_json(path), [
+            Failure(said.get(x.id) or said[x.line], x.line or None, x.id, x.prompt)
             for x in examples
-            if x.id not in ids
+            if x.id in said or x.line in said
         ]
 
     def begin(
@@ -256,8 +257,8 @@ class TrainingRun(ABC):
         """
         if begun not in (None, contents):
             raise RunError(
-                f"{self.folder}: {len(begun['ids'])} pairs were there when the training began, "
-                f"{len(contents['ids'])} of them now, or files of theirs changed; restore or start "
+                f"{self.folder}: {begun.get('count')} pairs were there when the training began, "
+                f"{contents['count']} of them now, or files of theirs changed; restore or start "
                 "anew with --overwrite"
             )
         if is_main():
@@ -498,10 +499,11 @@ class TrainingRun(ABC):
             yield
             return
         pooled = self._pool.prompts if self._pool else ()
-        needed = {*prompts, *pooled, *self.needed_prompts, *self._shown}
-        generator = self.generator
+        needed, generator = StoredNumbers(), self.generator
+        for prompt in chain(prompts, pooled, self.needed_prompts, self._shown):
+            needed[prompt] = 1
         with (
-            generator.kept_prompts(sorted(needed), self.folder / _PROMPTS),
+            generator.kept_prompts(needed, self.folder / _PROMPTS),
             offloaded(generator, keep_decoder=self.decodes),
         ):
             yield

@@ -18,7 +18,8 @@ from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.data.noise_files import read_noise
 from oneshot_fast.data.sizes import Buckets
 from oneshot_fast.runtime.seeds import gaussian
-from oneshot_fast.training.batch import batches, steps_per_epoch
+from oneshot_fast.training import batch
+from oneshot_fast.training.batch import batches, in_order, steps_per_epoch
 
 Call = Callable[..., Any]
 SHAPES = [(128, 64), (64, 128), (36, 128), (100, 100), (128, 62), (64, 64), (512, 64)]  # w, h
@@ -102,6 +103,23 @@ def test_batches_have_one_size_and_a_resumed_training_goes_on() -> None:
     assert list(batches(kinds, 2, 0, 7, 18)) == made[7:]
     order = [kinds[rows[0]] for rows in made[:per_epoch]]
     assert order != sorted(order)
+
+
+def test_of_many_pairs_neighbours_are_drawn_together_and_some_are_mixed(monkeypatch: Any) -> None:
+    monkeypatch.setattr(batch, "_BUFFER", 16)
+    monkeypatch.setattr(batch, "_BLOCK", 4)
+    kinds = [k % 3 == 0 for k in range(50)]
+    per_epoch = steps_per_epoch(kinds, 3)
+    made = list(batches(kinds, 3, 0, 0, 2 * per_epoch))
+    for part in (made[:per_epoch], made[per_epoch:]):
+        assert sorted(k for rows in part for k in rows) == list(range(50))
+        assert all(len({kinds[k] for k in rows}) == 1 for rows in part)
+        blocks = {k // 4 for rows in part[:4] for k in rows}
+        assert len(blocks) == 4 and blocks != {0, 1, 2, 3}
+    assert made[:per_epoch] != made[per_epoch:]
+    assert list(batches(kinds, 3, 0, 25, 30)) == made[25:30]
+    assert sorted(k for rows in in_order(kinds, 3) for k in rows) == list(range(50))
+    assert len(list(in_order(kinds, 3))) == per_epoch
 
 
 def test_training_on_buckets_resumes_to_the_same_bits(

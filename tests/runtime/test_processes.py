@@ -52,7 +52,8 @@ both = {"noises": found.noises(rows), "latents": found.latents(rows)}
 save_file(both, place.with_suffix(".safetensors"))
 reasons = [failure.reason for failure in failures]
 ids = [pair.id for pair in found.pairs]
-shared = oneshot_fast.runtime.processes.map_over_processes(lambda k: (k, here.process_index), 7)
+told = lambda k: (k, here.process_index)
+shared = [*oneshot_fast.runtime.processes.map_over_processes(told, iter(range(7)))]
 numbers = torch.arange(4.0)
 oneshot_fast.runtime.processes.all_reduce(numbers)
 added = numbers.tolist()
@@ -105,7 +106,7 @@ def test_one_process_is_the_main_one():
     assert gather_objects([1, 2]) == [1, 2]
     numbers = claims("job")
     assert [next(numbers) for _ in range(3)] == [0, 1, 2]
-    assert map_over_processes(lambda k: k * k, 150) == [k * k for k in range(150)]
+    assert [*map_over_processes(lambda k: k * k, range(150))] == [k * k for k in range(150)]
 
 
 @pytest.fixture

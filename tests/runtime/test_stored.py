@@ -9,7 +9,7 @@ import pytest
 from oneshot_fast.runtime.files import write_safetensors
 from oneshot_fast.runtime.row_index import RowIndex
 from oneshot_fast.runtime.shards import mean_curve
-from oneshot_fast.runtime.stored import Stored, View
+from oneshot_fast.runtime.stored import Stored, StoredNumbers, View, Without
 
 
 def test_a_stored_list_is_a_list() -> None:
@@ -22,6 +22,24 @@ def test_a_stored_list_is_a_list() -> None:
     assert not Stored([]) and [*Stored([])] == []
     assert [*View(stored, lambda pair: pair[0], array("q", [2, 0]))] == ["c", "a"]
     assert View(stored, lambda pair: pair[1])[1:] == [2, 3, 4]
+
+
+def test_places_of_a_list_but_some() -> None:
+    for absent in ([], [0], [1, 2, 5], [0, 1, 6], [*range(7)]):
+        kept = [k for k in range(7) if k not in absent]
+        places = Without(7, absent)
+        assert [*places] == kept and len(places) == len(kept) and places[1:3] == kept[1:3]
+        with pytest.raises(IndexError):
+            places[len(kept)]
+
+
+def test_stored_numbers_are_a_dict() -> None:
+    numbers = StoredNumbers()
+    numbers["b"], numbers["a"], numbers["b"] = 1, 2, 3
+    assert dict(numbers) == {"a": 2, "b": 3} and [*numbers] == ["a", "b"] and "c" not in numbers
+    assert numbers.pop("a") == 2 and len(numbers) == 1
+    with pytest.raises(KeyError):
+        numbers["a"]
 
 
 def shard(folder: Path, name: str, *indices: int) -> tuple[Path, list[dict[str, Any]]]:

@@ -163,8 +163,7 @@ class PairRun(ComparingRun):
     def _read(self, pairs: Sequence[PreferredPair]) -> list[tuple[Tensor, Tensor] | str]:
         """Of each pair the latents and the noises, [2, C, h, w] each, or what is wrong."""
 
-        def read(k: int) -> tuple[Tensor, Tensor] | str:
-            pair = pairs[k]
+        def read(pair: PreferredPair) -> tuple[Tensor, Tensor] | str:
             try:
                 found = [self._image(x, pair.prompt) for x in (pair.image, pair.rejected)]
             except DataError as error:
@@ -172,7 +171,7 @@ class PairRun(ComparingRun):
             latents, noises = zip(*found, strict=True)
             return torch.stack(latents), torch.stack(noises)
 
-        return map_over_processes(read, len(pairs))
+        return [*map_over_processes(read, pairs)]
 
     def _image(self, image: ImageRef, prompt: str) -> tuple[Tensor, Tensor]:
         """An image's latent and noise, [C, h, w] each."""

@@ -197,7 +197,7 @@ class PreferRun(ComparingRun):
         texts = [self._examples[k] for k in rows]
         seeds = [derived_seed(self.seed, "rollout", step, k) for k in rows]
         rollout = Rollout(self.generator, self.rewards, self.options, self.noise_shape)
-        drawn = map_over_processes(lambda k: rollout.group(texts[k], seeds[k]), len(rows))
+        drawn = [*map_over_processes(lambda k: rollout.group(texts[k], seeds[k]), range(len(rows)))]
         found = compared(drawn, self.options.drawing == "pairs")
         device = self.generator.device
         extra = {name: value.to(device) for name, value in found.items()}

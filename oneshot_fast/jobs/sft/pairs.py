@@ -25,7 +25,7 @@ from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.runtime.files import read_metadata, read_safetensors, write_safetensors
 from oneshot_fast.runtime.processes import map_over_processes
-from oneshot_fast.runtime.stored import View
+from oneshot_fast.runtime.stored import View, Without
 from oneshot_fast.training.run import contents_of
 
 Kind: TypeAlias = tuple[tuple[int, ...], bool]  # shape of the noise, and whether it is no bucket's
@@ -66,34 +66,34 @@ class Examples:
         Raises:
             UserError: If no pair can be used.
         """
-        self._folder, self.kinds = folder, list[Kind]()
-        self._places = array("q")  # of the pairs in the list that was given
-        self.pairs: Sequence[MatchedPair] = View(pairs, lambda pair: pair, self._places)
+        self._folder, known, numbers = folder, dict[Kind, int](), array("H")
         self._open = lru_cache(_OPEN)(lambda path: safe_open(path, framework="pt"))
-        blocks = range(0, len(pairs), _ROWS)
-
-        def read(k: int) -> _Block:
-            block = pairs[blocks[k] : blocks[k] + _ROWS]
-            kept = [pair for pair in block if pair.id not in left_out]
-            return _encode(generator, targets, kept, self._path(blocks[k]))
-
         cut, digests = list[tuple[ImageRef, float]](), [sha256(), sha256()]
-        known, given = dict[Kind, Kind](), iter(enumerate(pairs))
-        for block in map_over_processes(read, len(blocks)):
+        absent = list[int]()  # places of the list that was given
+
+        def read(start: int) -> _Block:
+            block = pairs[start : start + _ROWS]
+            return _encode(generator, targets, block, self._path(start), left_out)
+
+        given = iter(enumerate(pairs))
+        for block in map_over_processes(read, range(0, len(pairs), _ROWS)):
             for digest, more in zip(digests, (block.noises, block.latents), strict=True):
                 digest.update(more)
             for result in block.results:
-                place, pair = next(one for one in given if one[1].id not in left_out)
-                if isinstance(result, str):
-                    failures.append(Failure(result, pair.line or None, pair.id, pair.prompt))
+                place, pair = next(given)
+                if isinstance(result, tuple):
+                    shape, lost = result
+                    numbers.append(known.setdefault((shape, pair.frame is None), len(known)))
+                    if lost > MUCH:
+                        cut.append((pair.image_path, lost))
                     continue
-                shape, lost = result
-                kind = shape, pair.frame is None
-                self.kinds.append(known.setdefault(kind, kind))  # one object
-                self._places.append(place)
-                if lost > MUCH:
-                    cut.append((pair.image_path, lost))
-        if not self._places:
+                absent.append(place)
+                if result is not None:
+                    failures.append(Failure(result, pair.line or None, pair.id, pair.prompt))
+        self._places = Without(len(pairs), absent)
+        self.pairs: Sequence[MatchedPair] = View(pairs, lambda pair: pair, self._places)
+        self.kinds: Sequence[Kind] = View([*known], lambda kind: kind, numbers)
+        if not self.pairs:
             raise UserError(f"no pair of the manifest can be used; the first: {failures[0].reason}")
         keeps = '"resize_mode": "pad" in the manifest keeps all of them'
         self.cut_images = cut_warning(cut, keeps)
@@ -147,26 +147,33 @@ class _Block:
 
     Attributes:
         results: Of each the shape of its noise, and the part of its image that a crop takes away,
-            of what no assignment spoke of; or what is wrong.
+            of what no assignment spoke of; or what is wrong; None: it is not to be read.
         noises: Hashes of the noises, one after another.
         latents: Hashes of the latents.
     """
 
-    results: list[tuple[tuple[int, ...], float] | str]
+    results: list[tuple[tuple[int, ...], float] | str | None]
     noises: bytes
     latents: bytes
 
 
 def _encode(
-    generator: Generator, targets: TargetImages, pairs: Sequence[MatchedPair], path: Path
+    generator: Generator,
+    targets: TargetImages,
+    pairs: Sequence[MatchedPair],
+    path: Path,
+    left_out: Container[str],
 ) -> _Block:
     """Read some pairs, and keep their latents in a file, by id."""
     latents, images = dict[str, Tensor](), dict[str, str]()
     with contextlib.suppress(DamagedError, FileNotFoundError):
         latents, images = read_safetensors(path), read_metadata(path, "images")
     known, shapes, digests = {**images}, dict[torch.Size, torch.Size](), (bytearray(), bytearray())
-    results = list[tuple[tuple[int, ...], float] | str]()
+    results = list[tuple[tuple[int, ...], float] | str | None]()
     for pair in pairs:
+        if pair.id in left_out:
+            results.append(None)
+            continue
         try:
             noise, lost = _read(pair, targets, generator)
             name, image = _name(pair), pair.image_sha256 or file_sha256(pair.image_path)
@@ -194,14 +201,14 @@ def can_be_read(
 ) -> list[bool]:
     """Of each pair whether it can be used; each process does its part."""
 
-    def read(k: int) -> bool:
+    def read(pair: MatchedPair) -> bool:
         with contextlib.suppress(DataError):
-            _read(pairs[k], targets, generator)
-            targets.latent(*pairs[k].place)
+            _read(pair, targets, generator)
+            targets.latent(*pair.place)
             return True
         return False
 
-    return map_over_processes(read, len(pairs))
+    return [*map_over_processes(read, pairs)]
 
 
 def size_of_pairs(generator: Generator, pairs: Sequence[MatchedPair]) -> Size:
@@ -210,14 +217,16 @@ def size_of_pairs(generator: Generator, pairs: Sequence[MatchedPair]) -> Size:
     Raises:
         DataError: If no noise can be read.
     """
-    plain = [pair for pair in pairs if pair.frame is None]
-    if not plain:
-        sizes = Counter(pair.frame.size for pair in pairs if pair.frame is not None)
-        return sizes.most_common(1)[0][0]
-    for pair in plain[:-1]:
-        with contextlib.suppress(DataError):
+    wrong: DataError | None = None
+    for pair in (pair for pair in pairs if pair.frame is None):
+        try:
             return generator.size_of_noise(read_noise(pair.noise_path, pair.noise_index).shape)
-    return generator.size_of_noise(read_noise(plain[-1].noise_path, plain[-1].noise_index).shape)
+        except DataError as error:
+            wrong = error
+    if wrong is not None:
+        raise wrong
+    sizes = Counter(pair.frame.size for pair in pairs if pair.frame is not None)
+    return sizes.most_common(1)[0][0]
 
 
 def _read(pair: MatchedPair, targets: TargetImages, generator: Generator) -> tuple[Tensor, float]:

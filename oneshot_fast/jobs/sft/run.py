@@ -34,6 +34,7 @@ from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.run import LATENTS, TrainingRun
 
 CAPTIONS = "captions.jsonl"
+_LATENT_BYTES = 64 << 20  # in memory: they are read from disk, but neighbours may share an image
 
 
 class SftRun(TrainingRun):
@@ -78,7 +79,7 @@ class SftRun(TrainingRun):
             UserError: If an option makes no sense, or no noise can be read.
         """
         if targets is None:
-            targets = TargetImages(generator, size_of_pairs(generator, pairs))
+            targets = TargetImages(generator, size_of_pairs(generator, pairs), _LATENT_BYTES)
         super().__init__(generator, loss or options.loss(), targets.size, folder, options, **more)
         self.pairs, self.targets, self.failures = pairs, targets, failures
         self._own_loss = None if loss is None else type(loss).__qualname__
@@ -215,18 +216,21 @@ class SftRun(TrainingRun):
         """Mean latent loss of all pairs on their matched noises, weighted as in training."""
         assert self._examples is not None
         examples, generator = self._examples, self.generator
-        parts = in_order(examples.kinds, self.options.batch_size)
+        total, count = 0.0, 0
 
-        def losses(k: int) -> torch.Tensor:
-            pairs = [examples.pairs[i] for i in parts[k]]
+        def losses(rows: list[int]) -> torch.Tensor:
+            pairs = [examples.pairs[k] for k in rows]
             later = [record_seed(pair.record_id) for pair in pairs]
             prompts = self._told(pairs, [pair.prompt for pair in pairs], later)
-            noise = examples.noises(parts[k]).to(generator.device)
-            target = examples.latents(parts[k]).to(generator.device)
+            noise = examples.noises(rows).to(generator.device)
+            target = examples.latents(rows).to(generator.device)
             made = generator.predict(noise, prompts)
             return ops.latent_mse(made.output, made.x, target, made.sigma).cpu()
 
-        return torch.cat(map_over_processes(losses, len(parts))).mean().item()
+        parts = in_order(examples.kinds, self.options.batch_size)
+        for found in map_over_processes(losses, parts):
+            total, count = total + found.double().sum().item(), count + len(found)
+        return total / count
 
 
 def _line(item: MatchedPair | Failure) -> int:

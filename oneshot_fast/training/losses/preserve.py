@@ -80,7 +80,7 @@ class PreservePool:
             eps = gaussian(seeds[part], shape).to(generator.device)
             return generator.latents(eps, generator.told(pool_prompts[part], seeds[part])).cpu()
 
-        made = torch.cat(map_over_processes(compute, math.ceil(count / _ROWS)))
+        made = torch.cat([*map_over_processes(compute, range(math.ceil(count / _ROWS)))])
         if is_main():
             kept = {"prompts": pool_prompts, "seeds": seeds}
             write_safetensors(path, {"latents": made}, {"pool": kept})
