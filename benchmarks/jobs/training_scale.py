@@ -2,10 +2,11 @@
 
 Engines: SFT of the tiny model by one process, by DDP and by FSDP2, one thread each, in turns. The
 bytes of weights and moments are counted in a process; they do not depend on the machine.
-Pairs: made-up lines of a manifest, which name a few real noises and images over and over. Resident
-memory of one process, without the model and what is imported, after the list is read, after the
-latents are on disk, and after some steps' reading; and the time of that.
-Writes benchmarks/results/training_scale.json and .md.
+Pairs: made-up lines of a manifest, which name a few real noises and images over and over. Anonymous
+memory of one process (RssAnon: without the files that it maps), without the model and what is
+imported, after the list is read, after the latents are on disk, and after some steps' reading, and
+the most of all that time, looked at ten times a second; and the time of each.
+Writes benchmarks/results/training_scale.json and .md; what is left out stays as it was there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ from oneshot_fast.jobs.sft.run import SftRun
 from oneshot_fast.runtime.processes import leave, processes
 from oneshot_fast.runtime.sharded import own_part
 from oneshot_fast.training.batch import batches
+from oneshot_fast.training.run import contents_of
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -58,7 +61,7 @@ class Config:
     rounds: int = 3
     """How often each engine takes its turn; 0 leaves them out."""
     pairs: tuple[int, ...] = (1_000, 100_000)
-    """Lengths of the made-up manifests; 1000000 takes a while."""
+    """Lengths of the made-up manifests; 1000000 takes a while; 0 leaves them out."""
     reads: int = 200
     """Batches that are read of each."""
     output: Path = RESULTS / "training_scale.json"
@@ -105,14 +108,17 @@ def stream(folder: Path, count: int, config: Config) -> dict[str, Any]:
             row = rows[k % len(rows)] | {"id": f"{k:012x}", "prompt": f"a made-up prompt, {k}"}
             file.write(json.dumps(row) + "\n")
     generator = load_generator("tiny")
-    targets = TargetImages(generator)
-    for row in rows:
-        targets.latent((manifest.parent / row["target_image_path"]).resolve(), row["resize_mode"])
-    before, started = _resident(), time.perf_counter()
+    first = read_manifest(folder / "assigned" / "manifest.jsonl")[0][0]
+    TargetImages(generator).latent(*first.place)
+    before, started, most = _resident(), time.perf_counter(), list[int]()
+    threading.Thread(target=_watch, args=(most,), daemon=True).start()
     pairs, _ = read_manifests([manifest])
     found: dict[str, Any] = {"pairs": count, "listed": _resident() - before}
     found["list_seconds"], started = time.perf_counter() - started, time.perf_counter()
-    examples = Examples(generator, targets, pairs, [], folder / f"latents-{count}")
+    run = SftRun(generator, pairs, folder / str(count), SftOptions())
+    run.settings()
+    examples = Examples(generator, run.targets, pairs, [], folder / f"latents-{count}")
+    contents_of(examples.pairs, "", "")
     found |= {"encoded": _resident() - before, "encode_seconds": time.perf_counter() - started}
     order, times = batches(examples.kinds, config.batch_size, 0, 0, config.reads), list[float]()
     for batch in order:
@@ -121,7 +127,14 @@ def stream(folder: Path, count: int, config: Config) -> dict[str, Any]:
         examples.latents(batch)
         times.append(time.perf_counter() - started)
     found |= {"trained": _resident() - before, "batch_seconds": statistics.median(times)}
-    return found
+    return found | {"most": max(*most, _resident()) - before}
+
+
+def _watch(most: list[int]) -> None:
+    """Note the memory of this process, again and again."""
+    while True:
+        most.append(_resident())
+        time.sleep(0.1)
 
 
 def _resident() -> int:
@@ -150,37 +163,60 @@ def start(folder: Path, config: Config, variant: str = "", count: int = 0) -> di
 
 def markdown(results: dict[str, Any]) -> str:
     """The tables, with what they hold for."""
-    config, about = results["config"], results["build"]
-    loads = [turn["load"] for turns in results["engines"].values() for turn in turns]
-    loads += [found["load"] for found in results["pairs"]]
+    tables = {"engines": _engines_table, "pairs": _pairs_table}
+    lines = ["`python -m benchmarks.jobs.training_scale`"]
+    for name, part in results.items():
+        lines += ["", *tables[name](part, part["turns"])]
+    return "\n".join(lines) + "\n"
+
+
+def _engines_table(part: dict[str, Any], engines: dict[str, list[dict[str, Any]]]) -> list[str]:
+    config = part["config"]
     lines = [
-        f"`python -m benchmarks.jobs.training_scale` on {results['device']}, {results['cpus']} "
-        f"CPUs, torch {about['torch_running']}, commit {results['commit']}, "
-        f"{results['date'][:10]}; load average before the turns {min(loads):.1f} to "
-        f"{max(loads):.1f}: above {results['cpus']} times say little.",
-        "",
         f"Tiny model, {config['steps']} steps of {config['batch_size']} pairs, one thread per "
-        f"process, medians of {config['rounds']} turns.",
+        f"process, medians of {config['rounds']} turns. "
+        + _about(part, [turn for turns in engines.values() for turn in turns]),
         "",
         "| engine | steps per second | weights and moments per process, MB |",
         "| --- | --- | --- |",
     ]
-    for name, turns in results["engines"].items():
+    for name, turns in engines.items():
         speed = statistics.median(turn["steps_per_second"] for turn in turns)
         lines.append(f"| {name} | {speed:.2f} | {turns[0]['held'] / 1e6:.2f} |")
-    lines += [
+    return lines
+
+
+def _pairs_table(part: dict[str, Any], turns: list[dict[str, Any]]) -> list[str]:
+    names = ["list read", "latents on disk", "steps read", "most"]
+    heads = ["pairs", *(f"{name}, MB" for name in names), "a pair more, bytes"]
+    heads += ["list, s", "latents, s", "a batch, ms"]
+    lines = [
+        "Anonymous memory of one process beside the model, where made-up pairs are read, and the "
+        f"bytes of the most that a pair more takes. {_about(part, turns)}",
         "",
-        "| pairs | list read, MB | latents on disk, MB | steps read, MB | bytes per pair "
-        "| list, s | latents, s | a batch, ms |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(heads)} |",
+        "| --- " * len(heads) + "|",
     ]
-    for found in results["pairs"]:
-        sizes = [f"{found[name] / 1e6:.1f}" for name in ("listed", "encoded", "trained")]
-        each = f"{found['trained'] / found['pairs']:.0f}"
+    before: dict[str, Any] | None = None
+    for found in turns:
+        sizes = [f"{found[name] / 1e6:.1f}" for name in ("listed", "encoded", "trained", "most")]
+        more = [found[name] - before[name] for name in ("most", "pairs")] if before else None
+        each = f"{more[0] / more[1]:.1f}" if more else ""
         times = [f"{found[name]:.1f}" for name in ("list_seconds", "encode_seconds")]
         cells = [f"{found['pairs']:,}", *sizes, each, *times, f"{1e3 * found['batch_seconds']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        before = found
+    return lines
+
+
+def _about(part: dict[str, Any], turns: list[dict[str, Any]]) -> str:
+    """What a part of the numbers holds for."""
+    loads = [turn["load"] for turn in turns]
+    return (
+        f"On {part['device']}, {part['cpus']} CPUs, torch {part['build']['torch_running']}, commit "
+        f"{part['commit']}, {part['date'][:10]}; load average before the turns {min(loads):.1f} to "
+        f"{max(loads):.1f}: above {part['cpus']} times say little."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -197,10 +233,12 @@ def main(argv: list[str] | None = None) -> int:
         engines: dict[str, list[dict[str, Any]]] = {}
         for variant in turns:
             engines.setdefault(variant, []).append(start(folder, config, variant))
-        pairs = [start(folder, config, count=count) for count in config.pairs]
+        pairs = [start(folder, config, count=count) for count in config.pairs if count]
     settings = {key: value for key, value in vars(config).items() if key != "output"}
-    results = environment("cpu", 0) | {"cpus": os.cpu_count(), "config": settings}
-    results |= {"engines": engines, "pairs": pairs}
+    about = environment("cpu", 0) | {"cpus": os.cpu_count(), "config": settings}
+    results = json.loads(config.output.read_text()) if config.output.exists() else {}
+    for name, found in (("engines", engines), ("pairs", pairs)):
+        results |= {name: about | {"turns": found}} if found else {}
     config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(json.dumps(results, indent=1) + "\n")
     config.output.with_suffix(".md").write_text(markdown(results))
