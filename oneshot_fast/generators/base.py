@@ -17,6 +17,7 @@ from oneshot_fast.data.sizes import Frame, Size, size_fields
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.lora_files import Adapter, LoraFile
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
+from oneshot_fast.runtime.sharded import device_of
 
 Recomputed = Literal["none", "rewards", "full"]
 
@@ -196,7 +197,7 @@ class Generator(ABC):
     @property
     def device(self) -> torch.device:
         """Where the denoiser lives."""
-        return next(self.denoiser.parameters()).device
+        return device_of(next(self.denoiser.parameters()))
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,14 @@ def own_part(tensor: Tensor) -> Tensor:
     """What this process holds of it."""
     held: Any = tensor
     return held.to_local() if is_sharded(tensor) else tensor
+
+
+def device_of(tensor: Tensor) -> torch.device:
+    """Where it is computed with; a part of a sharded one may wait elsewhere."""
+    if not is_sharded(tensor):
+        return tensor.device
+    held: Any = tensor
+    return torch.empty(0, device=held.device_mesh.device_type).device
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from oneshot_fast.errors import UserError, one_line, require
 from oneshot_fast.runtime.processes import meeting, processes
-from oneshot_fast.runtime.sharded import whole
+from oneshot_fast.runtime.sharded import device_of, whole
 from oneshot_fast.training.batch import Batch
 from oneshot_fast.training.losses.base import Loss, shared_losses
 
@@ -81,7 +81,7 @@ class Engine:
         if self._plain is None:
             return self.module
         found = {
-            name: whole(weights.get(name, parameter).detach())
+            name: whole(weights.get(name, parameter).detach()).to(device_of(parameter))
             for name, parameter in self.module.named_parameters()
         }
         module = copy.deepcopy(self._plain)
@@ -137,7 +137,6 @@ def sharding() -> Any:
         UserError: If it asks for what does not work here.
     """
     from accelerate import FullyShardedDataParallelPlugin
-    from torch.distributed.fsdp import CPUOffloadPolicy
 
     try:
         plugin = FullyShardedDataParallelPlugin()
@@ -146,10 +145,6 @@ def sharding() -> Any:
     require(
         plugin.fsdp_version == 2,
         "FSDP of version 1 is not supported; put fsdp_version: 2 into accelerate's config",
-    )
-    require(
-        not isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        "accelerate's fsdp_offload_params is not supported; leave it out",
     )
     require(
         not plugin.activation_checkpointing,
@@ -161,15 +156,19 @@ def sharding() -> Any:
 def _shard(module: nn.Module) -> None:
     """Shard the weights of ``module`` in place, as accelerate's config says."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     plugin = sharding()
     names: Any = plugin.transformer_cls_names_to_wrap or getattr(module, "_no_split_modules", ())
     device = next(module.parameters()).device
+    offload: Any = plugin.cpu_offload
+    if device.type == "cpu" and isinstance(offload, CPUOffloadPolicy):
+        offload = CPUOffloadPolicy(pin_memory=False)  # which is of a GPU's driver
     how = {
         "mesh": init_device_mesh(device.type, (processes().num_processes,)),
         "reshard_after_forward": plugin.reshard_after_forward,
+        "offload_policy": offload,
     }
 
     def is_unit(child: nn.Module) -> bool:

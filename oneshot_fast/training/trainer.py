@@ -15,7 +15,7 @@ from oneshot_fast.generators.adapters import add_adapter, cast_base
 from oneshot_fast.generators.lora_files import Adapter
 from oneshot_fast.runtime.processes import all_reduce, processes
 from oneshot_fast.runtime.seeds import derived_seed
-from oneshot_fast.runtime.sharded import join_like, own_part, shard_like, whole
+from oneshot_fast.runtime.sharded import device_of, join_like, own_part, shard_like, whole
 from oneshot_fast.training.batch import Batch
 from oneshot_fast.training.engines import Engine
 from oneshot_fast.training.losses.base import Loss, total
@@ -117,7 +117,7 @@ class Trainer:
         self.optimizer = WeightOptimizer(self.parameters, options, steps, seed)
         self.step = self.skipped = self.good_in_epoch = 0
         self.bad_in_a_row = self.empty_in_a_row = 0
-        device = next(module.parameters()).device
+        device = device_of(next(module.parameters()))
         self.columns = (*loss.parts, *getattr(loss, "measures", ()))
         self.sums = torch.zeros(len(self.columns) + 1, device=device)  # and the gradient's norm
         self.losses = torch.zeros(len(self.columns), device=device)
@@ -219,7 +219,8 @@ class Trainer:
         """
         self.optimizer.begin(self.step)
         self.empty_in_a_row = 0
-        seen = torch.cat((self.losses, self.optimizer.clip()[None]))
+        norm = self.optimizer.clip().to(self.losses.device)
+        seen = torch.cat((self.losses, norm[None]))
         # The one wait for the device in a step. The next batch would wait for it, too: it is
         # copied there from memory that is not pinned.
         if torch.isfinite(seen).all():

@@ -32,12 +32,9 @@ def test_an_image_is_decoded_once(
     assert loaded == [*paths, paths[0]]
 
 
-def test_the_oldest_are_forgotten(
-    tiny: Any, small_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(target_images, "_LATENT_BYTES", 2 * 4 * 8 * 8 * 4)
+def test_the_oldest_are_forgotten(tiny: Any, small_data: Path) -> None:
     paths = sorted((small_data / "images").iterdir())[:3]
-    targets = TargetImages(tiny)
+    targets = TargetImages(tiny, latent_bytes=2 * 4 * 8 * 8 * 4)
     targets.latents([(path, "crop") for path in paths])
     assert [path for path, *_ in targets._latents] == paths[1:]
 

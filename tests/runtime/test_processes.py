@@ -177,7 +177,7 @@ FSDP2 |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 def test_sft_with_two_processes_equals_one(tmp_path, damaged, forks, one_thread, environment):
     """Killed after the first step; the gradient of 3 rows, one of them of the last batch, is whole.
 
-    DDP's state goes on with one process, FSDP2's with two again.
+    DDP's state goes on with one process, FSDP2's with two again, whose parts wait on the CPU.
     """
     fixed = "--model_id tiny --epochs 1 --batch_size 3 --preserve_pool_size 20 --use_ema"
     fixed += " --preserve_batch_size 1 --keep_checkpoints 1 --validation_steps 2"
@@ -189,7 +189,8 @@ def test_sft_with_two_processes_equals_one(tmp_path, damaged, forks, one_thread,
     end(job, forks)
     assert not (two / "summary.json").exists()
     if environment:
-        for ended in forks.run_two("sft", [*flags, two], two, **environment):
+        offloaded = environment | {"FSDP_OFFLOAD_PARAMS": "true"}
+        for ended in forks.run_two("sft", [*flags, two], two, **offloaded):
             assert ended.code == 1, ended.err
     else:
         assert forks.run("sft", [*flags, two], two).code == 1

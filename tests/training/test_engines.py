@@ -13,7 +13,6 @@ from oneshot_fast.training import engines
     ("command", "config", "flags", "said"),
     [
         ("sft", {"FSDP_VERSION": "1"}, "", "version 1 is not supported"),
-        ("sft", {"FSDP_OFFLOAD_PARAMS": "true"}, "", "fsdp_offload_params is not supported"),
         ("sft", {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "", "give --gradient_checkpointing"),
         ("sft", {"FSDP_AUTO_WRAP_POLICY": "nonsense"}, "", "accelerate's FSDP config: Invalid"),
         ("sft", {}, "--compile", "not for --compile"),
