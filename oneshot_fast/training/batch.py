@@ -55,7 +55,7 @@ class Rows:
 class Batch(dict[str, Rows]):
     """Groups of rows, none empty, named as the parts of the loss that read them."""
 
-    _share = 1.0  # of the rows of all groups
+    _first = ""  # group of the batch that this is a part of
 
     @property
     def size(self) -> int:
@@ -65,9 +65,10 @@ class Batch(dict[str, Rows]):
     def share(self, part: str) -> float:
         """How much of its value on the whole batch a part of the loss has here, as it is a mean.
 
-        A part without a group of its name is a mean over all rows.
+        A part without a group of its name is a mean over the rows of the first one.
         """
-        return self[part].share if part in self else self._share
+        rows = self.get(part) or self.get(self._first or next(iter(self)))
+        return rows.share if rows is not None else 0.0
 
     def of_process(self, k: int, count: int) -> "Batch":
         """The part of the k-th of ``count`` processes, with a row of every group.
@@ -77,13 +78,10 @@ class Batch(dict[str, Rows]):
         if count == 1:
             return self
         groups = {name: rows.select(_part(len(rows), k, count)) for name, rows in self.items()}
-        mine = sum(map(len, groups.values()))
         for name, rows in groups.items():
             if not len(rows):
                 groups[name] = replace(self[name].select(slice(1)), share=0.0)
-        piece = Batch(groups)
-        piece._share = self._share * mine / self.size
-        return piece
+        return self._piece(groups)
 
     def split(self, parts: int) -> list["Batch"]:
         """At most ``parts`` batches, each with a part of every group that has enough rows."""
@@ -92,10 +90,13 @@ class Batch(dict[str, Rows]):
         pieces = []
         for k in range(parts):
             groups = {name: rows.select(_part(len(rows), k, parts)) for name, rows in self.items()}
-            piece = Batch({name: rows for name, rows in groups.items() if len(rows)})
-            piece._share = self._share * piece.size / self.size
-            pieces.append(piece)
+            pieces.append(self._piece({name: rows for name, rows in groups.items() if len(rows)}))
         return [piece for piece in pieces if piece]
+
+    def _piece(self, groups: Mapping[str, Rows]) -> "Batch":
+        piece = Batch(groups)
+        piece._first = self._first or next(iter(self))
+        return piece
 
 
 def _part(count: int, k: int, parts: int) -> slice:

@@ -17,6 +17,13 @@ from oneshot_fast.training import engines
         ("sft", {"FSDP_AUTO_WRAP_POLICY": "nonsense"}, "", "accelerate's FSDP config: Invalid"),
         ("sft", {}, "--compile", "not for --compile"),
         ("prefer", {}, "--reward digit", "is for sft and em; leave it out, for DDP"),
+        (
+            "reinforce",
+            {},
+            "--reward digit --policy_weight 0 --final_reward_weight 1",
+            "for sft and em",
+        ),
+        ("distill", {}, "--num_inference_steps 2", "is for sft and em; leave it out, for DDP"),
     ],
 )
 def test_what_cannot_be_sharded_is_one_line(
@@ -29,6 +36,7 @@ def test_what_cannot_be_sharded_is_one_line(
     data = ["--manifest_path", assigned / "manifest.jsonl"]
     given = data if command == "sft" else ["--prompt_file", prompts]
     folder = tmp_path / "run"
-    ended = call(command, *given, *flags.split(), "--model_id", "tiny", "--output_dir", folder)
+    model = ["--teacher", "tiny-teacher"] if command == "distill" else ["--model_id", "tiny"]
+    ended = call(command, *given, *flags.split(), *model, "--output_dir", folder)
     assert ended.code == 2 and said in ended.error
     assert not folder.exists()

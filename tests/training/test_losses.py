@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.errors import RunError
-from oneshot_fast.generators.base import Generator, Prediction
+from oneshot_fast.generators.base import Conditioning, Generator, Prediction
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
@@ -83,8 +83,6 @@ def test_terms_share_one_evaluation_and_parts_add_up(tiny: Generator) -> None:
             found = sum(total(shared_losses(loss, tiny, piece)) for piece in pieces)
             torch.testing.assert_close(found, total(whole))
     hook.remove()
-    # a part that is no group is a mean over all rows
-    assert sum(piece.share("all") for piece in batch.split(3)) == pytest.approx(1)
 
 
 class Critic:
@@ -206,4 +204,29 @@ def test_each_process_has_a_row_of_every_group_and_all_count_once(tiny: Generato
     assert [piece.share("matching") for piece in pieces] == pytest.approx([0.4, 0.4, 0.2])
     assert [len(piece["preserve"]) for piece in pieces] == [1, 1, 1]
     assert [piece.share("preserve") for piece in pieces] == [1, 0, 0]
-    assert sum(piece.share("other") for piece in pieces) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("first", "second"), [(5, 2), (2, 5), (1, 4), (3, 3)])
+def test_parts_of_a_batch_add_up_whatever_is_in_whose(first: int, second: int) -> None:
+    """Of groups that divide unevenly among processes, and among the parts of each step."""
+    told = Conditioning(torch.zeros(first + second, 1, 1))
+    values = torch.randn(first + second, 1, 1, 1, dtype=torch.float64)
+    kept = told.select(slice(first, None))
+    batch = Batch(rollout=Rows(values[:first], told.select(slice(first))),
+                  preserve=Rows(values[first:], kept))  # fmt: skip
+
+    def loss(_: Any, batch: Batch) -> dict[str, Tensor]:
+        means = {name: rows.noise.mean() for name, rows in batch.items()}
+        found = {"preserve": means["preserve"]} if "preserve" in means else {}
+        if "rollout" in means:  # parts and measures of other names
+            found |= {"policy": 2 * means["rollout"], "clipped": means["rollout"] + 1}
+        return found
+
+    whole = loss(None, batch)
+    for parts, count in ((1, 2), (1, 3), (2, 3), (3, 2), (4, 1)):
+        sums = dict.fromkeys(whole, torch.zeros((), dtype=torch.float64))
+        for piece in batch.split(parts):
+            for k in range(count):
+                for name, value in shared_losses(loss, None, piece.of_process(k, count)).items():
+                    sums[name] = sums[name] + value
+        torch.testing.assert_close(sums, whole, rtol=1e-12, atol=1e-12)

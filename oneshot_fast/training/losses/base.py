@@ -35,7 +35,7 @@ class Loss(Protocol):
 
         Returns:
             Weighted scalars by part, differentiable, and by measure. Each is a mean over the rows
-            of the group of its name, or over all; parts without rows may be missing.
+            of the group of its name, or else of the first; parts without rows may be missing.
         """
 
 

@@ -179,9 +179,7 @@ class PreferenceLoss:
         if "preference" in batch:
             rows = batch["preference"]
             loss, measures = self._preference(model, rows)
-            # they are means over the groups, as the loss
-            told = {k: v.mean() * rows.share / batch.share(k) for k, v in measures.items()}
-            found |= {"preference": loss.mean(), **told}
+            found |= {"preference": loss.mean(), **{k: v.mean() for k, v in measures.items()}}
         if "preserve" in batch:
             rows = batch["preserve"]
             made = model.predict(rows.noise, rows.conditioning)
