@@ -28,8 +28,8 @@ S = TypeVar("S")
 T = TypeVar("T")
 _NETWORK = "the network"
 _NOTICE = 60.0  # seconds after which a process says whom it waits for
+_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"  # read by training/engines.py
 _UNUSED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_MIXED_PRECISION": "mixed precision (see --dtype)",
     "ACCELERATE_DYNAMO_BACKEND": "TorchDynamo (see --compile)",
@@ -51,8 +51,10 @@ def processes() -> "PartialState":
 
     if PartialState._shared_state:
         return PartialState()
-    set_aside = {name: os.environ.pop(name) for name in _UNUSED if name in os.environ}
-    unused = [_UNUSED[k] for k, v in set_aside.items() if v.lower() not in ("", "no", "false", "1")]
+    names = (_DEEPSPEED, *_UNUSED)
+    set_aside = {name: os.environ.pop(name) for name in names if name in os.environ}
+    off = ("", "no", "false", "1")
+    unused = [said for name, said in _UNUSED.items() if set_aside.get(name, "").lower() not in off]
     if unused and os.environ.get("RANK", "0") == "0":
         said = ", ".join(unused)
         print(f"note: of accelerate's config this is not used here: {said}", file=sys.stderr)

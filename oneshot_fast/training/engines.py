@@ -3,7 +3,7 @@
 With DDP every process has the whole model and the gradients are added up as they come. With FSDP2
 each has a part of the weights, and so of the moments; a layer's weights are gathered where it is
 evaluated. accelerate's own ``prepare`` knows FSDP on GPUs only, so its config is read and torch is
-called.
+called. DeepSpeed's is in zero.py.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,17 @@ from oneshot_fast.runtime.processes import meeting, processes
 from oneshot_fast.runtime.sharded import device_of, whole
 from oneshot_fast.training.batch import Batch
 from oneshot_fast.training.losses.base import Loss, shared_losses
+from oneshot_fast.training.optimizer import WeightOptimizer
+from oneshot_fast.training.options import TrainOptions
 
 
-def shards_weights() -> bool:
-    """Whether accelerate's config asks for FSDP, and there are processes to share weights."""
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return asked and processes().num_processes > 1
+def sharding_by() -> Literal["FSDP", "DeepSpeed"] | None:
+    """What accelerate's config asks for, where there are processes to share weights."""
+    for name in ("FSDP", "DeepSpeed"):
+        asked = os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"
+        if asked and processes().num_processes > 1:
+            return name
+    return None
 
 
 class Engine:
@@ -35,7 +40,7 @@ class Engine:
     Attributes:
         module: Whose weights are trained; sharded in place with FSDP2.
         count: Of the processes. Gradients are their mean, so each multiplies its loss by it.
-        is_sharded: Whether the weights are.
+        is_sharded: Whether a process has only a part of weights or moments.
     """
 
     def __init__(self, trainee: Any, loss: Loss) -> None:
@@ -46,15 +51,25 @@ class Engine:
         """
         self.module: nn.Module = trainee.module
         self.count = processes().num_processes
-        self.is_sharded = shards_weights()
+        self.is_sharded = sharding_by() is not None
         self._plain = _without_weights(self.module) if self.is_sharded else None
         self._losses = _Losses(trainee, loss)
         self._run: nn.Module = self._losses
         if self.is_sharded:
             trainee.replace_module(self.module)  # else it would fail only after the training
+        self._prepare()
+
+    def _prepare(self) -> None:
+        if self.is_sharded:
             _shard(self.module)
         elif self.count > 1:
             self._run = _replicated(self._losses)
+
+    def make_optimizer(
+        self, parameters: dict[str, nn.Parameter], options: TrainOptions, steps: int, seed: int
+    ) -> WeightOptimizer:
+        """See ``WeightOptimizer``."""
+        return WeightOptimizer(parameters, options, steps, seed)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Parts of the loss on this process's rows, each times its share of the whole batch."""
@@ -69,6 +84,14 @@ class Engine:
         with run.no_sync() if waits else contextlib.nullcontext(), meeting():
             yield
 
+    def backward(self, loss: Tensor, found: Tensor) -> None:
+        """Add the gradients of a loss, of which all parts and measures were ``found``."""
+        (loss * self.count).backward()
+
+    def full(self, weight: Tensor) -> Tensor:
+        """A weight of the module, as ``whole`` takes it."""
+        return weight
+
     def close(self) -> None:
         """Free what the exchange of gradients takes; the module stays as it is."""
         self._run = self._losses
@@ -81,7 +104,7 @@ class Engine:
         if self._plain is None:
             return self.module
         found = {
-            name: whole(weights.get(name, parameter).detach()).to(device_of(parameter))
+            name: whole(weights.get(name, self.full(parameter)).detach()).to(device_of(parameter))
             for name, parameter in self.module.named_parameters()
         }
         module = copy.deepcopy(self._plain)

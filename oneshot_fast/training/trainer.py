@@ -17,11 +17,10 @@ from oneshot_fast.runtime.processes import all_reduce, processes
 from oneshot_fast.runtime.seeds import derived_seed
 from oneshot_fast.runtime.sharded import device_of, join_like, own_part, shard_like, whole
 from oneshot_fast.training.batch import Batch
-from oneshot_fast.training.engines import Engine
 from oneshot_fast.training.losses.base import Loss, total
 from oneshot_fast.training.memory import checkpoint_activations
-from oneshot_fast.training.optimizer import WeightOptimizer
 from oneshot_fast.training.options import TrainOptions
+from oneshot_fast.training.zero import make_engine
 
 BAD_IN_A_ROW = 3  # bad steps that end a training
 
@@ -112,9 +111,9 @@ class Trainer:
             drawn = derived_seed(seed, "lora", *([adapter] if is_second else []))
             add_adapter(module, options.lora_rank, options.lora_alpha, drawn, start, adapter)
         checkpoint_activations(module, options)
-        self.engine = Engine(trainee, loss)
+        self.engine = make_engine(trainee, loss)
         self.parameters = {k: p for k, p in module.named_parameters() if p.requires_grad}
-        self.optimizer = WeightOptimizer(self.parameters, options, steps, seed)
+        self.optimizer = self.engine.make_optimizer(self.parameters, options, steps, seed)
         self.step = self.skipped = self.good_in_epoch = 0
         self.bad_in_a_row = self.empty_in_a_row = 0
         device = device_of(next(module.parameters()))
@@ -191,12 +190,13 @@ class Trainer:
         """Add the gradients of a batch, or of a part of it, to those of this step."""
         found = dict.fromkeys(self.columns, self.losses.new_zeros(())) | losses
         loss = total({name: found[name] for name in self.loss.parts})
-        self.losses = self.losses + torch.stack([found[name].detach() for name in self.columns])
+        values = torch.stack([found[name].detach() for name in self.columns])
+        self.losses = self.losses + values
         if self.options.optimizer_in_backward:
             if not torch.isfinite(loss):
                 return
             self.optimizer.begin(self.step)
-        (loss * self.engine.count).backward()
+        self.engine.backward(loss, values)
 
     def forget(self) -> None:
         """Drop what ``add`` added to this step."""
@@ -290,7 +290,9 @@ class Trainer:
 
     def final(self) -> dict[str, Tensor]:
         """The weights that the training ends with, as it stands: the average or the last ones."""
-        weights = self.parameters.values() if self.ema is None else self.ema.shadow_params
+        if self.ema is None:
+            return {k: self.engine.full(p).detach() for k, p in self.parameters.items()}
+        weights = self.ema.shadow_params
         return {k: v.detach() for k, v in zip(self.parameters, weights, strict=True)}
 
     def end_epoch(self, epoch: int) -> dict[str, Any] | None:
@@ -324,8 +326,9 @@ class Trainer:
         """Weights, moments, averages and best weights by name; step and history as JSON values."""
         best = {k: join_like(p, self.parameters[k]) for k, p in self.best.items()}
         tensors = {f"best/{name}": value for name, value in best.items()}
-        tensors |= {"sums": self.sums, **self.optimizer.tensors()}
-        tensors |= {f"weight/{name}": value for name, value in self.parameters.items()}
+        with self.unfrozen():  # DeepSpeed knows of moments of these alone
+            tensors |= {"sums": self.sums, **self.optimizer.tensors()}
+        tensors |= {f"weight/{k}": self.engine.full(p) for k, p in self.parameters.items()}
         if self.ema is not None:
             tensors |= {f"ema/{name}": value for name, value in self.final().items()}
         return tensors, {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,10 @@ def test_a_process_that_stands_still_is_named_and_in_the_end_refused(
 ) -> None:
     script = tmp_path / "late.py"
     script.write_text(LATE)
-    first, second = forks.run_two(str(script), [], tmp_path, ACCELERATE_USE_DEEPSPEED="true")
+    first, second = forks.run_two(str(script), [], tmp_path, ACCELERATE_USE_MEGATRON_LM="true")
     said = [*first.err.splitlines(), *second.err.splitlines()]
     assert said.count("process 0 waits for process 1") == 2
-    assert said.count("note: of accelerate's config this is not used here: DeepSpeed") == 1
+    assert said.count("note: of accelerate's config this is not used here: Megatron-LM") == 1
     (line,) = (line for line in said if line.startswith("refused"))
     assert "waited 0.0666667 minutes for process 1; end all and repeat" in line
 
@@ -173,13 +174,22 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 FSDP2 |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 
 
-@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["DDP", "FSDP2"])
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+installed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+OTHERS = {"FSDP_OFFLOAD_PARAMS": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, FSDP2, pytest.param(ZERO, marks=installed)], ids=["DDP", "FSDP2", "ZeRO"]
+)
 def test_sft_with_two_processes_equals_one(tmp_path, damaged, forks, one_thread, environment):
     """Killed after the first step; the gradient of 3 rows, one of them of the last batch, is whole.
 
-    DDP's state goes on with one process, FSDP2's with two again, whose parts wait on the CPU.
+    DDP's state goes on with one process, FSDP2's with two again, whose parts wait on the CPU, that
+    of ZeRO-3 by ZeRO-2.
     """
-    fixed = "--model_id tiny --epochs 1 --batch_size 3 --preserve_pool_size 20 --use_ema"
+    fixed = "--model_id tiny --epochs 1 --batch_size 3 --preserve_pool_size 20"
+    fixed += "" if environment is ZERO else " --use_ema"
     fixed += " --preserve_batch_size 1 --keep_checkpoints 1 --validation_steps 2"
     flags = ["--manifest_path", damaged, *fixed.split(), "--save_minutes", "0", "--output_dir"]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -189,8 +199,7 @@ def test_sft_with_two_processes_equals_one(tmp_path, damaged, forks, one_thread,
     end(job, forks)
     assert not (two / "summary.json").exists()
     if environment:
-        offloaded = environment | {"FSDP_OFFLOAD_PARAMS": "true"}
-        for ended in forks.run_two("sft", [*flags, two], two, **offloaded):
+        for ended in forks.run_two("sft", [*flags, two], two, **(environment | OTHERS)):
             assert ended.code == 1, ended.err
     else:
         assert forks.run("sft", [*flags, two], two).code == 1
@@ -281,7 +290,7 @@ def test_optimize_with_two_processes_equals_one(tmp_path, forks, one_thread):
     flags += [f"--prompt=a photo of the digit {digit}" for digit in ("three", "seven", "zero")]
     alone = forks.run("optimize", [*flags, "--output_dir", tmp_path / "one"], tmp_path)
     assert alone.code == 0, alone.err
-    tracked = ["--report_to", "tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    tracked = ["--report_to", "tensorboard"] if find_spec("tensorboard") else []
     argv = [*flags, *tracked, "--output_dir", tmp_path / "two"]
     first, second = forks.run_two("optimize", argv, tmp_path)
     assert first.code == second.code == 0, first.err + second.err

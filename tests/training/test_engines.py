@@ -1,5 +1,6 @@
 """What accelerate's config may ask of a training; two processes are in runtime/test_processes."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import pytest
 
 from oneshot_fast.training import engines
+
+ZERO = {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"}
 
 
 @pytest.mark.parametrize(
@@ -16,11 +19,13 @@ from oneshot_fast.training import engines
         ("sft", {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "", "give --gradient_checkpointing"),
         ("sft", {"FSDP_AUTO_WRAP_POLICY": "nonsense"}, "", "accelerate's FSDP config: Invalid"),
         ("sft", {}, "--compile", "not for --compile"),
+        ("sft", ZERO, "", "DeepSpeed config needs a package that is not installed: pip install"),
+        ("prefer", ZERO, "--reward digit", "asks for DeepSpeed, which is for sft and em"),
         ("prefer", {}, "--reward digit", "is for sft and em; leave it out, for DDP"),
         (
             "reinforce",
             {},
-            "--reward digit --policy_weight 0 --final_reward_weight 1",
+            "--reward digit --batch_size 8 --policy_weight 0 --final_reward_weight 1",
             "for sft and em",
         ),
         ("distill", {}, "--num_inference_steps 2", "is for sft and em; leave it out, for DDP"),
@@ -33,6 +38,7 @@ def test_what_cannot_be_sharded_is_one_line(
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **config}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(engines, "processes", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     data = ["--manifest_path", assigned / "manifest.jsonl"]
     given = data if command == "sft" else ["--prompt_file", prompts]
     folder = tmp_path / "run"
