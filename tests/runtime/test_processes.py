@@ -175,21 +175,29 @@ FSDP2 |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 
 
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
-installed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 OTHERS = {"FSDP_OFFLOAD_PARAMS": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 
 
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"needs {package}")
+
+
 @pytest.mark.parametrize(
-    "environment", [{}, FSDP2, pytest.param(ZERO, marks=installed)], ids=["DDP", "FSDP2", "ZeRO"]
+    ("environment", "more"),
+    [
+        pytest.param({}, "--use_ema", id="DDP"),
+        pytest.param({}, "--optimizer adamw8bit", id="8 bits", marks=needs("torchao")),
+        pytest.param(FSDP2, "--use_ema", id="FSDP2"),
+        pytest.param(ZERO, "", id="ZeRO", marks=needs("deepspeed")),
+    ],
 )
-def test_sft_with_two_processes_equals_one(tmp_path, damaged, forks, one_thread, environment):
+def test_sft_with_two_processes_equals_one(tmp_path, damaged, forks, one_thread, environment, more):
     """Killed after the first step; the gradient of 3 rows, one of them of the last batch, is whole.
 
     DDP's state goes on with one process, FSDP2's with two again, whose parts wait on the CPU, that
     of ZeRO-3 by ZeRO-2.
     """
-    fixed = "--model_id tiny --epochs 1 --batch_size 3 --preserve_pool_size 20"
-    fixed += "" if environment is ZERO else " --use_ema"
+    fixed = f"--model_id tiny --epochs 1 --batch_size 3 --preserve_pool_size 20 {more}"
     fixed += " --preserve_batch_size 1 --keep_checkpoints 1 --validation_steps 2"
     flags = ["--manifest_path", damaged, *fixed.split(), "--save_minutes", "0", "--output_dir"]
     one, two = tmp_path / "one", tmp_path / "two"
