@@ -67,7 +67,8 @@ class Examples:
             UserError: If no pair can be used.
         """
         self._folder, known, numbers = folder, dict[Kind, int](), array("H")
-        self._open = lru_cache(_OPEN)(lambda path: safe_open(path, framework="pt"))
+        # by NumPy: safetensors 0.8 never frees 64 bytes of a tensor of torch's
+        self._open = lru_cache(_OPEN)(lambda path: safe_open(path, framework="np"))
         cut, digests = list[tuple[ImageRef, float]](), [sha256(), sha256()]
         absent = list[int]()  # places of the list that was given
 
@@ -120,8 +121,7 @@ class Examples:
     def _latent(self, row: int) -> Tensor:
         place = self._places[row]
         file: Any = self._open(self._path(place))
-        found: Tensor = file.get_tensor(_name(self.pairs[row]))
-        return found
+        return torch.from_numpy(file.get_tensor(_name(self.pairs[row])))
 
     def _path(self, place: int) -> Path:
         """File of the latents of a pair and its neighbours in the list."""
