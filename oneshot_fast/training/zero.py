@@ -95,8 +95,8 @@ class ZeroEngine(Engine):
 
     def backward(self, loss: Tensor, found: Tensor) -> None:
         # all processes leave a step out where a gradient of one of them is not finite
-        bad = torch.full_like(loss, math.nan)
-        self._deepspeed.backward(self.count * torch.where(found.isfinite().all(), loss, bad))
+        factor = torch.where(found.isfinite().all(), self.count, math.nan)
+        self._deepspeed.backward(loss * factor)
 
     def full(self, weight: Tensor) -> Tensor:
         """All of it, in every process's own memory, not the GPU's; all ask together."""
@@ -161,13 +161,16 @@ class ZeroOptimizer(WeightOptimizer):
         """Those of ``WeightOptimizer``, on the CPU; all processes ask together."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        steps = [int(state["step"]) for state in self._optimizers[0].state.values()]
+        updates = torch.full((len(self.parameters),), max(steps, default=0))
+        if not steps:  # all were left out
+            return {"updates": updates}
         found = {
             f"{moment}/{name}": safe_get_full_optimizer_state(parameter, moment).cpu()
             for name, parameter in self.parameters.items()
             for moment in MOMENTS
         }
-        (step, *_) = (int(state["step"]) for state in self._optimizers[0].state.values())
-        return found | {"updates": torch.full((len(self.parameters),), step)}
+        return found | {"updates": updates}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         if tensors["updates"].any():

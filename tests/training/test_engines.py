@@ -1,13 +1,16 @@
 """What accelerate's config may ask of a training; two processes are in runtime/test_processes."""
 
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from oneshot_fast.training import engines
+from oneshot_fast.training.zero import ZeroEngine
 
 ZERO = {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"}
 
@@ -46,3 +49,13 @@ def test_what_cannot_be_sharded_is_one_line(
     ended = call(command, *given, *flags.split(), *model, "--output_dir", folder)
     assert ended.code == 2 and said in ended.error
     assert not folder.exists()
+
+
+def test_a_value_that_is_not_finite_reaches_every_gradient_of_zero() -> None:
+    """So DeepSpeed, which looks at gradients alone, leaves the step out in all processes."""
+    engine = ZeroEngine.__new__(ZeroEngine)
+    engine.count, engine._deepspeed = 2, SimpleNamespace(backward=lambda loss: loss.backward())
+    for found, expected in ((1.0, 6.0), (math.nan, math.nan), (math.inf, math.nan)):
+        weight = torch.ones((), requires_grad=True)
+        engine.backward(3 * weight, torch.tensor([0.0, found]))
+        torch.testing.assert_close(weight.grad, torch.tensor(expected), equal_nan=True)
