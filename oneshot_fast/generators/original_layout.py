@@ -1,4 +1,4 @@
-"""The names that weights have in SDXL's own release, in which programs read one file.
+"""The names that weights have in SDXL's and SD1's own release, in which programs read one file.
 
 diffusers converts from these names, not to them. So the names are made here, and diffusers' own
 conversion has to give every weight back, or the file is not written.
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oneshot_fast.errors import ModelError
-from oneshot_fast.generators.single_file import scheduler_of_file
+from oneshot_fast.generators.single_file import Layout, scheduler_of_file
 from oneshot_fast.runtime.files import replacing
 
 _TOP = {
@@ -69,7 +69,7 @@ def unet_name(name: str, unet: Any) -> str:
         unet: The UNet.
 
     Raises:
-        ModelError: For a module that SDXL does not have.
+        ModelError: For a module that SDXL and SD1 do not have.
     """
     per = unet.config.layers_per_block + 1
     for old, new in _TOP.items():
@@ -77,7 +77,7 @@ def unet_name(name: str, unet: Any) -> str:
             return _renamed(name.replace(old, new, 1), _RESNET if ".resnets." in name else {})
     found = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)", name)
     if found is None:
-        raise ModelError(f"SDXL's own layout has no place for its UNet's {name}")
+        raise ModelError(f"the release's own layout has no place for its UNet's {name}")
     side, block, kind, place, inner = found.groups()
     at, last = int(block) * per + int(place), int(block) * per + per - 1
     if kind == "downsamplers":
@@ -91,8 +91,8 @@ def unet_name(name: str, unet: Any) -> str:
     return f"{start}.1.{inner}"
 
 
-def write_single_file(pipe: Any, path: Path) -> None:
-    """Write a pipeline of SDXL's shape as one .safetensors file, atomically.
+def write_single_file(pipe: Any, path: Path, layout: Layout) -> None:
+    """Write a pipeline of SDXL's or SD1's shape as one .safetensors file, atomically.
 
     The header says what the model is, as modelspec does, and the marks ``v_pred`` and ``ztsnr`` say
     what its scheduler is set to.
@@ -100,44 +100,55 @@ def write_single_file(pipe: Any, path: Path) -> None:
     Args:
         pipe: Of diffusers, each network in the type to write.
         path: The file.
+        layout: Of its family.
 
     Raises:
         ModelError: If diffusers' own conversion does not give back the same weights.
     """
-    unet = {unet_name(k, pipe.unet): v for k, v in pipe.unet.state_dict().items()}
-    tensors = {f"model.diffusion_model.{k}": v for k, v in unet.items()}
-    tensors |= {f"first_stage_model.{k}": v for k, v in _vae(pipe.vae).items()}
-    first = "conditioner.embedders.0.transformer.text_model."
-    for name, value in pipe.text_encoder.state_dict().items():
-        tensors[first + name.removeprefix("text_model.")] = value
-    second = _open_clip(pipe.text_encoder_2.state_dict())
-    tensors |= {f"conditioner.embedders.1.model.{k}": v for k, v in second.items()}
-    _check(pipe, tensors)
-    header, marks = _words(pipe.scheduler.config)
+    first = pipe.text_encoder.state_dict().items()
+    networks = {
+        "unet": {unet_name(k, pipe.unet): v for k, v in pipe.unet.state_dict().items()},
+        "vae": _vae(pipe.vae),
+        "text_encoder": {
+            f"transformer.text_model.{k.removeprefix('text_model.')}": v for k, v in first
+        },
+    }
+    if "text_encoder_2" in layout.prefixes:
+        second = _open_clip(pipe.text_encoder_2.state_dict())
+        networks["text_encoder_2"] = {f"model.{k}": v for k, v in second.items()}
+    tensors = {
+        layout.prefixes[part] + name: value
+        for part, weights in networks.items()
+        for name, value in weights.items()
+    }
+    _check(pipe, tensors, layout)
+    header, marks = _words(pipe.scheduler.config, layout)
     tensors |= {name: torch.zeros(0) for name in marks}
     with replacing(path) as temporary:
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, header)
 
 
-def _words(config: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+def _words(config: Mapping[str, Any], layout: Layout) -> tuple[dict[str, str], list[str]]:
     """What a file's header says of a scheduler, and the names of its marks."""
     is_v = config.get("prediction_type") == "v_prediction"
     header = {
         "format": "pt",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base",
+        "modelspec.architecture": layout.base,
         "modelspec.prediction_type": "v" if is_v else "epsilon",
     }
     marks = ["v_pred", *(["ztsnr"] if config.get("rescale_betas_zero_snr") else [])]
     return header, marks if is_v else []
 
 
-def scheduler_written(scheduler: Any) -> Any:
+def scheduler_written(scheduler: Any, layout: Layout) -> Any:
     """The scheduler that a reader makes of what ``write_single_file`` says of ``scheduler``."""
-    header, marks = _words(scheduler.config)
-    said: Any = SimpleNamespace(name="", tensors=marks, metadata=header, model_config=None)
+    header, marks = _words(scheduler.config, layout)
+    said: Any = SimpleNamespace(
+        name="", tensors=marks, metadata=header, model_config=None, layout=layout
+    )
     base = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-    )  # of SDXL base
+    )  # of the base models
     return scheduler_of_file(said, base)
 
 
@@ -178,21 +189,21 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
     return name
 
 
-def _check(pipe: Any, tensors: Mapping[str, Tensor]) -> None:
+def _check(pipe: Any, tensors: Mapping[str, Tensor], layout: Layout) -> None:
     """Raise ModelError unless diffusers gives back UNet, VAE and second text encoder."""
     from diffusers.loaders import single_file_utils as theirs
 
-    second = "conditioner.embedders.1.model."
     found = {
         "unet": theirs.convert_ldm_unet_checkpoint(dict(tensors), pipe.unet.config),
         "vae": theirs.convert_ldm_vae_checkpoint(dict(tensors), pipe.vae.config),
-        "text_encoder_2": theirs.convert_open_clip_checkpoint(
-            pipe.text_encoder_2, dict(tensors), second
-        ),
     }
+    if prefix := layout.prefixes.get("text_encoder_2"):
+        found["text_encoder_2"] = theirs.convert_open_clip_checkpoint(
+            pipe.text_encoder_2, dict(tensors), f"{prefix}model."
+        )
     for part, weights in found.items():
         expected = getattr(pipe, part).state_dict()
         for name, value in expected.items():
             other = weights.get(name, weights.get(f"text_model.{name}"))
             if other is None or not torch.equal(other, value):
-                raise ModelError(f"SDXL's own layout has no place for its {part}'s {name}")
+                raise ModelError(f"the release's own layout has no place for its {part}'s {name}")

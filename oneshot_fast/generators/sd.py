@@ -1,19 +1,30 @@
 """Generators of the shape of Stable Diffusion 1 and 2: a UNet that one text encoder tells."""
 
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 from torch import Tensor
 
-from oneshot_fast.errors import ModelError
+from oneshot_fast.errors import ModelError, require
 from oneshot_fast.generators.base import Conditioning
+from oneshot_fast.generators.original_layout import scheduler_written, write_single_file
 from oneshot_fast.generators.pipeline import PipelineGenerator
+from oneshot_fast.generators.pretrained import PipelineFolder
+from oneshot_fast.generators.single_file import SD1, Layout, PipelineFile, scheduler_of_file
+from oneshot_fast.generators.step import single_step
 
 
 class UNetGenerator(PipelineGenerator):
-    """What the families with a UNet share."""
+    """What the families with a UNet share.
+
+    Attributes:
+        layout: Of a single file.
+    """
+
+    layout: ClassVar[Layout]
 
     @classmethod
     def check(cls, pipe: Any) -> None:
@@ -26,8 +37,25 @@ class UNetGenerator(PipelineGenerator):
                 "models are not supported"
             )
 
+    @classmethod
+    def adapt(cls, pipe: Any, source: PipelineFolder | PipelineFile) -> None:
+        if isinstance(source, PipelineFile):
+            pipe.scheduler = scheduler_of_file(source, pipe.scheduler)
+
     def check_kohya(self) -> None:
         """Its names are those of kohya's scripts."""
+
+    def check_single_file(self) -> None:
+        read = single_step(scheduler_written(self.pipe.scheduler, self.layout))
+        require(
+            self.step.is_close(read),
+            f"one file has no scheduler, and is read with Euler's step from the noisiest timestep, "
+            f"not with that of its {type(self.pipe.scheduler).__name__} from "
+            f"{float(self.step.timestep):g}; leave --save_single_file out",
+        )
+
+    def _write_single_file(self, pipe: Any, path: Path) -> None:
+        write_single_file(pipe, path, self.layout)
 
     @property
     def embeds_guidance(self) -> bool:
@@ -57,6 +85,7 @@ class SdGenerator(UNetGenerator):
 
     pipeline = StableDiffusionPipeline
     parts = ("unet", "vae", "text_encoder")
+    layout = SD1
 
     @classmethod
     def check(cls, pipe: Any) -> None:
@@ -65,6 +94,15 @@ class SdGenerator(UNetGenerator):
         config = pipe.unet.config
         if config.addition_embed_type or config.class_embed_type:
             raise ModelError("its UNet is told of more than text, so it is not of SD's shape")
+
+    def check_single_file(self) -> None:
+        activation = self.pipe.text_encoder.config.hidden_act
+        require(
+            activation == "quick_gelu" and not self.embeds_guidance,
+            "one file is written of models of the shape of SDXL and SD1 alone, not of SD2 and LCM; "
+            "leave --save_single_file out",
+        )
+        super().check_single_file()
 
     def blank_prompts(self, count: int) -> Conditioning:
         width = self.pipe.unet.config.cross_attention_dim

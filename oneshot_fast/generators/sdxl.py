@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +11,9 @@ from torch import Tensor
 from oneshot_fast.data.sizes import Frame
 from oneshot_fast.errors import ModelError, require
 from oneshot_fast.generators.base import Conditioning
-from oneshot_fast.generators.original_layout import scheduler_written, unet_name, write_single_file
-from oneshot_fast.generators.pretrained import PipelineFolder
+from oneshot_fast.generators.original_layout import unet_name
 from oneshot_fast.generators.sd import UNetGenerator
-from oneshot_fast.generators.single_file import PipelineFile, scheduler_of_file
-from oneshot_fast.generators.step import single_step
+from oneshot_fast.generators.single_file import SDXL
 
 
 class SdxlGenerator(UNetGenerator):
@@ -24,6 +21,7 @@ class SdxlGenerator(UNetGenerator):
 
     pipeline = StableDiffusionXLPipeline
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    layout = SDXL
     upcasts_vae = True  # its VAE overflows in float16
 
     @classmethod
@@ -33,11 +31,6 @@ class SdxlGenerator(UNetGenerator):
         config = pipe.unet.config
         if config.addition_embed_type != "text_time":
             raise ModelError("its UNet has no text_time conditioning, so it is not of SDXL's shape")
-
-    @classmethod
-    def adapt(cls, pipe: Any, source: PipelineFolder | PipelineFile) -> None:
-        if isinstance(source, PipelineFile):
-            pipe.scheduler = scheduler_of_file(source, pipe.scheduler)
 
     def blank_prompts(self, count: int) -> Conditioning:
         width = self.pipe.unet.config.cross_attention_dim
@@ -83,22 +76,12 @@ class SdxlGenerator(UNetGenerator):
         return unet_name(module, self.denoiser)
 
     def check_single_file(self) -> None:
-        left_out = "; leave --save_single_file out"
         one, two = (
             e.config.hidden_size for e in (self.pipe.text_encoder, self.pipe.text_encoder_2)
         )
         require(
             one != two,
-            f"its text encoders are both {one} wide, by which those of one file are told apart"
-            + left_out,
+            f"its text encoders are both {one} wide, by which those of one file are told apart; "
+            "leave --save_single_file out",
         )
-        read = single_step(scheduler_written(self.pipe.scheduler))
-        require(
-            self.step.is_close(read),
-            f"one file has no scheduler, and is read with Euler's step from the noisiest timestep, "
-            f"not with that of its {type(self.pipe.scheduler).__name__} from "
-            f"{float(self.step.timestep):g}" + left_out,
-        )
-
-    def _write_single_file(self, pipe: Any, path: Path) -> None:
-        write_single_file(pipe, path)
+        super().check_single_file()

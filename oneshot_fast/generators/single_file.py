@@ -1,8 +1,9 @@
-"""Pipelines of diffusers from one .safetensors file in the layout of SDXL's own release."""
+"""Pipelines of diffusers from one .safetensors file in the layout of SDXL's, or SD1's, release."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,31 @@ from oneshot_fast.generators.base import LoadOptions
 from oneshot_fast.generators.pretrained import refuse_dangling
 from oneshot_fast.runtime.tensor_files import common_dtype, read_header
 
-# how the names of each network's tensors begin in the file
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "conditioner.embedders.0.",
-    "text_encoder_2": "conditioner.embedders.1.",
-}
-_ARCHITECTURE = "stable-diffusion-xl"
+
+@dataclass(frozen=True)
+class Layout:
+    """What the file of a family is called, and what is in it.
+
+    Attributes:
+        architecture: Of modelspec; how it begins.
+        base: The one that is written.
+        prefixes: How the names of each network's tensors begin.
+    """
+
+    architecture: str
+    base: str
+    prefixes: Mapping[str, str]
+
+
+_COMMON = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+SDXL = Layout(
+    "stable-diffusion-xl", "stable-diffusion-xl-v1-base",
+    {**_COMMON, "text_encoder": "conditioner.embedders.0.",
+     "text_encoder_2": "conditioner.embedders.1."},
+)  # fmt: skip
+SD1 = Layout(
+    "stable-diffusion-v1", "stable-diffusion-v1", {**_COMMON, "text_encoder": "cond_stage_model."}
+)
 _NO_WEIGHTS = ("position_ids", "logit_scale")  # of CLIP, which encode no text
 
 
@@ -35,6 +53,7 @@ class PipelineFile:
         stored: Type of each network's weights, by name; float32 where it is mixed or unknown.
         tensors: Type and shape of every tensor, by name.
         metadata: The file's header.
+        layout: That of its family.
         model_config: Where the configs are; None takes those that diffusers knows.
         use: As of ``PipelineFolder``.
     """
@@ -54,6 +73,10 @@ class PipelineFile:
         if not path.is_file():
             raise ModelError("no such file")
         self._family, self._path, self.name = family, path, path.name
+        found: Layout | None = getattr(family, "layout", None)
+        if found is None:
+            raise ModelError(f"{family.__name__} reads folders only")
+        self.layout = found
         self.use: dict[str, float] = {}  # such a file does not say
         self._known = {"local_files_only": options.local_files_only}
         self.model_config = options.model_config
@@ -61,16 +84,17 @@ class PipelineFile:
         self.stored = {
             part: common_dtype(kind for kind, _ in self._of(part).values()) for part in family.parts
         }
-        if any(name.startswith("cond_stage_model.") for name in self.tensors):
+        if any(name.startswith("cond_stage_model.model.") for name in self.tensors):
             raise ModelError(
-                "it is one file of Stable Diffusion 1 or 2; of these only folders are read: write "
-                "one with diffusers, StableDiffusionPipeline.from_single_file(...).save_pretrained"
+                "it is one file of Stable Diffusion 2; of these only folders are read: write one "
+                "with diffusers, StableDiffusionPipeline.from_single_file(...).save_pretrained"
             )
-        for start in ("model.diffusion_model.", "conditioner.embedders."):
+        for start in ("model.diffusion_model.", self.layout.prefixes["text_encoder"]):
             if not any(name.startswith(start) for name in self.tensors):
                 raise ModelError(
-                    f"nothing in it is called {start}*: of single files only SDXL's whole ones are "
-                    "read; a transformer or UNet alone goes into a folder, see docs/models.md"
+                    f"nothing in it is called {start}*: of single files only whole ones of SDXL "
+                    "and SD1 are read; a transformer or UNet alone goes into a folder, see "
+                    "docs/models.md"
                 )
         if self.model_config is not None:
             self._check_config(self.model_config)
@@ -133,8 +157,17 @@ class PipelineFile:
         }
 
     def _of(self, part: str) -> dict[str, tuple[str, list[int]]]:
-        prefix = PREFIXES.get(part, part + ".")
+        prefix = self.layout.prefixes[part]
         return {name: kind for name, kind in self.tensors.items() if name.startswith(prefix)}
+
+
+def layout_of(path: Path) -> Layout:
+    """That of a single file; SDXL's where it cannot be read, which ``PipelineFile`` will say."""
+    try:
+        tensors, _ = read_header(path)
+    except (ModelError, OSError):
+        return SDXL
+    return SD1 if any(name.startswith("cond_stage_model.") for name in tensors) else SDXL
 
 
 def _among(tensor: Tensor, values: Sequence[Tensor]) -> bool:
@@ -142,12 +175,12 @@ def _among(tensor: Tensor, values: Sequence[Tensor]) -> bool:
 
 
 def scheduler_of_file(source: PipelineFile, config: Any) -> Any:
-    """The scheduler of a one-step model in one file of SDXL: it says what it is, and carries none.
+    """The scheduler of a one-step model in one file: it says what it is, and carries none.
 
     Args:
         source: The file. Tensors ``v_pred`` and ``ztsnr`` mark a model by their presence.
         config: The scheduler of the configs. That of --model_config stays, and is told what it
-            leaves open; diffusers' own, SDXL base's, has leading spacing, and is replaced.
+            leaves open; diffusers' own, of the base model, has leading spacing, and is replaced.
 
     Raises:
         ModelError: If the file says that it is no such model, or its words contradict each other
@@ -155,9 +188,10 @@ def scheduler_of_file(source: PipelineFile, config: Any) -> Any:
     """
     if any(name.startswith("edm_") for name in source.tensors):
         raise ModelError("it has the mark edm_... of EDM: this model's step is not of this form")
-    kind = source.metadata.get("modelspec.architecture", _ARCHITECTURE)
-    if not kind.startswith(_ARCHITECTURE) or kind.endswith(("/lora", "refiner", "inpainting")):
-        raise ModelError(f"its modelspec.architecture is {kind}, but {_ARCHITECTURE}-... is needed")
+    needed = source.layout.architecture
+    kind = source.metadata.get("modelspec.architecture", needed)
+    if not kind.startswith(needed) or kind.endswith(("/lora", "refiner", "inpainting")):
+        raise ModelError(f"its modelspec.architecture is {kind}, but {needed}... is needed")
     said: dict[str, tuple[Any, str]] = {}
 
     def say(key: str, value: Any, where: str) -> None:

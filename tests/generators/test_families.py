@@ -154,10 +154,36 @@ def test_sizes_and_flags_that_a_family_cannot_take_are_refused() -> None:
     assert sd3.latent_shape(64, 64) == (4, 32, 32)
     with pytest.raises(UserError, match="a size of 68 x 64 pixels is above 64, the model's"):
         sd3.latent_shape(64, 68)
-    with pytest.raises(UserError, match="models of the shape of SDXL alone; leave --save_single"):
+    with pytest.raises(UserError, match="the shape of SDXL and SD1 alone; leave --save_single"):
         sd3.check_single_file()
     with pytest.raises(UserError, match=r"Z-Image is compiled anew .*; leave --compile out"):
         family("ZImagePipeline")(tiny_pipeline("ZImagePipeline")).compile()
+
+
+def test_sd1_is_one_file_that_diffusers_reads(folders: Path, tmp_path: Path) -> None:
+    whole = folders / "StableDiffusionPipeline"
+    generator = load_generator(whole)
+    generator.save(tmp_path / "saved")
+    generator.save_single_file(tmp_path / "saved")
+    file = tmp_path / "saved.safetensors"
+    pipe, single = (
+        StableDiffusionPipeline.from_pretrained(whole),
+        StableDiffusionPipeline.from_single_file(str(file), config=str(whole)),
+    )
+    for part in ("unet", "vae", "text_encoder"):
+        old, new = (getattr(p, part).state_dict() for p in (pipe, single))
+        assert old.keys() == new.keys()
+        assert all(torch.equal(old[k].float(), new[k].float()) for k in old), part
+    ours = load_generator(file, model_config=str(whole))
+    assert ours.fingerprint() == load_generator(tmp_path / "saved").fingerprint()
+    for name, activation in (
+        ("LatentConsistencyModelPipeline", "quick_gelu"),
+        ("StableDiffusionPipeline", "gelu"),  # OpenCLIP's, of SD2
+    ):
+        pipe = tiny_pipeline(name)
+        pipe.text_encoder.config.hidden_act = activation
+        with pytest.raises(UserError, match="not of SD2 and LCM; leave --save_single_file out"):
+            family(name)(pipe).check_single_file()
 
 
 def test_sd3_goes_without_its_third_text_encoder(folders: Path, tmp_path: Path) -> None:

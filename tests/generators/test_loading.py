@@ -28,6 +28,7 @@ from oneshot_fast.errors import ModelError, UserError
 from oneshot_fast.generators import original_layout
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.sdxl import SdxlGenerator
+from oneshot_fast.generators.single_file import SDXL
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun
@@ -202,7 +203,7 @@ def test_v_prediction_is_written_in_the_one_file(forms: Forms, tmp_path: Path) -
     said = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     folder = Path(forms.config(tmp_path / "v", **said, timestep_spacing="trailing"))
     pipe = StableDiffusionXLPipeline.from_pretrained(folder)
-    original_layout.write_single_file(pipe, tmp_path / "v.safetensors")
+    original_layout.write_single_file(pipe, tmp_path / "v.safetensors", SDXL)
     silent = forms.config(tmp_path / "silent", prediction_type=None, rescale_betas_zero_snr=None)
     read = load_generator(tmp_path / "v.safetensors", model_config=silent)
     found: Any = read.pipe.scheduler.config  # type: ignore[attr-defined]
@@ -312,7 +313,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"metadata": {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}}, {}, "/lora"
     ),
     "DDIM": ({}, {"_class_name": "DDIMScheduler", "clip_sample": True}, "DDIM.*clip_sample"),
-    "SD1.5": ({"cond_stage_model.transformer.logit_scale": MARK}, {}, "of these only folders"),
+    "SD2": ({"cond_stage_model.model.ln_final.bias": MARK}, {}, "of Stable Diffusion 2; of these"),
     "missing": (
         {"conditioner__embedders__1__model__text_projection": None}, {},
         "incomplete: text_encoder_2 has no text_projection.weight",
@@ -334,7 +335,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def test_a_file_of_another_kind_is_refused_by_its_names(tmp_path: Path, key: str) -> None:
     file = tmp_path / "model.safetensors"
     save_file({key: torch.ones(1)}, file)
-    with pytest.raises(ModelError, match=r"nothing in it is called .*: of single files only SDXL"):
+    with pytest.raises(ModelError, match=r"nothing in it is called .*: of single files only whole"):
         load_generator(file)
 
 
