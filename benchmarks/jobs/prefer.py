@@ -56,7 +56,7 @@ LONGER = {"drpo_long": 4}  # times the seconds
 TITLES = {
     "base": "base", "raft": "RAFT", "draft": "DRaFT-1", "pso": "PSO", "rlcm": "RLCM (PPO)",
     "neighbor_grpo": "Neighbor-GRPO", "drpo": "DrPO", "rebel": "REBEL", "dpo": "DPO-1step",
-    "d3po": "D3PO", "drpo_long": "DrPO, a third of the rate, 4 times as long",
+    "d3po": "D3PO", "drpo_long": "DrPO, lr 1e-5, 4 x time",
 }  # fmt: skip
 
 
