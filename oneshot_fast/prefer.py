@@ -50,6 +50,11 @@ def execute(command: PreferCommand) -> int:
     """Run the command; see ``run_command`` for exit codes."""
     require(bool(command.output_dir or command.dry_run), "give --output_dir DIR")
     command.data.check(command.data.reward)
+    require(
+        command.model.backprop_steps is None or command.training.preserves,
+        "--backprop_steps has no effect without preserve losses, as each step is trained by "
+        "itself; leave it out",
+    )
     run = _on_drawn(command) if command.data.pairs is None else _on_pairs(command)
     if command.dry_run:
         print(run.plan())

@@ -18,7 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.common import ROOT, mean_and_error, run_job
+from benchmarks.common import ROOT, commit, mean_and_error, run_job
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.embedded.classifier import load_classifier
 from oneshot_fast.evaluation.features import of_classifier
@@ -122,6 +122,7 @@ def row(name: str, seed: int, seconds: float, samples: int) -> dict[str, Any]:
             found["steps"], found["moved"] = trainer.step, trainer.last.get("moved")
     named = "base" if name == "base" else path.stem  # drift is measured against it
     found |= measure.measure(generator, KEPT / f"measured-{samples}" / named)
+    found["commit"] = commit()
     write_json(path, found)
     return found
 
@@ -162,9 +163,10 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def markdown(found: dict[str, Any]) -> str:
     """The table, with what it holds for."""
     run = found["settings"]
+    commits = sorted({row["commit"] for rows in found["results"].values() for row in rows})
     lines = [
         f"`python -m benchmarks.jobs.prefer` on {found['device']}, {run['threads']} thread, torch "
-        f"{found['torch']}, commit {found['commit']}, {found['date']}. {run['seconds']} CPU s "
+        f"{found['torch']}, rows of commits {', '.join(commits)}. {run['seconds']} CPU s "
         f"for each training of the embedded generator; {run['samples']} fresh noises; mean of "
         f"{run['seeds']} seeds ± its standard error.",
         "",

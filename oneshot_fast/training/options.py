@@ -102,7 +102,7 @@ class TrainOptions:
     a checkpoint is as it came."""
     save_single_file: bool = False
     """Also write each whole model as one file, checkpoint-final.safetensors, which ComfyUI and
-    A1111 read; of SDXL's shape."""
+    A1111 read; of SDXL's or SD1's shape."""
     validation_steps: int = 0
     """Make images after every so many steps, always on the same noises: validation/STEP.png, which
     --report_to shows, too; 0: never."""

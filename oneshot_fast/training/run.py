@@ -262,9 +262,9 @@ class TrainingRun(ABC):
         """
         if begun not in (None, contents):
             raise RunError(
-                f"{self.folder}: {begun.get('count')} pairs were there when the training began, "
-                f"{contents['count']} of them now, or files of theirs changed; restore or start "
-                "anew with --overwrite"
+                f"{self.folder}: {begun.get('count', 'other')} pairs were there when the training "
+                f"began, {contents['count']} of them now, or files of theirs changed; restore or "
+                "start anew with --overwrite"
             )
         if is_main():
             write_json(self.folder / BEGUN, contents)

@@ -149,7 +149,7 @@ class EmOptions:
     next cycle goes on with what is saved."""
     save_single_file: bool = False
     """Also write the best and the final model as one file, checkpoint-final.safetensors, which
-    ComfyUI and A1111 read; of SDXL's shape."""
+    ComfyUI and A1111 read; of SDXL's or SD1's shape."""
     train_caption_dropout: Annotated[float, arg(aliases=["--caption_dropout"])] = 0.0
     """M-step: probability, for each pair in each epoch, that the empty prompt replaces its own; the
     E-step keeps all prompts."""

@@ -20,6 +20,7 @@ from oneshot_fast.training.losses.neighbor_grpo import NeighborGRPO
 from oneshot_fast.training.losses.preference import (
     Actions,
     CleanLatents,
+    NoisedPairs,
     Objective,
     Policy,
     PreferenceLoss,
@@ -47,7 +48,7 @@ _OWN = {flag for flags in _OF.values() for flag in flags}
 _KL = {"rlcm": 0.2, "rebel": 0.2, "neighbor_grpo": 0.2, "drpo": 1.0}
 _PAIRED = ("pso", "d3po")
 # flags of given pairs of images, and of images that are drawn
-_PAIRS = ("pair_noise", "loser_weight", "winner_weight")
+_PAIRS = ("pair_noise", "pair_space", "loser_weight", "winner_weight")
 _DRAWN = ("group", "groups_per_prompt", *sorted(_OWN - {"beta"}))
 # of half the difference of distances for dpo, of all of it for pso, as published
 _PAIR_BETA = {"dpo": 100.0, "pso": 50.0}
@@ -123,6 +124,10 @@ class PreferOptions(TrainOptions):
     pair_noise: Literal["assigned", "random"] = "assigned"
     """With --pairs: train better and worse image on the noise that was assigned to each, or
     (baseline) both on the same new random noise at every step."""
+    pair_space: Literal["eps", "x0"] = "eps"
+    """With --pairs, of several steps: each batch trains one of them, on the images' noised latents.
+    eps: by how wrong the noise, or a flow's velocity, is, as published; x0: the clean latents. The
+    first step begins with noise alone, as one step does, and always takes the clean latents."""
     loser_weight: float = 1.0
     """With --pairs: factor of the worse image's part; less than 1 pushes less from it."""
     winner_weight: float = 5.0
@@ -211,14 +216,15 @@ class PreferOptions(TrainOptions):
             require(0 <= value < math.inf, f"{flag} is {value}; give a finite number, 0 or more")
         self.check()
 
-    def pair_loss(self) -> PreferenceLoss:
-        """What is lowered on given pairs."""
+    def pair_loss(self, several: bool = False) -> PreferenceLoss:
+        """What is lowered on given pairs, at one step or at one of several."""
         beta = _PAIR_BETA[self.objective] if self.beta is None else self.beta
         beta = beta if self.objective == "dpo" else 2 * beta
         objective = PairDPO(beta, self.loser_weight, self.winner_weight)
         preserve = Preserve(self.preserve_latent_weight, self.preserve_pixel_weight)
         weight = self.kl_weight or 0.0
-        return PreferenceLoss(objective, CleanLatents(), weight, preserve, sampled=False)
+        policy = NoisedPairs() if several else CleanLatents()
+        return PreferenceLoss(objective, policy, weight, preserve, sampled=False)
 
     @property
     def _on_means(self) -> bool:

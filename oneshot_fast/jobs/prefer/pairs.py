@@ -16,6 +16,7 @@ from oneshot_fast.data.sizes import Resolution
 from oneshot_fast.errors import DataError, UserError, require
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.generators.levels import Levels
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.prefer.options import PreferOptions
 from oneshot_fast.jobs.prefer.plan import prefer_plan
@@ -30,7 +31,7 @@ from oneshot_fast.training.run import contents_of, digest_of
 
 
 class PairRun(ComparingRun):
-    """Training on pairs of images into one folder: Diffusion-DPO and PSO in clean latents.
+    """Training on pairs of images into one folder: Diffusion-DPO and PSO.
 
     Winner and loser are made closer and farther from the noises that were assigned to each, or with
     ``pair_noise`` "random" both from new random ones. A pair whose image or noise cannot be read
@@ -65,15 +66,16 @@ class PairRun(ComparingRun):
             UserError: If an option makes no sense.
         """
         options.check_pairs()
+        several = isinstance(generator, FewStepGenerator)
         require(
-            not isinstance(generator, FewStepGenerator),
-            "--pairs train one step; leave --num_inference_steps out",
+            several or options.pair_space == "eps",
+            "--pair_space has no effect on one step, which takes the clean latents; leave it out",
         )
         self.targets = TargetImages(generator, resolution)
         prompts = [pair.prompt for pair in pairs]
         size = self.targets.size
         super().__init__(
-            generator, options.pair_loss(), prompts, folder, options, resolution=size, **more
+            generator, options.pair_loss(several), prompts, folder, options, resolution=size, **more
         )
         assigned = options.pair_noise == "assigned"
         require(
@@ -81,6 +83,9 @@ class PairRun(ComparingRun):
             "pairs need the noises of their images: give --manifest_path of assign, for better and "
             "worse ones, or --pair_noise random",
         )
+        self._levels = None
+        if isinstance(generator, FewStepGenerator):
+            self._levels = Levels(generator, self.noise_shape)
         self._noises = noises_by_image(matched) if assigned else {}
         self.pairs, self.failures = list(pairs), list(failures)
         self._found: list[tuple[PreferredPair, Tensor, Tensor]] = []
@@ -151,14 +156,34 @@ class PairRun(ComparingRun):
             noise = torch.stack([noise for *_, noise in found])
         else:  # one for both, which is evaluated once
             noise = gaussian(seeds, self.noise_shape)[:, None]
-        extra = {
-            "targets": torch.stack([latents for _, latents, _ in found]),
+        targets = torch.stack([latents for _, latents, _ in found])
+        extra: dict[str, Any] = {
+            "targets": targets,
             "weight": torch.tensor([pair.weight for pair, *_ in found]),
         }
+        if self._levels is not None:
+            extra |= self._at_a_step(self._levels, step, seeds, targets, noise)
         device = self.generator.device
-        extra = {name: value.to(device) for name, value in extra.items()}
+        extra = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in extra.items()}
         told = self.generator.told(texts, seeds)
         return Batch(preference=Rows(noise.to(device), told, extra), **self.preserved(step))
+
+    def _at_a_step(
+        self, levels: Levels, step: int, seeds: list[int], targets: Tensor, noise: Tensor
+    ) -> dict[str, Any]:
+        """What ``NoisedPairs`` takes: one step for all, and one noise for both images of a pair."""
+        count = len(targets)
+        k = derived_seed(self.seed, "pair step", step) % (len(levels.timesteps) - 1)
+        noised, root = noise, torch.ones(count)
+        if k:
+            signal, scale = (part[:, None] for part in levels.of_step(k, count, targets))
+            noised = signal * targets + scale * gaussian(seeds, self.noise_shape)[:, None]
+            if self.options.pair_space == "eps":
+                root = 1 / scale.flatten()
+        scaled = root.view(-1, 1, 1, 1, 1) * targets
+        return {
+            "noised": noised, "step": [k] * count, "root": root, "targets": scaled,
+        }  # fmt: skip
 
     def _read(self, pairs: Sequence[PreferredPair]) -> list[tuple[Tensor, Tensor] | str]:
         """Of each pair the latents and the noises, [2, C, h, w] each, or what is wrong."""

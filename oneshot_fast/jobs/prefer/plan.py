@@ -1,5 +1,7 @@
 """What a training on preferences will need; writes nothing."""
 
+from typing import Any
+
 import torch
 
 from oneshot_fast.data.sizes import Resolution, size_of
@@ -32,7 +34,7 @@ def prefer_plan(
     several = isinstance(generator, FewStepGenerator)
 
     def loss(model: Generator, _: WeightedRewards | None) -> Loss:
-        found = options.pair_loss() if pairs else options.loss(size, several=several)
+        found = options.pair_loss(several) if pairs else options.loss(size, several=several)
         # in a plan the adapter is there or not, and a second denoiser's weights are counted apart
         found.reference = Reference(model, adapts=True)
         return found
@@ -62,14 +64,16 @@ def _batch(
         group, noises = 2, 2 if options.pair_noise == "assigned" else 1
     noise = torch.zeros(count, noises, *generator.noise_shape(*size_of(resolution)))
     latents = torch.zeros(count, group, *generator.latent_shape(*size_of(resolution)))
-    extra = {"rewards": torch.zeros(count, group), "ties": torch.zeros(count)}
+    extra: dict[str, Any] = {"rewards": torch.zeros(count, group), "ties": torch.zeros(count)}
     extra |= {"candidates": latents, "old": latents[:, : options.noises], "actions": latents}
     if isinstance(generator, FewStepGenerator):
         steps = generator.steps(latents.shape[2:])
         extra["samples"] = latents[:, :, None].expand(-1, -1, len(steps) + 1, -1, -1, -1)
         extra["scales"] = torch.ones(count, sum(step.noise > 0 for step in steps))
     if pairs:
-        extra = {"targets": latents, "weight": torch.ones(count)}
+        last = len(steps) - 1 if isinstance(generator, FewStepGenerator) else 0
+        extra = {"targets": latents, "weight": torch.ones(count), "noised": latents}
+        extra |= {"step": [last] * count, "root": torch.ones(count)}
     elif options.drawing == "pairs":
         extra |= {"preference": torch.zeros(count, group // 2), "pairs": torch.ones(count)}
     elif options.drawing == "actions":

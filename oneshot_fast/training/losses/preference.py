@@ -72,6 +72,24 @@ class CleanLatents:
         return x0, x0
 
 
+class NoisedPairs(CleanLatents):
+    """For given images at a step of several: what it tells of their latents, noised.
+
+    ``extra`` has the samples "noised" [G, N, C, h, w] that step "step" begins with, a list of the
+    same number G times, and "root" [G], which the clean latents that objectives see are times: 1
+    over the level of noise makes of their distance that of the noise, or of a flow's velocity.
+    """
+
+    def __call__(self, generator: Generator, rows: Rows) -> tuple[Tensor, Tensor]:
+        """See ``Policy``."""
+        assert isinstance(generator, FewStepGenerator)
+        x, k = rows.extra["noised"], rows.extra["step"][0]
+        groups, count = x.shape[:2]
+        told = rows.conditioning.select(torch.arange(groups).repeat_interleave(count))
+        x0 = generator.estimate(k, x.flatten(0, 1), told).unflatten(0, (groups, count))
+        return rows.extra["root"].view(-1, 1, 1, 1, 1) * x0, x0
+
+
 @dataclass(frozen=True)
 class Actions:
     """For one step, which has no likelihood: that of actions a = x0 + std z, [G, K, 1].

@@ -16,7 +16,12 @@ from oneshot_fast.data.images import load_image
 from oneshot_fast.data.manifests import read_manifest
 from oneshot_fast.data.preferences import noise_of, noises_by_image, read_preferences
 from oneshot_fast.errors import DataError, UserError
+from oneshot_fast.generators.few_step import FewStepGenerator
+from oneshot_fast.generators.levels import Levels
 from oneshot_fast.jobs.prefer.options import PreferOptions
+from oneshot_fast.jobs.prefer.pairs import PairRun
+from oneshot_fast.rewards import load_rewards
+from oneshot_fast.training.losses.preference import NoisedPairs
 
 PROMPT = "a handwritten digit three"
 FLAGS = (
@@ -162,6 +167,11 @@ def test_flags_that_have_no_effect_are_refused(pairs: Path, call: Callable[..., 
         (["--reward", "digit"], "--reward is of images that are drawn"),
         (["--manifest_path", pairs, "--pair_noise", "random"], "no effect on --pair_noise random"),
         ([], "give --manifest_path of assign"),
+        (["--pair_space", "x0"], "--pair_space has no effect on one step"),
+        (
+            ["--num_inference_steps", 2, "--backprop_steps", 1],
+            "--backprop_steps has no effect without preserve losses",
+        ),
     ):
         ended = call("prefer", *flags, *flag)
         assert ended.code == 2 and said in ended.err
@@ -171,3 +181,52 @@ def test_flags_that_have_no_effect_are_refused(pairs: Path, call: Callable[..., 
     assert "or --pair_noise random" in ended.err
     ended = call("prefer", *flags, "--pair_noise", "random", "--dry_run")
     assert ended.code == 0 and "peak of a step of 3 pairs" in ended.out, ended.err
+
+
+def test_one_of_several_steps_is_compared_by_its_noise(pairs: Path, tiny: Any) -> None:
+    few = FewStepGenerator.over(tiny, 2)
+    found = read_preferences(pairs)[0][:3]
+    runs = {
+        space: PairRun(few, found, pairs.parent / "few", PreferOptions(
+            objective="dpo", pair_noise="random", pair_space=space
+        ), judge=load_rewards(["thickness"]))
+        for space in ("eps", "x0")
+    }  # fmt: skip
+    of = {space: {} for space in runs}  # batches by step
+    for space, run in runs.items():
+        read = run._read(found)
+        run._found = [(pair, *x) for pair, x in zip(found, read, strict=True)]  # type: ignore[misc]
+        for step in range(8):
+            rows = run.batch([0, 1, 2], step)["preference"]
+            of[space][rows.extra["step"][0]] = rows
+        assert of[space].keys() == {0, 1}
+        first = of[space][0]  # noise alone, and clean latents
+        assert torch.equal(first.extra["noised"], first.noise) and first.noise.shape[1] == 1
+        assert first.extra["root"].tolist() == [1, 1, 1]
+    levels = Levels(few, few.noise_shape(64, 64))
+    signal, scale = (part[:, None] for part in levels.of_step(1, 3, torch.zeros(1)))
+    rows, clean = of["eps"][1], of["x0"][1]
+    assert torch.equal(rows.extra["noised"], clean.extra["noised"])
+    noise = (clean.extra["noised"] - signal * clean.extra["targets"]) / scale
+    torch.testing.assert_close(noise[:, 0], noise[:, 1])  # one for both images of a pair
+    assert 0.5 < noise.std() < 1.5
+    with torch.no_grad():
+        policy, x0 = NoisedPairs()(few, rows)
+        at_clean, same = NoisedPairs()(few, clean)
+    assert torch.equal(x0, same) and torch.equal(at_clean, x0)
+    told = (clean.extra["noised"] - signal * x0) / scale
+    wrong = (told - noise).square().flatten(2).mean(2)
+    given = (policy - rows.extra["targets"]).square().flatten(2).mean(2)
+    torch.testing.assert_close(given, wrong, rtol=1e-4, atol=1e-6)
+
+
+def test_pairs_train_several_steps(pairs: Path, call: Callable[..., Any]) -> None:
+    folder = pairs.parent / "few"
+    flags = [*FLAGS.split(), "--pairs", pairs, "--pair_noise", "random", "--epochs", 1]
+    flags += ["--num_inference_steps", 2]
+    planned = call("prefer", *flags, "--dry_run")
+    assert planned.code == 0 and "peak of a step of 3 pairs" in planned.out, planned.err
+    ended = call("prefer", *flags, "--output_dir", folder)
+    assert ended.code == 1 and "pairs failed" in ended.err
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert rows[-1]["preference"] > 0 and rows[-1]["moved"] > 0
