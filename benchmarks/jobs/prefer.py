@@ -52,11 +52,11 @@ PREFER: dict[str, dict[str, Any]] = {
     "dpo": {},
     "d3po": {},
 }  # the options of each beside its defaults
-LONGER = {"drpo_long": 4}  # times the seconds
+LONGER = {"drpo_long": 3}  # times the seconds
 TITLES = {
     "base": "base", "raft": "RAFT", "draft": "DRaFT-1", "pso": "PSO", "rlcm": "RLCM (PPO)",
     "neighbor_grpo": "Neighbor-GRPO", "drpo": "DrPO", "rebel": "REBEL", "dpo": "DPO-1step",
-    "d3po": "D3PO", "drpo_long": "DrPO, lr 1e-5, 4 x time",
+    "d3po": "D3PO", "drpo_long": "DrPO, lr 1e-5, 3 x time",
 }  # fmt: skip
 
 
