@@ -103,10 +103,10 @@ class Engine:
         """
         if self._plain is None:
             return self.module
-        found = {
-            name: whole(weights.get(name, self.full(parameter)).detach()).to(device_of(parameter))
-            for name, parameter in self.module.named_parameters()
-        }
+        found = {}
+        for name, parameter in self.module.named_parameters():
+            weight = weights[name] if name in weights else self.full(parameter)
+            found[name] = whole(weight.detach()).to(device_of(parameter))
         module = copy.deepcopy(self._plain)
         module.load_state_dict(found, strict=False, assign=True)
         return module.requires_grad_(False)

@@ -13,9 +13,16 @@ from torch import Tensor, nn
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.adapters import add_adapter, cast_base
 from oneshot_fast.generators.lora_files import Adapter
-from oneshot_fast.runtime.processes import all_reduce, processes
+from oneshot_fast.runtime.processes import all_reduce, is_main, processes
 from oneshot_fast.runtime.seeds import derived_seed
-from oneshot_fast.runtime.sharded import device_of, join_like, own_part, shard_like, whole
+from oneshot_fast.runtime.sharded import (
+    device_of,
+    is_sharded,
+    join_like,
+    own_part,
+    shard_like,
+    whole,
+)
 from oneshot_fast.training.batch import Batch
 from oneshot_fast.training.losses.base import Loss, total
 from oneshot_fast.training.memory import checkpoint_activations
@@ -279,7 +286,7 @@ class Trainer:
         """After the last step: every process has all weights, those the training ends with."""
         if self.engine.is_sharded:
             best = {k: whole(join_like(p, self.parameters[k])) for k, p in self.best.items()}
-            self.best = {name: p.cpu() for name, p in best.items()}
+            self.best = _to_keep(best)
             module = self.engine.whole(self.final())
             self.ema = None  # it is what they end with
             self.trainee.replace_module(module)
@@ -314,7 +321,7 @@ class Trainer:
     def keep_best(self, loss: float) -> None:
         """Keep the weights as they would end now; ``loss`` says how good they are."""
         self.best_loss = loss
-        self.best = {k: own_part(p).to("cpu", copy=True) for k, p in self.final().items()}
+        self.best = _to_keep(self.final())
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -350,13 +357,19 @@ class Trainer:
         self.load_weights(below(tensors, "weight/"))
         self.sums.copy_(tensors["sums"])
         best = below(tensors, "best/")
-        self.best = {k: own_part(shard_like(p, self.parameters[k])).cpu() for k, p in best.items()}
+        self.best = _to_keep({k: shard_like(p, self.parameters[k]) for k, p in best.items()})
         self.optimizer.load(tensors)
         if self.ema is not None:
             self.ema.optimization_step = self.step - self.skipped
             averages = below(tensors, "ema/")
             for name, average in zip(self.parameters, self.ema.shadow_params, strict=True):
                 average.copy_(shard_like(averages[name], average))
+
+
+def _to_keep(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy on the CPU: this process's part of what is sharded, else all in the main one alone."""
+    kept = {k: p for k, p in weights.items() if is_main() or is_sharded(p)}
+    return {k: own_part(p).to("cpu", copy=True) for k, p in kept.items()}
 
 
 def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

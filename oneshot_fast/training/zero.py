@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from oneshot_fast.errors import UserError, need_package, one_line, require
-from oneshot_fast.runtime.processes import meeting
+from oneshot_fast.runtime.processes import meeting, processes
 from oneshot_fast.training.engines import Engine, sharding_by
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.optimizer import MOMENTS, WeightOptimizer
 from oneshot_fast.training.options import TrainOptions
+
+_TESTED = "0.19.8"  # with both stages this one leaves out what is not finite, older ones may not
 
 
 def make_engine(trainee: Any, loss: Loss) -> Engine:
@@ -33,11 +35,16 @@ def zero_config(max_grad_norm: float = math.inf) -> dict[str, Any]:
         UserError: If DeepSpeed is not installed, or it asks for what does not work here.
     """
     from accelerate import DeepSpeedPlugin
+    from accelerate.utils import compare_versions
 
     need_package("deepspeed", "accelerate's DeepSpeed config")
+    require(
+        compare_versions("deepspeed", ">=", _TESTED),
+        f"accelerate's DeepSpeed config needs deepspeed >= {_TESTED}: pip install -U deepspeed",
+    )
     try:
         config = _chosen(DeepSpeedPlugin().deepspeed_config)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, AttributeError) as error:
         raise UserError(f"accelerate's DeepSpeed config: {one_line(error)}") from None
     for name, instead in (
         ("optimizer", "AdamW is ours"), ("scheduler", "give --lr_scheduler"),
@@ -48,9 +55,15 @@ def zero_config(max_grad_norm: float = math.inf) -> dict[str, Any]:
             not asked or asked.get("enabled") is False,
             f"leave {name} out of DeepSpeed's config: {instead}",
         )
+    zero = config.get("zero_optimization", {})
     require(
-        config["zero_optimization"]["stage"] in (2, 3),
-        "of DeepSpeed ZeRO-2 and ZeRO-3 are supported; put zero_stage: 2 or 3 into its config",
+        zero.get("stage") in (2, 3),
+        "of DeepSpeed ZeRO-2 and ZeRO-3 are supported; put zero_stage: 2 or 3 into accelerate's "
+        "config, or a stage into zero_optimization of DeepSpeed's",
+    )
+    require(
+        zero.get("compute_grad_norm", True),
+        "leave compute_grad_norm out of DeepSpeed's config: bad steps are known by that norm",
     )
     config.pop("train_batch_size", None)
     return config | {
@@ -133,7 +146,7 @@ class ZeroOptimizer(WeightOptimizer):
         return self._deepspeed
 
     def _take_over(self, zero: Any, tensors: dict[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         is_third = hasattr(zero, "fp32_partitioned_groups_flat")
         flats = (
@@ -147,7 +160,10 @@ class ZeroOptimizer(WeightOptimizer):
         for name, parameter in self.parameters.items():
             for moment in MOMENTS:
                 value = tensors[f"{moment}/{name}"].to(parameter.device)
-                safe_set_full_optimizer_state(parameter, value, moment)
+                if is_third:
+                    safe_set_local_optimizer_state(parameter, _own_part(value, parameter), moment)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, moment)
 
     def clip(self) -> Tensor:
         with meeting():
@@ -176,3 +192,10 @@ class ZeroOptimizer(WeightOptimizer):
         if tensors["updates"].any():
             names = ("updates", *(f"{m}/{name}" for m in MOMENTS for name in self.parameters))
             self._loaded = {name: tensors[name] for name in names}
+
+
+def _own_part(value: Tensor, parameter: Any) -> Tensor:
+    """What this process has of a value by ZeRO-3, whose equal parts end with padding."""
+    size, here = parameter.ds_tensor.numel(), processes()
+    padded = nn.functional.pad(value.flatten(), (0, size * here.num_processes - value.numel()))
+    return padded.narrow(0, size * here.process_index, size)

@@ -243,11 +243,19 @@ def end(job: list[tuple[int, Path]], forks: Any) -> None:
     assert "another process ended" in first.err or "interrupted by SIGTERM" in first.err
 
 
-def test_em_with_two_processes_equals_one(tmp_path, small_data, forks, one_thread):
+@pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param({}, id="DDP"),
+        pytest.param(ZERO | OTHERS, id="ZeRO-2", marks=needs("deepspeed")),
+        pytest.param(ZERO, id="ZeRO-3", marks=needs("deepspeed")),
+    ],
+)
+def test_em_with_two_processes_equals_one(tmp_path, small_data, forks, one_thread, environment):
     flags = [*EM.split(), "--data_root", small_data, "--work_dir"]
     alone = forks.run("em", [*flags, tmp_path / "one"], tmp_path)
     assert alone.code == 0, alone.err
-    first, second = forks.run_two("em", [*flags, tmp_path / "two"], tmp_path)
+    first, second = forks.run_two("em", [*flags, tmp_path / "two"], tmp_path, **environment)
     assert first.code == second.code == 0, first.err + second.err
     out = first.out + second.out + first.err + second.err
     assert out.count("report: ") == 1  # one of them speaks
