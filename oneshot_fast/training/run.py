@@ -33,14 +33,13 @@ from oneshot_fast.runtime.seeds import content_id_of, derived_seed, gaussian
 from oneshot_fast.runtime.stored import StoredNumbers
 from oneshot_fast.training.batch import Batch, Rows, batches, steps_per_epoch
 from oneshot_fast.training.checkpoints import STUDENT, Checkpoints, load_state, save_state
-from oneshot_fast.training.engines import sharding, sharding_by
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.losses.preserve import POOL, PreservePool
 from oneshot_fast.training.memory import offloaded
 from oneshot_fast.training.optimizer import WeightOptimizer
 from oneshot_fast.training.options import TrainOptions, check_keeping
 from oneshot_fast.training.trainer import BadStepsError, Trainee, Trainer
-from oneshot_fast.training.zero import zero_config
+from oneshot_fast.training.zero import check_engine
 
 _NOTHING = "no step had a finite loss and gradient, or rewards that differ; lower the lr"
 BEGUN = "begun.json"  # which examples an interrupted training has
@@ -140,8 +139,7 @@ class TrainingRun(ABC):
             UserError: If an option makes no sense.
         """
         options.check()
-        if engine := sharding_by():
-            self._check_sharding(engine, options, generator)
+        check_engine(options, generator, self.shards)
         require(
             not options.optimizer_in_backward or processes().num_processes == 1,
             "optimizer_in_backward cannot add up the gradients of several processes; leave it out",
@@ -178,17 +176,6 @@ class TrainingRun(ABC):
         on_gpu = generator.device.type != "cpu"  # there is memory to free
         self.offloads = on_gpu if offload_encoders is None else offload_encoders
         self._keep_checkpoints = keep_checkpoints
-
-    def _check_sharding(self, engine: str, options: TrainOptions, generator: Generator) -> None:
-        said = f"accelerate's config asks for {engine}"
-        require(self.shards, f"{said}, which is for sft and em; leave it out, for DDP")
-        require(options.optimizer == "adamw", f"{said}, which is not for --optimizer adamw8bit")
-        if engine == "FSDP":
-            sharding()
-        else:
-            zero_config()
-            require(not options.use_ema, f"{said}, which is not for --use_ema; take FSDP2 for it")
-        require(not generator.is_compiled, f"{said}, which is not for --compile; leave one out")
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

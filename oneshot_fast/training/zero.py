@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from oneshot_fast.errors import UserError, need_package, one_line, require
+from oneshot_fast.generators.base import Generator
 from oneshot_fast.runtime.processes import meeting, processes
-from oneshot_fast.training.engines import Engine, sharding_by
+from oneshot_fast.training.engines import Engine, sharding, sharding_by
 from oneshot_fast.training.losses.base import Loss
 from oneshot_fast.training.optimizer import MOMENTS, WeightOptimizer
 from oneshot_fast.training.options import TrainOptions
@@ -26,6 +27,28 @@ _TESTED = "0.19.8"  # with both stages this one leaves out what is not finite, o
 def make_engine(trainee: Any, loss: Loss) -> Engine:
     """The engine that accelerate's config asks for."""
     return (ZeroEngine if sharding_by() == "DeepSpeed" else Engine)(trainee, loss)
+
+
+def check_engine(options: TrainOptions, generator: Generator, shards: bool = True) -> None:
+    """Raise UserError where accelerate's config asks for what does not work.
+
+    Args:
+        options: Of the training.
+        generator: That is trained.
+        shards: Whether anything but DDP can train it, see ``TrainingRun``.
+    """
+    engine = sharding_by()
+    if engine is None:
+        return
+    said = f"accelerate's config asks for {engine}"
+    require(shards, f"{said}, which is for sft and em; leave it out, for DDP")
+    require(options.optimizer == "adamw", f"{said}, which is not for --optimizer adamw8bit")
+    if engine == "FSDP":
+        sharding()
+    else:
+        zero_config()
+        require(not options.use_ema, f"{said}, which is not for --use_ema; take FSDP2 for it")
+    require(not generator.is_compiled, f"{said}, which is not for --compile; leave one out")
 
 
 def zero_config(max_grad_norm: float = math.inf) -> dict[str, Any]:

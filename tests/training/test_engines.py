@@ -94,6 +94,7 @@ ZERO = {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"}
         ("sft", {"FSDP_AUTO_WRAP_POLICY": "nonsense"}, "", "accelerate's FSDP config: Invalid"),
         ("sft", {}, "--compile", "not for --compile"),
         ("sft", ZERO, "", "DeepSpeed config needs a package that is not installed: pip install"),
+        ("em", {"FSDP_VERSION": "1"}, "", "version 1 is not supported"),
         ("prefer", ZERO, "--reward digit", "asks for DeepSpeed, which is for sft and em"),
         ("prefer", {}, "--reward digit", "is for sft and em; leave it out, for DDP"),
         (
@@ -107,17 +108,22 @@ ZERO = {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"}
 )
 def test_what_cannot_be_sharded_is_one_line(
     command: str, config: dict[str, str], flags: str, said: str, monkeypatch: Any, tmp_path: Path,
-    prompts: Path, assigned: Path, call: Any,
+    prompts: Path, assigned: Path, small_data: Path, call: Any,
 ) -> None:  # fmt: skip
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **config}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(engines, "processes", lambda: SimpleNamespace(num_processes=2))
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    data = ["--manifest_path", assigned / "manifest.jsonl"]
-    given = data if command == "sft" else ["--prompt_file", prompts]
+    data = {
+        "sft": ["--manifest_path", assigned / "manifest.jsonl"],
+        "em": ["--data_root", small_data],
+    }
+    given = data.get(command, ["--prompt_file", prompts])
+    model = {"distill": ["--teacher", "tiny-teacher"], "em": ["--initial_model_id", "tiny"]}
+    given += model.get(command, ["--model_id", "tiny"])
     folder = tmp_path / "run"
-    model = ["--teacher", "tiny-teacher"] if command == "distill" else ["--model_id", "tiny"]
-    ended = call(command, *given, *flags.split(), *model, "--output_dir", folder)
+    where = "--work_dir" if command == "em" else "--output_dir"
+    ended = call(command, *given, *flags.split(), where, folder)
     assert ended.code == 2 and said in ended.error
     assert not folder.exists()
 

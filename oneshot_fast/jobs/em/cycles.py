@@ -36,6 +36,7 @@ from oneshot_fast.runtime.progress import Tracker, start_tracking
 from oneshot_fast.runtime.units import duration
 from oneshot_fast.training.losses.preserve import POOL, PreservePool
 from oneshot_fast.training.options import check_keeping
+from oneshot_fast.training.zero import check_engine
 
 _OUTPUTS = (
     "eval", "direct", "heldout-base", "heldout-final", "logs", POOL,
@@ -83,6 +84,7 @@ class Cycles(ABC):
         check_keeping(save_minutes, keep_checkpoints)
         self.asked = self.options = options.resolve(generator.width, by_reward=self.by_reward)
         self.options.check()
+        check_engine(self.options.sft(), generator)
         if options.save_single_file:
             generator.check_single_file()
         if options.train_lora_format == "kohya":
