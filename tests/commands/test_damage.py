@@ -176,7 +176,7 @@ def groups(folder: Path, turn: int) -> Iterator[dict[Path, str]]:
     lists = [file for file in files if file.name == "files.jsonl"]
     stages = [file for file in files if re.match("cycle|heldout", str(file)) and file not in lists]
     own = [file for file in files if file not in (*lists, *stages)]
-    parts = [own] if turn else [own[::2], own[1::2], stages]
+    parts = [own] if turn else [own[::2], [*own[1::2], *stages]]
     for group in (lists, *parts):
         if group:
             yield {file: [*WAYS][(files.index(file) + turn) % 3] for file in group}
