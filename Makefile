@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 em: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m oneshot_fast.em
 
-# on all cores, one thread each; the gpu tests are skipped and counted where there is no GPU
+# one process more than cores, one thread each; the gpu tests are skipped and counted where there is no GPU
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 test: build
 	$(PYTEST)

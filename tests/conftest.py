@@ -52,6 +52,15 @@ BACKENDS = ("cuda", "triton") if torch.cuda.is_available() else ()
 ON_GPU = [pytest.param(backend, marks=pytest.mark.gpu) for backend in BACKENDS]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores, as some tests wait for processes or clocks."""
+    cores = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
+    return len(cores) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # the longest first, or one of them would be alone at the end, with the other cores idle
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
