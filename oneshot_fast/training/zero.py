@@ -75,7 +75,7 @@ def zero_config(max_grad_norm: float = math.inf) -> dict[str, Any]:
     ):  # fmt: skip
         asked = config.get(name, {})
         require(
-            not asked or asked.get("enabled") is False,
+            not asked or (isinstance(asked, dict) and asked.get("enabled") is False),
             f"leave {name} out of DeepSpeed's config: {instead}",
         )
     zero = config.get("zero_optimization", {})

@@ -140,6 +140,7 @@ def test_what_cannot_be_sharded_is_one_line(
             {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
             "leave compute_grad_norm",
         ),
+        ({"zero_optimization": {"stage": 2}, "optimizer": "AdamW"}, "leave optimizer out"),
         ({"zero_optimization": {"stage": "auto"}}, None),
     ],
 )

@@ -84,7 +84,8 @@ class GroupDPO:
 class PairDPO:
     """On clean latents of the noises of a winner and a loser, [G, 2, C, h, w]; of one, [G, 1, ...].
 
-    ``extra`` has their images' latents "targets" [G, 2, C, h, w] and the pairs' "weight" [G].
+    ``extra`` has their images' latents "targets" [G, 2, C, h, w] and the pairs' "weight" [G]; of
+    several steps both are as ``NoisedPairs`` scales them.
 
     Attributes:
         beta: Per mean squared deviation of the latents.
