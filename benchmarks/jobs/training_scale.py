@@ -6,7 +6,8 @@ Pairs: made-up lines of a manifest, which name a few real noises and images over
 memory of one process (RssAnon: without the files that it maps), without the model and what is
 imported, after the list is read, after the latents are on disk, and after some steps' reading, and
 the most of all that time, looked at ten times a second; and the time of each.
-Writes benchmarks/results/training_scale.json and .md; what is left out stays as it was there.
+Writes benchmarks/results/training_scale.json and .md; what is left out stays as it was there, also
+single lengths of manifests.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def _engines_table(part: dict[str, Any], engines: dict[str, list[dict[str, Any]]
 def _pairs_table(part: dict[str, Any], turns: list[dict[str, Any]]) -> list[str]:
     names = ["list read", "latents on disk", "steps read", "most"]
     heads = ["pairs", *(f"{name}, MB" for name in names), "a pair more, bytes"]
-    heads += ["list, s", "latents, s", "a batch, ms"]
+    heads += ["list, s", "latents, s", "a batch, ms", "commit"]
     lines = [
         "Anonymous memory of one process beside the model, where made-up pairs are read, and the "
         f"bytes of the most that a pair more takes. {_about(part, turns)}",
@@ -204,6 +205,7 @@ def _pairs_table(part: dict[str, Any], turns: list[dict[str, Any]]) -> list[str]
         each = f"{more[0] / more[1]:.1f}" if more else ""
         times = [f"{found[name]:.1f}" for name in ("list_seconds", "encode_seconds")]
         cells = [f"{found['pairs']:,}", *sizes, each, *times, f"{1e3 * found['batch_seconds']:.2f}"]
+        cells.append(found["commit"])
         lines.append(f"| {' | '.join(cells)} |")
         before = found
     return lines
@@ -237,6 +239,9 @@ def main(argv: list[str] | None = None) -> int:
     settings = {key: value for key, value in vars(config).items() if key != "output"}
     about = environment("cpu", 0) | {"cpus": os.cpu_count(), "config": settings}
     results = json.loads(config.output.read_text()) if config.output.exists() else {}
+    lengths = {turn["pairs"]: turn for turn in results.get("pairs", {}).get("turns", [])}
+    lengths |= {turn["pairs"]: turn | {"commit": about["commit"]} for turn in pairs}
+    pairs = [lengths[count] for count in sorted(lengths)] if pairs else []
     for name, found in (("engines", engines), ("pairs", pairs)):
         results |= {name: about | {"turns": found}} if found else {}
     config.output.parent.mkdir(parents=True, exist_ok=True)
