@@ -374,8 +374,8 @@ class Generator(ABC):
     def check_single_file(self) -> None:
         """Raise UserError unless ``save_single_file`` can write this model."""
         raise UserError(
-            "one file is written of models of the shape of SDXL and SD1 alone; leave "
-            "--save_single_file out"
+            "one file is written of models of the shape of SDXL, SD1, SD2, SD3, FLUX and Z-Image "
+            "alone; leave --save_single_file out"
         )
 
     def save_single_file(self, folder: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from oneshot_fast.errors import ModelError
 from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.generators.pipeline import TransformerGenerator
+from oneshot_fast.generators.single_file import FLUX, Layout
 
 _FLOW_STEPS = 1000  # the pipeline's own number, whatever the scheduler says
 _SCHNELL_TOKENS = 256  # the most that a model without guidance takes, by diffusers' documentation
@@ -25,6 +26,11 @@ class FluxGenerator(TransformerGenerator):
     pipeline = FluxPipeline
     parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
     is_flow = True
+
+    @property
+    def layout(self) -> Layout:
+        """That of the transformer alone."""
+        return FLUX
 
     @property
     def patch(self) -> int:

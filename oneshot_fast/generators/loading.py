@@ -9,7 +9,7 @@ import torch
 from oneshot_fast.errors import ModelError, refused
 from oneshot_fast.generators.base import Generator, LoadOptions
 from oneshot_fast.generators.pretrained import PACKAGED, pipeline_of
-from oneshot_fast.generators.single_file import SD1, layout_of
+from oneshot_fast.generators.single_file import pipeline_of_file
 from oneshot_fast.generators.toy import ToyGenerator
 from oneshot_fast.runtime.processes import processes
 from oneshot_fast.runtime.user_functions import import_function
@@ -44,7 +44,7 @@ def find_family(model_id: str, options: LoadOptions) -> tuple[type[Generator], s
         return ToyGenerator, model_id
     named = "StableDiffusionXLPipeline"
     if model_id.endswith(".safetensors"):
-        named = "StableDiffusionPipeline" if layout_of(Path(model_id)) is SD1 else named
+        named = pipeline_of_file(Path(model_id), options) or named
     elif model_id not in PACKAGED:
         named = pipeline_of(model_id, options) or named  # no pipeline: refused where it is opened
     if named not in PIPELINES:

@@ -3,7 +3,7 @@
 import importlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,19 @@ class PipelineFolder:
     """A pipeline in a folder; its networks can be read again as they lie there.
 
     Attributes:
+        classes: Of its networks, by name.
         stored: Type of each network's weights, by name; float32 where it is mixed or unknown.
         use: What the folder says that it has to be used with, of "timestep", at which the one step
             begins, and "embedded_guidance".
     """
 
     def __init__(
-        self, family: type[Any], folder: Path, variant: str | None = None, own: Path | None = None
+        self,
+        family: type[Any],
+        folder: Path,
+        variant: str | None = None,
+        own: Path | None = None,
+        given: Collection[str] = (),
     ) -> None:
         """Choose the files of each network.
 
@@ -51,6 +57,7 @@ class PipelineFolder:
             folder: Where its networks are, in diffusers layout.
             variant: Of the files; plain ones serve where a network lacks it, and else what it has.
             own: Folder of a scheduler and of networks that are read instead of those in ``folder``.
+            given: Networks that ``read`` will always be given, whose weights need not be there.
 
         Raises:
             ModelError: If something is missing.
@@ -58,9 +65,9 @@ class PipelineFolder:
         self.folder, self._family, self._own = folder, family, own
         optional = {*family.optional, *_KEPT}
         found = {k: _class(folder, k, k in optional) for k in (*family.parts, *_KEPT)}
-        self._classes = {part: kind for part, kind in found.items() if kind is not None}
+        self.classes = {part: kind for part, kind in found.items() if kind is not None}
         # diffusers wants to be told of what is not there
-        absent = {*family.parts} - self._classes.keys()
+        absent = {*family.parts} - self.classes.keys()
         index = _read_object(folder / "model_index.json")
         if not index.get("_class_name"):
             raise ModelError("model_index.json has no _class_name, the pipeline that it is of")
@@ -69,10 +76,11 @@ class PipelineFolder:
             if not any((folder / name / file).is_file() for file in _VOCABULARIES):
                 raise ModelError(f"there is no {name}/tokenizer.json, nor another vocabulary")
         tokenizers = {part.replace("text_encoder", "tokenizer") for part in absent}
-        for name in ("scheduler", *self._classes, *named):
+        for name in ("scheduler", *self.classes, *named):
             _refuse_damaged(self._place(name) / name)
         self._absent = absent | {name for name in tokenizers if not any(index.get(name) or ())}
-        weights = {part: _weights(self._place(part) / part, variant) for part in self._classes}
+        held = [part for part in self.classes if part not in given]
+        weights = {part: _weights(self._place(part) / part, variant) for part in held}
         self._variants = {part: chosen for part, (chosen, _) in weights.items()}
         self.stored = {part: dtype for part, (_, dtype) in weights.items()}
         self.use = _use(folder)
@@ -92,7 +100,7 @@ class PipelineFolder:
             ModelError: If it cannot be read, or a weight is missing, unknown or of another shape.
         """
         networks, wrong = dict[str, Any](given) | dict.fromkeys(self._absent), None
-        for part in self._classes.keys() - given.keys():
+        for part in self.classes.keys() - given.keys():
             networks[part], misfit = self._load(part, None if part in _KEPT else dtype)
             wrong = wrong or (None if part in _KEPT else misfit)
         if self._own is not None:
@@ -121,7 +129,7 @@ class PipelineFolder:
 
     def _load(self, part: str, dtype: torch.dtype | None) -> tuple[nn.Module, str | None]:
         network, wrong = load_network(
-            self._classes[part],
+            self.classes[part],
             self._place(part),
             part,
             dtype=dtype or self.stored[part],
@@ -133,8 +141,12 @@ class PipelineFolder:
         return network, wrong
 
 
-def open_folder(family: type[Any], source: str, options: LoadOptions) -> PipelineFolder:
+def open_folder(
+    family: type[Any], source: str, options: LoadOptions, given: Collection[str] = ()
+) -> PipelineFolder:
     """The pipeline at ``source``: packaged, a local folder or a hub id, which is downloaded.
+
+    Networks that are ``given`` to each reading need no weights there.
 
     Raises:
         ModelError: If it is not there, or something of it is missing.
@@ -149,7 +161,7 @@ def open_folder(family: type[Any], source: str, options: LoadOptions) -> Pipelin
         raise ModelError("of single files only .safetensors are read; convert it with diffusers")
     elif not (folder / "model_index.json").is_file():
         raise ModelError("no model_index.json there; give a diffusers folder, a hub id or a file")
-    return PipelineFolder(family, folder, options.variant)
+    return PipelineFolder(family, folder, options.variant, given=given)
 
 
 def _download(kind: type[Any], source: str, options: LoadOptions) -> Path:
@@ -284,6 +296,13 @@ def _class(folder: Path, part: str, is_optional: bool) -> Any:
     return found
 
 
+def refuse_quantised(header: Mapping[str, tuple[str, Any]], what: str) -> None:
+    """Raise ModelError if a weight in a safetensors header is of integers or of 8 bits."""
+    for key, (kind, _) in header.items():
+        if key.endswith(".weight") and kind not in ("F64", "F32", "F16", "BF16"):
+            raise ModelError(f"{what} is quantised: {key} is of {kind}; take its own weights")
+
+
 def _weights(folder: Path, wanted: str | None) -> tuple[str | None, torch.dtype]:
     """Variant of a network's files that is read, None being the plain one, and its type."""
     found: dict[str | None, list[Path]] = {}
@@ -298,9 +317,6 @@ def _weights(folder: Path, wanted: str | None) -> tuple[str | None, torch.dtype]
     for path in found[chosen]:
         refuse_text(path)
     headers = [read_header(path)[0] for path in found[chosen] if path.suffix == ".safetensors"]
-    for key, (kind, _) in (item for header in headers for item in header.items()):
-        if key.endswith(".weight") and "F" not in kind:
-            raise ModelError(
-                f"{folder.name} is quantised: {key} is of {kind}; take its own weights"
-            )
+    for header in headers:
+        refuse_quantised(header, folder.name)
     return chosen, common_dtype(kind for header in headers for kind, _ in header.values())

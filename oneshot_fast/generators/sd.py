@@ -1,8 +1,7 @@
 """Generators of the shape of Stable Diffusion 1 and 2: a UNet that one text encoder tells."""
 
 import math
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
@@ -10,21 +9,15 @@ from torch import Tensor
 
 from oneshot_fast.errors import ModelError, require
 from oneshot_fast.generators.base import Conditioning
-from oneshot_fast.generators.original_layout import scheduler_written, write_single_file
+from oneshot_fast.generators.original_layout import scheduler_written
 from oneshot_fast.generators.pipeline import PipelineGenerator
 from oneshot_fast.generators.pretrained import PipelineFolder
-from oneshot_fast.generators.single_file import SD1, Layout, PipelineFile, scheduler_of_file
+from oneshot_fast.generators.single_file import SD1, SD2, Layout, PipelineFile, scheduler_of_file
 from oneshot_fast.generators.step import single_step
 
 
 class UNetGenerator(PipelineGenerator):
-    """What the families with a UNet share.
-
-    Attributes:
-        layout: Of a single file.
-    """
-
-    layout: ClassVar[Layout]
+    """What the families with a UNet share."""
 
     @classmethod
     def check(cls, pipe: Any) -> None:
@@ -46,6 +39,8 @@ class UNetGenerator(PipelineGenerator):
         """Its names are those of kohya's scripts."""
 
     def check_single_file(self) -> None:
+        super().check_single_file()
+        assert self.layout is not None
         read = single_step(scheduler_written(self.pipe.scheduler, self.layout))
         require(
             self.step.is_close(read),
@@ -53,9 +48,6 @@ class UNetGenerator(PipelineGenerator):
             f"not with that of its {type(self.pipe.scheduler).__name__} from "
             f"{float(self.step.timestep):g}; leave --save_single_file out",
         )
-
-    def _write_single_file(self, pipe: Any, path: Path) -> None:
-        write_single_file(pipe, path, self.layout)
 
     @property
     def embeds_guidance(self) -> bool:
@@ -85,7 +77,6 @@ class SdGenerator(UNetGenerator):
 
     pipeline = StableDiffusionPipeline
     parts = ("unet", "vae", "text_encoder")
-    layout = SD1
 
     @classmethod
     def check(cls, pipe: Any) -> None:
@@ -95,14 +86,10 @@ class SdGenerator(UNetGenerator):
         if config.addition_embed_type or config.class_embed_type:
             raise ModelError("its UNet is told of more than text, so it is not of SD's shape")
 
-    def check_single_file(self) -> None:
-        activation = self.pipe.text_encoder.config.hidden_act
-        require(
-            activation == "quick_gelu" and not self.embeds_guidance,
-            "one file is written of models of the shape of SDXL and SD1 alone, not of SD2 and LCM; "
-            "leave --save_single_file out",
-        )
-        super().check_single_file()
+    @property
+    def layout(self) -> Layout:
+        """SD2's where the text encoder is OpenCLIP's."""
+        return SD1 if self.pipe.text_encoder.config.hidden_act == "quick_gelu" else SD2
 
     def blank_prompts(self, count: int) -> Conditioning:
         width = self.pipe.unet.config.cross_attention_dim

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Conditioning
+from oneshot_fast.generators.original_layout import check_widths
 from oneshot_fast.generators.pipeline import TransformerGenerator
+from oneshot_fast.generators.single_file import SD3, Layout
 
 _CLIP_TOKENS = 77
 
@@ -25,6 +27,21 @@ class Sd3Generator(TransformerGenerator):
     def tokenizer(self) -> str:
         """T5's, which reads most."""
         return "tokenizer" if self.pipe.text_encoder_3 is None else "tokenizer_3"
+
+    @property
+    def layout(self) -> Layout:
+        """SD3's."""
+        return SD3
+
+    def check_single_file(self) -> None:
+        check_widths(self.pipe)
+        projection = self.pipe.text_encoder.text_projection.weight
+        require(
+            torch.equal(projection, torch.eye(len(projection)).to(projection)),
+            "its first text encoder has a projection, which diffusers does not read from one file; "
+            "leave --save_single_file out",
+        )
+        super().check_single_file()
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         most = self.denoiser.config.pos_embed_max_size * self.size_multiple

@@ -9,11 +9,11 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from oneshot_fast.data.sizes import Frame
-from oneshot_fast.errors import ModelError, require
+from oneshot_fast.errors import ModelError
 from oneshot_fast.generators.base import Conditioning
-from oneshot_fast.generators.original_layout import unet_name
+from oneshot_fast.generators.original_layout import check_widths, unet_name
 from oneshot_fast.generators.sd import UNetGenerator
-from oneshot_fast.generators.single_file import SDXL
+from oneshot_fast.generators.single_file import SDXL, Layout
 
 
 class SdxlGenerator(UNetGenerator):
@@ -21,7 +21,6 @@ class SdxlGenerator(UNetGenerator):
 
     pipeline = StableDiffusionXLPipeline
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
-    layout = SDXL
     upcasts_vae = True  # its VAE overflows in float16
 
     @classmethod
@@ -75,13 +74,11 @@ class SdxlGenerator(UNetGenerator):
         """Those of SDXL's own release."""
         return unet_name(module, self.denoiser)
 
+    @property
+    def layout(self) -> Layout:
+        """SDXL's."""
+        return SDXL
+
     def check_single_file(self) -> None:
-        one, two = (
-            e.config.hidden_size for e in (self.pipe.text_encoder, self.pipe.text_encoder_2)
-        )
-        require(
-            one != two,
-            f"its text encoders are both {one} wide, by which those of one file are told apart; "
-            "leave --save_single_file out",
-        )
+        check_widths(self.pipe)
         super().check_single_file()

@@ -1,21 +1,35 @@
-"""Pipelines of diffusers from one .safetensors file in the layout of SDXL's, or SD1's, release."""
+"""Pipelines of diffusers from one .safetensors file in the layout of a model's own release."""
 
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from diffusers.loaders.single_file_utils import SD_2_TEXT_ENCODER_KEYS_TO_IGNORE as _OF_SD2
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from oneshot_fast.errors import ModelError, one_line, refused
 from oneshot_fast.generators.base import LoadOptions
-from oneshot_fast.generators.pretrained import refuse_dangling
+from oneshot_fast.generators.pretrained import (
+    PipelineFolder,
+    open_folder,
+    pipeline_of,
+    refuse_dangling,
+    refuse_quantised,
+)  # fmt: skip
+from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.tensor_files import common_dtype, read_header
+
+DENOISER = "model.diffusion_model."  # how its names begin, where they do not stand alone
+OPEN_CLIP = ".model."  # ends the prefix of a text encoder with OpenCLIP's names
+CLIP_L = "text_encoders.clip_l.transformer."  # SD3's, of which diffusers reads no projection
 
 
 @dataclass(frozen=True)
@@ -23,39 +37,69 @@ class Layout:
     """What the file of a family is called, and what is in it.
 
     Attributes:
-        architecture: Of modelspec; how it begins.
-        base: The one that is written.
-        prefixes: How the names of each network's tensors begin.
+        pipeline: diffusers' class.
+        mark: How a name begins that only it has, behind ``DENOISER`` if the file has that.
+        begins: Of modelspec's architecture, in small letters.
+        architecture: The one that is written.
+        prefixes: How the names of each network's tensors begin. With the denoiser alone, no more is
+            written, nor read.
     """
 
+    pipeline: str
+    mark: str
+    begins: tuple[str, ...]
     architecture: str
-    base: str
     prefixes: Mapping[str, str]
 
 
-_COMMON = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
+_LATENT = {"unet": DENOISER, "vae": "first_stage_model."}
 SDXL = Layout(
-    "stable-diffusion-xl", "stable-diffusion-xl-v1-base",
-    {**_COMMON, "text_encoder": "conditioner.embedders.0.",
-     "text_encoder_2": "conditioner.embedders.1."},
+    "StableDiffusionXLPipeline", "conditioner.embedders.1.", ("stable-diffusion-xl",),
+    "stable-diffusion-xl-v1-base",
+    {**_LATENT, "text_encoder": "conditioner.embedders.0.transformer.",
+     "text_encoder_2": "conditioner.embedders.1.model."},
 )  # fmt: skip
 SD1 = Layout(
-    "stable-diffusion-v1", "stable-diffusion-v1", {**_COMMON, "text_encoder": "cond_stage_model."}
+    "StableDiffusionPipeline", "cond_stage_model.transformer.", ("stable-diffusion-v1",),
+    "stable-diffusion-v1", {**_LATENT, "text_encoder": "cond_stage_model.transformer."},
+)  # fmt: skip
+SD2 = Layout(
+    "StableDiffusionPipeline", "cond_stage_model.model.", ("stable-diffusion-v2",),
+    "stable-diffusion-v2", {**_LATENT, "text_encoder": "cond_stage_model.model."},
+)  # fmt: skip
+SD3 = Layout(
+    "StableDiffusion3Pipeline", "joint_blocks.0.", ("stable-diffusion-3", "stable-diffusion-v3"),
+    "stable-diffusion-3",
+    {"transformer": DENOISER, "vae": "first_stage_model.", "text_encoder": CLIP_L,
+     "text_encoder_2": "text_encoders.clip_g.transformer.",
+     "text_encoder_3": "text_encoders.t5xxl.transformer."},
+)  # fmt: skip
+FLUX = Layout(
+    "FluxPipeline", "double_blocks.0.img_mod.lin.", ("flux",), "flux-1", {"transformer": ""}
 )
+Z_IMAGE = Layout(
+    "ZImagePipeline", "layers.0.adaLN_modulation.0.", ("z-image", "z_image", "lumina"), "z-image",
+    {"transformer": ""},
+)  # fmt: skip
+LAYOUTS = (SDXL, SD1, SD2, SD3, FLUX, Z_IMAGE)
 _NO_WEIGHTS = ("position_ids", "logit_scale")  # of CLIP, which encode no text
+# parts, by their numbers of values, that diffusers makes of a tensor that is joined
+_JOINED = {".in_proj_": (1, 1, 1), ".qkv.": (1, 1, 1), ".linear1.": (1, 1, 1, 4)}
 
 
 class PipelineFile:
     """A pipeline in one file; its networks can be read again as they lie there.
+
+    Networks that the file lacks come from the folder of ``model_config``.
 
     Attributes:
         name: Of the file.
         stored: Type of each network's weights, by name; float32 where it is mixed or unknown.
         tensors: Type and shape of every tensor, by name.
         metadata: The file's header.
-        layout: That of its family.
+        layout: That of its names; None for a denoiser alone with those of diffusers.
         model_config: Where the configs are; None takes those that diffusers knows.
-        use: As of ``PipelineFolder``.
+        use: As of ``PipelineFolder``; a file does not say.
     """
 
     def __init__(self, family: type[Any], path: Path, options: LoadOptions) -> None:
@@ -67,37 +111,85 @@ class PipelineFile:
             options: Place of the configs.
 
         Raises:
-            ModelError: If it is missing or damaged, or the configs are those of another pipeline.
+            ModelError: If it is missing, damaged or of another kind, or the configs are those of
+                another pipeline.
         """
         refuse_dangling(path)
         if not path.is_file():
             raise ModelError("no such file")
         self._family, self._path, self.name = family, path, path.name
-        found: Layout | None = getattr(family, "layout", None)
-        if found is None:
-            raise ModelError(f"{family.__name__} reads folders only")
-        self.layout = found
-        self.use: dict[str, float] = {}  # such a file does not say
         self._known = {"local_files_only": options.local_files_only}
         self.model_config = options.model_config
         self.tensors, self.metadata = read_header(path)
-        self.stored = {
-            part: common_dtype(kind for kind, _ in self._of(part).values()) for part in family.parts
-        }
-        if any(name.startswith("cond_stage_model.model.") for name in self.tensors):
-            raise ModelError(
-                "it is one file of Stable Diffusion 2; of these only folders are read: write one "
-                "with diffusers, StableDiffusionPipeline.from_single_file(...).save_pretrained"
-            )
-        for start in ("model.diffusion_model.", self.layout.prefixes["text_encoder"]):
-            if not any(name.startswith(start) for name in self.tensors):
-                raise ModelError(
-                    f"nothing in it is called {start}*: of single files only whole ones of SDXL "
-                    "and SD1 are read; a transformer or UNet alone goes into a folder, see "
-                    "docs/models.md"
-                )
+        if any(re.search(r"(^|[._])lora[._]", name.lower()) for name in self.tensors):
+            raise ModelError("it is a LoRA: give it by --lora, and its base model by --model_id")
+        refuse_quantised(self.tensors, "it")
+        self.layout = layout_of(self.tensors)
+        self._refuse_architecture()
         if self.model_config is not None:
             self._check_config(self.model_config)
+        self._prefixes = self._find_prefixes()
+        self._own = [part for part in family.parts if self._of(part)]
+        lacks = {*family.parts} - {*self._own}
+        if self.model_config is None and lacks - {*family.optional}:
+            raise ModelError(
+                f"it has no {', '.join(sorted(lacks))}: give the folder of a whole pipeline, which "
+                "they come from, by --model_config"
+            )
+        self._rest: PipelineFolder | None = None
+        if lacks and self.model_config is not None:
+            self._rest = open_folder(family, self.model_config, options, self._own)
+            self._refuse_denoiser(self._rest.classes[family.parts[0]])
+        rest = self._rest
+        self.use = {} if rest is None else rest.use
+        self.stored = {} if rest is None else {k: v for k, v in rest.stored.items() if k in lacks}
+        if rest is not None:
+            self._tell_of_others()
+        for part in self._own:
+            self.stored[part] = common_dtype(kind for kind, _ in self._of(part).values())
+
+    def _tell_of_others(self) -> None:
+        begins = tuple(self._prefixes.values())
+        others = [name for name in self.tensors if not name.startswith(begins)]
+        if others and is_main():
+            say(
+                f"{self._path}: {len(others)} of its tensors, such as {others[0]}, are not read; "
+                f"{', '.join(self.stored)} are those of {self.model_config}"
+            )
+
+    def _refuse_denoiser(self, kind: type[Any]) -> None:
+        if not hasattr(kind, "from_single_file"):
+            raise ModelError(
+                f"diffusers reads no single file of a {kind.__name__}; put it into a folder, see "
+                "docs/models.md"
+            )
+
+    def _refuse_architecture(self) -> None:
+        """Raise ModelError if the header names another architecture than the names are of."""
+        kind = self.metadata.get("modelspec.architecture")
+        begins = ("",) if self.layout is None else self.layout.begins
+        other = kind is not None and not kind.lower().startswith(begins)
+        if kind is not None and (other or kind.endswith(("/lora", "refiner", "inpainting"))):
+            needed = f"but {begins[0]}... is needed" if other else "which is not read"
+            raise ModelError(f"its modelspec.architecture is {kind}, {needed}")
+
+    def _find_prefixes(self) -> dict[str, str]:
+        """How the names of each network's tensors begin."""
+        denoiser = self._family.parts[0]
+        found = {} if self.layout is None else dict(self.layout.prefixes)
+        is_alone = not any(name.startswith(DENOISER) for name in self.tensors)
+        if self.layout is None and self.model_config is None:
+            raise ModelError(
+                "its names are not those of a whole file of "
+                f"{', '.join(sorted({layout.pipeline for layout in LAYOUTS}))}; a UNet or "
+                "transformer alone needs the folder of a whole pipeline, --model_config"
+            )
+        if is_alone and (others := [p for p in found.values() if self._begins(p) and p]):
+            raise ModelError(f"nothing in it is called {DENOISER}*, but there is {others[0]}*")
+        return {**found, denoiser: "" if is_alone else DENOISER}
+
+    def _begins(self, prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in self.tensors)
 
     def _check_config(self, place: str) -> None:
         refuse_dangling(Path(place))
@@ -111,63 +203,97 @@ class PipelineFile:
 
     def read(self, dtype: torch.dtype | None, **given: nn.Module) -> Any:
         """As ``PipelineFolder.read``."""
+        own = [part for part in self._family.parts if self._of(part) and part not in given]
         try:
-            pipe = self._family.pipeline.from_single_file(
-                str(self._path),
-                config=self.model_config,
-                dtype=dtype or torch.float32,
-                **self._known,
-                **given,
-            )
+            pipe = self._pipe(own, dtype, given)
+        except ModelError:
+            raise
+        except KeyError as error:  # of diffusers' conversion
+            raise ModelError(
+                f"its weights are incomplete, or of another model: it has no {error.args[0]}"
+            ) from None
         except Exception as error:  # diffusers raises many types here, bare Exception among them
             hint = " (offline? name a folder of configs with --model_config)"
             raise ModelError(one_line(error) + ("" if self.model_config else hint)) from error
         self._family.check(pipe)  # tells more than what does not fit
-        for part in self._family.parts:
+        for part in own:
             network = getattr(pipe, part)
             self._check(part, network)
-            if dtype is None and part not in given:
+            if dtype is None:
                 network.to(self.stored[part])
         return pipe
+
+    def _pipe(
+        self, own: Sequence[str], dtype: torch.dtype | None, given: Mapping[str, nn.Module]
+    ) -> Any:
+        """The pipeline, with its networks ``own`` from the file."""
+        path, how = str(self._path), {"dtype": dtype or torch.float32, **self._known}
+        kind, rest = self._family.pipeline, self._rest
+        if rest is None:
+            return kind.from_single_file(path, config=self.model_config, **how, **given)
+        how["config"] = str(rest.folder)
+        networks, denoiser = dict(given), self._family.parts[0]
+        if self._own == [denoiser]:
+            if own:
+                network = rest.classes[denoiser]
+                networks[denoiser] = network.from_single_file(path, subfolder=denoiser, **how)
+            return rest.read(dtype, **networks)
+        for part in self.stored.keys() - {*own} - networks.keys():
+            networks[part] = rest.network(part, dtype)
+        return kind.from_single_file(path, **how, **networks)
 
     def _check(self, part: str, network: nn.Module) -> None:
         """Raise ModelError for a weight that the file lacks, or has too many."""
         for name, parameter in network.named_parameters():
             if parameter.is_meta:
                 raise ModelError(f"its weights are incomplete: {part} has no {name}")
-        # names differ, but not the number of values: attention's are only joined or squeezed
-        left = Counter(value.numel() for value in network.parameters())
-        for name, size in self._sizes(part).items():
-            left[size] -= 3 if ".in_proj_" in name else 1
+        # names differ, but not the numbers of values: tensors are only joined or squeezed
+        held = [*network.state_dict().values()]
+        left = Counter(value.numel() for value in held)
+        left.subtract(size for sizes in self._sizes(part).values() for size in sizes)
         if surplus := {size for size, count in left.items() if count < 0}:
-            values = [value for value in network.parameters() if value.numel() in surplus]
-            names = [name for name, size in self._sizes(part).items() if size in surplus]
+            values = [value for value in held if value.numel() in surplus]
+            names = [name for name, sizes in self._sizes(part).items() if surplus & {*sizes}]
             with safe_open(self._path, framework="pt") as file:
                 unused = [name for name in names if not _among(file.get_tensor(name), values)]
             raise ModelError(
                 f"its weights are of another model: {part} has no use for {(unused or names)[0]}"
             )
 
-    def _sizes(self, part: str) -> dict[str, int]:
-        """Number of values of each weight, of one of the three that attention's are joined of."""
-        return {
-            name: math.prod(shape) // (3 if ".in_proj_" in name else 1)
-            for name, (_, shape) in self._of(part).items()
-            if not name.endswith(_NO_WEIGHTS)
-        }
+    def _sizes(self, part: str) -> dict[str, list[int]]:
+        """Numbers of values of each weight, one for each that diffusers makes of it."""
+        found = dict[str, list[int]]()
+        for name, (_, shape) in self._of(part).items():
+            if name.endswith(_NO_WEIGHTS) or name in _OF_SD2:
+                continue
+            cuts = next((cuts for key, cuts in _JOINED.items() if key in name), (1,))
+            found[name] = [math.prod(shape) * cut // sum(cuts) for cut in cuts]
+        return found
 
     def _of(self, part: str) -> dict[str, tuple[str, list[int]]]:
-        prefix = self.layout.prefixes[part]
-        return {name: kind for name, kind in self.tensors.items() if name.startswith(prefix)}
+        prefix = self._prefixes.get(part)
+        return {
+            k: v for k, v in self.tensors.items() if prefix is not None and k.startswith(prefix)
+        }
 
 
-def layout_of(path: Path) -> Layout:
-    """That of a single file; SDXL's where it cannot be read, which ``PipelineFile`` will say."""
+def layout_of(names: Iterable[str]) -> Layout | None:
+    """That of a single file, by the names of its tensors; None if they are those of none."""
+    begins = {name.removeprefix(DENOISER) for name in names}
+    return next(
+        (found for found in LAYOUTS if any(name.startswith(found.mark) for name in begins)), None
+    )
+
+
+def pipeline_of_file(path: Path, options: LoadOptions) -> str | None:
+    """Name of the pipeline's class of a single file; None if it cannot be told."""
     try:
-        tensors, _ = read_header(path)
-    except (ModelError, OSError):
-        return SDXL
-    return SD1 if any(name.startswith("cond_stage_model.") for name in tensors) else SDXL
+        layout = layout_of(read_header(path)[0])
+    except (ModelError, OSError):  # what is wrong with it is said when it is opened
+        return None
+    if layout is None and options.model_config is not None:
+        return pipeline_of(options.model_config, options)
+    return None if layout is None else layout.pipeline
 
 
 def _among(tensor: Tensor, values: Sequence[Tensor]) -> bool:
@@ -188,33 +314,34 @@ def scheduler_of_file(source: PipelineFile, config: Any) -> Any:
     """
     if any(name.startswith("edm_") for name in source.tensors):
         raise ModelError("it has the mark edm_... of EDM: this model's step is not of this form")
-    needed = source.layout.architecture
-    kind = source.metadata.get("modelspec.architecture", needed)
-    if not kind.startswith(needed) or kind.endswith(("/lora", "refiner", "inpainting")):
-        raise ModelError(f"its modelspec.architecture is {kind}, but {needed}... is needed")
     said: dict[str, tuple[Any, str]] = {}
 
-    def say(key: str, value: Any, where: str) -> None:
+    def note(key: str, value: Any, where: str) -> None:
         before, first = said.setdefault(key, (value, where))
         if before != value:
             raise ModelError(f"{first} says {key} {before}, and {where} says {value}")
 
     if "v_pred" in source.tensors:
-        say("prediction_type", "v_prediction", "its tensor v_pred")
+        note("prediction_type", "v_prediction", "its tensor v_pred")
     if "1step_x0" in source.name:  # SDXL-Lightning's
-        say("prediction_type", "sample", "its name")
+        note("prediction_type", "sample", "its name")
     if prediction := source.metadata.get("modelspec.prediction_type"):
         name = prediction.lower().replace("-", "_")
         name = {"v": "v_prediction", "v_pred": "v_prediction", "eps": "epsilon"}.get(name, name)
-        say("prediction_type", name, "its header (modelspec.prediction_type)")
+        note("prediction_type", name, "its header (modelspec.prediction_type)")
     if "ztsnr" in source.tensors:
-        say("rescale_betas_zero_snr", True, "its tensor ztsnr")
-        say("prediction_type", "v_prediction", "its tensor ztsnr")
+        note("rescale_betas_zero_snr", True, "its tensor ztsnr")
+        note("prediction_type", "v_prediction", "its tensor ztsnr")
     if source.model_config is not None:
         for key in ("prediction_type", "rescale_betas_zero_snr"):
             if key not in config.config.get("_use_default_values", ()):
-                say(key, config.config[key], f"--model_config {source.model_config}")
+                note(key, config.config[key], f"--model_config {source.model_config}")
     words = {key: value for key, (value, _) in said.items()}
+    if source.layout is SD2 and source.model_config is None and "prediction_type" not in words:
+        raise ModelError(
+            "it does not say whether it predicts epsilon (as SD-Turbo) or v: give the folder of a "
+            "whole pipeline that does by --model_config"
+        )
     if source.model_config is not None:
         return type(config).from_config(config.config, **words)
     euler: Any = EulerAncestralDiscreteScheduler

@@ -24,10 +24,12 @@ from oneshot_fast.generators.lora_files import (
     MergedSource,
     weights_of,
 )  # fmt: skip
+from oneshot_fast.generators.original_layout import check_writable, write_single_file
 from oneshot_fast.generators.pretrained import PipelineFolder, open_folder, write_use
-from oneshot_fast.generators.single_file import PipelineFile
+from oneshot_fast.generators.single_file import Layout, PipelineFile
 from oneshot_fast.runtime.files import write_folder
 from oneshot_fast.runtime.ledger import say
+from oneshot_fast.runtime.processes import is_main
 
 Source: TypeAlias = PipelineFolder | PipelineFile | MergedSource
 
@@ -97,13 +99,30 @@ class StoredPipeline(Generator):
             use = {"timestep": self.start, "embedded_guidance": self.embedded_guidance}
             write_use(temporary, {k: v for k, v in use.items() if v is not None})
 
+    @property
+    def layout(self) -> Layout | None:
+        """That of the one file that is written; None if there is none."""
+        return None
+
+    def check_single_file(self) -> None:
+        if self.layout is None:
+            super().check_single_file()
+        else:
+            try:
+                check_writable(self.networks, self.layout)
+            except ModelError as error:
+                raise ModelError(f"{error}; leave --save_single_file out") from None
+
     def save_single_file(self, folder: Path) -> None:
         self.check_single_file()
-        pipe = open_folder(type(self), str(folder.absolute()), LoadOptions()).read(None)
-        self._write_single_file(pipe, folder.with_name(f"{folder.name}.safetensors"))
-
-    def _write_single_file(self, pipe: Any, path: Path) -> None:
-        """Write a pipeline as one file, in a family that has such a layout."""
+        assert self.layout is not None
+        source = open_folder(type(self), str(folder.absolute()), LoadOptions())
+        parts = [part for part in self.layout.prefixes if part in source.stored]
+        path = folder.with_name(f"{folder.name}.safetensors")
+        networks = {part: source.network(part, None) for part in parts}
+        write_single_file(networks, path, self.layout, self.pipe.scheduler)
+        if parts == [self.parts[0]] and is_main():
+            say(f"{path}: the {parts[0]} alone; read it with --model_config {folder}")
 
     def load_weights(self, folder: Path) -> None:
         part, denoiser = self.parts[0], self.denoiser

@@ -10,6 +10,7 @@ from torch import Tensor
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.generators.pipeline import TransformerGenerator
+from oneshot_fast.generators.single_file import Z_IMAGE, Layout
 
 _FLOW_STEPS = 1000  # the pipeline's own number, whatever the scheduler says
 
@@ -25,6 +26,11 @@ class ZImageGenerator(TransformerGenerator):
     def compile(self, mode: str = "default") -> None:
         """Raise UserError: each length of a prompt, which is not padded, would be compiled anew."""
         raise UserError("Z-Image is compiled anew for each length of a prompt; leave --compile out")
+
+    @property
+    def layout(self) -> Layout:
+        """That of the transformer alone."""
+        return Z_IMAGE
 
     @property
     def patch(self) -> int:
