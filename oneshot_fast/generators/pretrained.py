@@ -36,7 +36,6 @@ class PipelineFolder:
     """A pipeline in a folder; its networks can be read again as they lie there.
 
     Attributes:
-        classes: Of its networks, by name.
         stored: Type of each network's weights, by name; float32 where it is mixed or unknown.
         use: What the folder says that it has to be used with, of "timestep", at which the one step
             begins, and "embedded_guidance".
@@ -65,9 +64,9 @@ class PipelineFolder:
         self.folder, self._family, self._own = folder, family, own
         optional = {*family.optional, *_KEPT}
         found = {k: _class(folder, k, k in optional) for k in (*family.parts, *_KEPT)}
-        self.classes = {part: kind for part, kind in found.items() if kind is not None}
+        self._classes = {part: kind for part, kind in found.items() if kind is not None}
         # diffusers wants to be told of what is not there
-        absent = {*family.parts} - self.classes.keys()
+        absent = {*family.parts} - self._classes.keys()
         index = _read_object(folder / "model_index.json")
         if not index.get("_class_name"):
             raise ModelError("model_index.json has no _class_name, the pipeline that it is of")
@@ -76,10 +75,10 @@ class PipelineFolder:
             if not any((folder / name / file).is_file() for file in _VOCABULARIES):
                 raise ModelError(f"there is no {name}/tokenizer.json, nor another vocabulary")
         tokenizers = {part.replace("text_encoder", "tokenizer") for part in absent}
-        for name in ("scheduler", *self.classes, *named):
+        for name in ("scheduler", *self._classes, *named):
             _refuse_damaged(self._place(name) / name)
         self._absent = absent | {name for name in tokenizers if not any(index.get(name) or ())}
-        held = [part for part in self.classes if part not in given]
+        held = [part for part in self._classes if part not in given]
         weights = {part: _weights(self._place(part) / part, variant) for part in held}
         self._variants = {part: chosen for part, (chosen, _) in weights.items()}
         self.stored = {part: dtype for part, (_, dtype) in weights.items()}
@@ -100,7 +99,7 @@ class PipelineFolder:
             ModelError: If it cannot be read, or a weight is missing, unknown or of another shape.
         """
         networks, wrong = dict[str, Any](given) | dict.fromkeys(self._absent), None
-        for part in self.classes.keys() - given.keys():
+        for part in self._classes.keys() - given.keys():
             networks[part], misfit = self._load(part, None if part in _KEPT else dtype)
             wrong = wrong or (None if part in _KEPT else misfit)
         if self._own is not None:
@@ -129,7 +128,7 @@ class PipelineFolder:
 
     def _load(self, part: str, dtype: torch.dtype | None) -> tuple[nn.Module, str | None]:
         network, wrong = load_network(
-            self.classes[part],
+            self._classes[part],
             self._place(part),
             part,
             dtype=dtype or self.stored[part],

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import SD_2_TEXT_ENCODER_KEYS_TO_IGNORE as _OF_SD2
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from oneshot_fast.generators.pretrained import (
 )  # fmt: skip
 from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main
-from oneshot_fast.runtime.tensor_files import common_dtype, read_header
+from oneshot_fast.runtime.tensor_files import common_dtype, misfit, read_header
 
 DENOISER = "model.diffusion_model."  # how its names begin, where they do not stand alone
 OPEN_CLIP = ".model."  # ends the prefix of a text encoder with OpenCLIP's names
@@ -139,7 +141,6 @@ class PipelineFile:
         self._rest: PipelineFolder | None = None
         if lacks and self.model_config is not None:
             self._rest = open_folder(family, self.model_config, options, self._own)
-            self._refuse_denoiser(self._rest.classes[family.parts[0]])
         rest = self._rest
         self.use = {} if rest is None else rest.use
         self.stored = {} if rest is None else {k: v for k, v in rest.stored.items() if k in lacks}
@@ -155,13 +156,6 @@ class PipelineFile:
             say(
                 f"{self._path}: {len(others)} of its tensors, such as {others[0]}, are not read; "
                 f"{', '.join(self.stored)} are those of {self.model_config}"
-            )
-
-    def _refuse_denoiser(self, kind: type[Any]) -> None:
-        if not hasattr(kind, "from_single_file"):
-            raise ModelError(
-                f"diffusers reads no single file of a {kind.__name__}; put it into a folder, see "
-                "docs/models.md"
             )
 
     def _refuse_architecture(self) -> None:
@@ -208,10 +202,9 @@ class PipelineFile:
             pipe = self._pipe(own, dtype, given)
         except ModelError:
             raise
-        except KeyError as error:  # of diffusers' conversion
-            raise ModelError(
-                f"its weights are incomplete, or of another model: it has no {error.args[0]}"
-            ) from None
+        except (KeyError, IndexError) as error:  # of diffusers' conversion
+            lacks = f": it has no {error.args[0]}" if isinstance(error, KeyError) else ""
+            raise ModelError(f"its weights are incomplete, or of another model{lacks}") from None
         except Exception as error:  # diffusers raises many types here, bare Exception among them
             hint = " (offline? name a folder of configs with --model_config)"
             raise ModelError(one_line(error) + ("" if self.model_config else hint)) from error
@@ -227,20 +220,60 @@ class PipelineFile:
         self, own: Sequence[str], dtype: torch.dtype | None, given: Mapping[str, nn.Module]
     ) -> Any:
         """The pipeline, with its networks ``own`` from the file."""
-        path, how = str(self._path), {"dtype": dtype or torch.float32, **self._known}
-        kind, rest = self._family.pipeline, self._rest
-        if rest is None:
-            return kind.from_single_file(path, config=self.model_config, **how, **given)
-        how["config"] = str(rest.folder)
-        networks, denoiser = dict(given), self._family.parts[0]
-        if self._own == [denoiser]:
-            if own:
-                network = rest.classes[denoiser]
-                networks[denoiser] = network.from_single_file(path, subfolder=denoiser, **how)
+        kind, rest, networks = self._family.pipeline, self._rest, dict(given)
+        place = self.model_config if rest is None else str(rest.folder)
+        for part in self._family.parts[:2]:  # denoiser and VAE
+            if part in own and place is not None:
+                networks[part] = self._network(part, place, dtype)
+        if rest is not None and not {*own} - networks.keys():
             return rest.read(dtype, **networks)
-        for part in self.stored.keys() - {*own} - networks.keys():
-            networks[part] = rest.network(part, dtype)
-        return kind.from_single_file(path, **how, **networks)
+        if rest is not None:
+            for part in self.stored.keys() - {*self._own} - networks.keys():
+                networks[part] = rest.network(part, dtype)
+        how = {"dtype": dtype or torch.float32, **self._known}
+        return kind.from_single_file(str(self._path), config=place, **how, **networks)
+
+    def _network(self, part: str, place: str, dtype: torch.dtype | None) -> nn.Module:
+        """One of the networks that are diffusers' own, with the config at ``place``."""
+        kind = self._class_of(part, place)
+        config = kind.load_config(place, subfolder=part, **self._known)
+        with torch.device("meta"):
+            expected = kind.from_config(config).state_dict()
+        prefix = self._prefixes[part]
+        with safe_open(self._path, framework="pt") as file:
+            weights = {k.removeprefix(prefix): file.get_tensor(k) for k in self._of(part)}
+        if weights.keys() != expected.keys():
+            convert = SINGLE_FILE_LOADABLE_CLASSES[kind.__name__]["checkpoint_mapping_fn"]
+            given = {f"{prefix or DENOISER}{name}": value for name, value in weights.items()}
+            weights = convert(checkpoint=given, config=config)
+        wrong = misfit(
+            {
+                "missing_keys": expected.keys() - weights.keys(),
+                "unexpected_keys": weights.keys() - expected.keys(),
+                "mismatched_keys": [
+                    (name, value.shape, expected[name].shape)
+                    for name, value in weights.items()
+                    if name in expected and value.shape != expected[name].shape
+                ],
+            }
+        )
+        if wrong:
+            what = "incomplete" if wrong.startswith("no ") else "of another model"
+            raise ModelError(f"its weights are {what}: {part} has {wrong}")
+        dtype = dtype or self.stored[part]
+        found: nn.Module = kind.from_single_file(
+            weights, config=place, subfolder=part, dtype=dtype, **self._known
+        )
+        return found
+
+    def _class_of(self, part: str, place: str) -> Any:
+        name = self._family.pipeline.load_config(place, **self._known)[part][1]
+        if name not in SINGLE_FILE_LOADABLE_CLASSES:
+            raise ModelError(
+                f"diffusers reads no single file of a {name}; put it into a folder, see "
+                "docs/models.md"
+            )
+        return getattr(diffusers, name)
 
     def _check(self, part: str, network: nn.Module) -> None:
         """Raise ModelError for a weight that the file lacks, or has too many."""
@@ -271,10 +304,10 @@ class PipelineFile:
         return found
 
     def _of(self, part: str) -> dict[str, tuple[str, list[int]]]:
-        prefix = self._prefixes.get(part)
-        return {
-            k: v for k, v in self.tensors.items() if prefix is not None and k.startswith(prefix)
-        }
+        if part not in self._prefixes:
+            return {}
+        prefix = self._prefixes[part]
+        return {name: kind for name, kind in self.tensors.items() if name.startswith(prefix)}
 
 
 def layout_of(names: Iterable[str]) -> Layout | None:

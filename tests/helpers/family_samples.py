@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ from diffusers import (
 )
 
 from oneshot_fast.embedded.pipeline import build_tokenizer
+from oneshot_fast.generators.loading import PIPELINES
+from oneshot_fast.generators.pipeline import PipelineGenerator
 
 WIDTH = 16  # of text and attention
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -82,6 +85,12 @@ CALLS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def family(name: str) -> type[PipelineGenerator]:
+    """The class that reads pipelines of the class ``name``."""
+    module, kind = PIPELINES[name].split(".")
+    return getattr(importlib.import_module(f"oneshot_fast.generators.{module}"), kind)
+
+
 def side_of(name: str) -> int:
     """Pixels of the images that a tiny pipeline makes."""
     return 32 if name == "SanaSprintPipeline" else 16
@@ -134,14 +143,14 @@ def _flow_vae(channels: int) -> AutoencoderKL:
     )  # fmt: skip
 
 
-def _clip(kind: Any = transformers.CLIPTextModel) -> Any:
+def _clip(kind: Any = transformers.CLIPTextModel, width: int = WIDTH, **config: Any) -> Any:
     tokenizer = build_tokenizer()
     return kind(
         transformers.CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=WIDTH,
-            projection_dim=WIDTH, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width,
+            projection_dim=width, num_attention_heads=2, max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, **{"num_hidden_layers": 1, **config},
         )
     )  # fmt: skip
 
@@ -177,6 +186,15 @@ def _unet(**config: Any) -> UNet2DConditionModel:
     )
 
 
+def sd2_pipeline() -> Any:
+    """One of SD2's shape: its text encoder is OpenCLIP's, 23 layers of the 24 that it was."""
+    pipe = tiny_pipeline("StableDiffusionPipeline")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe.text_encoder = _clip(hidden_act="gelu", num_hidden_layers=23).eval()
+    return pipe
+
+
 def _sd(**unet: Any) -> dict[str, Any]:
     lacking = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return {"vae": _vae(4), "text_encoder": _clip(), "unet": _unet(**unet), **lacking}
@@ -196,15 +214,17 @@ def _sdxl() -> dict[str, Any]:
 
 def _sd3() -> dict[str, Any]:
     transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=1,
-        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=2 * WIDTH,
-        caption_projection_dim=WIDTH, pooled_projection_dim=2 * WIDTH, pos_embed_max_size=16,
-        qk_norm="rms_norm",
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2,
+        attention_head_dim=8, num_attention_heads=2, joint_attention_dim=3 * WIDTH,
+        caption_projection_dim=WIDTH, pooled_projection_dim=3 * WIDTH, pos_embed_max_size=16,
+        qk_norm="rms_norm", dual_attention_layers=(0,),
     )  # fmt: skip
-    clip = transformers.CLIPTextModelWithProjection
+    kind = transformers.CLIPTextModelWithProjection
+    first, second = _clip(kind), _clip(kind, 2 * WIDTH)  # told apart in one file by their widths
+    torch.nn.init.eye_(first.text_projection.weight)  # as in the published ones
     return {
-        "transformer": transformer, "vae": _flow_vae(4), "text_encoder": _clip(clip),
-        "text_encoder_2": _clip(clip), "text_encoder_3": _t5(2 * WIDTH),
+        "transformer": transformer, "vae": _flow_vae(4), "text_encoder": first,
+        "text_encoder_2": second, "text_encoder_3": _t5(3 * WIDTH),
     }  # fmt: skip
 
 

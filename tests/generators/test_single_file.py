@@ -1,0 +1,260 @@
+"""Single files in the layouts of models' own releases: what is written, read and refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    EulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    ZImageTransformer2DModel,
+)
+from family_samples import WIDTH, family, sd2_pipeline, tiny_pipeline
+from safetensors.torch import load_file, save_file
+from single_files import narrow_flux
+from torch import Tensor
+
+from oneshot_fast.errors import ModelError, UserError
+from oneshot_fast.generators.base import LoadOptions
+from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.generators.sd import SdGenerator
+from oneshot_fast.generators.single_file import PipelineFile, scheduler_of_file
+
+SD2, SD3 = "StableDiffusionPipeline", "StableDiffusion3Pipeline"
+ALONE = {"FluxPipeline": FluxTransformer2DModel, "ZImagePipeline": ZImageTransformer2DModel}
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow_flux(monkeypatch)
+
+
+def written(pipe: Any, root: Path) -> tuple[Path, Path]:
+    """A pipeline as diffusers saves it, and as the one file that is written of it."""
+    folder = root / type(pipe).__name__
+    pipe.save_pretrained(folder)
+    generator: Any = load_generator(folder)
+    generator.save_single_file(folder)
+    return folder, folder.with_suffix(".safetensors")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """One of each family, by its pipeline's name; SD2's by that of SD."""
+    root = tmp_path_factory.mktemp("files")
+    with pytest.MonkeyPatch.context() as patch:
+        narrow_flux(patch)
+        pipes = [sd2_pipeline(), *map(tiny_pipeline, (SD3, *ALONE))]
+        return {type(pipe).__name__: written(pipe, root) for pipe in pipes}
+
+
+def spoiled(file: Path, place: Path, *without: str, header: Any = None, **more: Tensor) -> Path:
+    """A copy of a file without some tensors, by how they begin, and with others."""
+    kept = {k: v for k, v in load_file(file).items() if not (without and k.startswith(without))}
+    save_file(kept | {k.replace("__", "."): v for k, v in more.items()}, place, header)
+    return place
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    old, new = one.state_dict(), other.state_dict()
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_sd1_and_sd2_are_one_file_that_diffusers_reads(files: Any, tmp_path: Path) -> None:
+    for (folder, file), begin in (
+        (written(tiny_pipeline("StableDiffusionPipeline"), tmp_path), ".transformer."),
+        (files[SD2], ".model."),
+    ):
+        pipe = StableDiffusionPipeline.from_pretrained(folder)
+        single = StableDiffusionPipeline.from_single_file(str(file), config=str(folder))
+        for part in ("unet", "vae", "text_encoder"):
+            assert_equal(getattr(pipe, part), getattr(single, part))
+        assert any(name.startswith(f"cond_stage_model{begin}") for name in load_file(file))
+        read = load_generator(file, model_config=str(folder))
+        assert read.fingerprint() == load_generator(folder).fingerprint()
+
+
+def test_sd2_has_a_last_layer_that_nothing_uses(files: Any) -> None:
+    tensors = load_file(files[SD2][1])
+    begin = "cond_stage_model.model.transformer.resblocks."
+    layers = {int(k.removeprefix(begin).split(".")[0]) for k in tensors if k.startswith(begin)}
+    assert layers == {*range(24)}
+    for name in [name for name in tensors if name.startswith(f"{begin}23.")]:
+        assert torch.equal(tensors[name], tensors[name.replace("s.23.", "s.22.")])
+
+
+def test_sd2_that_does_not_say_what_it_predicts_is_refused(files: Any, tmp_path: Path) -> None:
+    for header, said in (({}, None), ({"modelspec.prediction_type": "v"}, "v_prediction")):
+        file = spoiled(files[SD2][1], tmp_path / "file.safetensors", header=header)
+        source = PipelineFile(SdGenerator, file, LoadOptions())
+        if said is None:
+            with pytest.raises(ModelError, match=r"whether it predicts epsilon .*--model_config"):
+                scheduler_of_file(source, EulerDiscreteScheduler())
+        else:
+            found = scheduler_of_file(source, EulerDiscreteScheduler())
+            assert found.config.prediction_type == said
+
+
+def test_sd3_is_one_file_that_diffusers_reads(files: Any) -> None:
+    folder, file = files[SD3]
+    single = StableDiffusion3Pipeline.from_single_file(str(file), config=str(folder))
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder)
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        assert_equal(getattr(pipe, part), getattr(single, part))
+    read = load_generator(file, model_config=str(folder))
+    assert read.fingerprint() == load_generator(folder).fingerprint()
+
+
+def test_what_a_file_lacks_comes_from_the_folder(files: Any, tmp_path: Path) -> None:
+    folder, file = files[SD3]
+    expected, rest = load_generator(folder).fingerprint(), shutil.copytree(folder, tmp_path / "all")
+    # as sd3_medium_incl_clips and sd3.5_large are published, and the transformer alone
+    for begins in (("text_encoders.t5",), ("text_encoders.",), ("text_encoders.", "first_stage_")):
+        less = spoiled(file, tmp_path / "less.safetensors", *begins)
+        found: Any = load_generator(less, model_config=str(rest))
+        assert found.fingerprint() == expected
+    with pytest.raises(ModelError, match=r"has no text_encoder, .*the folder of a whole pipeline"):
+        load_generator(less)
+    for weights in rest.glob("transformer/*.safetensors"):
+        weights.unlink()  # that of the file counts
+    half: Any = load_generator(less, model_config=str(rest), dtype=torch.bfloat16)
+    half.save(tmp_path / "saved")
+    for part in ("vae", "text_encoder_3"):
+        (old,), (new,) = (f.glob(f"{part}/*.safetensors") for f in (folder, tmp_path / "saved"))
+        assert old.read_bytes() == new.read_bytes()
+    (rest / "transformer/config.json").unlink()
+    with pytest.raises(ModelError, match=r"^cannot use model [^\n]+$"):
+        load_generator(less, model_config=str(rest))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_transformer_alone_is_a_file_that_diffusers_reads(
+    files: Any, tmp_path: Path, name: str
+) -> None:
+    folder, file = files[name]
+    kept = ALONE[name].from_pretrained(folder, subfolder="transformer")
+    single = ALONE[name].from_single_file(str(file), config=str(folder), subfolder="transformer")
+    assert_equal(kept, single)
+    joined = "layers.0.attention.qkv.weight", "double_blocks.0.img_attn.qkv.weight"
+    assert load_file(file).keys() & {*joined} and not {*joined} & kept.state_dict().keys()
+    # prefixed, as ComfyUI saves it, and as diffusers names it
+    expected = load_generator(folder).fingerprint()
+    prefixed = {f"model.diffusion_model.{k}": v for k, v in load_file(file).items()}
+    save_file(prefixed, tmp_path / "prefixed.safetensors")
+    (own,) = (folder / "transformer").glob("*.safetensors")
+    for form in (file, tmp_path / "prefixed.safetensors", own):
+        assert load_generator(form, model_config=str(folder)).fingerprint() == expected
+
+
+def test_a_denoiser_with_diffusers_names_is_read(tmp_path: Path) -> None:
+    for name in ("StableDiffusionXLPipeline", "SanaSprintPipeline"):
+        tiny_pipeline(name).save_pretrained(tmp_path / name)
+        expected = load_generator(tmp_path / name)
+        (own,) = (tmp_path / name / expected.parts[0]).glob("*.safetensors")  # type: ignore[attr-defined]
+        read = load_generator(own, model_config=str(tmp_path / name))
+        assert read.fingerprint() == expected.fingerprint()
+
+
+def test_other_tensors_of_a_file_are_told_of(
+    files: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = files["FluxPipeline"]
+    whole = {f"model.diffusion_model.{k}": v for k, v in load_file(file).items()}
+    save_file({**whole, "vae.conv.bias": torch.ones(1)}, tmp_path / "all.safetensors")
+    load_generator(tmp_path / "all.safetensors", model_config=str(folder))
+    assert "1 of its tensors, such as vae.conv.bias, are not read" in capfd.readouterr().err
+
+
+ONES = torch.ones(8, 8)
+Spoil = Callable[[Path, Path], Path]
+REFUSED: dict[str, tuple[str, Spoil, str]] = {
+    "lora": (
+        "FluxPipeline", lambda f, p: spoiled(f, p, lora_unet_double_blocks_0__lora_up__weight=ONES),
+        "it is a LoRA: give it by --lora, and its base model by --model_id",
+    ),
+    "fp8": (
+        "FluxPipeline",
+        lambda f, p: spoiled(f, p, img_in__weight=ONES.to(torch.float8_e4m3fn)),
+        "it is quantised: img_in.weight is of F8_E4M3",
+    ),
+    "architecture": (
+        SD3, lambda f, p: spoiled(f, p, header={"modelspec.architecture": "flux-1-dev"}),
+        "modelspec.architecture is flux-1-dev, but stable-diffusion-3... is needed",
+    ),
+    "no guidance": (
+        "FluxPipeline", lambda f, p: spoiled(f, p, "guidance_in."),
+        r"incomplete: transformer has no time_text_embed.guidance_embedder.linear_1",
+    ),
+    "missing": (
+        "FluxPipeline", lambda f, p: spoiled(f, p, "single_blocks.0.linear1.bias"),
+        "incomplete, or of another model: it has no single_blocks.0.linear1.bias",
+    ),
+    "left over": (
+        "ZImagePipeline", lambda f, p: spoiled(f, p, layers__0__extra__weight=ONES),
+        "of another model: transformer has an unknown layers.0.extra.weight",
+    ),
+    "another width": (
+        SD3, lambda f, p: spoiled(f, p, model__diffusion_model__context_embedder__bias=ONES[0]),
+        r"context_embedder.bias.*shape",
+    ),
+    "names of none": (
+        SD3, lambda f, p: (save_file({"a.weight": ONES}, p), p)[1],  # type: ignore[func-returns-value]
+        "its weights are incomplete, or of another model",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_file_that_does_not_fit_is_refused(files: Any, tmp_path: Path, case: str) -> None:
+    name, spoil, message = REFUSED[case]
+    folder, file = files[name]
+    bad = spoil(file, tmp_path / "bad.safetensors")
+    with pytest.raises(ModelError, match=message) as caught:
+        load_generator(bad, model_config=str(folder))
+    assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_and_a_folder_that_do_not_agree_are_refused(files: Any, tmp_path: Path) -> None:
+    flux, z_image = files["FluxPipeline"], files["ZImagePipeline"]
+    with pytest.raises(ModelError, match="is of a ZImagePipeline, the file is read as a FluxPipe"):
+        load_generator(flux[1], model_config=str(z_image[0]))
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(flux[1].read_bytes()[:-1000])
+    with pytest.raises(ModelError, match=r"^cannot use model [^\n]+$"):
+        load_generator(cut, model_config=str(flux[0]))
+    save_file({"a.weight": ONES}, tmp_path / "none.safetensors")
+    with pytest.raises(
+        ModelError, match=r"not those of a whole file of FluxPipeline, .*--model_co"
+    ):
+        load_generator(tmp_path / "none.safetensors")
+
+
+def test_one_file_is_refused_where_diffusers_would_not_read_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, message in (
+        ("SanaSprintPipeline", "SD3, FLUX and Z-Image alone; leave --save_single_file out"),
+        ("PixArtAlphaPipeline", "SD3, FLUX and Z-Image alone; leave --save_single_file out"),
+        ("LatentConsistencyModelPipeline", "no place for its UNet's time_embedding.cond_proj"),
+        (SD3, "its first text encoder has a projection, which diffusers does not read"),
+        (SD3, f"its text encoders are both {WIDTH} wide"),
+        ("FluxPipeline", "diffusers cannot read its transformer back.*; leave --save_single"),
+    ):
+        pipe = tiny_pipeline(name)
+        if "projection" in message:
+            pipe.text_encoder.text_projection.weight.data.mul_(2)
+        if "wide" in message:
+            pipe.text_encoder_2 = pipe.text_encoder
+        generator = family(name)(pipe)
+        if name == "FluxPipeline":
+            monkeypatch.undo()  # of another width than the released ones
+        with pytest.raises(UserError, match=message):
+            generator.check_single_file()
