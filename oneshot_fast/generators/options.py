@@ -23,7 +23,8 @@ class ModelOptions:
     revision: str | None = None
     """Hub revision."""
     model_config: str | None = None
-    """Folder or hub id with the pipeline's configs; only for a .safetensors file."""
+    """Folder or hub id with the pipeline's configs, and with the networks that the file lacks; only
+    for a .safetensors file."""
     timestep: float | None = None
     """Timestep at which the one step begins, for a model that was distilled for another than the
     noisiest (DMD2: 399, Hyper-SD's UNet: 800); known ones are recognised by their names."""

@@ -101,8 +101,8 @@ class TrainOptions:
     """Type of the trained weights in checkpoints; auto: as the model's files have them. All else of
     a checkpoint is as it came."""
     save_single_file: bool = False
-    """Also write each whole model as one file, checkpoint-final.safetensors, which ComfyUI and
-    A1111 read; of SDXL's or SD1's shape."""
+    """Also write each model as one file in the layout of its release, checkpoint-final.safetensors,
+    for ComfyUI and A1111: SDXL, SD1, SD2 and SD3 whole, of FLUX and Z-Image the transformer."""
     validation_steps: int = 0
     """Make images after every so many steps, always on the same noises: validation/STEP.png, which
     --report_to shows, too; 0: never."""

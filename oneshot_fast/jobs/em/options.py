@@ -148,8 +148,9 @@ class EmOptions:
     """M-step: type of the trained weights in checkpoints; auto: as the model's files have them. The
     next cycle goes on with what is saved."""
     save_single_file: bool = False
-    """Also write the best and the final model as one file, checkpoint-final.safetensors, which
-    ComfyUI and A1111 read; of SDXL's or SD1's shape."""
+    """Also write the best and the final model as one file in the layout of its release,
+    checkpoint-final.safetensors, for ComfyUI and A1111: SDXL, SD1, SD2 and SD3 whole, of FLUX and
+    Z-Image the transformer."""
     train_caption_dropout: Annotated[float, arg(aliases=["--caption_dropout"])] = 0.0
     """M-step: probability, for each pair in each epoch, that the empty prompt replaces its own; the
     E-step keeps all prompts."""
