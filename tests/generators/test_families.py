@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from double_precision import float64_stays
 from family_samples import CALLS, FAMILIES, SCHEDULERS, WIDTH, family, side_of, tiny_pipeline
 from safetensors.torch import save_file
 from single_files import narrow_flux
@@ -37,8 +38,6 @@ TRAINED = [name for name in FAMILIES if name != "StableDiffusionXLPipeline"]
 # these are written as one file, whole, or the transformer alone
 WHOLE = ("StableDiffusionPipeline", "StableDiffusion3Pipeline")
 ONE_FILE = (*WHOLE, "FluxPipeline", "ZImagePipeline")
-# these compute in float32 inside, whatever type they are given
-ROUNDED = ("StableDiffusion3Pipeline", "FluxPipeline", "SanaSprintPipeline", "ZImagePipeline")
 
 
 def called(pipe: Any, eps: Tensor) -> Tensor:
@@ -194,11 +193,11 @@ def test_the_gradient_in_the_noise_is_that_of_the_step(name: str) -> None:
     generator = family(name)(tiny_pipeline(name).to(torch.float64))
     conditioning, side = generator.encode_prompts(PROMPTS[:1]), side_of(name)
     eps = torch.randn(1, *generator.latent_shape(side, side), dtype=torch.float64)
-    bound = {"eps": 1e-3, "atol": 1e-2} if name in ROUNDED else {"eps": 1e-6, "atol": 1e-6}
-    assert torch.autograd.gradcheck(
-        lambda eps: generator.latents(eps, conditioning), eps.requires_grad_(), fast_mode=True,
-        **bound,
-    )  # fmt: skip
+    with float64_stays():
+        assert torch.autograd.gradcheck(
+            lambda eps: generator.latents(eps, conditioning), eps.requires_grad_(), fast_mode=True,
+            eps=1e-6, atol=1e-6,
+        )  # fmt: skip
 
 
 def test_a_safety_checker_leaves_with_the_bytes_it_came_with(tmp_path: Path) -> None:

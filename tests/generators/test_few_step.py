@@ -25,6 +25,7 @@ from diffusers import (
     LCMScheduler,
     TCDScheduler,
 )
+from double_precision import float64_stays
 from family_samples import CALLS, FAMILIES, side_of, tiny_pipeline
 from torch import Tensor
 
@@ -243,10 +244,10 @@ def test_several_steps_are_differentiable_and_one_is_the_single_one(name: str) -
     assert torch.equal(one.latents(noise, told), generator.latents(noise, told))
     few = FewStepGenerator.over(generator, 3, scheduler_eta=eta)
     assert few.draws_noise
-    bound = {"eps": 1e-3, "atol": 1e-2} if name == "SCM" else {"eps": 1e-6, "atol": 1e-6}
-    assert torch.autograd.gradcheck(
-        lambda eps: few.latents(eps, told), noise, fast_mode=True, **bound
-    )  # SANA computes in float32 inside
+    with float64_stays():
+        assert torch.autograd.gradcheck(
+            lambda eps: few.latents(eps, told), noise, fast_mode=True, eps=1e-6, atol=1e-6
+        )
     last = FewStepGenerator.over(generator, 3, scheduler_eta=eta, backprop_steps=1)
     with torch.no_grad():
         assert torch.equal(last.latents(noise, told), few.latents(noise, told))
