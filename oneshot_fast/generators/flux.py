@@ -9,8 +9,8 @@ from torch import Tensor
 
 from oneshot_fast.errors import ModelError
 from oneshot_fast.generators.base import Conditioning
+from oneshot_fast.generators.layouts import FLUX, Layout
 from oneshot_fast.generators.pipeline import TransformerGenerator
-from oneshot_fast.generators.single_file import FLUX, Layout
 
 _FLOW_STEPS = 1000  # the pipeline's own number, whatever the scheduler says
 _SCHNELL_TOKENS = 256  # the most that a model without guidance takes, by diffusers' documentation

@@ -1,4 +1,4 @@
-"""What is known of published models by their names, where their files do not say it."""
+"""What is known of published models by their names, or those in their files."""
 
 import re
 from collections.abc import Iterable, Sequence

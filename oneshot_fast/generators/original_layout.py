@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from oneshot_fast.errors import ModelError, refused, require
 from oneshot_fast.generators.adapters import base_weights
-from oneshot_fast.generators.single_file import CLIP_L, OPEN_CLIP, Layout, scheduler_of_file
+from oneshot_fast.generators.layouts import CLIP_L, OPEN_CLIP, Layout
+from oneshot_fast.generators.single_file import scheduler_of_file
 from oneshot_fast.generators.transformer_names import TRANSFORMERS, transformer_weights
 from oneshot_fast.runtime.files import replacing
 

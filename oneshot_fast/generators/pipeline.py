@@ -119,6 +119,7 @@ class PipelineGenerator(StoredPipeline):
             cls.adapt(pipe, source)
             start = options.timestep
             start = source.use.get("timestep") if start is None else start
+            names += source.names
             of_name = _recognised(names) if start is None else None
             try:
                 autocast = None if weights == dtype else dtype

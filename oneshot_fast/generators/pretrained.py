@@ -37,6 +37,7 @@ class PipelineFolder:
 
     Attributes:
         stored: Type of each network's weights, by name; float32 where it is mixed or unknown.
+        names: What it says that it was made of, beside its own name.
         use: What the folder says that it has to be used with, of "timestep", at which the one step
             begins, and "embedded_guidance".
     """
@@ -82,7 +83,10 @@ class PipelineFolder:
         weights = {part: _weights(self._place(part) / part, variant) for part in held}
         self._variants = {part: chosen for part, (chosen, _) in weights.items()}
         self.stored = {part: dtype for part, (_, dtype) in weights.items()}
-        self.use = _use(folder)
+        self.use, denoiser = _use(folder), family.parts[0]
+        config = self._place(denoiser) / denoiser / "config.json"
+        of = [index, *([_read_object(config)] if config.is_file() else [])]
+        self.names = [str(said["_name_or_path"]) for said in of if said.get("_name_or_path")]
         only = {part: v for part, v in self._variants.items() if v not in (variant, None)}
         if only and is_main():
             listed = ", ".join(f"{part} ({v})" for part, v in only.items())

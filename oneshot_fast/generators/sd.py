@@ -9,10 +9,11 @@ from torch import Tensor
 
 from oneshot_fast.errors import ModelError, require
 from oneshot_fast.generators.base import Conditioning
+from oneshot_fast.generators.layouts import SD1, SD2, Layout
 from oneshot_fast.generators.original_layout import scheduler_written
 from oneshot_fast.generators.pipeline import PipelineGenerator
 from oneshot_fast.generators.pretrained import PipelineFolder
-from oneshot_fast.generators.single_file import SD1, SD2, Layout, PipelineFile, scheduler_of_file
+from oneshot_fast.generators.single_file import PipelineFile, scheduler_of_file
 from oneshot_fast.generators.step import single_step
 
 

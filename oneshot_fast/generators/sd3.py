@@ -8,9 +8,9 @@ from torch import Tensor
 
 from oneshot_fast.errors import require
 from oneshot_fast.generators.base import Conditioning
+from oneshot_fast.generators.layouts import SD3, Layout
 from oneshot_fast.generators.original_layout import check_widths
 from oneshot_fast.generators.pipeline import TransformerGenerator
-from oneshot_fast.generators.single_file import SD3, Layout
 
 _CLIP_TOKENS = 77
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from oneshot_fast.data.sizes import Frame
 from oneshot_fast.errors import ModelError
 from oneshot_fast.generators.base import Conditioning
+from oneshot_fast.generators.layouts import SDXL, Layout
 from oneshot_fast.generators.original_layout import check_widths, unet_name
 from oneshot_fast.generators.sd import UNetGenerator
-from oneshot_fast.generators.single_file import SDXL, Layout
 
 
 class SdxlGenerator(UNetGenerator):

@@ -3,8 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from oneshot_fast.errors import ModelError, one_line, refused
 from oneshot_fast.generators.base import LoadOptions
+from oneshot_fast.generators.layouts import DENOISER, LAYOUTS, SD2, layout_of
 from oneshot_fast.generators.pretrained import (
     PipelineFolder,
     open_folder,
@@ -29,61 +29,6 @@ from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.tensor_files import common_dtype, misfit, read_header
 
-DENOISER = "model.diffusion_model."  # how its names begin, where they do not stand alone
-OPEN_CLIP = ".model."  # ends the prefix of a text encoder with OpenCLIP's names
-CLIP_L = "text_encoders.clip_l.transformer."  # SD3's, of which diffusers reads no projection
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the file of a family is called, and what is in it.
-
-    Attributes:
-        pipeline: diffusers' class.
-        mark: How a name begins that only it has, behind ``DENOISER`` if the file has that.
-        begins: Of modelspec's architecture, in small letters.
-        architecture: The one that is written.
-        prefixes: How the names of each network's tensors begin. With the denoiser alone, no more is
-            written, nor read.
-    """
-
-    pipeline: str
-    mark: str
-    begins: tuple[str, ...]
-    architecture: str
-    prefixes: Mapping[str, str]
-
-
-_LATENT = {"unet": DENOISER, "vae": "first_stage_model."}
-SDXL = Layout(
-    "StableDiffusionXLPipeline", "conditioner.embedders.1.", ("stable-diffusion-xl",),
-    "stable-diffusion-xl-v1-base",
-    {**_LATENT, "text_encoder": "conditioner.embedders.0.transformer.",
-     "text_encoder_2": "conditioner.embedders.1.model."},
-)  # fmt: skip
-SD1 = Layout(
-    "StableDiffusionPipeline", "cond_stage_model.transformer.", ("stable-diffusion-v1",),
-    "stable-diffusion-v1", {**_LATENT, "text_encoder": "cond_stage_model.transformer."},
-)  # fmt: skip
-SD2 = Layout(
-    "StableDiffusionPipeline", "cond_stage_model.model.", ("stable-diffusion-v2",),
-    "stable-diffusion-v2", {**_LATENT, "text_encoder": "cond_stage_model.model."},
-)  # fmt: skip
-SD3 = Layout(
-    "StableDiffusion3Pipeline", "joint_blocks.0.", ("stable-diffusion-3", "stable-diffusion-v3"),
-    "stable-diffusion-3",
-    {"transformer": DENOISER, "vae": "first_stage_model.", "text_encoder": CLIP_L,
-     "text_encoder_2": "text_encoders.clip_g.transformer.",
-     "text_encoder_3": "text_encoders.t5xxl.transformer."},
-)  # fmt: skip
-FLUX = Layout(
-    "FluxPipeline", "double_blocks.0.img_mod.lin.", ("flux",), "flux-1", {"transformer": ""}
-)
-Z_IMAGE = Layout(
-    "ZImagePipeline", "layers.0.adaLN_modulation.0.", ("z-image", "z_image", "lumina"), "z-image",
-    {"transformer": ""},
-)  # fmt: skip
-LAYOUTS = (SDXL, SD1, SD2, SD3, FLUX, Z_IMAGE)
 _NO_WEIGHTS = ("position_ids", "logit_scale")  # of CLIP, which encode no text
 # parts, by their numbers of values, that diffusers makes of a tensor that is joined
 _JOINED = {".in_proj_": (1, 1, 1), ".qkv.": (1, 1, 1), ".linear1.": (1, 1, 1, 4)}
@@ -101,6 +46,7 @@ class PipelineFile:
         metadata: The file's header.
         layout: That of its names; None for a denoiser alone with those of diffusers.
         model_config: Where the configs are; None takes those that diffusers knows.
+        names: What its header calls it, beside its own name.
         use: As of ``PipelineFolder``; a file does not say.
     """
 
@@ -123,6 +69,7 @@ class PipelineFile:
         self._known = {"local_files_only": options.local_files_only}
         self.model_config = options.model_config
         self.tensors, self.metadata = read_header(path)
+        self.names = [v for k, v in self.metadata.items() if k == "modelspec.title"]
         if any(re.search(r"(^|[._])lora[._]", name.lower()) for name in self.tensors):
             raise ModelError("it is a LoRA: give it by --lora, and its base model by --model_id")
         refuse_quantised(self.tensors, "it")
@@ -308,14 +255,6 @@ class PipelineFile:
             return {}
         prefix = self._prefixes[part]
         return {name: kind for name, kind in self.tensors.items() if name.startswith(prefix)}
-
-
-def layout_of(names: Iterable[str]) -> Layout | None:
-    """That of a single file, by the names of its tensors; None if they are those of none."""
-    begins = {name.removeprefix(DENOISER) for name in names}
-    return next(
-        (found for found in LAYOUTS if any(name.startswith(found.mark) for name in begins)), None
-    )
 
 
 def pipeline_of_file(path: Path, options: LoadOptions) -> str | None:

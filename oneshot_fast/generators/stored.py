@@ -17,6 +17,7 @@ from oneshot_fast.generators.adapters import (
     write_adapter,
 )  # fmt: skip
 from oneshot_fast.generators.base import Conditioning, Generator, LoadOptions
+from oneshot_fast.generators.layouts import Layout
 from oneshot_fast.generators.lora_files import (
     Adapter,
     Adapters,
@@ -26,7 +27,7 @@ from oneshot_fast.generators.lora_files import (
 )  # fmt: skip
 from oneshot_fast.generators.original_layout import check_writable, write_single_file
 from oneshot_fast.generators.pretrained import PipelineFolder, open_folder, write_use
-from oneshot_fast.generators.single_file import Layout, PipelineFile
+from oneshot_fast.generators.single_file import PipelineFile
 from oneshot_fast.runtime.files import write_folder
 from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main

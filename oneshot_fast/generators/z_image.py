@@ -9,8 +9,8 @@ from torch import Tensor
 
 from oneshot_fast.errors import UserError
 from oneshot_fast.generators.base import Conditioning
+from oneshot_fast.generators.layouts import Z_IMAGE, Layout
 from oneshot_fast.generators.pipeline import TransformerGenerator
-from oneshot_fast.generators.single_file import Z_IMAGE, Layout
 
 _FLOW_STEPS = 1000  # the pipeline's own number, whatever the scheduler says
 

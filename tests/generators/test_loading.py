@@ -26,9 +26,9 @@ from transformers import CLIPTextModelWithProjection
 from oneshot_fast.embedded.pipeline import model_path
 from oneshot_fast.errors import ModelError, UserError
 from oneshot_fast.generators import original_layout
+from oneshot_fast.generators.layouts import SDXL
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.sdxl import SdxlGenerator
-from oneshot_fast.generators.single_file import SDXL
 from oneshot_fast.generators.target_images import TargetImages
 from oneshot_fast.jobs.sft.options import SftOptions
 from oneshot_fast.jobs.sft.run import SftRun

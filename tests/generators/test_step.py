@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffusers import (
     TCDScheduler,
 )
 from family_samples import tiny_pipeline
+from safetensors.torch import load_file, save_file
 
 from oneshot_fast.errors import ModelError, UserError
 from oneshot_fast.generators.few_step import FewStepGenerator
@@ -126,6 +128,27 @@ def test_a_start_is_taken_from_the_name_and_kept_with_the_model(
     tiny_pipeline("ZImagePipeline").save_pretrained(flow)
     with pytest.raises(ModelError, match="--timestep 399: a ZImagePipeline takes none"):
         load_generator(flow, timestep=399)
+
+
+def test_a_start_is_taken_from_what_the_files_say(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "mine"
+    tiny_pipeline("StableDiffusionXLPipeline", LCMScheduler).save_pretrained(folder)
+    named = tmp_path / "named"
+    for place in ("model_index.json", "unet/config.json"):
+        shutil.copytree(folder, named)
+        said = json.loads((named / place).read_text())
+        (named / place).write_text(json.dumps({**said, "_name_or_path": "me/dmd2_sdxl_1step"}))
+        step = load_generator(named).step  # type: ignore[attr-defined]
+        assert step.timestep == 399
+        shutil.rmtree(named)
+    assert "me/dmd2_sdxl_1step: its one step begins at timestep 399" in capfd.readouterr().err
+    (unet,) = (folder / "unet").glob("*.safetensors")
+    file = tmp_path / "mine.safetensors"
+    save_file(load_file(unet), file, {"modelspec.title": "Hyper-SDXL-1step-Unet"})
+    read = load_generator(file, model_config=str(folder))
+    assert read.step.timestep == 800  # type: ignore[attr-defined]
 
 
 def test_a_start_of_the_name_gives_way_to_the_noisiest(tmp_path: Path) -> None:
