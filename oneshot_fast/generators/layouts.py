@@ -1,7 +1,7 @@
 """What the single files of models' releases are called, and how the weights in them are named."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DENOISER = "model.diffusion_model."  # how its names begin, where they do not stand alone
 OPEN_CLIP = ".model."  # ends the prefix of a text encoder with OpenCLIP's names
@@ -43,9 +43,13 @@ SD2 = Layout(
     "StableDiffusionPipeline", "cond_stage_model.model.", ("stable-diffusion-v2",),
     "stable-diffusion-v2", {**_LATENT, "text_encoder": "cond_stage_model.model."},
 )  # fmt: skip
+SD_TURBO = replace(  # SD2's, as Stability's later code names it
+    SD2, mark="conditioner.embedders.0.model.",
+    prefixes={**_LATENT, "text_encoder": "conditioner.embedders.0.model."},
+)  # fmt: skip
 SD3 = Layout(
-    "StableDiffusion3Pipeline", "joint_blocks.0.", ("stable-diffusion-3", "stable-diffusion-v3"),
-    "stable-diffusion-3",
+    "StableDiffusion3Pipeline", "joint_blocks.0.",
+    ("stable-diffusion-3", "stable-diffusion-v3", "sd3"), "stable-diffusion-3",
     {"transformer": DENOISER, "vae": "first_stage_model.", "text_encoder": CLIP_L,
      "text_encoder_2": "text_encoders.clip_g.transformer.",
      "text_encoder_3": "text_encoders.t5xxl.transformer."},
@@ -54,10 +58,10 @@ FLUX = Layout(
     "FluxPipeline", "double_blocks.0.img_mod.lin.", ("flux",), "flux-1", {"transformer": ""}
 )
 Z_IMAGE = Layout(
-    "ZImagePipeline", "layers.0.adaLN_modulation.0.", ("z-image", "z_image", "lumina"), "z-image",
-    {"transformer": ""},
+    "ZImagePipeline", "layers.0.adaLN_modulation.0.",
+    ("z-image", "z_image", "zimage", "lumina"), "z-image", {"transformer": ""},
 )  # fmt: skip
-LAYOUTS = (SDXL, SD1, SD2, SD3, FLUX, Z_IMAGE)
+LAYOUTS = (SDXL, SD1, SD2, SD_TURBO, SD3, FLUX, Z_IMAGE)
 
 
 def layout_of(names: Iterable[str]) -> Layout | None:

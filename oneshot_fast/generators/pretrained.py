@@ -38,6 +38,7 @@ class PipelineFolder:
     Attributes:
         stored: Type of each network's weights, by name; float32 where it is mixed or unknown.
         names: What it says that it was made of, beside its own name.
+        absent: Names of networks and tokenizers that it goes without.
         use: What the folder says that it has to be used with, of "timestep", at which the one step
             begins, and "embedded_guidance".
     """
@@ -78,7 +79,7 @@ class PipelineFolder:
         tokenizers = {part.replace("text_encoder", "tokenizer") for part in absent}
         for name in ("scheduler", *self._classes, *named):
             _refuse_damaged(self._place(name) / name)
-        self._absent = absent | {name for name in tokenizers if not any(index.get(name) or ())}
+        self.absent = absent | {name for name in tokenizers if not any(index.get(name) or ())}
         held = [part for part in self._classes if part not in given]
         weights = {part: _weights(self._place(part) / part, variant) for part in held}
         self._variants = {part: chosen for part, (chosen, _) in weights.items()}
@@ -102,7 +103,7 @@ class PipelineFolder:
         Raises:
             ModelError: If it cannot be read, or a weight is missing, unknown or of another shape.
         """
-        networks, wrong = dict[str, Any](given) | dict.fromkeys(self._absent), None
+        networks, wrong = dict[str, Any](given) | dict.fromkeys(self.absent), None
         for part in self._classes.keys() - given.keys():
             networks[part], misfit = self._load(part, None if part in _KEPT else dtype)
             wrong = wrong or (None if part in _KEPT else misfit)

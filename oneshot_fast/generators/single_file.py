@@ -11,13 +11,13 @@ import diffusers
 import torch
 from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-from diffusers.loaders.single_file_utils import SD_2_TEXT_ENCODER_KEYS_TO_IGNORE as _OF_SD2
+from diffusers.loaders.single_file_utils import SD_2_TEXT_ENCODER_KEYS_TO_IGNORE
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from oneshot_fast.errors import ModelError, one_line, refused
 from oneshot_fast.generators.base import LoadOptions
-from oneshot_fast.generators.layouts import DENOISER, LAYOUTS, SD2, layout_of
+from oneshot_fast.generators.layouts import DENOISER, LAYOUTS, SD2, SD_TURBO, layout_of
 from oneshot_fast.generators.pretrained import (
     PipelineFolder,
     open_folder,
@@ -29,7 +29,13 @@ from oneshot_fast.runtime.ledger import say
 from oneshot_fast.runtime.processes import is_main
 from oneshot_fast.runtime.tensor_files import common_dtype, misfit, read_header
 
-_NO_WEIGHTS = ("position_ids", "logit_scale")  # of CLIP, which encode no text
+# of CLIP, which encode no text, and what diffusers leaves out of SD2's
+_NO_WEIGHTS = ("position_ids", "logit_scale")
+_OF_SD2 = {
+    name.replace(SD2.mark, layout.mark)
+    for layout in (SD2, SD_TURBO)
+    for name in SD_2_TEXT_ENCODER_KEYS_TO_IGNORE
+}
 # parts, by their numbers of values, that diffusers makes of a tensor that is joined
 _JOINED = {".in_proj_": (1, 1, 1), ".qkv.": (1, 1, 1), ".linear1.": (1, 1, 1, 4)}
 
@@ -167,7 +173,7 @@ class PipelineFile:
         self, own: Sequence[str], dtype: torch.dtype | None, given: Mapping[str, nn.Module]
     ) -> Any:
         """The pipeline, with its networks ``own`` from the file."""
-        kind, rest, networks = self._family.pipeline, self._rest, dict(given)
+        kind, rest, networks = self._family.pipeline, self._rest, dict[str, Any](given)
         place = self.model_config if rest is None else str(rest.folder)
         for part in self._family.parts[:2]:  # denoiser and VAE
             if part in own and place is not None:
@@ -175,6 +181,7 @@ class PipelineFile:
         if rest is not None and not {*own} - networks.keys():
             return rest.read(dtype, **networks)
         if rest is not None:
+            networks |= dict.fromkeys(rest.absent)
             for part in self.stored.keys() - {*self._own} - networks.keys():
                 networks[part] = rest.network(part, dtype)
         how = {"dtype": dtype or torch.float32, **self._known}
@@ -309,7 +316,8 @@ def scheduler_of_file(source: PipelineFile, config: Any) -> Any:
             if key not in config.config.get("_use_default_values", ()):
                 note(key, config.config[key], f"--model_config {source.model_config}")
     words = {key: value for key, (value, _) in said.items()}
-    if source.layout is SD2 and source.model_config is None and "prediction_type" not in words:
+    is_open = source.layout in (SD2, SD_TURBO) and "prediction_type" not in words
+    if is_open and source.model_config is None:
         raise ModelError(
             "it does not say whether it predicts epsilon (as SD-Turbo) or v: give the folder of a "
             "whole pipeline that does by --model_config"

@@ -273,7 +273,7 @@ def test_all_commands_take_it_and_diffusers_reads_what_they_save(
     narrow_flux(monkeypatch)
     one = " --save_single_file" * (name in ONE_FILE)
     steps = "--num_inference_steps 2" if name == "LatentConsistencyModelPipeline" else ""
-    given = f"--model_id {model} --resolution {side} --num_images 0"
+    file = f"{tmp_path}/em/checkpoint-final.safetensors --model_config {model}"
     commands = {
         "em": f"--initial_model_id {model} --resolution {side} --data_root {pairs} "
         f"--work_dir {tmp_path}/em --num_cycles 1 --assign_steps 1 --train_epochs 1 --num_images 0 "
@@ -281,7 +281,8 @@ def test_all_commands_take_it_and_diffusers_reads_what_they_save(
         "sft": f"--model_id {model} --manifest_path {tmp_path}/em/cycle-01/assign/manifest.jsonl "
         f"--output_dir {tmp_path}/sft --epochs 1 --batch_size 2 --preserve_pool_size 2 --lr 0.01 "
         "--gradient_checkpointing" + one,
-        "optimize": f"{given} --output_dir {tmp_path}/best --steps 1 --prompt {PROMPTS[0]!r} "
+        "optimize": f"--model_id {file if one else model} --resolution {side} --num_images 0 "
+        f"--output_dir {tmp_path}/best --steps 1 --prompt {PROMPTS[0]!r} "
         "--reward python:optimize_samples.contrast",
     }
     for command, flags in commands.items():
@@ -296,8 +297,8 @@ def test_all_commands_take_it_and_diffusers_reads_what_they_save(
         torch.testing.assert_close(found, called(pipe, eps), rtol=0, atol=1e-5)
         assert (found - made(before, eps)).abs().max() > 1e-4
         if one:
-            file = saved.with_suffix(".safetensors")
-            single = from_one_file(pipe, file, model if name in WHOLE else saved)
+            place = model if name in WHOLE else saved
+            single = from_one_file(pipe, saved.with_suffix(".safetensors"), place)
             torch.testing.assert_close(called(single, eps), found, rtol=0, atol=1e-5)
     lora = LoraFile.parse(f"{tmp_path}/em/cycle-01/sft/lora-final")
     merged = made(load_generator(model, lora=(lora,)), eps)

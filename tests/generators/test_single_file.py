@@ -24,6 +24,8 @@ from torch import Tensor
 from oneshot_fast.errors import ModelError, UserError
 from oneshot_fast.generators.base import LoadOptions
 from oneshot_fast.generators.loading import load_generator
+from oneshot_fast.generators.lora_files import LoraFile
+from oneshot_fast.generators.original_layout import unet_name
 from oneshot_fast.generators.sd import SdGenerator
 from oneshot_fast.generators.single_file import PipelineFile, scheduler_of_file
 
@@ -62,6 +64,12 @@ def spoiled(file: Path, place: Path, *without: str, header: Any = None, **more: 
     return place
 
 
+def without_t5(folder: Path, place: Path) -> Path:
+    less = {"text_encoder_3": None, "tokenizer_3": None}
+    StableDiffusion3Pipeline.from_pretrained(folder, **less).save_pretrained(place)
+    return place
+
+
 def assert_equal(one: Any, other: Any) -> None:
     old, new = one.state_dict(), other.state_dict()
     assert old.keys() == new.keys()
@@ -89,6 +97,16 @@ def test_sd2_has_a_last_layer_that_nothing_uses(files: Any) -> None:
     assert layers == {*range(24)}
     for name in [name for name in tensors if name.startswith(f"{begin}23.")]:
         assert torch.equal(tensors[name], tensors[name.replace("s.23.", "s.22.")])
+
+
+def test_sd_turbo_is_read_with_the_names_of_its_release(files: Any, tmp_path: Path) -> None:
+    folder, file = files[SD2]
+    names = {"cond_stage_model": "conditioner.embedders.0"}
+    begin = next(iter(names))
+    turbo = {k.replace(begin, names[begin], 1): v for k, v in load_file(file).items()}
+    save_file(turbo, tmp_path / "sd_turbo.safetensors")
+    read = load_generator(tmp_path / "sd_turbo.safetensors", model_config=str(folder))
+    assert read.fingerprint() == load_generator(folder).fingerprint()
 
 
 def test_sd2_that_does_not_say_what_it_predicts_is_refused(files: Any, tmp_path: Path) -> None:
@@ -130,6 +148,10 @@ def test_what_a_file_lacks_comes_from_the_folder(files: Any, tmp_path: Path) -> 
     for part in ("vae", "text_encoder_3"):
         (old,), (new,) = (f.glob(f"{part}/*.safetensors") for f in (folder, tmp_path / "saved"))
         assert old.read_bytes() == new.read_bytes()
+    bare = load_generator(without_t5(folder, tmp_path / "two"))
+    bare.save_single_file(tmp_path / "two")
+    read = load_generator(tmp_path / "two.safetensors", model_config=str(tmp_path / "two"))
+    assert read.fingerprint() == bare.fingerprint() != expected
     (rest / "transformer/config.json").unlink()
     with pytest.raises(ModelError, match=r"^cannot use model [^\n]+$"):
         load_generator(less, model_config=str(rest))
@@ -154,13 +176,42 @@ def test_a_transformer_alone_is_a_file_that_diffusers_reads(
         assert load_generator(form, model_config=str(folder)).fingerprint() == expected
 
 
-def test_a_denoiser_with_diffusers_names_is_read(tmp_path: Path) -> None:
-    for name in ("StableDiffusionXLPipeline", "SanaSprintPipeline"):
-        tiny_pipeline(name).save_pretrained(tmp_path / name)
-        expected = load_generator(tmp_path / name)
-        (own,) = (tmp_path / name / expected.parts[0]).glob("*.safetensors")  # type: ignore[attr-defined]
-        read = load_generator(own, model_config=str(tmp_path / name))
+def test_a_denoiser_alone_is_read_with_diffusers_names(tmp_path: Path) -> None:
+    several = {"several_steps": True}
+    for name in (
+        "StableDiffusionXLPipeline",
+        "LatentConsistencyModelPipeline",
+        "SanaSprintPipeline",
+    ):
+        folder = tmp_path / name
+        tiny_pipeline(name).save_pretrained(folder)
+        expected: Any = load_generator(folder, **several)
+        (own,) = (folder / expected.parts[0]).glob("*.safetensors")
+        read = load_generator(own, model_config=str(folder), **several)
         assert read.fingerprint() == expected.fingerprint()
+        if name == "StableDiffusionXLPipeline":  # and with those of its release
+            unet = {unet_name(k, expected.denoiser): v for k, v in load_file(own).items()}
+            save_file(unet, tmp_path / "unet.safetensors")
+            other = load_generator(tmp_path / "unet.safetensors", model_config=str(folder))
+            assert other.fingerprint() == expected.fingerprint()
+
+
+def test_a_pixart_alone_is_refused(tmp_path: Path) -> None:
+    tiny_pipeline("PixArtAlphaPipeline").save_pretrained(tmp_path / "all")
+    (own,) = (tmp_path / "all/transformer").glob("*.safetensors")
+    with pytest.raises(ModelError, match="no single file of a PixArtTransformer2DModel; put it in"):
+        load_generator(own, model_config=str(tmp_path / "all"))
+
+
+def test_a_lora_is_merged_into_a_transformer_alone(files: Any, tmp_path: Path) -> None:
+    folder, file = files["FluxPipeline"]
+    rows = {"lora_A": torch.ones(2, WIDTH), "lora_B": torch.ones(WIDTH, 2)}
+    name = "transformer.single_transformer_blocks.0.attn.to_q"
+    save_file({f"{name}.{k}.weight": v for k, v in rows.items()}, tmp_path / "lora.safetensors")
+    lora = (LoraFile(tmp_path / "lora.safetensors"),)
+    one = load_generator(file, model_config=str(folder), lora=lora)
+    assert one.fingerprint() == load_generator(folder, lora=lora).fingerprint()
+    assert one.fingerprint() != load_generator(folder).fingerprint()
 
 
 def test_other_tensors_of_a_file_are_told_of(
@@ -200,6 +251,10 @@ REFUSED: dict[str, tuple[str, Spoil, str]] = {
     "left over": (
         "ZImagePipeline", lambda f, p: spoiled(f, p, layers__0__extra__weight=ONES),
         "of another model: transformer has an unknown layers.0.extra.weight",
+    ),
+    "unused": (
+        "FluxPipeline", lambda f, p: spoiled(f, p, extra__weight=ONES),
+        "of another model: transformer has no use for extra.weight",
     ),
     "another width": (
         SD3, lambda f, p: spoiled(f, p, model__diffusion_model__context_embedder__bias=ONES[0]),
