@@ -9,10 +9,12 @@ namespace osf::OSF_ISA {
 namespace {
 
 // sum[MR, NR vectors] += A[MR, K] B[K, NR vectors], K in pairs; with TA the memory of A is [K, MR].
+// What is needed next, [MR, K] at `ahead` unless it is null, comes into the caches meanwhile.
 template <bool TA, int MR, int NR>
 OSF_INLINE void add_pairs(int64_t K, const uint32_t* A, int64_t lda, const uint32_t* B, int64_t ldb,
-                          __m512 (&sum)[MR][NR]) {
+                          const uint32_t* ahead, __m512 (&sum)[MR][NR]) {
   for (int64_t k = 0; k < K; ++k) {
+    if (ahead) __builtin_prefetch(ahead + MR * k);
     __m512bh b[NR];
 #pragma GCC unroll 4
     for (int j = 0; j < NR; ++j) b[j] = (__m512bh)_mm512_loadu_si512(B + k * ldb + 16 * j);
@@ -30,13 +32,14 @@ OSF_INLINE Vector<uint32_t> rounded(__m512 x) {
   return __builtin_convertvector((Halves)_mm512_cvtneps_pbh(x), Vector<uint32_t>);
 }
 
-// Rows 2 r and 2 r + 1 of C[M, NR vectors] = op(A) B as pairs; M is a multiple of 4.
+// Rows 2 r and 2 r + 1 of C[M, NR vectors] = op(A) B as pairs; M is a multiple of 4. What is needed
+// next, [M, K], is at `ahead` unless it is null.
 template <int NR, bool TA>
 void product_to_pairs(int64_t M, int64_t K, const uint32_t* A, int64_t lda, const uint32_t* B,
-                      int64_t ldb, uint32_t* C, int64_t ldc) {
+                      int64_t ldb, const uint32_t* ahead, uint32_t* C, int64_t ldc) {
   const auto rows = [&]<int MR>(int64_t m) {
     __m512 sum[MR][NR] = {};
-    add_pairs<TA>(K, TA ? A + m : A + m * lda, lda, B, ldb, sum);
+    add_pairs<TA>(K, TA ? A + m : A + m * lda, lda, B, ldb, ahead ? ahead + m * K : nullptr, sum);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i += 2)
 #pragma GCC unroll 4
@@ -62,7 +65,7 @@ inline void product_of_pairs(int64_t M, int64_t N, int64_t K, const uint32_t* A,
 #pragma GCC unroll 4
       for (int j = 0; j < NR; ++j)
         if (accumulate) sum[i][j] = _mm512_loadu_ps(c + i * ldc + 16 * j);
-    add_pairs<true>(K, A + m, lda, B + n, ldb, sum);
+    add_pairs<true>(K, A + m, lda, B + n, ldb, nullptr, sum);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4

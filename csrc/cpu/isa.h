@@ -77,21 +77,57 @@ OSF_INLINE Vector<T> lane_numbers() {
   }(std::make_integer_sequence<int, kLanes<T>>{});
 }
 
+// Lanes of a and of b, whose numbers go on where those of a end
+template <int... lane, class V>
+OSF_INLINE V pick(V a, V b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  typedef decltype(a < a) Mask;
+  return __builtin_shuffle(a, b, Mask{lane...});
+#endif
+}
+
 // Exchanges, for every lane l with bit h set, lane l of a with lane l - h of b.
 template <int h, class V>
 OSF_INLINE void exchange(V& a, V& b) {
   constexpr int n = sizeof(V) / sizeof(a[0]);
   [&]<int... l>(std::integer_sequence<int, l...>) {
-#ifdef __clang__
-    const V c = __builtin_shufflevector(a, b, (l & h ? n + l - h : l)...);
-    b = __builtin_shufflevector(a, b, (l & h ? n + l : l + h)...);
-#else
-    typedef decltype(a < a) Mask;
-    const V c = __builtin_shuffle(a, b, Mask{(l & h ? n + l - h : l)...});
-    b = __builtin_shuffle(a, b, Mask{(l & h ? n + l : l + h)...});
-#endif
+    const V c = pick<(l & h ? n + l - h : l)...>(a, b);
+    b = pick<(l & h ? n + l : l + h)...>(a, b);
     a = c;
   }(std::make_integer_sequence<int, n>{});
+}
+
+// Pairs in a and then b: their first halves in a, their second halves in b; zip is the inverse.
+template <class V>
+OSF_INLINE void unzip(V& a, V& b) {
+  [&]<int... l>(std::integer_sequence<int, l...>) {
+    const V c = pick<(2 * l)...>(a, b);
+    b = pick<(2 * l + 1)...>(a, b);
+    a = c;
+  }(std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>{});
+}
+template <class V>
+OSF_INLINE void zip(V& a, V& b) {
+  constexpr int n = sizeof(V) / sizeof(a[0]);
+  [&]<int... l>(std::integer_sequence<int, l...>) {
+    const V c = pick<(l / 2 + l % 2 * n)...>(a, b);
+    b = pick<((n + l) / 2 + l % 2 * n)...>(a, b);
+    a = c;
+  }(std::make_integer_sequence<int, n>{});
+}
+
+// Transposes n x n elements, of one or more lanes each, whose rows are vectors: exchanges the
+// off-diagonal blocks of h x h, then those of h / 2, ...
+template <int element = 1, int n, class V, int h = n / 2>
+OSF_INLINE void transpose(V (&rows)[n]) {
+  if constexpr (h > 0) {
+#pragma GCC unroll 16
+    for (int r = 0; r < n; ++r)
+      if (!(r & h)) exchange<h * element>(rows[r], rows[r + h]);
+    transpose<element, n, V, h / 2>(rows);
+  }
 }
 
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -16,12 +16,48 @@ void rotate(bool transposed, int64_t D, int64_t columns, const T* q, const T* x,
   }
 }
 
+// Patches of 2 x 2 in latents of 4 channels have 16 elements each, whose sums stay in registers, so
+// that nothing is gathered. The sums are those of the general way, bit by bit.
+template <class T>
+bool fits_registers(const PatchGrid& grid) {
+  return OSF_VECTOR_BYTES == 64 && grid.p == 2 && grid.C == 4 &&
+         grid.tile_columns() % kLanes<T> == 0;
+}
+
+// The patches [n0, n1), as many as fill vectors; q in memory is [16, 16]
+template <bool TA, class T>
+void rotate_in_registers(const PatchGrid& grid, int64_t b, int64_t g, int64_t n0, int64_t n1,
+                         const T* q, const T* x, T* y) {
+  for_each_run(grid, b, g, n0, n1, [&](int64_t, int64_t count, int64_t offset) {
+    for (int64_t j = 0; j < count; j += kLanes<T>) {
+      const auto line = [&](int k) { return offset + grid.row(k / 2, k % 2) + 2 * j; };
+      Vector<T> sum[16] = {};
+      for (int k = 0; k < 8; ++k) {
+        Vector<T> first = load(x + line(k)), second = load(x + line(k) + kLanes<T>);
+        unzip(first, second);
+        const T* a = q + 2 * k * (TA ? 16 : 1);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) sum[i] += a[TA ? i : 16 * i] * first;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) sum[i] += a[TA ? 16 + i : 16 * i + 1] * second;
+      }
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) {
+        zip(sum[2 * k], sum[2 * k + 1]);
+        store(y + line(k), sum[2 * k]);
+        store(y + line(k) + kLanes<T>, sum[2 * k + 1]);
+      }
+    }
+  });
+}
+
 template <int P, class S>
 void run(const Threads& threads, const PatchGrid& grid, const S* x, const Matrices& q, S* out) {
   using T = Accumulator<S>;
   constexpr int64_t ld = kTileColumns<T>;
   const int64_t D = grid.dim(), N = grid.tile_patches(), blocks = ceil_div(N, ld);
   const int64_t grain = ceil_div(1 << 18, D * D * ld);
+  const bool in_registers = fits_registers<T>(grid);
   parallel_for(threads, grid.B * grid.tiles() * blocks, grain, [&](int64_t i0, int64_t i1) {
     Buffer<T> memory(2 * D * ld + (sizeof(S) < sizeof(T) ? D * D : 0));
     T *columns = memory, *rotated = columns + D * ld, *wide = rotated + D * ld;
@@ -41,6 +77,13 @@ void run(const Threads& threads, const PatchGrid& grid, const S* x, const Matric
       } else {
         m = matrix;
       }
+      if constexpr (P == 2 && __is_same(S, T))
+        if (in_registers) {
+          const auto rotate =
+              q.transposed ? rotate_in_registers<true, T> : rotate_in_registers<false, T>;
+          rotate(grid, b, g, n0, n1, m, x, out);
+          continue;
+        }
       gather_columns<P>(grid, b, g, n0, n1, x, columns, ld);
       rotate<T>(q.transposed, D, round_up(n1 - n0, kLanes<T>), m, columns, rotated, ld);
       scatter_columns<P>(grid, b, g, n0, n1, rotated, ld, out);
@@ -67,16 +110,19 @@ void run_pairs(const Threads& threads, const PatchGrid& grid, const void* x, con
       const int64_t at = i / blocks * q.stride;
       const uint16_t* const matrix = static_cast<const uint16_t*>(q.data) + at;
       gather_columns<P>(grid, b, g, n0, n1, static_cast<const uint32_t*>(x), columns, ld);
-      const auto product = [&]<bool TA>(const uint32_t* A, int64_t lda) {
+      const auto product = [&]<bool TA>(const uint32_t* A, int64_t lda, const uint32_t* ahead) {
         const auto run = n1 - n0 > ld / 2 ? product_to_pairs<2, TA> : product_to_pairs<1, TA>;
-        run(D, D / 2, A, lda, columns, ld, rotated, ld);
+        run(D, D / 2, A, lda, columns, ld, ahead, rotated, ld);
       };
+      // a small matrix is at hand soon enough
+      const bool small = D <= 64;
+      const auto rows = reinterpret_cast<const uint32_t*>(matrix);  // [D, D / 2]
       if (!q.transposed) {
-        product.template operator()<false>(reinterpret_cast<const uint32_t*>(matrix), D / 2);
+        product.template operator()<false>(rows, D / 2, small ? nullptr : rows + 8 * (D / 2));
       } else {
         if (at != in_pairs) pair_rows(D / 2, D, matrix, D, paired, D);
         in_pairs = at;
-        product.template operator()<true>(paired, D);
+        product.template operator()<true>(paired, D, small ? nullptr : rows + q.stride / 2);
       }
       scatter_columns<P>(grid, b, g, n0, n1, rotated, ld, static_cast<uint32_t*>(out));
     }

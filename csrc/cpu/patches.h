@@ -72,15 +72,39 @@ void scatter_columns(const PatchGrid& grid, int64_t b, int64_t g, int64_t n0, in
 template <int P, class S, class T>
 void gather_rows(const PatchGrid& grid, int64_t b, int64_t g, int64_t n0, int64_t n1,
                  const S* __restrict x, T* __restrict rows, int64_t ld) {
-  const int64_t p = P ? P : grid.p;
+  const int64_t p = P ? P : grid.p, lines = grid.C * p;
   for_each_run(grid, b, g, n0, n1, [&](int64_t n, int64_t count, int64_t offset) {
-    for (int64_t c = 0; c < grid.C; ++c)
-      for (int64_t i = 0; i < p; ++i) {
-        const S* src = x + offset + grid.row(c, i);
-        T* dst = rows + n * ld + (c * p + i) * p;
-        for (int64_t j = 0; j < count; ++j)
+    // p elements of every patch from each line
+    const auto line = [&](int64_t l) { return x + offset + grid.row(l / p, l % p); };
+    const auto copy = [&](int64_t l0, int64_t l1, int64_t j0) {
+      for (int64_t l = l0; l < l1; ++l) {
+        const S* src = line(l);
+        T* dst = rows + n * ld + l * p;
+        for (int64_t j = j0; j < count; ++j)
           for (int64_t k = 0; k < p; ++k) dst[j * ld + k] = widen(src[j * p + k]);
       }
+    };
+    int64_t l = 0;
+    // where a vector has p elements of four patches or more, they are transposed in registers
+    constexpr int kWords = __is_same(S, T) ? P * sizeof(S) / sizeof(uint32_t) : 0;
+    if constexpr (kWords > 0 && kWords <= kLanes<uint32_t> / 4) {
+      constexpr int size = kLanes<uint32_t> / kWords;
+      for (; l + size <= lines; l += size) {
+        int64_t j = 0;
+        for (; j + size <= count; j += size) {
+          Vector<uint32_t> v[size];
+#pragma GCC unroll 16
+          for (int i = 0; i < size; ++i)
+            v[i] = load(reinterpret_cast<const uint32_t*>(line(l + i) + j * P));
+          transpose<kWords>(v);
+#pragma GCC unroll 16
+          for (int i = 0; i < size; ++i)
+            store(reinterpret_cast<uint32_t*>(rows + (n + j + i) * ld + l * P), v[i]);
+        }
+        copy(l, l + size, j);
+      }
+    }
+    copy(l, lines, 0);
   });
 }
 

@@ -23,19 +23,7 @@ struct Tile {
 #pragma GCC unroll 16
     for (int r = 0; r < kSize; ++r) rows[r] = lane_numbers<T>() > T(r) ? other.rows[r] : rows[r];
   }
-  OSF_INLINE void transpose() { swap_blocks<kSize / 2>(); }
-
- private:
-  // Exchanges the off-diagonal blocks of h x h, then those of h / 2, ...
-  template <int h>
-  OSF_INLINE void swap_blocks() {
-    if constexpr (h > 0) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kSize; ++r)
-        if (!(r & h)) exchange<h>(rows[r], rows[r + h]);
-      swap_blocks<h / 2>();
-    }
-  }
+  OSF_INLINE void transpose() { OSF_ISA::transpose(rows); }
 };
 
 // D x D matrices padded to whole vectors in both directions; what lies beyond D is never read into

@@ -44,13 +44,17 @@ struct OuterPlan {
   }
 };
 
-// Walks over the panels of TN patches of the parts [first, last), of which two stages are kept:
-// fetch(stage) begins to copy the panel whose offsets are origins[stage], and f(stage) uses it once
-// it is there, while the next one is on its way. Every thread of the block takes part.
-template <int TN, class Fetch, class F>
+// Walks over the panels X of TN patches of the parts [first, last), two of a and b at a time: while
+// f(panel of a, panel of b) uses those that are there the next ones are on their way. Every thread
+// of the block takes part.
+template <class X, int TN, class S, class F>
 __device__ __forceinline__ void for_each_panel(const Tiles& tiles, const OuterPlan& plan,
                                                const OuterPlan::Block& block,
-                                               int64_t (&origins)[2][TN], Fetch fetch, F f) {
+                                               const S* __restrict__ a,  // [B, C, H, W]
+                                               const S* __restrict__ b,  // [B, C, H, W]
+                                               S* panels,                // [2, 2, X::kElements]
+                                               int64_t (&origins)[2][TN], F f) {
+  const auto panel = [&](int stage, int i) { return panels + (2 * stage + i) * X::kElements; };
   int64_t part = block.first - 1, n0 = 0, end = 0, origin = 0;
   for (int stage = 0, count = 0;; stage = 1 - stage, ++count) {
     for (n0 += TN; n0 >= end && ++part < block.last;) {
@@ -63,8 +67,11 @@ __device__ __forceinline__ void for_each_panel(const Tiles& tiles, const OuterPl
     if (more) locate<TN>(tiles, origin, n0, origins[stage]);
     wait_for_copies();
     __syncthreads();
-    if (more) fetch(stage);
-    if (count > 0) f(1 - stage);
+    if (more) {
+      X::fetch(tiles, origins[stage], a, block.m0, panel(stage, 0));
+      X::fetch(tiles, origins[stage], b, block.n0, panel(stage, 1));
+    }
+    if (count > 0) f(panel(1 - stage, 0), panel(1 - stage, 1));
     if (!more) break;
   }
 }
@@ -139,43 +146,35 @@ __global__ void __launch_bounds__(kPatchThreads, sizeof(S) == 8 ? 2 : 4)
   constexpr int kPanels = 4 * X::kElements * sizeof(S), kSums = kGroups * TD * TD * sizeof(T);
   __shared__ __align__(16) unsigned char memory[kPanels > kSums ? kPanels : kSums];
   __shared__ int64_t origins[2][TN];
-  const auto panel = [&](int i, int stage) {
-    return reinterpret_cast<S*>(memory) + (2 * stage + i) * X::kElements;
-  };
+  S* const panels = reinterpret_cast<S*>(memory);
   T* const sums = reinterpret_cast<T*>(memory);
   const int group = threadIdx.x / (kRows * kColumns), place = threadIdx.x % (kRows * kColumns);
   const int m = place / kColumns * E, n = place % kColumns * E;
   for (int64_t work = blockIdx.x; work < plan.blocks(); work += gridDim.x) {
     const OuterPlan::Block block = plan.block<TD>(work);
     T sum[RM / E][RN / E][E][E] = {};
-    for_each_panel(
-        tiles, plan, block, origins,
-        [&](int stage) {
-          X::fetch(tiles, origins[stage], a, block.m0, panel(0, stage));
-          X::fetch(tiles, origins[stage], b, block.n0, panel(1, stage));
-        },
-        [&](int stage) {
+    const auto add = [&](const S* panel_a, const S* panel_b) {
 #pragma unroll 1
-          for (int k = group * kNext; k < TN; k += kGroups * kNext) {
-            T right[RN / E][E][kNext];
+      for (int k = group * kNext; k < TN; k += kGroups * kNext) {
+        T right[RN / E][E][kNext];
 #pragma unroll
-            for (int j = 0; j < RN / E; ++j)
-              X::read(panel(1, stage), n + j * kColumns * E, k, right[j]);
+        for (int j = 0; j < RN / E; ++j) X::read(panel_b, n + j * kColumns * E, k, right[j]);
 #pragma unroll
-            for (int i = 0; i < RM / E; ++i) {
-              T left[E][kNext];
-              X::read(panel(0, stage), m + i * kRows * E, k, left);
+        for (int i = 0; i < RM / E; ++i) {
+          T left[E][kNext];
+          X::read(panel_a, m + i * kRows * E, k, left);
 #pragma unroll
-              for (int j = 0; j < RN / E; ++j)
+          for (int j = 0; j < RN / E; ++j)
 #pragma unroll
-                for (int e = 0; e < E; ++e)
+            for (int e = 0; e < E; ++e)
 #pragma unroll
-                  for (int f = 0; f < E; ++f)
+              for (int f = 0; f < E; ++f)
 #pragma unroll
-                    for (int l = 0; l < kNext; ++l) sum[i][j][e][f] += left[e][l] * right[j][f][l];
-            }
-          }
-        });
+                for (int l = 0; l < kNext; ++l) sum[i][j][e][f] += left[e][l] * right[j][f][l];
+        }
+      }
+    };
+    for_each_panel<X>(tiles, plan, block, a, b, panels, origins, add);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < RM; ++i)
@@ -297,23 +296,15 @@ __global__ void __launch_bounds__(kPatchThreads, 4)
   constexpr int kPanels = 4 * X::kElements * 2, kSums = TD * LD * 4;
   __shared__ __align__(128) unsigned char memory[kPanels > kSums ? kPanels : kSums];
   __shared__ int64_t origins[2][TN];
-  const auto panel = [&](int i, int stage) {
-    return reinterpret_cast<S*>(memory) + (2 * stage + i) * X::kElements;
-  };
+  S* const panels = reinterpret_cast<S*>(memory);
   float* const sums = reinterpret_cast<float*>(memory);
   for (int64_t work = blockIdx.x; work < plan.blocks(); work += gridDim.x) {
     const OuterPlan::Block block = plan.block<TD>(work);
     TensorTile<S> sum;
-    for_each_panel(
-        tiles, plan, block, origins,
-        [&](int stage) {
-          X::fetch(tiles, origins[stage], a, block.m0, panel(0, stage));
-          X::fetch(tiles, origins[stage], b, block.n0, panel(1, stage));
-        },
-        [&](int stage) {
-          sum.template add<TN, X::kByPatch, !X::kByPatch>(panel(0, stage), X::kRow, panel(1, stage),
-                                                          X::kRow);
-        });
+    const auto add = [&](const S* panel_a, const S* panel_b) {
+      sum.template add<TN, X::kByPatch, !X::kByPatch>(panel_a, X::kRow, panel_b, X::kRow);
+    };
+    for_each_panel<X>(tiles, plan, block, a, b, panels, origins, add);
     __syncthreads();
     sum.store(sums, LD);
     __syncthreads();

@@ -45,6 +45,9 @@ class OpSpec:
 below_autograd = torch._C._AutoDispatchBelowAutograd
 transforming = torch._C._are_functorch_transforms_active
 casting = torch._C._is_any_autocast_enabled
+compiling = torch.compiler.is_compiling
+differentiating = torch.is_grad_enabled
+requires_grad = torch._C._any_requires_grad
 
 
 def define(
@@ -71,7 +74,8 @@ def define(
 
     In eager mode the returned function takes the same rules through an ``autograd.Function`` of its
     own and skips the dispatcher's autograd key, which is written in Python and costs more than a
-    small op. That function has forward-mode derivatives and composes with ``torch.func``.
+    small op. There are two: one has forward-mode derivatives and composes with ``torch.func``, the
+    other serves where neither is asked for, and costs less.
 
     Where no kernel can serve (another device, or CUDA without kernels or ``cuda``), ``reference``
     does; the gradients' ops have none, since torch differentiates the reference.
@@ -101,30 +105,42 @@ def define(
             outputs = output if isinstance(output, tuple) else (output,)
             ctx.zeros = [t.new_zeros(()).expand(t.shape) for t in outputs]
 
+    def plain_forward(ctx: Any, *args: Any) -> Any:
+        with below_autograd():
+            output = direct(*args)
+        setup_context(ctx, args, output)
+        return output
+
     rules = {"forward": forward, "setup_context": setup, "backward": backward, "vmap": vmap}
-    rules["jvp"] = partial(_jvp, backward)
-    function: Any = type(
-        name, (torch.autograd.Function,), {key: staticmethod(rule) for key, rule in rules.items()}
-    )
-    # past the Python method of the same name, which inspects the signature of forward every time
-    apply = super(torch.autograd.Function, function).apply
+    function = _function(name, rules | {"jvp": partial(_jvp, backward)})
+    plain = _function(name, {"forward": plain_forward, "backward": backward})
+    # past the Python method of the same name, which inspects the signature of forward every time,
+    # and past the node's, which only looks for backward
+    apply = super(torch.autograd.Function, plain).apply
+    plain._backward_cls.apply = backward
 
     def call(*args: Any) -> Any:
         first = args[0]
         if not first.is_cpu and reference is not None and not _has_kernel(name, first, cuda):
             return reference(*args)
-        if torch.compiler.is_compiling():
+        if compiling():
             return op(*_cast(autocast, args))
         if casting():
             args = _cast(autocast, args)
         if transforming() or forward_ad._current_level >= 0:
             return function.apply(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if differentiating() and requires_grad(*args):
             return apply(*args)
         with below_autograd():
             return direct(*args)
 
     return call
+
+
+def _function(name: str, rules: dict[str, Callable[..., Any]]) -> Any:
+    """A subclass of ``autograd.Function`` with these static methods."""
+    methods = {key: staticmethod(rule) for key, rule in rules.items()}
+    return type(name, (torch.autograd.Function,), methods)
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:

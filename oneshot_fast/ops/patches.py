@@ -123,21 +123,21 @@ def _gradients_fake(grad: Tensor, x: Tensor, q: Tensor, p: int) -> tuple[Tensor,
 
 def _keep_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Each of the two is needed for the gradient of the other only."""
-    a, b, p, *leading = inputs
-    needs = ctx.needs_input_grad
+    a, b = inputs[:2]
     if forward_ad._current_level >= 0:
         save(ctx, a, b)
     else:
+        needs = ctx.needs_input_grad
         ctx.save_for_backward(a if needs[1] else None, b if needs[0] else None)
-    ctx.options = p, leading[0] if leading else list(b.shape[:-2])
+    ctx.options = inputs[2], b.shape
 
 
 def _rotate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (x, q), (p, leading), needs = ctx.saved_tensors, ctx.options, ctx.needs_input_grad
+    (x, q), (p, q_shape), needs = ctx.saved_tensors, ctx.options, ctx.needs_input_grad
     if needs[0] and needs[1]:
         return *_rotate_gradients(grad, x, q, p), None
     d_x = patch_rotate(grad, q.mT, p) if needs[0] else None
-    return d_x, _outer(grad, x, p, leading) if needs[1] else None, None
+    return d_x, _outer(grad, x, p, list(q_shape[:-2])) if needs[1] else None, None
 
 
 def _gradients_backward(ctx: Any, u: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:

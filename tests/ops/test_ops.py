@@ -162,6 +162,15 @@ def test_batch_mates_do_not_change_a_bit(spec, case, poison, device):
     assert_equal(alone, [result[1:2] for result in together])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_patches_does_not_change_a_bit(dtype):
+    """Rows of 32 elements are whole vectors of patches, which a CPU may take in another way."""
+    x, q = torch.randn(2, 4, 4, 32).to(dtype), torch.randn(2, 16, 16).to(dtype)
+    for matrices in (q, q.mT):
+        rotated = ops.patch_rotate(x, matrices, 2)
+        assert_equal([ops.patch_rotate(x[..., :24], matrices, 2)], [rotated[..., :24]])
+
+
 def test_every_instruction_set():
     """All but the one in use, which all other tests run; those that the CPU lacks are warned of."""
     isas = [i for i in ("generic", "avx2", "avx512", "avx512_bf16") if i != _C.isa()]
