@@ -230,6 +230,8 @@ def bench_case(
     measure = cpu_times if config.device == "cpu" else cuda_times
     for name in PASSES[config.device] if spec.trained else ("forward",):
         jobs = jobs_of(name, variants(spec, config.device, compiled), sets, spec.trained)
+        if spec.name == "patch_rotate" and config.device == "cpu":
+            jobs["bmm"] = bmm(name, args[0], args[1], cotangent)
         gc.freeze()  # every capture collects garbage, and torch has many objects to look at
         times: Times = measure(jobs, len(sets), config.seconds)
         yield {"pass": name, "bytes": moved[name], "sets": len(sets), **times}
@@ -291,6 +293,13 @@ def jobs_of(
         else:
             jobs[variant] = Job(partial(forward if name == "forward" else both, fn), context)
     return jobs | {"clone": Job(lambda i: sets[i][0][0].detach().clone())}
+
+
+def bmm(name: str, x: Tensor, q: Tensor, cotangent: Tensor) -> Job:
+    """The products of ``patch_rotate`` by torch.bmm, of patches that lie ready: [B, D, N]."""
+    patches, grad = (t.reshape(q.shape[0], q.shape[-1], -1) for t in (x, cotangent))
+    inputs = [leaf(q, True), leaf(patches, True)]
+    return jobs_of(name, {"bmm": (torch.bmm, nullcontext)}, [(inputs, grad.clone())], 2)["bmm"]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import oneshot_fast
 from benchmarks.common import environment, slug
 
 OURS = ("ours", "cuda", "triton")
-OTHERS = ("eager", "compile", "clone")
+OTHERS = ("eager", "compile", "bmm", "clone")
 
 
 def about(device: str, seed: int) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def labels(record: dict[str, Any]) -> dict[str, str]:
     return {**where, "dtype": record["dtype"], "pass": record["pass"]}
 
 
-GPU_COLUMNS = "cuda, us|triton, us|eager|compile|clone|wall, us|eager wall|of copy|of floor|MiB"
+GPU_COLUMNS = "cuda, us|triton, us|eager|compile|bmm|clone|wall, us|eager wall|of copy|of floor|MiB"
 
 
 def header(results: dict[str, Any]) -> str:
@@ -100,8 +100,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"{'driver ' + str(results['driver']) if on_gpu else build['cpu_isa']}, "
         f"torch {build['torch_running']}, Triton {build['triton']}, commit {results['commit']}, "
         f"{results['date'][:10]}, seed {results['seed']}. Median time of ours; as multiples of it "
-        "those of the reference in eager mode, of torch.compile of the reference and of "
-        "`torch.clone` of the first input."
+        "those of the reference in eager mode, of torch.compile of the reference, of `torch.bmm` "
+        "of patches that lie ready as matrices, and of `torch.clone` of the first input."
     )
     if on_gpu:
         text += (
