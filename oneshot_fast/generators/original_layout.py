@@ -173,8 +173,10 @@ def _named(network: Any, weights: Mapping[str, Tensor], prefix: str) -> dict[str
         return _vae(network, weights)
     if kind in TRANSFORMERS:
         return transformer_weights(network, weights)
-    if not kind.startswith("CLIP"):
+    if kind == "T5EncoderModel":
         return dict(weights)
+    if not kind.startswith("CLIPText"):
+        raise ModelError(f"the release's own layout has no place for {kind}")
     if prefix.endswith(OPEN_CLIP):
         return _open_clip(weights)
     named = {name.removeprefix("text_model."): value for name, value in weights.items()}

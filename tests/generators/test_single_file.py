@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AutoencoderTiny,
     EulerDiscreteScheduler,
     FluxTransformer2DModel,
     StableDiffusion3Pipeline,
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from oneshot_fast.errors import ModelError, UserError
 from oneshot_fast.generators.base import LoadOptions
+from oneshot_fast.generators.layouts import FLUX, SD1, Z_IMAGE
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.lora_files import LoraFile
-from oneshot_fast.generators.original_layout import unet_name
+from oneshot_fast.generators.original_layout import check_writable, unet_name
 from oneshot_fast.generators.sd import SdGenerator
 from oneshot_fast.generators.single_file import PipelineFile, scheduler_of_file
 
@@ -214,6 +216,18 @@ def test_a_lora_is_merged_into_a_transformer_alone(files: Any, tmp_path: Path) -
     assert one.fingerprint() != load_generator(folder).fingerprint()
 
 
+def test_models_of_the_released_widths_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # diffusers' converter as it is
+    with torch.device("meta"):  # so that shapes are compared
+        flux = FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
+        z_image = ZImageTransformer2DModel(n_layers=2)
+    check_writable({"transformer": flux}, FLUX)
+    check_writable({"transformer": z_image}, Z_IMAGE)
+    flux.transformer_blocks[0].attn.norm_q = torch.nn.Identity()
+    with pytest.raises(ModelError, match="cannot read its transformer back from one file"):
+        check_writable({"transformer": flux}, FLUX)
+
+
 def test_other_tensors_of_a_file_are_told_of(
     files: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,6 +304,11 @@ def test_a_file_and_a_folder_that_do_not_agree_are_refused(files: Any, tmp_path:
         ModelError, match=r"not those of a whole file of FluxPipeline, .*--model_co"
     ):
         load_generator(tmp_path / "none.safetensors")
+
+
+def test_a_network_of_another_kind_has_no_place_in_one_file() -> None:
+    with pytest.raises(ModelError, match="has no place for AutoencoderTiny"):
+        check_writable({"vae": AutoencoderTiny()}, SD1)
 
 
 def test_one_file_is_refused_where_diffusers_would_not_read_it(
