@@ -88,8 +88,8 @@ class PipelineFile:
         lacks = {*family.parts} - {*self._own}
         if self.model_config is None and lacks - {*family.optional}:
             raise ModelError(
-                f"it has no {', '.join(sorted(lacks))}: give the folder of a whole pipeline, which "
-                "they come from, by --model_config"
+                f"it has no {', '.join(sorted(lacks))}: name the folder of a whole pipeline, which "
+                "has them, by --model_config"
             )
         self._rest: PipelineFolder | None = None
         if lacks and self.model_config is not None:
