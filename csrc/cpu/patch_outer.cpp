@@ -8,6 +8,31 @@ constexpr int64_t kBlockPatches = 64;
 // A sum over all images is made of at most this many partial sums, whatever the threads.
 constexpr int64_t kPartialSums = 16;
 
+// sum[16, 16] = or += a_n b_n^T over the patches [n0, n1), see fits_registers: eight patches of b
+// are transposed, and the elements of a taken one by one as they lie in the image.
+template <class T>
+void add_in_registers(const PatchGrid& grid, int64_t image, int64_t tile, int64_t n0, int64_t n1,
+                      const T* a, const T* b, T* sum, bool accumulate) {
+  Vector<T> total[16] = {};
+  for_each_run(grid, image, tile, n0, n1, [&](int64_t, int64_t count, int64_t offset) {
+    for (int64_t j = 0; j < count; j += 8) {
+      const auto line = [&](int l) { return offset + grid.row(l / 2, l % 2) + 2 * j; };
+      Vector<uint64_t> rows[8];
+#pragma GCC unroll 8
+      for (int l = 0; l < 8; ++l) rows[l] = load(reinterpret_cast<const uint64_t*>(b + line(l)));
+      transpose(rows);
+#pragma GCC unroll 8
+      for (int n = 0; n < 8; ++n)
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; ++r)
+          total[r] += a[line(r / 2) + 2 * n + r % 2] * (Vector<T>)rows[n];
+    }
+  });
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r)
+    store(sum + 16 * r, accumulate ? load(sum + 16 * r) + total[r] : total[r]);
+}
+
 // sum[r, d] = or += a_n[r] b_n[d] over the patches of one tile, for the rows [r0, r1); unless it is
 // null, the sums are written to out[r1 - r0, D].
 template <int P, class S, class T>
@@ -15,13 +40,19 @@ void add_tile(const PatchGrid& grid, int64_t image, int64_t tile, const S* a, co
               int64_t r0, int64_t r1, T* rows_a, T* rows_b, T* sum, int64_t ld, bool accumulate,
               S* out) {
   const int64_t N = grid.tile_patches();
+  constexpr bool kVectors = OSF_VECTOR_BYTES == 64 && __is_same(S, float);  // of 16 elements
+  const bool in_registers = kVectors && fits_registers(grid, 8);
   int64_t n0 = 0;
   do {  // also without patches, to write the zeros
     const int64_t n1 = min(N, n0 + kBlockPatches);
-    gather_rows<P>(grid, image, tile, n0, n1, a, rows_a, ld);
-    gather_rows<P>(grid, image, tile, n0, n1, b, rows_b, ld);
-    block_product<true, T>(r1 - r0, ld, n1 - n0, rows_a + r0, ld, rows_b, ld, sum, ld,
-                           accumulate || n0 > 0);
+    const bool add = accumulate || n0 > 0;
+    if (in_registers) {
+      if constexpr (kVectors) add_in_registers(grid, image, tile, n0, n1, a, b, sum, add);
+    } else {
+      gather_rows<P>(grid, image, tile, n0, n1, a, rows_a, ld);
+      gather_rows<P>(grid, image, tile, n0, n1, b, rows_b, ld);
+      block_product<true, T>(r1 - r0, ld, n1 - n0, rows_a + r0, ld, rows_b, ld, sum, ld, add);
+    }
     n0 = n1;
   } while (n0 < N);
   const int64_t D = grid.dim();

@@ -16,15 +16,7 @@ void rotate(bool transposed, int64_t D, int64_t columns, const T* q, const T* x,
   }
 }
 
-// Patches of 2 x 2 in latents of 4 channels have 16 elements each, whose sums stay in registers, so
-// that nothing is gathered. The sums are those of the general way, bit by bit.
-template <class T>
-bool fits_registers(const PatchGrid& grid) {
-  return OSF_VECTOR_BYTES == 64 && grid.p == 2 && grid.C == 4 &&
-         grid.tile_columns() % kLanes<T> == 0;
-}
-
-// The patches [n0, n1), as many as fill vectors; q in memory is [16, 16]
+// op(q) x for the patches [n0, n1), see fits_registers; q in memory is [16, 16].
 template <bool TA, class T>
 void rotate_in_registers(const PatchGrid& grid, int64_t b, int64_t g, int64_t n0, int64_t n1,
                          const T* q, const T* x, T* y) {
@@ -57,7 +49,7 @@ void run(const Threads& threads, const PatchGrid& grid, const S* x, const Matric
   constexpr int64_t ld = kTileColumns<T>;
   const int64_t D = grid.dim(), N = grid.tile_patches(), blocks = ceil_div(N, ld);
   const int64_t grain = ceil_div(1 << 18, D * D * ld);
-  const bool in_registers = fits_registers<T>(grid);
+  const bool in_registers = fits_registers(grid, kLanes<T>);
   parallel_for(threads, grid.B * grid.tiles() * blocks, grain, [&](int64_t i0, int64_t i1) {
     Buffer<T> memory(2 * D * ld + (sizeof(S) < sizeof(T) ? D * D : 0));
     T *columns = memory, *rotated = columns + D * ld, *wide = rotated + D * ld;
@@ -77,7 +69,7 @@ void run(const Threads& threads, const PatchGrid& grid, const S* x, const Matric
       } else {
         m = matrix;
       }
-      if constexpr (P == 2 && __is_same(S, T))
+      if constexpr (OSF_VECTOR_BYTES == 64 && P == 2 && __is_same(S, T))
         if (in_registers) {
           const auto rotate =
               q.transposed ? rotate_in_registers<true, T> : rotate_in_registers<false, T>;

@@ -108,6 +108,13 @@ void gather_rows(const PatchGrid& grid, int64_t b, int64_t g, int64_t n0, int64_
   });
 }
 
+// Whether patches are of 2 x 2 in latents of 4 channels, in a row of a tile a multiple of
+// `patches`: with 32 registers of 64 bytes the sums of their 16 elements stay there, and nothing is
+// gathered. The results are those of the general ways, bit by bit.
+inline bool fits_registers(const PatchGrid& grid, int64_t patches) {
+  return grid.p == 2 && grid.C == 4 && grid.tile_columns() % patches == 0;
+}
+
 // Calls f with the patch side as a constant where a fast path exists.
 template <class F>
 void with_patch_side(int64_t p, F f) {

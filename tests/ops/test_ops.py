@@ -163,12 +163,20 @@ def test_batch_mates_do_not_change_a_bit(spec, case, poison, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_number_of_patches_does_not_change_a_bit(dtype):
-    """Rows of 32 elements are whole vectors of patches, which a CPU may take in another way."""
-    x, q = torch.randn(2, 4, 4, 32).to(dtype), torch.randn(2, 16, 16).to(dtype)
-    for matrices in (q, q.mT):
-        rotated = ops.patch_rotate(x, matrices, 2)
-        assert_equal([ops.patch_rotate(x[..., :24], matrices, 2)], [rotated[..., :24]])
+def test_the_shape_of_an_image_does_not_change_a_bit(dtype):
+    """Sixteen patches in one row, which a CPU may take as whole vectors, and in eight rows."""
+
+    def narrow(t: Tensor) -> Tensor:
+        return t.unflatten(3, (8, 4)).transpose(2, 3).flatten(2, 3)
+
+    a, b = torch.randn(2, 2, 4, 2, 32).to(dtype)
+    matrices = torch.randn(2, 16, 16).to(dtype)
+    for q in (matrices, matrices.mT):
+        rotated = ops.patch_rotate(narrow(a), q, 2)
+        assert_equal([narrow(ops.patch_rotate(a, q, 2))], [rotated])
+    for like in ((), (2,)):
+        sums = ops.patch_outer(narrow(a), narrow(b), 2, like)
+        assert_equal([ops.patch_outer(a, b, 2, like)], [sums])
 
 
 def test_every_instruction_set():
