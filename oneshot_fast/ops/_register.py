@@ -42,7 +42,9 @@ class OpSpec:
 
 
 # called at every call of an op, where looking them up would cost
-below_autograd = torch._C._AutoDispatchBelowAutograd
+AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 transforming = torch._C._are_functorch_transforms_active
 casting = torch._C._is_any_autocast_enabled
 compiling = torch.compiler.is_compiling
@@ -96,8 +98,13 @@ def define(
         serve_cuda(name, _cuda_kernel(name, fake))
 
     def forward(*args: Any) -> Any:
-        with below_autograd():
+        # torch's context manager for this costs as much as a small op
+        before = excluded(AUTOGRAD)
+        exclude(AUTOGRAD, True)
+        try:
             return direct(*args)
+        finally:
+            exclude(AUTOGRAD, before)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         setup_context(ctx, inputs, output)
@@ -106,8 +113,7 @@ def define(
             ctx.zeros = [t.new_zeros(()).expand(t.shape) for t in outputs]
 
     def plain_forward(ctx: Any, *args: Any) -> Any:
-        with below_autograd():
-            output = direct(*args)
+        output = forward(*args)
         setup_context(ctx, args, output)
         return output
 
@@ -131,8 +137,7 @@ def define(
             return function.apply(*args)
         if differentiating() and requires_grad(*args):
             return apply(*args)
-        with below_autograd():
-            return direct(*args)
+        return forward(*args)
 
     return call
 
