@@ -120,10 +120,8 @@ def define(
     rules = {"forward": forward, "setup_context": setup, "backward": backward, "vmap": vmap}
     function = _function(name, rules | {"jvp": partial(_jvp, backward)})
     plain = _function(name, {"forward": plain_forward, "backward": backward})
-    # past the Python method of the same name, which inspects the signature of forward every time,
-    # and past the node's, which only looks for backward
+    # past the Python method of the same name, which inspects the signature of forward every time
     apply = super(torch.autograd.Function, plain).apply
-    plain._backward_cls.apply = backward
 
     def call(*args: Any) -> Any:
         first = args[0]
