@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib
 import json
@@ -300,17 +301,25 @@ def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
 class Forks:
     """Commands in children that die, are interrupted or find the disk full when told to."""
 
-    def __init__(self, logs: Path) -> None:
-        """Start the server; ``logs`` takes the children's output."""
-        self._server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("helpers") / "fork_server.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            # hashes are other ones than here, so that no result may depend on them
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"},
-        )
-        self._logs, self._count = logs, 0
+    def __init__(self, logs: Path, address: Path) -> None:
+        """Connect to the server at ``address``, or start it; ``logs`` takes children's output."""
+        self._logs, self._count, self._address = logs, 0, address
+        self._server: subprocess.Popen[str] | None = None
+        self._socket = socket.socket(socket.AF_UNIX)
+        with self._alone():
+            if not address.exists():
+                script = Path(__file__).with_name("helpers") / "fork_server.py"
+                self._server = subprocess.Popen(
+                    [sys.executable, script, address],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    # hashes are other ones than here, so that no result may depend on them
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "1"},
+                )
+                assert self._server.stdout is not None and self._server.stdout.readline()
+            self._socket.connect(str(address))
+        self._lines = self._socket.makefile("rw")
 
     def start(
         self,
@@ -384,22 +393,39 @@ class Forks:
         assert ended.code == 0, ended.err
         return int((started[1] / "changes").read_text())
 
+    def load(self, model: Path) -> None:
+        """Have a model's networks at hand in every child."""
+        self._ask({"load": str(model)})
+
     def close(self) -> None:
-        """End the server."""
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait()
+        """End the server, if it was started here; who is connected keeps its fork."""
+        self._lines.close()
+        self._socket.close()
+        if self._server is not None:
+            assert self._server.stdin is not None
+            with self._alone():
+                self._server.stdin.close()
+                self._server.wait()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other process starts or ends the server."""
+        with open(self._address.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _ask(self, request: dict[str, Any]) -> int:
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        return int(self._server.stdout.readline())
+        self._lines.write(json.dumps(request) + "\n")
+        self._lines.flush()
+        return int(self._lines.readline())
 
 
 @pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """The server of commands in children."""
-    server = Forks(tmp_path_factory.mktemp("forks"))
+def forks(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Forks]:
+    """The server of commands in children, one for all processes of xdist."""
+    home = tmp_path_factory.getbasetemp()
+    home = home.parent if "PYTEST_XDIST_WORKER" in os.environ else home
+    server = Forks(tmp_path_factory.mktemp("forks"), home / "fork-server")
+    server.load(small_model)
     yield server
     server.close()

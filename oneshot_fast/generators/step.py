@@ -130,7 +130,7 @@ class Sampler:
         if hasattr(scheduler, "scale_model_input"):
             given = scheduler.scale_model_input(x, time)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             found, *others = scheduler.step(output, time, x, **self._more, return_dict=False)
             estimate = others[0] if others else found
             # where the step ends at its estimate, that has been rounded less

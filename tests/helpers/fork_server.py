@@ -1,17 +1,22 @@
 """Runs commands in forked children, with faults on order; the slow imports happen once.
 
-Reads one JSON request per line on stdin and answers on stdout with one JSON line: the pid for what
-``Forks.start`` asks, the exit status for {"wait": pid}.
+Listens at the socket in its argument until stdin ends, and has a fork of itself for each process
+that connects. A request is a line of JSON, and so is its answer: the pid for what ``Forks.start``
+asks, the exit status for {"wait": pid}, 0 for {"load": model}, once its networks are at hand.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import resource
 import runpy
+import select
 import signal
+import socket
 import sys
 import traceback
 from typing import Any
@@ -38,10 +43,13 @@ for name in (
 ):  # what the commands import only once they run
     importlib.import_module(name)
 shortcuts.share_networks()
-# and what their first use compiles: transformers' patterns of names of weights, the page
+# and what their first use makes: transformers' patterns of names of weights, the page, flags
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers speak of the fork
-sys.modules["oneshot_fast.generators.loading"].load_generator("tiny")
+load_generator = sys.modules["oneshot_fast.generators.loading"].load_generator
+load_generator("tiny")
 sys.modules["oneshot_fast.report.page"].template()
+with contextlib.redirect_stderr(io.StringIO()):
+    assert {command.main(["--none"]) for command in COMMANDS.values()} == {2}
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate"}
 
@@ -103,18 +111,40 @@ def fork(request: dict[str, Any]) -> int:
         os._exit(code)
 
 
+def serve(client: socket.socket) -> None:
+    """Answer until the client goes."""
+    with client.makefile("rw") as lines:
+        for line in lines:
+            request = json.loads(line)
+            answer = 0
+            if "load" in request:
+                load_generator(request["load"])
+            elif "wait" in request:
+                answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+            else:
+                answer = fork(request)
+            lines.write(f"{answer}\n")
+            lines.flush()
+
+
 def main() -> None:
     """Serve until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w")
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "wait" in request:
-            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
-        else:
-            answer = fork(request)
-        answers.write(f"{answer}\n")
-        answers.flush()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(sys.argv[1])
+        server.listen()
+        print("listening", flush=True)
+        while server in select.select([server, sys.stdin], [], [])[0]:
+            client, _ = server.accept()
+            if not os.fork():
+                try:
+                    serve(client)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(0)
+            client.close()
+    os.unlink(sys.argv[1])
 
 
 if __name__ == "__main__":
