@@ -1,6 +1,5 @@
-import os
-import subprocess
-import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,16 +15,18 @@ def test_names_what_a_bug_report_needs():
     assert all(info[name] for name in ("compiler", "torch_built_against"))
 
 
-def isa_with(**env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", "import oneshot_fast; print(oneshot_fast.build_info())"]
-    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+def isa_with(forks: Any, folder: Path, chosen: str) -> Any:
+    """What a process says that has not used the extension yet."""
+    script = folder / "isa.py"
+    script.write_text("import oneshot_fast; print(oneshot_fast.build_info())")
+    return forks.run(str(script), [], folder, environment={"OSF_CPU": chosen})
 
 
-def test_the_environment_chooses_the_instruction_set():
-    assert "'cpu_isa': 'generic'" in isa_with(OSF_CPU="generic").stdout
+def test_the_environment_chooses_the_instruction_set(forks: Any, tmp_path: Path) -> None:
+    assert "'cpu_isa': 'generic'" in isa_with(forks, tmp_path, "generic").out
 
 
-def test_an_unknown_instruction_set_is_refused():
-    run = isa_with(OSF_CPU="sse9")
-    assert run.returncode != 0
-    assert "OSF_CPU=sse9, but this CPU has" in run.stderr.splitlines()[-1]
+def test_an_unknown_instruction_set_is_refused(forks: Any, tmp_path: Path) -> None:
+    ended = isa_with(forks, tmp_path, "sse9")
+    assert ended.code != 0
+    assert "OSF_CPU=sse9, but this CPU has" in ended.err.splitlines()[-1]

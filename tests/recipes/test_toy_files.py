@@ -5,9 +5,9 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
+import runpy
 import shutil
 import struct
-import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -163,9 +163,10 @@ def test_train_on_files(files: Path, tmp_path: Path, call: Call, name: str) -> N
     assert load_generator(tmp_path / "train" / "model").image_size == 32
 
 
-def test_drawn_files_are_read(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "tools" / "toy_files.py"
-    subprocess.run([sys.executable, script, tmp_path, "--count", "20"], check=True)
+def test_drawn_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = str(Path(__file__).parents[2] / "tools" / "toy_files.py")
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path), "--count", "20"])
+    runpy.run_path(script, run_name="__main__")
     grey, colour = mnist("train", tmp_path), cifar10("train", tmp_path)
     assert len(grey.images) == 120 and len(mnist("heldout", tmp_path).images) == 20
     assert len(colour.images) == 100 and len(cifar10("heldout", tmp_path).images) == 20
