@@ -103,8 +103,12 @@ def fake_copy(generator: Generator) -> Iterator[Generator]:
     """Yield a copy of ``generator`` whose tensors have shapes but no values."""
     found = detect_fake_mode(list(generator.denoiser.parameters()))
     mode = found or FakeTensorMode(allow_non_fake_inputs=True)
+    memo: dict[int, Any] = {}
+    if found is None:  # each at once; the copying mode clones parameters as well
+        tensors = tensors_of(generator.networks)
+        memo |= {id(t): mode.from_tensor(t, static_shapes=True) for t in tensors}
     with FakeCopyMode(mode):
-        fake = copy.deepcopy(generator)
+        fake = copy.deepcopy(generator, memo)
     with mode, torch.device(generator.device):
         yield fake
 
