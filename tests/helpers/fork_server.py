@@ -35,6 +35,7 @@ for name in (
     "matplotlib.pyplot",
     "oneshot_fast.evaluation.measures",
     "oneshot_fast.generators.loading",
+    "oneshot_fast.noise.checks",
     "oneshot_fast.report.em",
     "oneshot_fast.report.page",
     "oneshot_fast.generators.target_images",
@@ -43,11 +44,13 @@ for name in (
 ):  # what the commands import only once they run
     importlib.import_module(name)
 shortcuts.share_networks()
-# and what their first use makes: transformers' patterns of names of weights, the page, flags
+# and what their first use makes: patterns of names of weights, the page, laws, flags
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers speak of the fork
 load_generator = sys.modules["oneshot_fast.generators.loading"].load_generator
 load_generator("tiny")
 sys.modules["oneshot_fast.report.page"].template()
+for patches in (64, 96):  # of 4 and of 6 noises
+    sys.modules["oneshot_fast.noise.checks"].eigenvalue_band(patches, 16)
 with contextlib.redirect_stderr(io.StringIO()):
     assert {command.main(["--none"]) for command in COMMANDS.values()} == {2}
 
