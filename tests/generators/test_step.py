@@ -56,6 +56,15 @@ def test_what_run_folders_hashed_stays_to_the_last_digit(
     assert str(single_step(scheduler)) == expected
 
 
+def test_the_noise_of_others_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a scheduler draws: on the CPU, from seed 0, as if it had not, and not on a GPU."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    assert single_step(LCMScheduler(**BETAS))
+    assert torch.equal(torch.get_rng_state(), before) and not seeded
+
+
 @pytest.mark.parametrize("kind", [LCMScheduler, TCDScheduler, DDPMScheduler])
 def test_a_step_from_another_timestep_is_that_of_the_pipeline(kind: Any) -> None:
     pipe = tiny_pipeline("StableDiffusionXLPipeline", kind)
