@@ -15,6 +15,7 @@ from oneshot_fast.data.images import to_pil
 from oneshot_fast.data.prompts import warn_of_cut
 from oneshot_fast.data.sizes import Frame, Size, size_fields
 from oneshot_fast.errors import UserError, require
+from oneshot_fast.generators.layouts import Layout
 from oneshot_fast.generators.lora_files import Adapter, LoraFile
 from oneshot_fast.runtime.seeds import derived_seed, gaussian
 from oneshot_fast.runtime.sharded import device_of
@@ -370,6 +371,11 @@ class Generator(ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the whole model to ``folder``, atomically."""
+
+    @property
+    def layout(self) -> Layout | None:
+        """That of the one file that ``save_single_file`` writes; None if there is none."""
+        return None
 
     def check_single_file(self) -> None:
         """Raise UserError unless ``save_single_file`` can write this model."""

@@ -28,7 +28,7 @@ _NOT_READ = ("lm_head.weight",)  # of language models, which encode without it
 _KEPT = ("safety_checker", "image_encoder")  # of what pipelines have more, saved as they came
 _WEIGHTS = ("diffusion_pytorch_model", "pytorch_model", "model")
 _TEXTS, _OBJECTS = (".json", ".txt", ".model"), ("config.json", ".index.json")
-# of a tokenizer; transformers makes an empty one where there is none of them
+# of a tokenizer
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
@@ -72,19 +72,16 @@ class PipelineFolder:
         index = _read_object(folder / "model_index.json")
         if not index.get("_class_name"):
             raise ModelError("model_index.json has no _class_name, the pipeline that it is of")
-        named = [name for name in index if name.startswith("tokenizer") and any(index[name] or ())]
-        for name in named:
-            if not any((folder / name / file).is_file() for file in _VOCABULARIES):
-                raise ModelError(f"there is no {name}/tokenizer.json, nor another vocabulary")
+        check_tokenizers(folder)
         tokenizers = {part.replace("text_encoder", "tokenizer") for part in absent}
-        for name in ("scheduler", *self._classes, *named):
+        for name in ("scheduler", *self._classes):
             _refuse_damaged(self._place(name) / name)
         self.absent = absent | {name for name in tokenizers if not any(index.get(name) or ())}
         held = [part for part in self._classes if part not in given]
         weights = {part: _weights(self._place(part) / part, variant) for part in held}
         self._variants = {part: chosen for part, (chosen, _) in weights.items()}
         self.stored = {part: dtype for part, (_, dtype) in weights.items()}
-        self.use, denoiser = _use(folder), family.parts[0]
+        self.use, denoiser = read_use(folder), family.parts[0]
         config = self._place(denoiser) / denoiser / "config.json"
         of = [index, *([_read_object(config)] if config.is_file() else [])]
         self.names = [str(said["_name_or_path"]) for said in of if said.get("_name_or_path")]
@@ -159,7 +156,7 @@ def open_folder(
         return PipelineFolder(family, model_path(), options.variant, PACKAGED[source])
     folder = Path(source)
     refuse_dangling(folder)
-    if not _is_local(source):
+    if not is_local(source):
         folder = _download(family.pipeline, source, options)
     elif folder.is_file():
         raise ModelError("of single files only .safetensors are read; convert it with diffusers")
@@ -232,7 +229,7 @@ def refuse_dangling(path: Path) -> None:
 def pipeline_of(source: str, options: LoadOptions) -> str | None:
     """Name of the pipeline's class at a local folder or hub id; None if that cannot be told."""
     try:
-        if _is_local(source):
+        if is_local(source):
             return _read_object(Path(source) / "model_index.json").get("_class_name")
         named = DiffusionPipeline.load_config(
             source, revision=options.revision, local_files_only=options.local_files_only
@@ -242,9 +239,22 @@ def pipeline_of(source: str, options: LoadOptions) -> str | None:
         return None
 
 
-def _is_local(source: str) -> bool:
+def is_local(source: str) -> bool:
+    """Whether ``source`` is a place here, not a hub id."""
     folder = Path(source)
     return folder.is_absolute() or source.startswith(".") or folder.exists()
+
+
+def check_tokenizers(folder: Path) -> None:
+    """Raise ModelError if a tokenizer of a pipeline's folder is damaged, or has no vocabulary.
+
+    transformers makes an empty one of one without.
+    """
+    index = _read_object(folder / "model_index.json")
+    for name in [name for name in index if name.startswith("tokenizer") and any(index[name] or ())]:
+        if not any((folder / name / file).is_file() for file in _VOCABULARIES):
+            raise ModelError(f"there is no {name}/tokenizer.json, nor another vocabulary")
+        _refuse_damaged(folder / name)
 
 
 def _refuse_damaged(folder: Path) -> None:
@@ -266,7 +276,8 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise ModelError(f"{place} is damaged: {one_line(error)}") from None
 
 
-def _use(folder: Path) -> dict[str, float]:
+def read_use(folder: Path) -> dict[str, float]:
+    """What the model in ``folder`` has to be used with, as ``write_use`` wrote it."""
     path = folder / USE_FILE
     found = _read_object(path) if path.is_file() else {}
     for name, value in found.items():

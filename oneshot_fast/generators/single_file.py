@@ -20,8 +20,11 @@ from oneshot_fast.generators.base import LoadOptions
 from oneshot_fast.generators.layouts import DENOISER, LAYOUTS, SD2, SD_TURBO, layout_of
 from oneshot_fast.generators.pretrained import (
     PipelineFolder,
+    check_tokenizers,
+    is_local,
     open_folder,
     pipeline_of,
+    read_use,
     refuse_dangling,
     refuse_quantised,
 )  # fmt: skip
@@ -53,7 +56,7 @@ class PipelineFile:
         layout: That of its names; None for a denoiser alone with those of diffusers.
         model_config: Where the configs are; None takes those that diffusers knows.
         names: What its header calls it, beside its own name.
-        use: As of ``PipelineFolder``; a file does not say.
+        use: As of ``PipelineFolder``, that of ``model_config``; a file does not say.
     """
 
     def __init__(self, family: type[Any], path: Path, options: LoadOptions) -> None:
@@ -72,9 +75,12 @@ class PipelineFile:
         if not path.is_file():
             raise ModelError("no such file")
         self._family, self._path, self.name = family, path, path.name
-        self._known = {"local_files_only": options.local_files_only}
         self.model_config = options.model_config
+        of_config = {} if self.model_config is None else {"revision": options.revision}
+        self._known = {"local_files_only": options.local_files_only, **of_config}
         self.tensors, self.metadata = read_header(path)
+        if not self.tensors:
+            raise ModelError("it is empty: it has no tensors")
         self.names = [v for k, v in self.metadata.items() if k == "modelspec.title"]
         if any(re.search(r"(^|[._])lora[._]", name.lower()) for name in self.tensors):
             raise ModelError("it is a LoRA: give it by --lora, and its base model by --model_id")
@@ -94,8 +100,11 @@ class PipelineFile:
         self._rest: PipelineFolder | None = None
         if lacks and self.model_config is not None:
             self._rest = open_folder(family, self.model_config, options, self._own)
+        elif self.model_config is not None and is_local(self.model_config):
+            check_tokenizers(Path(self.model_config))
         rest = self._rest
-        self.use = {} if rest is None else rest.use
+        self._configs = self.model_config if rest is None else str(rest.folder)
+        self.use = {} if self._configs is None else read_use(Path(self._configs))
         self.stored = {} if rest is None else {k: v for k, v in rest.stored.items() if k in lacks}
         if rest is not None:
             self._tell_of_others()
@@ -139,7 +148,13 @@ class PipelineFile:
         return any(name.startswith(prefix) for name in self.tensors)
 
     def _check_config(self, place: str) -> None:
-        refuse_dangling(Path(place))
+        folder = Path(place)
+        refuse_dangling(folder)
+        if is_local(place) and not (folder / "model_index.json").is_file():
+            raise ModelError(
+                f"--model_config {place}: no model_index.json there; give a diffusers folder or a "
+                "hub id"
+            )
         with refused(ModelError, f"--model_config {place}: "):
             named = self._family.pipeline.load_config(place, **self._known)["_class_name"]
         if named != self._family.pipeline.__name__:
@@ -174,7 +189,7 @@ class PipelineFile:
     ) -> Any:
         """The pipeline, with its networks ``own`` from the file."""
         kind, rest, networks = self._family.pipeline, self._rest, dict[str, Any](given)
-        place = self.model_config if rest is None else str(rest.folder)
+        place = self._configs
         for part in self._family.parts[:2]:  # denoiser and VAE
             if part in own and place is not None:
                 networks[part] = self._network(part, place, dtype)
@@ -199,7 +214,12 @@ class PipelineFile:
         if weights.keys() != expected.keys():
             convert = SINGLE_FILE_LOADABLE_CLASSES[kind.__name__]["checkpoint_mapping_fn"]
             given = {f"{prefix or DENOISER}{name}": value for name, value in weights.items()}
-            weights = convert(checkpoint=given, config=config)
+            try:
+                weights = convert(checkpoint=given, config=config)
+            except ValueError:  # it finds no block's number
+                raise ModelError(
+                    f"its weights are of another model: {part} has an unknown {min(weights)}"
+                ) from None
         wrong = misfit(
             {
                 "missing_keys": expected.keys() - weights.keys(),
@@ -216,8 +236,9 @@ class PipelineFile:
             raise ModelError(f"its weights are {what}: {part} has {wrong}")
         dtype = dtype or self.stored[part]
         found: nn.Module = kind.from_single_file(
-            weights, config=place, subfolder=part, dtype=dtype, **self._known
-        )
+            weights, config=place, subfolder=part, dtype=dtype,
+            config_revision=self._known.get("revision"), **self._known,
+        )  # fmt: skip
         return found
 
     def _class_of(self, part: str, place: str) -> Any:

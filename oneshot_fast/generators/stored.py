@@ -17,7 +17,6 @@ from oneshot_fast.generators.adapters import (
     write_adapter,
 )  # fmt: skip
 from oneshot_fast.generators.base import Conditioning, Generator, LoadOptions
-from oneshot_fast.generators.layouts import Layout
 from oneshot_fast.generators.lora_files import (
     Adapter,
     Adapters,
@@ -99,11 +98,6 @@ class StoredPipeline(Generator):
             whole.save_pretrained(temporary, safe_serialization=True)
             use = {"timestep": self.start, "embedded_guidance": self.embedded_guidance}
             write_use(temporary, {k: v for k, v in use.items() if v is not None})
-
-    @property
-    def layout(self) -> Layout | None:
-        """That of the one file that is written; None if there is none."""
-        return None
 
     def check_single_file(self) -> None:
         if self.layout is None:

@@ -108,6 +108,9 @@ def training_plan(
     lines += memory.peak_lines(generator.device)
     steps = options.steps(math.ceil(samples / options.batch_size))
     pipeline = sum(memory.bytes_of(network.parameters()) for network in generator.networks.values())
+    if options.save_single_file and generator.layout:
+        written = (generator.networks.get(name) for name in generator.layout.prefixes)
+        pipeline += sum(memory.bytes_of(network.parameters()) for network in written if network)
     checkpoints = 2 * needed.trained_bytes + pipeline if options.lora_rank else 2 * pipeline
     best = needed.kept[_AVERAGE] or needed.trained_bytes
     known = needed.weights | needed.kept | needed.idle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffusers import (
     AutoencoderTiny,
     EulerDiscreteScheduler,
     FluxTransformer2DModel,
+    LCMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     ZImageTransformer2DModel,
@@ -238,6 +240,11 @@ def test_other_tensors_of_a_file_are_told_of(
     assert "1 of its tensors, such as vae.conv.bias, are not read" in capfd.readouterr().err
 
 
+def saved(tensors: dict[str, Tensor], place: Path) -> Path:
+    save_file(tensors, place)
+    return place
+
+
 ONES = torch.ones(8, 8)
 Spoil = Callable[[Path, Path], Path]
 REFUSED: dict[str, tuple[str, Spoil, str]] = {
@@ -274,8 +281,14 @@ REFUSED: dict[str, tuple[str, Spoil, str]] = {
         SD3, lambda f, p: spoiled(f, p, model__diffusion_model__context_embedder__bias=ONES[0]),
         r"context_embedder.bias.*shape",
     ),
+    "compiled": (
+        "FluxPipeline",
+        lambda f, p: saved({f"_orig_mod.{k}": v for k, v in load_file(f).items()}, p),
+        "of another model: transformer has an unknown _orig_mod.double_blocks.0.img_attn.norm",
+    ),
+    "empty": (SD2, lambda f, p: saved({}, p), "it is empty: it has no tensors"),
     "names of none": (
-        SD3, lambda f, p: (save_file({"a.weight": ONES}, p), p)[1],  # type: ignore[func-returns-value]
+        SD3, lambda f, p: saved({"a.weight": ONES}, p),
         "its weights are incomplete, or of another model",
     ),
 }  # fmt: skip
@@ -289,6 +302,25 @@ def test_a_file_that_does_not_fit_is_refused(files: Any, tmp_path: Path, case: s
     with pytest.raises(ModelError, match=message) as caught:
         load_generator(bad, model_config=str(folder))
     assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_folder_of_a_whole_file_counts(files: Any, tmp_path: Path) -> None:
+    folder, file = files[SD2]
+    rest = shutil.copytree(folder, tmp_path / "rest")
+    (rest / "scheduler/oneshot_fast.json").write_text('{"timestep": 500}')
+    scheduler: Any = LCMScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler.save_pretrained(rest / "scheduler")
+    index = json.loads((rest / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "LCMScheduler"]
+    (rest / "model_index.json").write_text(json.dumps(index))
+    found: Any = load_generator(file, model_config=str(rest))
+    assert found.start == 500 and found.fingerprint() == load_generator(rest).fingerprint()
+    (rest / "tokenizer/tokenizer.json").unlink()  # transformers would make one of no words
+    with pytest.raises(ModelError, match=r"there is no tokenizer/tokenizer\.json"):
+        load_generator(file, model_config=str(rest))
+    for place in (rest / "model_index.json", rest / "vae", tmp_path / "none"):
+        with pytest.raises(ModelError, match=f"--model_config {place}: no model_index.json there"):
+            load_generator(file, model_config=str(place))
 
 
 def test_a_file_and_a_folder_that_do_not_agree_are_refused(files: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.jobs.sft.options import SftOptions
-from oneshot_fast.jobs.sft.plan import training_batch, training_memory
+from oneshot_fast.jobs.sft.plan import sft_plan, training_batch, training_memory
 from oneshot_fast.planning.memory import LiveMemory
 from oneshot_fast.training.trainer import Trainer
 
@@ -101,3 +101,12 @@ def test_the_dry_run_of_a_training_writes_nothing(
     trained = [float(v) for v in re.findall(r"trained parameters: ([\d.]+) thousand", ended.out)]
     assert 1 < trained[0] < 200
     assert call("sft", *flags).code == 0  # no output_dir is needed
+
+
+def test_one_file_of_a_model_is_counted(tiny: Generator) -> None:
+    def of(**more: Any) -> float:
+        plan = sft_plan(tiny, SftOptions(batch_size=2, **more), resolution=16, samples=2)
+        (found,) = re.findall(r"disk: ([\d.]+) MB for the checkpoints", "\n".join(plan.lines))
+        return float(found)
+
+    assert of(save_single_file=True) == pytest.approx(2 * of(), abs=0.2)
