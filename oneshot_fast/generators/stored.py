@@ -90,9 +90,11 @@ class StoredPipeline(Generator):
         if dtype is None and part in self._sources:
             dtype = self._sources[part][0].stored[part]
         if dtype not in (None, denoiser.dtype):
-            rounded = {
+            rounded: dict[int, Tensor] = {
                 id(p): nn.Parameter(p.detach().to("cpu", dtype)) for p in denoiser.parameters()
             }
+            buffers = (value for value in denoiser.buffers() if value.is_floating_point())
+            rounded |= {id(value): value.to("cpu", dtype) for value in buffers}
             setattr(whole, part, copy.deepcopy(denoiser, rounded))
         with write_folder(folder) as temporary:
             whole.save_pretrained(temporary, safe_serialization=True)

@@ -135,6 +135,20 @@ def test_sd3_is_one_file_that_diffusers_reads(files: Any) -> None:
     assert read.fingerprint() == load_generator(folder).fingerprint()
 
 
+def test_a_file_of_halves_is_written_as_it_was(files: Any, tmp_path: Path) -> None:
+    folder, file = files[SD3]  # whose transformer has a buffer, too
+    halves = {name: value.half() for name, value in load_file(file).items()}
+    read = load_generator(
+        saved(halves, tmp_path / "half.safetensors"), model_config=str(folder), master_weights=True
+    )
+    read.save(tmp_path / "saved")
+    read.save_single_file(tmp_path / "saved")
+    found = load_file(tmp_path / "saved.safetensors")
+    assert found.keys() == halves.keys()
+    for name, value in found.items():
+        assert value.dtype == torch.float16 and torch.equal(value, halves[name])
+
+
 def test_what_a_file_lacks_comes_from_the_folder(files: Any, tmp_path: Path) -> None:
     folder, file = files[SD3]
     expected, rest = load_generator(folder).fingerprint(), shutil.copytree(folder, tmp_path / "all")
