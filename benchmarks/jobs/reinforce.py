@@ -1,9 +1,9 @@
-r"""Rewards raised on the embedded four-step student, alone, or held by two kinds of terms.
+r"""Rewards raised on the embedded four-step student, alone, or held by terms against drift.
 
     python -m benchmarks.jobs.reinforce --model_id runs/distill/steps-4/checkpoint-final \
         --output_dir runs/rl
 
-Prints two tables and writes benchmarks/results/reinforce.json and docs/images/reinforce.png. The
+Prints three tables and writes benchmarks/results/reinforce.json and docs/images/reinforce.png. The
 reward is the strokes' thickness, the judge the digits' own classifier, which is not trained on.
 Finished runs are kept. An hour of one core.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.interpolate import PchipInterpolator
 
 from benchmarks.common import environment
 from oneshot_fast.embedded.digits import prompt_of
@@ -30,8 +31,10 @@ ARMS: dict[str, dict[str, float]] = {
     "reward alone": {},
     "matching term": {"match_weight": 20.0, "teacher_guidance": 2.0},
     "preserve": {"preserve_latent_weight": 2.0},
+    "last step and preserve": {"final_reward_weight": 0.1, "preserve_latent_weight": 5.0},
 }
 SHOWN = ("thickness", "judge digit", "accuracy", "diversity", "drift")
+AFTER = 8  # epochs: 40 updates
 AT = (10.0, 11.0, 12.0, 13.0, 14.0)  # thickness at which the arms are compared
 Rows = list[dict[str, Any]]
 
@@ -48,7 +51,7 @@ def draw(arms: dict[str, list[Rows]]) -> None:
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     panels = figure.subplots(1, 3)
-    for colour, (name, seeds) in zip(("C0", "C1", "C2"), arms.items(), strict=True):
+    for colour, (name, seeds) in zip(("C0", "C1", "C2", "C3"), arms.items(), strict=True):
         for k, rows in enumerate(seeds):
             reward = [row["thickness"] for row in rows]
             for axes, other in zip(panels, ("judge digit", "diversity", "drift"), strict=True):
@@ -76,6 +79,23 @@ def print_tables(arms: dict[str, list[Rows]]) -> None:
         for name, seeds in arms.items():
             cells = (spread([at(rows, x, key) for rows in seeds]) for x in AT)
             print(f"| {key}, {name} | {' | '.join(cells)} |")
+    print(
+        f"\n| after {5 * AFTER} updates | thickness | judge, less that of the reward alone there |"
+    )
+    print("| --- | --- | --- |")
+    for name, seeds in arms.items():
+        last = [rows[AFTER] for rows in seeds]
+        more = [
+            row["judge digit"] - along(alone, row["thickness"])
+            for row, alone in zip(last, arms["reward alone"], strict=True)
+        ]
+        print(f"| {name} | {spread([row['thickness'] for row in last])} | {spread(more)} |")
+
+
+def along(rows: Rows, thickness: float) -> float:
+    """The judge where the reward passes a value, by monotone cubics: straight lines lie below."""
+    curve = ([row[key] for row in rows[: AFTER + 1]] for key in ("thickness", "judge digit"))
+    return float(PchipInterpolator(*curve)(thickness))
 
 
 def at(rows: Rows, thickness: float, key: str) -> float:
