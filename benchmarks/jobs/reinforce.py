@@ -23,7 +23,7 @@ from oneshot_fast.jobs.reinforce.options import ReinforceOptions
 from oneshot_fast.jobs.reinforce.run import ReinforceRun
 from oneshot_fast.report.rewards import history
 from oneshot_fast.rewards import load_rewards
-from oneshot_fast.runtime.files import write_json
+from oneshot_fast.runtime.files import read_json, write_json
 
 RESULTS, FIGURE = Path("benchmarks/results/reinforce.json"), Path("docs/images/reinforce.png")
 PROMPTS = [prompt_of(digit) for digit in range(10)]
@@ -112,14 +112,20 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=list(ARMS), help="others stay as they were"
+    )
     given = parser.parse_args()
     settings = {
         "batch_size": 40, "images_per_prompt": 8, "steps_per_epoch": 5, "epochs": given.epochs,
         "lr": 2e-5,
     }  # fmt: skip
-    found: dict[str, list[Rows]] = {name: [] for name in ARMS}
+    kept = read_json(RESULTS)["rows"] if RESULTS.exists() else {}
+    found: dict[str, list[Rows]] = {name: kept.get(name, []) for name in ARMS}
+    found |= {name: [] for name in given.arms}
     for seed in given.seeds:
-        for name, terms in ARMS.items():
+        for name in given.arms:
+            terms = ARMS[name]
             folder = given.output_dir / f"seed-{seed}" / name.replace(" ", "-")
             run = ReinforceRun(
                 few(given.model_id), PROMPTS, folder, ReinforceOptions(**settings, **terms),
