@@ -31,7 +31,8 @@ ARMS: dict[str, dict[str, float]] = {
     "reward alone": {},
     "matching term": {"match_weight": 20.0, "teacher_guidance": 2.0},
     "preserve": {"preserve_latent_weight": 2.0},
-    "last step and preserve": {"final_reward_weight": 0.1, "preserve_latent_weight": 5.0},
+    "last step": {"final_reward_weight": 0.5},
+    "last step, preserve": {"final_reward_weight": 0.5, "preserve_latent_weight": 5.0},
 }
 SHOWN = ("thickness", "judge digit", "accuracy", "diversity", "drift")
 AFTER = 8  # epochs: 40 updates
@@ -51,7 +52,7 @@ def draw(arms: dict[str, list[Rows]]) -> None:
 
     figure = Figure(figsize=(9, 3), layout="constrained")
     panels = figure.subplots(1, 3)
-    for colour, (name, seeds) in zip(("C0", "C1", "C2", "C3"), arms.items(), strict=True):
+    for colour, (name, seeds) in zip(("C0", "C1", "C2", "C3", "C4"), arms.items(), strict=True):
         for k, rows in enumerate(seeds):
             reward = [row["thickness"] for row in rows]
             for axes, other in zip(panels, ("judge digit", "diversity", "drift"), strict=True):
@@ -70,10 +71,10 @@ def spread(values: list[float]) -> str:
 
 def print_tables(arms: dict[str, list[Rows]]) -> None:
     """Where the runs end, and what each pays for the same reward."""
-    print(f"\n| at the end | {' | '.join(SHOWN)} |\n|{' --- |' * (len(SHOWN) + 1)}")
+    print(f"\n| at the end | updates | {' | '.join(SHOWN)} |\n|{' --- |' * (len(SHOWN) + 2)}")
     for name, seeds in arms.items():
         cells = (spread([rows[-1][key] for rows in seeds]) for key in SHOWN)
-        print(f"| {name} | {' | '.join(cells)} |")
+        print(f"| {name} | {5 * seeds[0][-1]['epoch']} | {' | '.join(cells)} |")
     print(f"\n| at thickness | {' | '.join(map(str, AT))} |\n|{' --- |' * (len(AT) + 1)}")
     for key in SHOWN[1:]:
         for name, seeds in arms.items():
@@ -99,9 +100,11 @@ def along(rows: Rows, thickness: float) -> float:
 
 
 def at(rows: Rows, thickness: float, key: str) -> float:
-    """A measure where the reward passes a value, between two epochs."""
+    """A measure where the reward passes a value, between two epochs; NaN where it does not."""
     return float(
-        np.interp(thickness, *([row[name] for row in rows] for name in ("thickness", key)))
+        np.interp(
+            thickness, *([row[name] for row in rows] for name in ("thickness", key)), right=np.nan
+        )
     )
 
 
@@ -117,8 +120,7 @@ def main() -> None:
     )
     given = parser.parse_args()
     settings = {
-        "batch_size": 40, "images_per_prompt": 8, "steps_per_epoch": 5, "epochs": given.epochs,
-        "lr": 2e-5,
+        "batch_size": 40, "images_per_prompt": 8, "steps_per_epoch": 5, "lr": 2e-5,
     }  # fmt: skip
     kept = read_json(RESULTS)["rows"] if RESULTS.exists() else {}
     found: dict[str, list[Rows]] = {name: kept.get(name, []) for name in ARMS}
@@ -128,7 +130,8 @@ def main() -> None:
             terms = ARMS[name]
             folder = given.output_dir / f"seed-{seed}" / name.replace(" ", "-")
             run = ReinforceRun(
-                few(given.model_id), PROMPTS, folder, ReinforceOptions(**settings, **terms),
+                few(given.model_id), PROMPTS, folder,
+                ReinforceOptions(epochs=given.epochs, **settings, **terms),
                 rewards=load_rewards(["thickness"]), judge=load_rewards(["digit"]),
                 teacher=few("tiny-teacher") if "match_weight" in terms else None,
                 eval_samples=100, seed=seed, save_minutes=1,
