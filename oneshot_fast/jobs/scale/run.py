@@ -388,7 +388,10 @@ def summarise(rows: Sequence[Json]) -> dict[str, Any]:
     }
     if "compare" in rows[0]:
         others = [{**row["compare"], "seconds": row["compare_seconds"]} for row in rows]
-        gains = [a["best"]["total"] - b["best"]["total"] for a, b in zip(rows, others, strict=True)]
+        totals = [[row["best"]["total"] for row in arm] for arm in (rows, others)]
+        gains = [  # another batch rounds otherwise: that is the same image
+            0.0 if math.isclose(a, b, rel_tol=1e-6) else a - b for a, b in zip(*totals, strict=True)
+        ]
         found["compare"] = _arm(rows, others) | {
             "gain": gain_of(by_prompt(rows, gains)),
             "better": sum(gain > 0 for gain in gains),

@@ -281,6 +281,10 @@ def test_a_run_keeps_what_was_dropped_and_what_won(tmp_path: Path, call: Call) -
     assert summary["evaluations"] == 2 * 9 and summary["compare"]["gain"]["mean"] == pytest.approx(
         summary["best_reward"] - summary["compare"]["best_reward"]
     )
+    for row in rows:  # the same image, in another batch
+        row["compare"]["best"]["total"] = row["best"]["total"] * (1 + 1e-7)
+        row["seconds"] = row["compare_seconds"] = 1.0
+    assert scale_run.summarise(rows)["compare"]["equal"] == 2
     pairs = read_manifest(folder / "training" / "manifest.jsonl")
     assert len(pairs[0]) == 2
     page = (folder / "report.html").read_text()
