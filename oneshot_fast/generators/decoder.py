@@ -1,6 +1,8 @@
 """Latents to images, differentiably: a VAE's decoder, or a tiny one in its place."""
 
 import hashlib
+import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -161,7 +163,15 @@ def latent_affine(
 
 
 def update_digest(digest: "hashlib._Hash", part: str, module: nn.Module) -> None:
-    """Hash name, shape and up to 2047 evenly spaced values of every tensor in float32."""
+    """Hash name, shape and up to 2047 evenly spaced values of every tensor in float32.
+
+    Of a network of diffusers the config, too, such as a VAE's scaling_factor.
+    """
+    config = getattr(module, "config", None)
+    if isinstance(config, Mapping):
+        # not diffusers' own notes, such as its version
+        told = {key: value for key, value in config.items() if not key.startswith("_")}
+        digest.update(json.dumps(told, sort_keys=True, default=str).encode())
     for name, value in sorted(module.state_dict().items()):
         flat = value.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 1024)].float().cpu()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,14 @@ def test_encodings_are_kept_on_disk(folder: Path, small_data: Path, tmp_path: Pa
     for embeds, latent in found[1:]:
         assert torch.equal(embeds, found[0][0]) and torch.equal(latent, found[0][1])
     assert other.fingerprint() == generator.fingerprint()
+    # the same weights, but a config that says how they are used otherwise
+    config = shutil.copytree(folder, tmp_path / "scaled") / "vae" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"scaling_factor": 2 * values["scaling_factor"]}))
+    scaled = load_generator(f"{OUTSIDE}:{tmp_path / 'scaled'}")
+    scaled.use_cache(tmp_path)
+    assert scaled.fingerprint() != generator.fingerprint()
+    torch.testing.assert_close(TargetImages(scaled).latent(image, "crop"), 2 * found[0][1])
 
 
 def test_ours_for_the_same_pipeline_gives_the_same(folder: Path) -> None:
