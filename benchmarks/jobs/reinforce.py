@@ -60,6 +60,8 @@ def draw(arms: dict[str, list[Rows]]) -> None:
                 axes.plot(reward, [row[other] for row in rows], colour, label=label, linewidth=1)
                 axes.set_xlabel("reward: thickness")
                 axes.set_title(other, fontsize=10)
+    for axes, (low, high) in zip(panels, ((-0.6, 0), (0.18, 0.225), (0, 0.8)), strict=True):
+        axes.set(xlim=(8.8, 15), ylim=(low, high))  # beyond, no digit can be read
     panels[0].legend(fontsize=7)
     figure.savefig(FIGURE, dpi=110)
 
