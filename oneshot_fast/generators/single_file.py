@@ -106,18 +106,21 @@ class PipelineFile:
         self._configs = self.model_config if rest is None else str(rest.folder)
         self.use = {} if self._configs is None else read_use(Path(self._configs))
         self.stored = {} if rest is None else {k: v for k, v in rest.stored.items() if k in lacks}
-        if rest is not None:
-            self._tell_of_others()
+        self._tell_of_others()
         for part in self._own:
             self.stored[part] = common_dtype(kind for kind, _ in self._of(part).values())
 
     def _tell_of_others(self) -> None:
+        """Say what is not read, such as averaged weights, and where the rest is from."""
         begins = tuple(self._prefixes.values())
-        others = [name for name in self.tensors if not name.startswith(begins)]
+        others = [  # a scheduler's constants and marks have no point
+            name for name in self.tensors if "." in name and not name.startswith(begins)
+        ]
         if others and is_main():
+            kept = f"; {', '.join(self.stored)} are those of {self.model_config}"
             say(
-                f"{self._path}: {len(others)} of its tensors, such as {others[0]}, are not read; "
-                f"{', '.join(self.stored)} are those of {self.model_config}"
+                f"{self._path}: {len(others)} of its tensors, such as {others[0]}, are not read"
+                + (kept if self.stored else "")
             )
 
     def _refuse_architecture(self) -> None:

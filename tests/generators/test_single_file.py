@@ -32,6 +32,7 @@ from oneshot_fast.generators.lora_files import LoraFile
 from oneshot_fast.generators.original_layout import check_writable, unet_name
 from oneshot_fast.generators.sd import SdGenerator
 from oneshot_fast.generators.single_file import PipelineFile, scheduler_of_file
+from oneshot_fast.runtime.tensor_files import read_header
 
 SD2, SD3 = "StableDiffusionPipeline", "StableDiffusion3Pipeline"
 ALONE = {"FluxPipeline": FluxTransformer2DModel, "ZImagePipeline": ZImageTransformer2DModel}
@@ -251,7 +252,14 @@ def test_other_tensors_of_a_file_are_told_of(
     whole = {f"model.diffusion_model.{k}": v for k, v in load_file(file).items()}
     save_file({**whole, "vae.conv.bias": torch.ones(1)}, tmp_path / "all.safetensors")
     load_generator(tmp_path / "all.safetensors", model_config=str(folder))
-    assert "1 of its tensors, such as vae.conv.bias, are not read" in capfd.readouterr().err
+    assert "1 of its tensors, such as vae.conv.bias, are not read; " in capfd.readouterr().err
+    folder, file = files[SD2]
+    averaged = {"model_ema.conv_in.bias": torch.ones(1), "betas": torch.ones(1)}
+    save_file(load_file(file) | averaged, tmp_path / "sd2.safetensors", read_header(file)[1])
+    load_generator(tmp_path / "sd2.safetensors", model_config=str(folder))
+    assert (
+        "1 of its tensors, such as model_ema.conv_in.bias, are not read" in capfd.readouterr().err
+    )
 
 
 def saved(tensors: dict[str, Tensor], place: Path) -> Path:
