@@ -1,8 +1,8 @@
 #pragma once
-#include "common.cuh"
 #include "divider.h"
+#include "warp_product.cuh"
 
-// Batched products of D x D matrices in device memory, exact multiply-adds in T.
+// Batched products of D x D matrices in device memory, with sums in T.
 namespace osf::cuda {
 
 constexpr int kProductThreads = 128, kProductTile = 64;
@@ -42,8 +42,72 @@ struct ProductMemory {
   T value[kPanels > kResult ? kPanels : kResult];
 };
 
-// result += sign op(A) B in the tile at (m0, n0): a thread computes 8 x 4 of its elements. The next
-// panels are on their way from device memory while the present ones are multiplied.
+// Where a thread's result[i][j] lies in its tile: 8 x 4 neighbours; in float32 a warp has 32 x 32
+// elements, in 2 x 4 sums of add_tf32_product, result[4 * .. + ..].
+template <class T>
+__device__ __forceinline__ int row_of(int i, int j) {
+  if constexpr (sizeof(T) == 8) return threadIdx.x / 16 * 8 + i;
+  return threadIdx.x / (2 * kWarp) * 32 + i / 4 * 16 + j / 2 * 8 + threadIdx.x % kWarp / 4;
+}
+template <class T>
+__device__ __forceinline__ int column_of(int i, int j) {
+  if constexpr (sizeof(T) == 8) return threadIdx.x % 16 * 4 + j;
+  return threadIdx.x / kWarp % 2 * 32 + i % 4 * 8 + threadIdx.x % 4 * 2 + j % 2;
+}
+
+// result += the product of two panels
+__device__ __forceinline__ void add_panels(const double* left, const double* right,
+                                           double (&result)[8][4]) {
+  using Memory = ProductMemory<double>;
+#pragma unroll
+  for (int k = 0; k < Memory::TK; ++k) {
+    double a[8], b[4];
+    read_run(left + k * Memory::LD + row_of<double>(0, 0), a);
+    read_run(right + k * Memory::LD + column_of<double>(0, 0), b);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) result[i][j] += a[i] * b[j];
+  }
+}
+
+// On tensor cores: each factor is the sum of two tf32 numbers, and of their four products the
+// smallest is left out (NVIDIA, CUTLASS, example 27, "3xTF32"). Tensor cores add toward zero, so
+// they do for 8 terms only; what they make is added to nearest (Ootomo and Yokota, "Recovering
+// single precision accuracy from Tensor Cores", 2022).
+__device__ __forceinline__ void add_panels(const float* left, const float* right,
+                                           float (&result)[8][4]) {
+  using Memory = ProductMemory<float>;
+  const int warp_column = threadIdx.x / kWarp % 2 * 32 + threadIdx.x % kWarp / 4;
+#pragma unroll 1  // for fewer registers
+  for (int k = 0; k < Memory::TK; k += 8) {
+    // the two k of a lane are neighbours, in both factors: so its warp reads different banks
+    const int first = (k + threadIdx.x % 4 * 2) * Memory::LD, two[] = {first, first + Memory::LD};
+    float a[2][4], small_a[2][4], b[2], small_b[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int w = 0; w < 4; ++w)
+        split_tf32(left[two[w / 2] + row_of<float>(4 * i, w % 2 * 2)], a[i][w], small_a[i][w]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int w = 0; w < 2; ++w) split_tf32(right[two[w] + warp_column + 8 * j], b[w], small_b[w]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float sum[4] = {};
+        add_tf32_product(small_a[i], b, sum);
+        add_tf32_product(a[i], small_b, sum);
+        add_tf32_product(a[i], b, sum);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) result[4 * i + j][w] += sum[w];
+      }
+    }
+  }
+}
+
+// result += sign op(A) B in the tile at (m0, n0). The next panels are on their way from device
+// memory while the present ones are multiplied.
 template <bool Transposed, class T>
 __device__ __forceinline__ void add_product(const T* A,  // [D, D]
                                             const T* B,  // [D, D]
@@ -53,7 +117,6 @@ __device__ __forceinline__ void add_product(const T* A,  // [D, D]
   constexpr int TK = Memory::TK, LD = Memory::LD, kLoads = TK * kProductTile / kProductThreads;
   T* const left = memory;
   T* const right = memory + TK * LD;
-  const int m = threadIdx.x / 16 * 8, n = threadIdx.x % 16 * 4;
   T next_left[kLoads], next_right[kLoads];
   // place of element u in the panels; the index that is contiguous in device memory runs fastest
   const auto k_left = [](int u) { return Transposed ? u / kProductTile : u % TK; };
@@ -79,16 +142,7 @@ __device__ __forceinline__ void add_product(const T* A,  // [D, D]
     }
     __syncthreads();
     if (k0 + TK < D) fetch(k0 + TK);
-#pragma unroll
-    for (int k = 0; k < TK; ++k) {
-      T a[8], b[4];
-      read_run(left + k * LD + m, a);
-      read_run(right + k * LD + n, b);
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) result[i][j] += a[i] * b[j];
-    }
+    add_panels(left, right, result);
   }
 }
 
@@ -121,12 +175,12 @@ __device__ __forceinline__ void run_tile(const Product<T>& p, int64_t b, int D, 
     else
       add_product<false>(A, B, sign, D, m0, n0, memory.value, result);
   }
-  const int m = threadIdx.x / 16 * 8, n = threadIdx.x % 16 * 4;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < 8; ++i)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) memory.value[(m + i) * LR + n + j] = result[i][j];
+    for (int j = 0; j < 4; ++j)
+      memory.value[row_of<T>(i, j) * LR + column_of<T>(i, j)] = result[i][j];
   __syncthreads();
   for (int u = threadIdx.x; u < kProductTile * kProductTile; u += kProductThreads) {
     const int i = u / kProductTile, j = u % kProductTile;
@@ -140,9 +194,10 @@ __device__ __forceinline__ void run_tile(const Product<T>& p, int64_t b, int D, 
   __syncthreads();
 }
 
-// All tiles of all matrices and products, a tile per block.
+// All tiles of all matrices and products, a tile per block. (At three blocks per multiprocessor
+// registers would be spilled, here and in `square`.)
 template <class T>
-__global__ void __launch_bounds__(kProductThreads, sizeof(T) == 8 ? 1 : 3)
+__global__ void __launch_bounds__(kProductThreads, sizeof(T) == 8 ? 1 : 2)
     multiply(int64_t B, int D, Divider per_matrix,  // tiles of all products
              const __grid_constant__ Products<T> products,
              const int* __restrict__ squarings) {  // [B]
@@ -178,7 +233,7 @@ struct Progress {
 // All squarings of all matrices. A block takes tile after tile in the order of the steps and waits
 // until what it reads, and whoever reads what it overwrites, is finished. It waits for tiles before
 // its own only, which blocks that already run have taken, so this ends whatever number of blocks
-// runs at once. (At three blocks per multiprocessor registers would be spilled.)
+// runs at once.
 template <class T>
 __global__ void __launch_bounds__(kProductThreads, sizeof(T) == 8 ? 1 : 2)
     square(int64_t B, int D, Divider tiles, Divider per_product,  // of a matrix, of a batch

@@ -40,13 +40,17 @@ class TiledExponential {
     for (int i = 0; i < 2; ++i) squaring.product[i][0] = product(R[i], R[i], 0, R[1 - i]);
     squaring.count = 1;
     square(squaring);
-    T *const q = at(3), *const gram = at(4), *const polished = at(5);  // as in skew_exp_small
+    // as in skew_exp_small, one order higher: tensor cores add toward zero, so squarings shrink
+    T *const q = at(3), *const defect = at(4), *const factor = at(5), *const polished = at(6);
     choose(R[0], R[1], kOddSquarings, q);
     Products<T> step;
     step.step = 0;
-    step.product[0] = transpose(product(q, q, 1, gram));
+    step.product[0] = scale(transpose(product(q, q, 1, defect)), T(-1));  // I - q^T q
+    step.product[0].identity = true;
     run(step);
-    step.product[0] = add(scale(product(q, gram, 0, polished), T(-0.5)), q, T(1.5));
+    step.product[0] = add(scale(product(defect, defect, 1, factor), T(0.375)), defect, T(0.5));
+    run(step);
+    step.product[0] = add(product(q, factor, 0, polished), q, 1);
     run(step);
     choose(q, polished, kSquared, out);
     return error_;

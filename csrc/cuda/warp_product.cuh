@@ -4,7 +4,7 @@
 #include <mma.h>  // the emulation's
 #endif
 
-// Products of 16-bit numbers on tensor cores whose operands a warp holds in registers.
+// Products on tensor cores whose operands a warp holds in registers.
 namespace osf::cuda {
 
 // Two neighbouring elements of a row of A or of a column of B, the first in the lower half
@@ -36,6 +36,39 @@ __device__ __forceinline__ void add_product(const unsigned (&a)[4], const unsign
 #undef OSF_MMA
 #else
   emulation::add_product<S>(a, b, sum);
+#endif
+}
+
+// The nearest tf32, which has 10 bits of mantissa; ties away from zero
+__device__ __forceinline__ float to_tf32(float x) {
+#ifdef __CUDACC__
+  unsigned nearest;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(nearest) : "f"(x));
+  return __uint_as_float(nearest);
+#else
+  return emulation::to_tf32(x);
+#endif
+}
+
+// x = high + low, but for 2^-22 x
+__device__ __forceinline__ void split_tf32(float x, float& high, float& low) {
+  high = to_tf32(x);
+  low = to_tf32(x - high);
+}
+
+// sum += A B for A [16, 8] and B [8, 8] in tf32. Lane 4 g + t holds, of A, the rows g (0, 2) and
+// g + 8 (1, 3) in the columns t (0, 1) and t + 4 (2, 3); of B the column g in the rows t (0) and
+// t + 4 (1); of the sum as above. PTX ISA, "Matrix Fragments for mma.m16n8k8".
+__device__ __forceinline__ void add_tf32_product(const float (&a)[4], const float (&b)[2],
+                                                 float (&sum)[4]) {
+#ifdef __CUDACC__
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+#else
+  emulation::add_tf32_product(a, b, sum);
 #endif
 }
 

@@ -122,8 +122,8 @@ def assert_as_exact(ours, reference, truth, dtype) -> None:
         assert error <= allowed, f"error {error / scale:.2e}, allowed {allowed / scale:.2e}"
 
 
-def assert_value_and_gradients(spec, args, dtype, beside="cpu") -> None:
-    """Ours on the device of ``args``, the reference and the float64 truth on ``beside``."""
+def assert_value_and_gradients(spec, args, dtype, beside="cpu") -> list[Tensor]:
+    """Ours on the device of ``args``, the reference and the float64 truth on ``beside``: ours."""
     cotangent = cotangent_of(spec, args)
     here, there = moved(args, beside), cotangent.to(beside)
     ours = value_and_gradients(spec.fn, args, cotangent)
@@ -131,6 +131,7 @@ def assert_value_and_gradients(spec, args, dtype, beside="cpu") -> None:
     truth = value_and_gradients(spec.reference, moved(here, beside, torch.float64), there)
     for result in zip(ours, reference, truth, strict=True):
         assert_as_exact(*result, dtype)
+    return ours
 
 
 def one_image(args, b) -> list:

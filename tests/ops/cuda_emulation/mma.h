@@ -49,4 +49,53 @@ void add_product(const unsigned (&a)[4], const unsigned (&b)[2], float (&sum)[4]
     }
 }
 
+#pragma GCC push_options
+#pragma GCC optimize("O2")  // most of the time is spent here
+
+inline float to_tf32(float x) {
+  uint32_t word;
+  memcpy(&word, &x, sizeof x);
+  if (x - x == 0) word = (word + 0x1000) & ~0x1fffu;
+  memcpy(&x, &word, sizeof x);
+  return x;
+}
+
+// The double next to x toward zero with so many bits of mantissa
+inline double truncated(double x, int bits) {
+  uint64_t word;
+  memcpy(&word, &x, sizeof x);
+  word &= ~uint64_t{0} << (53 - bits);
+  memcpy(&x, &word, sizeof x);
+  return x;
+}
+
+// mma.m16n8k8 of a warp. It adds four products at once, toward zero, with one bit more than a float
+// has: the worst that was found of tensor cores since sm_80 (Fasi et al., "Numerical behavior of
+// NVIDIA tensor cores", 2021).
+inline void add_tf32_product(const float (&a)[4], const float (&b)[2], float (&sum)[4]) {
+  const float held[] = {a[0], a[1], a[2], a[3], b[0], b[1]}, *const mine = held;
+  for (float x : held) require(x != x || to_tf32(x) == x, "operand is not tf32");
+  const unsigned warp = threadIdx.x / 32 * 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const float *rows[4], *columns[2][4];
+  memcpy(slot(threadIdx.x), &mine, sizeof mine);
+  wait_for_warp();
+  for (unsigned k = 0; k < 4; ++k) {
+    memcpy(&rows[k], slot(warp + g * 4 + k), sizeof mine);
+    for (unsigned n = 0; n < 2; ++n)
+      memcpy(&columns[n][k], slot(warp + (t * 2 + n) * 4 + k), sizeof mine);
+  }
+  for (unsigned w = 0; w < 4; ++w)
+    for (unsigned four = 0; four < 2; ++four) {
+      double total = sum[w];
+      for (unsigned k = 0; k < 4; ++k) {
+        const double product = double{rows[k][four * 2 + w / 2]} * columns[w % 2][k][4 + four];
+        total = truncated(total + product, 25);
+      }
+      sum[w] = static_cast<float>(truncated(total, 24));
+    }
+  wait_for_warp();
+}
+
+#pragma GCC pop_options
+
 }  // namespace emulation
