@@ -21,8 +21,12 @@ import sys
 import traceback
 from typing import Any
 
-import shortcuts
-import torch
+import tqdm.std
+
+# a lock that all forks share: one that is killed while it draws a bar would stop the others
+tqdm.std.TqdmDefaultWriteLock.mp_lock = None
+import shortcuts  # noqa: E402
+import torch  # noqa: E402
 
 COMMANDS = {
     name: importlib.import_module(f"oneshot_fast.{name}")
