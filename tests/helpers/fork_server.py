@@ -73,7 +73,7 @@ def watch(folder: str, at: int | str | None, signal_number: int) -> list[int]:
         if (writes or event in CHANGES) and folder in str(args[0]):
             seen[0] += 1
             if seen[0] == at or (isinstance(at, str) and at in f"{event} {args[0]}"):
-                os.kill(os.getpid(), signal_number)
+                signal.raise_signal(signal_number)  # to this thread, as abort() does
 
     sys.addaudithook(hook)
     return seen
