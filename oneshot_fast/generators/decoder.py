@@ -165,12 +165,15 @@ def latent_affine(
 def update_digest(digest: "hashlib._Hash", part: str, module: nn.Module) -> None:
     """Hash name, shape and up to 2047 evenly spaced values of every tensor in float32.
 
-    Of a network of diffusers the config, too, such as a VAE's scaling_factor.
+    Of a network of diffusers or transformers the config, too, such as a VAE's scaling_factor.
     """
     config = getattr(module, "config", None)
+    if hasattr(config, "to_diff_dict"):  # of transformers
+        config = config.to_diff_dict()
     if isinstance(config, Mapping):
-        # not diffusers' own notes, such as its version
-        told = {key: value for key, value in config.items() if not key.startswith("_")}
+        # not the libraries' own notes, such as their versions, nor the type, which weights have
+        notes = {"transformers_version", "architectures", "dtype"}
+        told = {k: v for k, v in config.items() if not k.startswith("_") and k not in notes}
         digest.update(json.dumps(told, sort_keys=True, default=str).encode())
     for name, value in sorted(module.state_dict().items()):
         flat = value.detach().flatten()

@@ -85,6 +85,14 @@ def test_encodings_are_kept_on_disk(folder: Path, small_data: Path, tmp_path: Pa
     torch.testing.assert_close(TargetImages(scaled).latent(image, "crop"), 2 * found[0][1])
 
 
+def test_heads_of_a_text_encoder_are_in_the_fingerprint(folder: Path, tmp_path: Path) -> None:
+    config = shutil.copytree(folder, tmp_path / "heads") / "text_encoder" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"num_attention_heads": 1}))
+    found = {load_generator(path).fingerprint() for path in (folder, config.parents[1])}
+    assert values["num_attention_heads"] > 1 and len(found) == 2
+
+
 def test_ours_for_the_same_pipeline_gives_the_same(folder: Path) -> None:
     ours, theirs = load_generator(folder), load_generator(f"{OUTSIDE}:{folder}")
     assert type(ours) is SdGenerator and ours.fingerprint() == theirs.fingerprint()
