@@ -27,9 +27,18 @@ OSF_INLINE void add_pairs(int64_t K, const uint32_t* A, int64_t lda, const uint3
   }
 }
 
-OSF_INLINE Vector<uint32_t> rounded(__m512 x) {
-  typedef uint16_t Halves __attribute__((vector_size(32)));
-  return __builtin_convertvector((Halves)_mm512_cvtneps_pbh(x), Vector<uint32_t>);
+// From size elements and then size others to size pairs, everywhere in the vector
+template <int size>
+OSF_INLINE Vector<uint32_t> interleave(Vector<uint32_t> v) {
+  return [&]<int... l>(std::integer_sequence<int, l...>) {
+    const auto halves = (Vector<uint16_t>)v;
+    return (Vector<uint32_t>)pick<(l / (2 * size) * 2 * size + l % 2 * size + l / 2 % size)...>(
+        halves, halves);
+  }(std::make_integer_sequence<int, kLanes<uint16_t>>{});
+}
+
+OSF_INLINE Vector<uint32_t> rounded(__m512 first, __m512 second) {
+  return interleave<16>((Vector<uint32_t>)_mm512_cvtne2ps_pbh(second, first));
 }
 
 // Rows 2 r and 2 r + 1 of C[M, NR vectors] = op(A) B as pairs; M is a multiple of 4. What is needed
@@ -43,9 +52,8 @@ void product_to_pairs(int64_t M, int64_t K, const uint32_t* A, int64_t lda, cons
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i += 2)
 #pragma GCC unroll 4
-      for (int j = 0; j < NR; ++j) {
-        store(C + (m + i) / 2 * ldc + 16 * j, rounded(sum[i][j]) | rounded(sum[i + 1][j]) << 16);
-      }
+      for (int j = 0; j < NR; ++j)
+        store(C + (m + i) / 2 * ldc + 16 * j, rounded(sum[i][j], sum[i + 1][j]));
   };
   int64_t m = 0;
   for (; m + 8 <= M; m += 8) rows.template operator()<8>(m);
@@ -57,7 +65,7 @@ void product_to_pairs(int64_t M, int64_t K, const uint32_t* A, int64_t lda, cons
 inline void product_of_pairs(int64_t M, int64_t N, int64_t K, const uint32_t* A, int64_t lda,
                              const uint32_t* B, int64_t ldb, float* C, int64_t ldc, bool accumulate,
                              BFloat16* out, int64_t columns) {
-  const auto tile = [&]<int MR, int NR>(int64_t m, int64_t n) {
+  const auto tile = [=]<int MR, int NR>(int64_t m, int64_t n) {
     __m512 sum[MR][NR] = {};
     float* const c = C + m * ldc + n;
 #pragma GCC unroll 16
@@ -65,18 +73,24 @@ inline void product_of_pairs(int64_t M, int64_t N, int64_t K, const uint32_t* A,
 #pragma GCC unroll 4
       for (int j = 0; j < NR; ++j)
         if (accumulate) sum[i][j] = _mm512_loadu_ps(c + i * ldc + 16 * j);
+    if (out)  // written soon
+      for (int i = 0; i < MR; ++i) __builtin_prefetch(out + (m + i) * columns + n, 1);
     add_pairs<true>(K, A + m, lda, B + n, ldb, nullptr, sum);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < NR; ++j) {
-        const int64_t left = min(16, columns - n - 16 * j);
-        if (out == nullptr)
+        const int64_t left = columns - n - 16 * j;
+        if (out == nullptr) {
           _mm512_storeu_ps(c + i * ldc + 16 * j, sum[i][j]);
+          continue;
+        }
+        const auto half = (__m256i)_mm512_cvtneps_pbh(sum[i][j]);
+        BFloat16* const o = out + (m + i) * columns + n + 16 * j;
+        if (left >= 16)  // a masked store is slow
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(o), half);
         else if (left > 0)
-          _mm256_mask_storeu_epi16(out + (m + i) * columns + n + 16 * j,
-                                   __mmask16((1u << left) - 1),
-                                   (__m256i)_mm512_cvtneps_pbh(sum[i][j]));
+          _mm256_mask_storeu_epi16(o, __mmask16((1u << left) - 1), half);
       }
   };
   const auto panel = [&]<int NR>(int64_t n) {

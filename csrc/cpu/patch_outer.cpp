@@ -69,6 +69,17 @@ void add_tile(const PatchGrid& grid, int64_t image, int64_t tile, const BFloat16
   const int64_t N = grid.tile_patches();
   const auto gather = [&](const BFloat16* x, int64_t n0, int64_t n1, float* memory) {
     const auto pairs = reinterpret_cast<uint32_t*>(memory);
+    if constexpr (P > 0)
+      if (grid.tile_columns() % 2 == 0) {
+        // two neighbours are a patch of uint32_t, each row of it the one's row and the other's
+        PatchGrid halved = grid;
+        halved.W /= 2;
+        gather_rows<P>(halved, image, tile, n0 / 2, n1 / 2, reinterpret_cast<const uint32_t*>(x),
+                       pairs, ld);
+        for (int64_t i = 0; i < (n1 - n0) / 2 * ld; i += kLanes<uint32_t>)
+          store(pairs + i, interleave<P>(load(pairs + i)));
+        return pairs;
+      }
     const auto rows = reinterpret_cast<uint16_t*>(pairs + kBlockPatches / 2 * ld);
     gather_rows<P>(grid, image, tile, n0, n1, reinterpret_cast<const uint16_t*>(x), rows, ld);
     if ((n1 - n0) % 2) __builtin_memset(rows + (n1 - n0) * ld, 0, ld * sizeof(uint16_t));

@@ -84,6 +84,28 @@ void run(const Threads& threads, const PatchGrid& grid, const S* x, const Matric
 }
 
 #ifdef __AVX512BF16__
+// The same in bfloat16: a word is a row of a patch, two elements, and q is in pairs along k
+template <bool TA>
+void rotate_pairs_in_registers(const PatchGrid& grid, int64_t b, int64_t g, int64_t n0, int64_t n1,
+                               const uint32_t* q, const uint32_t* x, uint32_t* y) {
+  for_each_run(grid, b, g, n0, n1, [&](int64_t, int64_t count, int64_t offset) {
+    for (int64_t j = 0; j < count; j += kLanes<uint32_t>) {
+      const auto line = [&](int k) { return (offset + grid.row(k / 2, k % 2)) / 2 + j; };
+      __m512 sum[16] = {};
+      for (int k = 0; k < 8; ++k) {
+        const auto pairs = (__m512bh)load(x + line(k));
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          const auto a = (__m512bh)_mm512_set1_epi32(int(q[TA ? 16 * k + i : 8 * i + k]));
+          sum[i] = _mm512_dpbf16_ps(sum[i], a, pairs);
+        }
+      }
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) store(y + line(k), rounded(sum[2 * k], sum[2 * k + 1]));
+    }
+  });
+}
+
 // The same for patches of even side in bfloat16, whose elements are neighbours in pairs
 template <int P>
 void run_pairs(const Threads& threads, const PatchGrid& grid, const void* x, const Matrices& q,
@@ -91,6 +113,7 @@ void run_pairs(const Threads& threads, const PatchGrid& grid, const void* x, con
   constexpr int64_t ld = kTileColumns<float>;
   const int64_t D = grid.dim(), N = grid.tile_patches(), blocks = ceil_div(N, ld);
   const int64_t grain = ceil_div(1 << 18, D * D * ld);
+  const bool in_registers = fits_registers(grid, kLanes<uint32_t>);
   parallel_for(threads, grid.B * grid.tiles() * blocks, grain, [&](int64_t i0, int64_t i1) {
     Buffer<uint32_t> memory(D * ld + (q.transposed ? D / 2 * D : 0));
     uint32_t *columns = memory, *rotated = columns + D / 2 * ld, *paired = rotated + D / 2 * ld;
@@ -101,22 +124,30 @@ void run_pairs(const Threads& threads, const PatchGrid& grid, const void* x, con
       const int64_t n0 = i % blocks * ld, n1 = min(N, n0 + ld);
       const int64_t at = i / blocks * q.stride;
       const uint16_t* const matrix = static_cast<const uint16_t*>(q.data) + at;
-      gather_columns<P>(grid, b, g, n0, n1, static_cast<const uint32_t*>(x), columns, ld);
+      const auto rows = reinterpret_cast<const uint32_t*>(matrix);  // [D, D / 2]
+      if (q.transposed && at != in_pairs) pair_rows(D / 2, D, matrix, D, paired, D);
+      in_pairs = at;
+      const auto words = static_cast<const uint32_t*>(x);
+      const auto rotated_words = static_cast<uint32_t*>(out);
+      if constexpr (P == 2)
+        if (in_registers) {
+          const auto rotate =
+              q.transposed ? rotate_pairs_in_registers<true> : rotate_pairs_in_registers<false>;
+          rotate(grid, b, g, n0, n1, q.transposed ? paired : rows, words, rotated_words);
+          continue;
+        }
+      gather_columns<P>(grid, b, g, n0, n1, words, columns, ld);
       const auto product = [&]<bool TA>(const uint32_t* A, int64_t lda, const uint32_t* ahead) {
         const auto run = n1 - n0 > ld / 2 ? product_to_pairs<2, TA> : product_to_pairs<1, TA>;
         run(D, D / 2, A, lda, columns, ld, ahead, rotated, ld);
       };
       // a small matrix is at hand soon enough
       const bool small = D <= 64;
-      const auto rows = reinterpret_cast<const uint32_t*>(matrix);  // [D, D / 2]
-      if (!q.transposed) {
-        product.template operator()<false>(rows, D / 2, small ? nullptr : rows + 8 * (D / 2));
-      } else {
-        if (at != in_pairs) pair_rows(D / 2, D, matrix, D, paired, D);
-        in_pairs = at;
+      if (q.transposed)
         product.template operator()<true>(paired, D, small ? nullptr : rows + q.stride / 2);
-      }
-      scatter_columns<P>(grid, b, g, n0, n1, rotated, ld, static_cast<uint32_t*>(out));
+      else
+        product.template operator()<false>(rows, D / 2, small ? nullptr : rows + 8 * (D / 2));
+      scatter_columns<P>(grid, b, g, n0, n1, rotated, ld, rotated_words);
     }
   });
 }

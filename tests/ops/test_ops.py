@@ -163,20 +163,21 @@ def test_batch_mates_do_not_change_a_bit(spec, case, poison, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_shape_of_an_image_does_not_change_a_bit(dtype):
-    """Sixteen patches in one row, which a CPU may take as whole vectors, and in eight rows."""
+@pytest.mark.parametrize("p", [1, 2, 4, 8])
+def test_the_shape_of_an_image_does_not_change_a_bit(p, dtype):
+    """Sixteen patches in one row, which a CPU may take as whole vectors, and in one column."""
 
-    def narrow(t: Tensor) -> Tensor:
-        return t.unflatten(3, (8, 4)).transpose(2, 3).flatten(2, 3)
+    def turned(t: Tensor) -> Tensor:
+        return t.unflatten(3, (16, p)).transpose(2, 3).flatten(2, 3)
 
-    a, b = torch.randn(2, 2, 4, 2, 32).to(dtype)
-    matrices = torch.randn(2, 16, 16).to(dtype)
+    a, b = torch.randn(2, 2, 4, p, 16 * p).to(dtype)
+    matrices = torch.randn(2, 4 * p * p, 4 * p * p).to(dtype)
     for q in (matrices, matrices.mT):
-        rotated = ops.patch_rotate(narrow(a), q, 2)
-        assert_equal([narrow(ops.patch_rotate(a, q, 2))], [rotated])
+        rotated = ops.patch_rotate(turned(a), q, p)
+        assert_equal([turned(ops.patch_rotate(a, q, p))], [rotated])
     for like in ((), (2,)):
-        sums = ops.patch_outer(narrow(a), narrow(b), 2, like)
-        assert_equal([ops.patch_outer(a, b, 2, like)], [sums])
+        sums = ops.patch_outer(turned(a), turned(b), p, like)
+        assert_equal([ops.patch_outer(a, b, p, like)], [sums])
 
 
 def test_every_instruction_set():
