@@ -24,26 +24,29 @@ PROMPTS = tuple(f"a {colour} letter {letter}" for letter in LETTERS for colour i
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif",
          "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol",
          "STIXGeneralItalic", "cmr10", "cmb10", "cmss10", "cmtt10", "cmti10")  # fmt: skip
+ITALICS = ("DejaVuSans-Oblique", "DejaVuSerif-Italic", "STIXGeneralItalic", "cmti10")
 
 
-def letters(seed: int, count: int) -> LabelledImages:
+def letters(seed: int, count: int, italics: bool = False) -> LabelledImages:
     """``count`` letters of all classes in turn, of any font, size, place, shade and ground.
 
-    Another ``seed`` draws other images of the same distribution.
+    Another ``seed`` draws other images of the same distribution. ``italics`` are a narrower
+    style, as a user's own images have one: italic fonts alone, and large.
     """
     draw = np.random.default_rng(seed)
     labels = np.arange(count) % len(PROMPTS)
-    images = np.stack([_letter(int(label), draw) for label in labels])
+    images = np.stack([_letter(int(label), draw, italics) for label in labels])
     values = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     return LabelledImages(values.contiguous(), torch.from_numpy(labels), PROMPTS)
 
 
-def _letter(label: int, draw: np.random.Generator) -> np.ndarray:
+def _letter(label: int, draw: np.random.Generator, italics: bool) -> np.ndarray:
+    fonts, smallest = (ITALICS, 46) if italics else (FONTS, 34)
     letter, colour = LETTERS[label // len(COLOURS)], [*COLOURS.values()][label % len(COLOURS)]
     ground = draw.uniform(0.85, 1.0)
     shade = draw.uniform(0.75, 1.0)
     image = Image.new("RGB", (IMAGE_SIZE,) * 2, (round(255 * ground),) * 3)
-    font = _font(FONTS[draw.integers(len(FONTS))], int(draw.integers(34, 55)))
+    font = _font(fonts[draw.integers(len(fonts))], int(draw.integers(smallest, 55)))
     left, top, right, bottom = font.getbbox(letter)
     # the whole letter stays inside
     x, y = (draw.uniform(0.15, 0.85) * (IMAGE_SIZE - size) for size in (right - left, bottom - top))

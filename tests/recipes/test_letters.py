@@ -22,6 +22,16 @@ def test_letters_have_their_colour_lie_inside_and_change_with_the_seed():
             assert channel[k] == ("red", "green", "blue").index(name)
 
 
+def test_italics_are_large_and_of_the_same_prompts():
+    drawn, usual = letters(0, 64, italics=True), letters(0, 64)
+    assert drawn.prompts == PROMPTS and torch.equal(drawn.labels, usual.labels)
+    heights = [
+        (images.images[:, 1] < images.images[:, 1, :1, :1] - 0.1).any(2).sum(1)
+        for images in (drawn, usual)
+    ]
+    assert heights[0].min() > heights[1].min() + 5
+
+
 @pytest.mark.slow
 def test_the_recipe_runs_and_keeps_its_stages(tmp_path):
     train_letters(tmp_path, quick=True)

@@ -49,6 +49,7 @@ SUBJECTS = {
     "digits": SubjectRecipe((64, 1, 1), 300, 16, 1, 1),
     "shapes": SubjectRecipe((4, 8, 8), 800, 24, 2, 4),
     "letters": SubjectRecipe((4, 8, 8), 0, 0, 2, 4),  # made by recipes/letters.py
+    "italics": SubjectRecipe((4, 8, 8), 0, 0, 2, 4),  # the same generator, a style of its own
 }
 
 
@@ -66,14 +67,17 @@ class Subject:
             train, self.real = shapes("train", count, 16), shapes("heldout", 1600, 16)
         else:
             train, self.real = (
-                letters(0, 640 if quick else count),
-                letters(1, 320 if quick else 1600),
+                letters(0, 640 if quick else count, name == "italics"),
+                letters(1, 320 if quick else 1600, name == "italics"),
             )
         self.train = train
-        self.base_folder = folder / ("base/pipeline" if name == "letters" else "base")
+        of_letters = name in ("letters", "italics")
+        self.base_folder = (
+            folder.parent / "letters/base/pipeline" if of_letters else folder / "base"
+        )
         if not self.base_folder.exists():
-            if name == "letters":
-                train_letters(folder / "base", quick)
+            if of_letters:
+                train_letters(self.base_folder.parent, quick)
             else:
                 self._make_base(train, quick)
         self.records = _on_disk(train, folder / "targets", 16 if quick else 256)
