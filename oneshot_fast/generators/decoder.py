@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -167,7 +168,7 @@ def update_digest(digest: "hashlib._Hash", part: str, module: nn.Module) -> None
 
     Of a network of diffusers or transformers the config, too, such as a VAE's scaling_factor.
     """
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if hasattr(config, "to_diff_dict"):  # of transformers
         config = config.to_diff_dict()
     if isinstance(config, Mapping):
