@@ -4,7 +4,8 @@ Noise-aware fine-tuning as in TTSnap (arXiv 2511.22242): from the estimate of an
 network tells the base reward of the image that the step leads to.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ from oneshot_fast.errors import ModelError, UserError, refused
 from oneshot_fast.rewards import CONFIG, load_reward
 from oneshot_fast.rewards.base import Reward, Setup
 from oneshot_fast.rewards.preprocess import resize
+from oneshot_fast.rewards.thickness import paper_distance, stroke_width
 from oneshot_fast.runtime.files import read_json, read_safetensors
 
-CLASSIFIER = "classifier"
+CLASSIFIER, THRESHOLDS = "classifier", "thresholds"
+_CUTS = (0.1, 0.3, 0.5, 0.7, 0.9)  # in units of the ink's distance to the paper
+_SOFTNESS = 0.06
+_BLACK = math.sqrt(3)  # distance of black ink to white paper
 
 
 class ClassifierScore(Reward):
@@ -47,18 +52,59 @@ class ClassifierScore(Reward):
         return self.mean + self.deviation * found
 
 
+class ThresholdScore(Reward):
+    """``thickness`` of an estimate, corrected by what it is once every grey is decided.
+
+    An estimate is grey where its image is undecided, and its paper is uneven. With w the stroke
+    width, d the ink's distance to the paper (of all pixels' the 97th percentile) and w_t the width
+    of the image in which what is farther than t d is ink, softly, the score is
+
+        log w + sum_t a_t log(w_t / w) + b (d - sqrt 3) + c,
+
+    exponentiated. It begins as w; prompts are not read.
+    """
+
+    name = THRESHOLDS
+    cuts: Tensor
+
+    def __init__(self) -> None:
+        """Take a head that is zero."""
+        super().__init__()
+        self.head = nn.Linear(len(_CUTS) + 1, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("cuts", torch.tensor(_CUTS)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor, features: Tensor) -> Tensor:
+        distance = paper_distance(images)
+        flat = distance.flatten(1)
+        ink = flat.kthvalue(math.ceil(0.97 * flat.shape[1]), 1, keepdim=True).values
+        relative = (distance / ink[:, :, None])[:, None]
+        width = stroke_width(distance)[:, None]
+        at_cuts = stroke_width(((relative - self.cuts) / _SOFTNESS).sigmoid())
+        found = torch.cat(((at_cuts / width).log(), ink - _BLACK), 1)
+        return (width * self.head(found).exp())[:, 0]
+
+
+NETWORKS: dict[str, Callable[[], Reward]] = {
+    CLASSIFIER: ClassifierScore,
+    THRESHOLDS: ThresholdScore,
+}
+
+
 def network_of(name: str, setup: Setup) -> Reward:
     """A network to train, in evaluation mode: nothing in it is drawn, such as dropout.
 
     Args:
-        name: Of a reward that has weights, or "classifier".
+        name: Of a reward that has weights, or of ``NETWORKS``.
         setup: Where its models are; float32 to train it.
 
     Raises:
         UserError: If there is no such reward, or it has no weights.
     """
     alone = Setup(setup.models_dir, setup.device, setup.dtype)  # shares no encoder
-    network = ClassifierScore().to(setup.device) if name == CLASSIFIER else load_reward(name, alone)
+    made = NETWORKS.get(name)
+    network = load_reward(name, alone) if made is None else made().to(setup.device)
     if isinstance(network, NoiseAwareReward):
         raise UserError(f"{name} was trained already; name the reward that it began as")
     if not any(True for _ in network.parameters()):

@@ -20,12 +20,21 @@ class ThicknessReward(Reward):
     name = "thickness"
 
     def forward(self, images: Tensor, features: Tensor) -> Tensor:
-        pixels = images.float()
-        rows, columns = pixels[:, :, [0, -1]], pixels[:, :, 1:-1, [0, -1]]
-        border = torch.cat((rows.flatten(2), columns.flatten(2)), 2)
-        difference = pixels - border.mean(2)[:, :, None, None]
-        distance = (difference.square().sum(1) + _SMALLEST).sqrt()
-        down = distance[:, 1:, :-1] - distance[:, :-1, :-1]
-        right = distance[:, :-1, 1:] - distance[:, :-1, :-1]
-        slope = (down.square() + right.square() + _SMALLEST).sqrt()
-        return 2 * distance.sum((1, 2)) / slope.sum((1, 2))
+        return stroke_width(paper_distance(images))
+
+
+def paper_distance(images: Tensor) -> Tensor:
+    """[B, H, W] float32: distance of images [B, 3, H, W], [0, 1] RGB, to their borders' mean."""
+    pixels = images.float()
+    rows, columns = pixels[:, :, [0, -1]], pixels[:, :, 1:-1, [0, -1]]
+    border = torch.cat((rows.flatten(2), columns.flatten(2)), 2)
+    difference = pixels - border.mean(2)[:, :, None, None]
+    return (difference.square().sum(1) + _SMALLEST).sqrt()
+
+
+def stroke_width(distance: Tensor) -> Tensor:
+    """2 sum d / sum |grad d| in pixels, [...], of distances d [..., H, W]."""
+    down = distance[..., 1:, :-1] - distance[..., :-1, :-1]
+    right = distance[..., :-1, 1:] - distance[..., :-1, :-1]
+    slope = (down.square() + right.square() + _SMALLEST).sqrt()
+    return 2 * distance.sum((-2, -1)) / slope.sum((-2, -1))

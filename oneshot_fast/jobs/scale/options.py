@@ -136,8 +136,9 @@ class RewardTraining:
 
     network: str | None = None
     """What is trained: by default the reward itself; classifier: the body of the packaged
-    classifier of digits with one new output, which reads no prompt; or another reward that has
-    weights, such as python:module.Class."""
+    classifier of digits with one new output, which reads no prompt; thresholds: of thickness, its
+    value at five grey levels, with a weight each; or another reward that has weights, such as
+    python:module.Class."""
     levels: str | None = None
     """Steps, from 0, whose estimates are learnt from, such as 0:15, where 15 is no longer meant; by
     default all but the last 5 (of at most 6 steps: the last)."""
@@ -147,7 +148,7 @@ class RewardTraining:
     """Images per step."""
     lr: float | None = None
     """AdamW's learning rate, which falls to half within a level; by default TTSnap's: 3e-6 of
-    imagereward, 5e-7 of CLIP's; 3e-4 of classifier, 1e-4 of digit."""
+    imagereward, 5e-7 of CLIP's; 3e-4 of classifier, 2e-2 of thresholds, 1e-4 of digit."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 5.0

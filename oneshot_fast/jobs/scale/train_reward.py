@@ -28,7 +28,7 @@ from oneshot_fast.jobs.scale.options import RewardTraining
 from oneshot_fast.planning.costs import median_seconds
 from oneshot_fast.planning.timing import Plan
 from oneshot_fast.rewards import CONFIG, REWARDS, Reward, Setup, parse_reward
-from oneshot_fast.rewards.noise_aware import CLASSIFIER, ClassifierScore, network_of
+from oneshot_fast.rewards.noise_aware import CLASSIFIER, THRESHOLDS, ClassifierScore, network_of
 from oneshot_fast.runtime.concurrency import Interrupts, ahead, stop
 from oneshot_fast.runtime.files import (
     Json,
@@ -59,7 +59,7 @@ SHARES = tuple(k / 20 for k in range(1, 20))  # that a prune keeps, of which is 
 CLEAN = "clean"  # the baseline
 # published learning rates of TTSnap, and ours of the small networks
 _RATES = {"imagereward": 3e-6, "pickscore": 5e-7, "hpsv2": 5e-7, "hpsv2.0": 5e-7, "hpsv2.1": 5e-7,
-          "clip": 5e-7, CLASSIFIER: 3e-4, "digit": 1e-4}  # fmt: skip
+          "clip": 5e-7, CLASSIFIER: 3e-4, THRESHOLDS: 2e-2, "digit": 1e-4}  # fmt: skip
 
 
 class HalvingOptions(TrainOptions):
@@ -137,6 +137,8 @@ class RewardRun:
         self.train_rows, self.held_out = split(self.labels.prompts, options.holdout, seed)
         self.levels = options.levels_of(self.labels.steps)
         self.network = options.network or name
+        fits = self.network != THRESHOLDS or name == "thickness"
+        require(fits, f"--network {THRESHOLDS} is of reward thickness; name another for {name}")
         self.setup = Setup(models_dir, processes().device, torch.float32)
         digest = hashlib.sha256()
         update_digest(digest, "network", self._begin(None))

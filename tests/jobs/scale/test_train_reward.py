@@ -19,6 +19,7 @@ from oneshot_fast.jobs.scale.pools import read_pool
 from oneshot_fast.jobs.scale.train_reward import HalvingOptions, RewardRun
 from oneshot_fast.rewards import identity, load_rewards
 from oneshot_fast.rewards.digit import DigitReward
+from oneshot_fast.rewards.noise_aware import network_of
 from oneshot_fast.runtime.files import read_json, read_metadata, read_safetensors
 from oneshot_fast.scale import main
 from oneshot_fast.training.losses.score import ScoreLoss, predict
@@ -180,6 +181,23 @@ def test_a_reward_with_weights_is_trained_itself(made: Path, tmp_path: Path) -> 
     assert run.run() == json.loads((tmp_path / "run" / "summary.json").read_text())
 
 
+def test_thresholds_begin_as_thickness_and_learn(made: Path, tmp_path: Path) -> None:
+    options = RewardTraining(network="thresholds", batch_size=2, holdout=0.5, baseline=False)
+    run = RewardRun(tmp_path / "run", made, "thickness", options)
+    assert [phase.name for phase in run.phases] == ["level-02", "level-01", "level-00"]
+    labels, begun = read_labels(made, "thickness"), network_of("thresholds", run.setup)
+    images = labels.images([(p, n) for p in range(2) for n in range(2)], 0)
+    scores = begun(images, images.new_empty(4, 0))
+    assert torch.equal(scores, load_rewards(["thickness"])(images, [""] * 4))
+    run.run()
+    begun.load_state_dict(read_safetensors(tmp_path / "run" / "level-00.safetensors"))
+    learnt = begun(images, images.new_empty(4, 0))
+    assert not torch.equal(learnt, scores)
+    assert torch.equal(begun(images[:1], images.new_empty(1, 0)), learnt[:1])
+    blank = begun(torch.ones(1, 3, 64, 64), images.new_empty(1, 0))
+    assert bool(blank.isfinite())
+
+
 def test_no_text_is_on_both_sides() -> None:
     train, apart = split(["a", "b", "a", "c", "b", "d"], 0.3, 1)
     assert sorted(train + apart) == [*range(6)]
@@ -231,6 +249,7 @@ def test_the_rate_falls_to_half() -> None:
     ("flags", "said"),
     [
         (["--reward", "thickness"], "has no weights to train; give --network classifier"),
+        (["--reward", "digit", "--network", "thresholds"], "is of reward thickness"),
         (["--reward", "clip"], "line 1: no scores of clip, only of thickness, digit"),
         (["--reward", "digit:2"], "a weight has no effect"),
         (["--reward", "nothing"], "no reward 'nothing'"),
