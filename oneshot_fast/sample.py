@@ -30,9 +30,9 @@ _BY_CONFIG = {
 class SampleCommand:
     """Make images of prompts: samples.jsonl, images/*.png and grid.png.
 
-    An image depends on the seed and on its prompt's place in the list, never on the batch. With
-    --config, an inference file of RTDMD says most of it. An interrupted run goes on when the same
-    command is repeated.
+    An image depends on the seed and on its prompt's place in the list; on the batch, only by
+    rounding. With --config, an inference file of RTDMD says most of it. An interrupted run goes on
+    when the same command is repeated.
     """
 
     config: Path | None = None

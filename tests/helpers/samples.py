@@ -27,7 +27,7 @@ PROMPTS = ["a handwritten digit three", "a handwritten digit seven"]
 
 # between equal searches in other batches, whose rounding a few steps amplify
 ROUNDING = 1e-4  # of losses, relative
-NOISE = 1e-3  # of noises, absolute
+NOISE = 3e-3  # of noises, absolute
 
 STEPS = 12
 FULL = AssignOptions("rotation", rotation_optimizer="raw_adam", lr=0.155, steps=STEPS)

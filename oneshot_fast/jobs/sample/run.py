@@ -28,8 +28,8 @@ class SampleRun:
     """Images that a generator makes of prompts; what is there already is not made again.
 
     An image is a function of the seed, its prompt's place in the list, and its number among those
-    of the prompt: never of the batch. ``samples.jsonl`` has a row for each; what became NaN or
-    infinite has its row in failures.jsonl, and no picture.
+    of the prompt; of the batch, only by rounding. ``samples.jsonl`` has a row for each; what became
+    NaN or infinite has its row in failures.jsonl, and no picture.
     """
 
     outputs = ("images", SAMPLES, "failures.jsonl", "grid.png", "summary.json")
@@ -100,17 +100,17 @@ class SampleRun:
             wanted = [
                 (n, k) for n in range(len(self.prompts)) for k in range(self.images_per_prompt)
             ]
-            left = [at for at in wanted if not self._is_there(_name(*at), rows)]
             started, failures = time.perf_counter(), list[Failure]()
             with progress(len(wanted), "sample", "image") as bar:
-                bar.update(len(wanted) - len(left))
-                for start in range(0, len(left), self.batch_size):
-                    part = left[start : start + self.batch_size]
-                    made, failed = self._make(part)
-                    rows |= {row["image"]: row for row in made}
-                    failures += failed
-                    names = (_name(*at) for at in wanted)
-                    write_jsonl(self.folder / SAMPLES, [rows[n] for n in names if n in rows])
+                for start in range(0, len(wanted), self.batch_size):
+                    # made whole where one is missing, as a batch of another size rounds otherwise
+                    part = wanted[start : start + self.batch_size]
+                    if not all(self._is_there(_name(*at), rows) for at in part):
+                        made, failed = self._make(part)
+                        rows |= {row["image"]: row for row in made}
+                        failures += failed
+                        names = (_name(*at) for at in wanted)
+                        write_jsonl(self.folder / SAMPLES, [rows[n] for n in names if n in rows])
                     bar.update(len(part))
                     if interrupts.pending:
                         stop(interrupts.pending)

@@ -275,5 +275,5 @@ def test_images_go_on_and_have_scores(tiny: Any, tmp_path: Path) -> None:
     path.unlink()
     (tmp_path / "summary.json").unlink()
     assert run().run()["samples"] == 6
-    assert path.read_bytes() == before  # alone in its batch
+    assert path.read_bytes() == before
     assert Image.open(tmp_path / "grid.png").size == (128, 192)
