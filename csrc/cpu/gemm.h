@@ -6,12 +6,8 @@
 namespace osf::OSF_ISA {
 namespace {
 
-// Rows of the register tile: AVX-512 and NEON have 32 vector registers, SSE and AVX2 have 16.
-#if OSF_VECTOR_BYTES == 64 || defined(__aarch64__)
-constexpr int kTileRows = 8;
-#else
-constexpr int kTileRows = 4;
-#endif
+// Rows of the register tile
+constexpr int kTileRows = kRegisters / 4;
 constexpr int kTileVectors = 2;
 template <class T>
 constexpr int64_t kTileColumns = kTileVectors * kLanes<T>;

@@ -38,6 +38,12 @@ template <class T>
 using Vector = typename VectorOf<T>::type;
 template <class T>
 constexpr int kLanes = OSF_VECTOR_BYTES / sizeof(T);
+// AVX-512 and NEON have 32 of them, SSE and AVX2 have 16.
+#if OSF_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 
 template <class T>
 OSF_INLINE Vector<T> load(const T* p) {
@@ -99,21 +105,23 @@ OSF_INLINE void exchange(V& a, V& b) {
   }(std::make_integer_sequence<int, n>{});
 }
 
-// Pairs in a and then b: their first halves in a, their second halves in b; zip is the inverse.
+// Pairs in a and then b: their first halves in a, their second halves in b, in an order that costs
+// least, within the 16 bytes that a shuffle does not leave; zip is the inverse.
 template <class V>
 OSF_INLINE void unzip(V& a, V& b) {
+  constexpr int n = sizeof(V) / sizeof(a[0]), w = 16 / sizeof(a[0]);
   [&]<int... l>(std::integer_sequence<int, l...>) {
-    const V c = pick<(2 * l)...>(a, b);
-    b = pick<(2 * l + 1)...>(a, b);
+    const V c = pick<(l / w * w + l * 2 % w + (l % w < w / 2 ? 0 : n))...>(a, b);
+    b = pick<(l / w * w + l * 2 % w + 1 + (l % w < w / 2 ? 0 : n))...>(a, b);
     a = c;
-  }(std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>{});
+  }(std::make_integer_sequence<int, n>{});
 }
 template <class V>
 OSF_INLINE void zip(V& a, V& b) {
-  constexpr int n = sizeof(V) / sizeof(a[0]);
+  constexpr int n = sizeof(V) / sizeof(a[0]), w = 16 / sizeof(a[0]);
   [&]<int... l>(std::integer_sequence<int, l...>) {
-    const V c = pick<(l / 2 + l % 2 * n)...>(a, b);
-    b = pick<((n + l) / 2 + l % 2 * n)...>(a, b);
+    const V c = pick<(l / w * w + l % w / 2 + l % 2 * n)...>(a, b);
+    b = pick<(l / w * w + (w + l % w) / 2 + l % 2 * n)...>(a, b);
     a = c;
   }(std::make_integer_sequence<int, n>{});
 }

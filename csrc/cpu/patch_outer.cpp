@@ -8,29 +8,38 @@ constexpr int64_t kBlockPatches = 64;
 // A sum over all images is made of at most this many partial sums, whatever the threads.
 constexpr int64_t kPartialSums = 16;
 
-// sum[16, 16] = or += a_n b_n^T over the patches [n0, n1), see fits_registers: eight patches of b
-// are transposed, and the elements of a taken one by one as they lie in the image.
+// sum[16, 16] = or += a_n b_n^T over the patches [n0, n1), see fits_registers: a few patches of b
+// are transposed, and the elements of a taken one by one as they lie in the image. As much of the
+// sum at once as the registers hold.
 template <class T>
 void add_in_registers(const PatchGrid& grid, int64_t image, int64_t tile, int64_t n0, int64_t n1,
                       const T* a, const T* b, T* sum, bool accumulate) {
-  Vector<T> total[16] = {};
-  for_each_run(grid, image, tile, n0, n1, [&](int64_t, int64_t count, int64_t offset) {
-    for (int64_t j = 0; j < count; j += 8) {
-      const auto line = [&](int l) { return offset + grid.row(l / 2, l % 2) + 2 * j; };
-      Vector<uint64_t> rows[8];
+  constexpr int kRows = kRegisters / 2, kPairs = kLanes<uint64_t>;
+  const auto part = [&](int m, int d) {
+    Vector<T> total[kRows] = {};
+    for_each_run(grid, image, tile, n0, n1, [&](int64_t, int64_t count, int64_t offset) {
+      for (int64_t j = 0; j < count; j += kPairs) {
+        const auto line = [&](int l) { return offset + grid.row(l / 2, l % 2) + 2 * j; };
+        Vector<uint64_t> pairs[kPairs];
 #pragma GCC unroll 8
-      for (int l = 0; l < 8; ++l) rows[l] = load(reinterpret_cast<const uint64_t*>(b + line(l)));
-      transpose(rows);
+        for (int l = 0; l < kPairs; ++l)
+          pairs[l] = load(reinterpret_cast<const uint64_t*>(b + line(d / 2 + l)));
+        transpose(pairs);
 #pragma GCC unroll 8
-      for (int n = 0; n < 8; ++n)
+        for (int n = 0; n < kPairs; ++n)
 #pragma GCC unroll 16
-        for (int r = 0; r < 16; ++r)
-          total[r] += a[line(r / 2) + 2 * n + r % 2] * (Vector<T>)rows[n];
+          for (int r = 0; r < kRows; ++r)
+            total[r] += a[line((m + r) / 2) + 2 * n + r % 2] * (Vector<T>)pairs[n];
+      }
+    });
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      T* const to = sum + 16 * (m + r) + d;
+      store(to, accumulate ? load(to) + total[r] : total[r]);
     }
-  });
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r)
-    store(sum + 16 * r, accumulate ? load(sum + 16 * r) + total[r] : total[r]);
+  };
+  for (int m = 0; m < 16; m += kRows)
+    for (int d = 0; d < 16; d += kLanes<T>) part(m, d);
 }
 
 // sum[r, d] = or += a_n[r] b_n[d] over the patches of one tile, for the rows [r0, r1); unless it is
@@ -40,14 +49,14 @@ void add_tile(const PatchGrid& grid, int64_t image, int64_t tile, const S* a, co
               int64_t r0, int64_t r1, T* rows_a, T* rows_b, T* sum, int64_t ld, bool accumulate,
               S* out) {
   const int64_t N = grid.tile_patches();
-  constexpr bool kVectors = OSF_VECTOR_BYTES == 64 && __is_same(S, float);  // of 16 elements
-  const bool in_registers = kVectors && fits_registers(grid, 8);
+  constexpr bool kPairs = __is_same(S, float);  // of two elements, moved as a uint64_t
+  const bool in_registers = kPairs && fits_registers(grid, kLanes<uint64_t>);
   int64_t n0 = 0;
   do {  // also without patches, to write the zeros
     const int64_t n1 = min(N, n0 + kBlockPatches);
     const bool add = accumulate || n0 > 0;
     if (in_registers) {
-      if constexpr (kVectors) add_in_registers(grid, image, tile, n0, n1, a, b, sum, add);
+      if constexpr (kPairs) add_in_registers(grid, image, tile, n0, n1, a, b, sum, add);
     } else {
       gather_rows<P>(grid, image, tile, n0, n1, a, rows_a, ld);
       gather_rows<P>(grid, image, tile, n0, n1, b, rows_b, ld);

@@ -16,28 +16,33 @@ void rotate(bool transposed, int64_t D, int64_t columns, const T* q, const T* x,
   }
 }
 
-// op(q) x for the patches [n0, n1), see fits_registers; q in memory is [16, 16].
+// op(q) x for the patches [n0, n1), see fits_registers; q in memory is [16, 16]. As many rows of
+// the result at once as the registers hold.
 template <bool TA, class T>
 void rotate_in_registers(const PatchGrid& grid, int64_t b, int64_t g, int64_t n0, int64_t n1,
                          const T* q, const T* x, T* y) {
+  constexpr int kRows = kRegisters / 2;
   for_each_run(grid, b, g, n0, n1, [&](int64_t, int64_t count, int64_t offset) {
     for (int64_t j = 0; j < count; j += kLanes<T>) {
       const auto line = [&](int k) { return offset + grid.row(k / 2, k % 2) + 2 * j; };
-      Vector<T> sum[16] = {};
-      for (int k = 0; k < 8; ++k) {
-        Vector<T> first = load(x + line(k)), second = load(x + line(k) + kLanes<T>);
-        unzip(first, second);
-        const T* a = q + 2 * k * (TA ? 16 : 1);
+      for (int m = 0; m < 16; m += kRows) {
+        Vector<T> sum[kRows] = {};
+        for (int k = 0; k < 8; ++k) {
+          Vector<T> first = load(x + line(k)), second = load(x + line(k) + kLanes<T>);
+          unzip(first, second);
+          const T* a = q + (TA ? 32 * k + m : 16 * m + 2 * k);
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) sum[i] += a[TA ? i : 16 * i] * first;
+          for (int i = 0; i < kRows; ++i) sum[i] += a[TA ? i : 16 * i] * first;
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) sum[i] += a[TA ? 16 + i : 16 * i + 1] * second;
-      }
+          for (int i = 0; i < kRows; ++i) sum[i] += a[TA ? 16 + i : 16 * i + 1] * second;
+        }
 #pragma GCC unroll 8
-      for (int k = 0; k < 8; ++k) {
-        zip(sum[2 * k], sum[2 * k + 1]);
-        store(y + line(k), sum[2 * k]);
-        store(y + line(k) + kLanes<T>, sum[2 * k + 1]);
+        for (int k = 0; k < kRows / 2; ++k) {
+          T* const to = y + line(m / 2 + k);
+          zip(sum[2 * k], sum[2 * k + 1]);
+          store(to, sum[2 * k]);
+          store(to + kLanes<T>, sum[2 * k + 1]);
+        }
       }
     }
   });
@@ -69,7 +74,7 @@ void run(const Threads& threads, const PatchGrid& grid, const S* x, const Matric
       } else {
         m = matrix;
       }
-      if constexpr (OSF_VECTOR_BYTES == 64 && P == 2 && __is_same(S, T))
+      if constexpr (P == 2 && __is_same(S, T))
         if (in_registers) {
           const auto rotate =
               q.transposed ? rotate_in_registers<true, T> : rotate_in_registers<false, T>;

@@ -109,7 +109,7 @@ void gather_rows(const PatchGrid& grid, int64_t b, int64_t g, int64_t n0, int64_
 }
 
 // Whether patches are of 2 x 2 in latents of 4 channels, in a row of a tile a multiple of
-// `patches`: with 32 registers of 64 bytes the sums of their 16 elements stay there, and nothing is
+// `patches`: the sums of their 16 elements, or of half of them, stay in registers, and nothing is
 // gathered. The results are those of the general ways, bit by bit.
 inline bool fits_registers(const PatchGrid& grid, int64_t patches) {
   return grid.p == 2 && grid.C == 4 && grid.tile_columns() % patches == 0;
