@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from oneshot_fast.cli import OK, run_command
 from oneshot_fast.errors import require
 
-Name = Literal["digits", "shapes", "letters", "italics"]
+Name = Literal["digits", "shapes", "letters", "italics", "centred"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class StudyCommand:
     quick: bool = False
     """A few trainings of short-lived models, in minutes: shows that it runs, proves nothing."""
     datasets: tuple[Name, ...] = ("digits", "shapes")
-    """Generators to study; letters takes hours, most of them for its generator, for which
-    italics are targets in a narrower style."""
+    """Generators to study; that of letters takes the most of an hour to train, and italics and
+    centred are targets in narrower styles for it."""
     seeds: int = 3
     """Trainings per method, and with --outcome on each set of targets; with --few_step each seed
     has targets of its own."""

@@ -7,6 +7,7 @@ and is trained for a shorter time, so that there is something to improve.
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -25,23 +26,25 @@ FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono"
          "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol",
          "STIXGeneralItalic", "cmr10", "cmb10", "cmss10", "cmtt10", "cmti10")  # fmt: skip
 ITALICS = ("DejaVuSans-Oblique", "DejaVuSerif-Italic", "STIXGeneralItalic", "cmti10")
+Style = Literal["letters", "italics", "centred"]
 
 
-def letters(seed: int, count: int, italics: bool = False) -> LabelledImages:
+def letters(seed: int, count: int, style: Style = "letters") -> LabelledImages:
     """``count`` letters of all classes in turn, of any font, size, place, shade and ground.
 
-    Another ``seed`` draws other images of the same distribution. ``italics`` are a narrower
-    style, as a user's own images have one: italic fonts alone, and large.
+    Another ``seed`` draws other images of the same distribution. The other styles are narrower,
+    as a user's own images are: ``italics``, italic fonts alone, and large; ``centred``, in the
+    middle.
     """
     draw = np.random.default_rng(seed)
     labels = np.arange(count) % len(PROMPTS)
-    images = np.stack([_letter(int(label), draw, italics) for label in labels])
+    images = np.stack([_letter(int(label), draw, style) for label in labels])
     values = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     return LabelledImages(values.contiguous(), torch.from_numpy(labels), PROMPTS)
 
 
-def _letter(label: int, draw: np.random.Generator, italics: bool) -> np.ndarray:
-    fonts, smallest = (ITALICS, 46) if italics else (FONTS, 34)
+def _letter(label: int, draw: np.random.Generator, style: Style) -> np.ndarray:
+    fonts, smallest = (ITALICS, 46) if style == "italics" else (FONTS, 34)
     letter, colour = LETTERS[label // len(COLOURS)], [*COLOURS.values()][label % len(COLOURS)]
     ground = draw.uniform(0.85, 1.0)
     shade = draw.uniform(0.75, 1.0)
@@ -49,7 +52,8 @@ def _letter(label: int, draw: np.random.Generator, italics: bool) -> np.ndarray:
     font = _font(fonts[draw.integers(len(fonts))], int(draw.integers(smallest, 55)))
     left, top, right, bottom = font.getbbox(letter)
     # the whole letter stays inside
-    x, y = (draw.uniform(0.15, 0.85) * (IMAGE_SIZE - size) for size in (right - left, bottom - top))
+    room = (0.5, 0.5) if style == "centred" else (0.15, 0.85)
+    x, y = (draw.uniform(*room) * (IMAGE_SIZE - size) for size in (right - left, bottom - top))
     ink = tuple(round(255 * shade * value) for value in colour)
     ImageDraw.Draw(image).text((x - left, y - top), letter, fill=ink, font=font)
     return np.asarray(image)
@@ -81,7 +85,7 @@ class Letters:
 
 def train_letters(folder: Path, quick: bool = False) -> None:
     """Train the generator and write ``folder``/pipeline; finished stages are kept."""
-    steps = (2, 2, 2, 32) if quick else (1200, 4000, 600, 9600)
+    steps = (2, 2, 2, 32) if quick else (1200, 1500, 600, 4800)
     vae, teacher, distill, pairs = steps
     config = TrainConfig(
         folder, "distill", vae_steps=vae, teacher_steps=teacher, distill_steps=distill,

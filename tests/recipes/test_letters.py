@@ -23,13 +23,22 @@ def test_letters_have_their_colour_lie_inside_and_change_with_the_seed():
 
 
 def test_italics_are_large_and_of_the_same_prompts():
-    drawn, usual = letters(0, 64, italics=True), letters(0, 64)
+    drawn, usual = letters(0, 64, "italics"), letters(0, 64)
     assert drawn.prompts == PROMPTS and torch.equal(drawn.labels, usual.labels)
     heights = [
         (images.images[:, 1] < images.images[:, 1, :1, :1] - 0.1).any(2).sum(1)
         for images in (drawn, usual)
     ]
     assert heights[0].min() > heights[1].min() + 5
+
+
+def test_centred_ones_are_in_the_middle():
+    drawn = letters(0, 64, "centred").images
+    ink = (drawn - drawn[:, :, :1, :1]).abs().amax(1) > 0.2
+    for axis in (1, 2):
+        there = ink.any(axis).float()
+        first, last = there.argmax(1), 63 - there.flip(1).argmax(1)
+        assert ((first + last) / 2 - 31.5).abs().max() < 3
 
 
 @pytest.mark.slow

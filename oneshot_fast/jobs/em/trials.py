@@ -62,22 +62,24 @@ def run_trials(options: EmOptions, attempt: Callable[[str, float], Verdict | str
 
 
 def winner(trials: Sequence[Trial], between: Callable[[Trial, Trial], Verdict | None]) -> Trial:
-    """The trial that gained most, if it is better than the first by more than a standard error.
+    """The first trial, or one that is better than all kept before it by more than its error.
 
-    The first has the user's own options, which else stay. The base is a candidate at the end of all
-    cycles again: ``checkpoint-best`` is the base where none of them beat it.
+    The first has the user's own options. A gain that may be luck changes nothing: neither how
+    noises are found nor the learning rate. The base is a candidate at the end of all cycles again:
+    ``checkpoint-best`` is the base where none of them beat it.
 
     Args:
-        trials: At least one.
+        trials: At least one, the methods before the other rates.
         between: A verdict on two of them, in pairs.
     """
-    own, best = trials[0], max(trials, key=lambda trial: trial.gain)
-    if isinstance(best.verdict, str) or best.gain <= 0 or best is own:
-        return own
-    if isinstance(own.verdict, str):
-        return best
-    found = between(own, best)
-    return best if found and found.gain > found.error else own
+    kept = trials[0]
+    for trial in trials[1:]:
+        if trial.gain <= 0:
+            continue
+        found = None if isinstance(kept.verdict, str) else between(kept, trial)
+        if isinstance(kept.verdict, str) or (found and found.gain > found.error):
+            kept = trial
+    return kept
 
 
 def follow(options: EmOptions, method: str, lr: float) -> EmOptions:

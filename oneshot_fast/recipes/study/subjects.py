@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from oneshot_fast.evaluation.measures import frechet_distance, pairwise_diversit
 from oneshot_fast.generators.base import Generator
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.generators.toy_networks import ToyClassifier
-from oneshot_fast.recipes.letters import letters, train_letters
+from oneshot_fast.recipes.letters import Style, letters, train_letters
 from oneshot_fast.recipes.toy.data import LabelledImages, digits, shapes
 from oneshot_fast.recipes.toy.train import train_classifier, train_generator
 from oneshot_fast.runtime.files import read_safetensors, write_folder, write_safetensors
@@ -50,6 +51,7 @@ SUBJECTS = {
     "shapes": SubjectRecipe((4, 8, 8), 800, 24, 2, 4),
     "letters": SubjectRecipe((4, 8, 8), 0, 0, 2, 4),  # made by recipes/letters.py
     "italics": SubjectRecipe((4, 8, 8), 0, 0, 2, 4),  # the same generator, a style of its own
+    "centred": SubjectRecipe((4, 8, 8), 0, 0, 2, 4),  # another
 }
 
 
@@ -66,12 +68,11 @@ class Subject:
         elif name == "shapes":
             train, self.real = shapes("train", count, 16), shapes("heldout", 1600, 16)
         else:
-            train, self.real = (
-                letters(0, 640 if quick else count, name == "italics"),
-                letters(1, 320 if quick else 1600, name == "italics"),
-            )
+            style = cast(Style, name)
+            train = letters(0, 640 if quick else count, style)
+            self.real = letters(1, 320 if quick else 1600, style)
         self.train = train
-        of_letters = name in ("letters", "italics")
+        of_letters = name in get_args(Style)
         self.base_folder = (
             folder.parent / "letters/base/pipeline" if of_letters else folder / "base"
         )
