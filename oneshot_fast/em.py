@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 from oneshot_fast.cli import OK, check_defaults, finish, run_command
 from oneshot_fast.data.options import DataOptions
 from oneshot_fast.data.prompts import read_prompts
+from oneshot_fast.data.records import Failure, Record
 from oneshot_fast.data.sources import open_pairs
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.generators.options import ModelOptions
 from oneshot_fast.jobs.em.options import EmOptions
 from oneshot_fast.jobs.em.rewards import RewardEmRun
 from oneshot_fast.jobs.em.targets import EmRun
+from oneshot_fast.jobs.em.trials import FEWEST, trained_on
 from oneshot_fast.rewards.options import RewardOptions, RewardTrainingOptions
 from oneshot_fast.runtime.options import RunOptions
 from oneshot_fast.runtime.processes import main_first
@@ -113,6 +116,11 @@ def _on_targets(command: EmCommand) -> EmRun:
             data, held = hold_out(data, command.heldout, command.run.seed)
             if command.heldout != 0:
                 note = held_out_words(len(data), len(held))
+        if command.data.data_root is not None and held and _is_tried(command.em, data):
+            em = dataclasses.replace(command.em, recipe="auto")
+            command = dataclasses.replace(command, em=em)
+            words = "short trainings choose the recipe first (--recipe none: they do not)"
+            note = f"{note}; {words}" if note else words
         more = _more(command)
         device = more["generator"].device
         return EmRun(
@@ -127,6 +135,13 @@ def _on_targets(command: EmCommand) -> EmRun:
             note=note,
             **more,
         )
+
+
+def _is_tried(options: EmOptions, data: Sequence[Record | Failure]) -> bool:
+    """Whether a recipe for these targets is left to trials, and they are enough for these."""
+    targets = sum(isinstance(item, Record) for item in data)
+    auto = dataclasses.replace(options, recipe="auto")
+    return options.leaves_recipe and trained_on(auto.resolve(320), targets) >= FEWEST
 
 
 def _on_rewards(command: EmCommand) -> RewardEmRun:

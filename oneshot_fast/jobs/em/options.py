@@ -20,6 +20,10 @@ _OF_TARGETS = (
     "recipe", "patience", "assign_fraction", "warm_start", "pool_matching", "pool_window",
     "pool_reject_below", "feature_weight", "features",
 )  # fmt: skip
+_NOT_TRIED = "em_schedule", "warm_start", "assign_candidates", "assign_fraction"
+_BESIDE_RECIPE = (  # how names of options begin, train_lr aside, that recipe auto leaves alone
+    "train_", "preserve_", "save_", "latent_", "pixel_", "feature", "patience", "assign_batch_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,14 @@ class EmOptions:
     em_schedule: str | None = None
     """Instead of num_cycles, assign_steps and train_epochs: E:M of every cycle, as in
     "40:10,20:5,20:5", with E the gradient steps (best_of_n, pool: candidates) and M the epochs."""
-    recipe: Literal["auto"] | None = None
+    recipe: Literal["auto", "none"] | None = None
     """auto: first short trainings of assign_method and of best_of_n (or sphere), then of the better
     one with other learning rates, on two thirds of the targets at most. The rest and the held-out
     pairs judge them; the best is followed where it is better than your own by more than its error,
     and what a cheaper method saves goes into more cycles. Trials take a third of what E- and
-    M-steps take in all; their measuring comes on top."""
+    M-steps take in all; their measuring comes on top. By default the command does so for your own
+    data, if they are enough and no flag says how noises are found, how large the steps are or how
+    many cycles there are; none: it does not."""
     patience: int = 0
     """Stop when random noises' images have come no nearer to the held-out ones (by the energy
     score, see docs/evaluate.md) for so many cycles; 0: never."""
@@ -49,10 +55,10 @@ class EmOptions:
     warm_start: bool = False
     """E-step: begin at the noise of the last cycle; best_of_n and pool have it among their
     candidates. Not for rotations."""
-    assign_method: str = "sphere"
+    assign_method: str | None = None
     """E-step: best_of_n (or search) or pool choose among random noises; rotation, sphere, white or
     free move a noise by gradients; best_of_n+sphere and the like do one after the other. See assign
-    --help."""
+    --help. By default sphere, or what --recipe auto finds better."""
     assign_candidates: int | None = None
     """E-step: random noises to choose from, or to choose the start from; by default 32 for
     best_of_n and pool, else 1."""
@@ -186,6 +192,7 @@ class EmOptions:
         """
         own_targets = not (embedded or by_reward)
         defaults = {
+            "assign_method": "sphere",
             "num_cycles": 4 if own_targets else 2,
             "assign_steps": 20 if own_targets else 40,
             "train_epochs": 20 if own_targets else 10,
@@ -200,6 +207,7 @@ class EmOptions:
     @property
     def methods(self) -> tuple[str, str]:
         """assign_method, and what recipe auto tries beside it: one that chooses, or that moves."""
+        assert self.assign_method is not None
         return self.assign_method, "best_of_n" if self.assign().mover else "sphere"
 
     def schedule(self) -> list[tuple[int, int]]:
@@ -210,7 +218,7 @@ class EmOptions:
         """
         if self.em_schedule is None:
             assert self.num_cycles is not None and self.assign_steps is not None
-            assert self.train_epochs is not None
+            assert self.train_epochs is not None and self.assign_method is not None
             plain = AssignOptions(self.assign_method, self.assign_candidates)
             effort = self.assign_steps if plain.mover else plain.draws
             return [(effort, self.train_epochs)] * self.num_cycles
@@ -222,19 +230,25 @@ class EmOptions:
         )
         return numbers
 
+    @property
+    def leaves_recipe(self) -> bool:
+        """Whether nothing is said, before ``resolve``, of what --recipe auto decides."""
+        names = [field.name for field in dataclasses.fields(self)]
+        told = [k for k in names if k == "train_lr" or not k.startswith(_BESIDE_RECIPE)]
+        return all(getattr(self, name) == getattr(EmOptions, name) for name in told)
+
     def check(self) -> None:
         """Raise UserError for values that make no sense."""
         require(self.num_cycles is None or self.num_cycles >= 1, "num_cycles must be at least 1")
         require(0 < self.assign_fraction <= 1, "assign_fraction must be above 0 and at most 1")
         require(self.patience >= 0, "patience must not be negative")
         require(self.pool_refresh >= 0, "pool_refresh must not be negative")
-        flags = ("em_schedule", "warm_start", "assign_candidates", "assign_fraction")
-        for name in flags if self.recipe else ():
+        for name in _NOT_TRIED if self.recipe == "auto" else ():
             require(
                 getattr(self, name) == getattr(EmOptions, name),
                 f"--{name} does not fit all that --recipe auto tries; leave one of the two out",
             )
-        if self.recipe:
+        if self.recipe == "auto":
             dataclasses.replace(self, recipe=None, assign_method=self.methods[1]).check()
         for cycle in range(1, len(self.schedule()) + 1):
             self.assign(cycle).check()

@@ -115,6 +115,18 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     return ["--data_root", folder / "pairs", "--initial_model_id", folder / "model", *SHORT.split()]
 
 
+def test_a_recipe_is_chosen_by_default_unless_flags_or_too_few_targets_say_otherwise(
+    flags: list[object], tmp_path: Path, call: Call
+) -> None:
+    for given in (
+        "", "--train_epochs 10", "--recipe none", "--max_angle 0.3", "--num_cycles 3",
+        "--train_lr 1e-4", "--heldout 0", "--max_samples 30 --heldout 0.3",
+    ):  # fmt: skip
+        shown = call("em", "--work_dir", tmp_path, *flags[:4], *given.split(), "--dry_run")
+        assert shown.code == 0, shown.err
+        assert ("trials of --recipe auto" in shown.out) == (given in ("", "--train_epochs 10"))
+
+
 def test_a_recipe_is_chosen_kept_and_reported(
     flags: list[object], tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
