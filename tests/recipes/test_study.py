@@ -78,7 +78,7 @@ def test_whole_runs_are_judged_by_a_classifier_that_nothing_was_chosen_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # of those that are em with other options, one
-    those = ("em --recipe auto", "em, best of 32", "em, usual rotation", "direct SFT")
+    those = ("em, best of 32", "em, usual rotation", "direct SFT")
     beside = {name: BESIDE[name] for name in (*those, "self-training")}
     monkeypatch.setattr(outcome, "BESIDE", beside)
     argv = ["--quick", "--outcome", "--datasets", "digits", "--output_dir", str(tmp_path)]
@@ -89,7 +89,7 @@ def test_whole_runs_are_judged_by_a_classifier_that_nothing_was_chosen_by(
     for name, (row,) in found["rows"].items():
         change = 100 * (row["frechet_distance"] / found["base"]["frechet_distance"] - 1)
         assert f"| {name} | {change:+.0f} % | {change:+.0f} % |" in text
-    assert found["rows"]["em --recipe auto"][0]["recipe"]["trials"]
+    assert found["rows"]["em, its defaults"][0]["recipe"]["trials"]
     assert not [*(tmp_path / "digits" / "work").iterdir()]
     kept = [*(tmp_path / "digits" / "outcome").iterdir()]
     made = [path.stat().st_mtime_ns for path in kept]

@@ -147,11 +147,7 @@ class Cycles(ABC):
         return (
             f"E-step\n{e_step}\n\nM-step\n{m_step}\n\n"
             f"in all, {cycles} cycles: {needed}, without the evaluations"
-            + (
-                ", and half as much for the trials of --recipe auto"
-                if self.options.recipe == "auto"
-                else ""
-            )
+            + (", and half as much for the trials of --recipe auto" if self.options.recipe else "")
             + "; the checkpoints of each M-step stay on the disk"
         )
 

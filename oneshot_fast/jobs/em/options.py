@@ -202,6 +202,8 @@ class EmOptions:
             "preserve_pixel_weight": 0.05 if by_reward else 0.0,
         }
         missing: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        if self.recipe == "none":
+            missing["recipe"] = None
         return dataclasses.replace(self, **missing)
 
     @property
@@ -243,12 +245,12 @@ class EmOptions:
         require(0 < self.assign_fraction <= 1, "assign_fraction must be above 0 and at most 1")
         require(self.patience >= 0, "patience must not be negative")
         require(self.pool_refresh >= 0, "pool_refresh must not be negative")
-        for name in _NOT_TRIED if self.recipe == "auto" else ():
+        for name in _NOT_TRIED if self.recipe else ():
             require(
                 getattr(self, name) == getattr(EmOptions, name),
                 f"--{name} does not fit all that --recipe auto tries; leave one of the two out",
             )
-        if self.recipe == "auto":
+        if self.recipe:
             dataclasses.replace(self, recipe=None, assign_method=self.methods[1]).check()
         for cycle in range(1, len(self.schedule()) + 1):
             self.assign(cycle).check()

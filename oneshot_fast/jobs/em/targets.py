@@ -108,7 +108,7 @@ class EmRun(Cycles):
         self.classifier = classifier_for(generator, [*self.prompts, *heldout_prompts])
         if self.heldout or self.options.features:
             self.features = load_features(self.options.features, generator, self.classifier, setup)
-        if self.options.recipe == "auto":
+        if self.options.recipe:
             require(
                 bool(self.heldout), "--recipe auto judges by held-out pairs, and there are none"
             )
@@ -162,7 +162,7 @@ class EmRun(Cycles):
         self._assign_heldout("base")
         if self.compare_direct or self.heldout:
             self.initial = {k: v.to("cpu", copy=True) for k, v in denoiser.state_dict().items()}
-        if self.options.recipe == "auto":
+        if self.options.recipe:
             self._choose()
         super().alternate(measure)
         self._assign_heldout("final")

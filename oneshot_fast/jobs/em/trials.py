@@ -62,7 +62,7 @@ def run_trials(options: EmOptions, attempt: Callable[[str, float], Verdict | str
 
 
 def winner(trials: Sequence[Trial], between: Callable[[Trial, Trial], Verdict | None]) -> Trial:
-    """The first trial, or one that is better than all kept before it by more than its error.
+    """The first trial, or one that beats the base, and all kept before it, by more than its error.
 
     The first has the user's own options. A gain that may be luck changes nothing: neither how
     noises are found nor the learning rate. The base is a candidate at the end of all cycles again:
@@ -74,7 +74,7 @@ def winner(trials: Sequence[Trial], between: Callable[[Trial, Trial], Verdict | 
     """
     kept = trials[0]
     for trial in trials[1:]:
-        if trial.gain <= 0:
+        if isinstance(trial.verdict, str) or trial.gain <= trial.verdict.error:
             continue
         found = None if isinstance(kept.verdict, str) else between(kept, trial)
         if isinstance(kept.verdict, str) or (found and found.gain > found.error):

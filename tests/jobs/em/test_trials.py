@@ -54,7 +54,8 @@ def test_another_trial_wins_only_beyond_the_error_of_their_difference() -> None:
         return winner(tried, between).method
 
     assert chosen(11, 10.5, "broke off") == chosen("broke off", "broke off") == "0"
-    assert chosen(12, 9, 9.5) == "1" and chosen("broke off", 9.9) == "1"
+    assert chosen(12, 8.9, 9.5) == "1" and chosen("broke off", 8.9) == "1"
+    assert chosen(12, 9.1) == chosen("broke off", 9.1) == "0"  # nor beyond that of the base
     assert chosen(9, 8.5) == "0" and chosen(9, 8.5, error=0.4) == "1"
     # a better method does not carry another learning rate with it, which has to gain by itself
     assert chosen(9, 7, 6.5) == "1" and chosen(9, 7, 6.5, 5) == "3"
