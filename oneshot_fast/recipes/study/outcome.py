@@ -2,8 +2,9 @@
 
 Every row trains on 96 targets. Those of ``BESIDE``, but for preserve losses, take as many
 evaluations of the denoiser as the cycles of `em` with its defaults, or less, whose trials of a
-recipe come on top. A classifier that no training has seen judges fresh noise against 1600 images of the
-targets' distribution that are no targets: base and judge were trained on them, as on the targets.
+recipe come on top. A classifier that no training has seen judges fresh noise against 1600 images
+of the targets' distribution that are no targets: base and judge were trained on them, as on the
+targets.
 """
 
 import dataclasses

@@ -120,7 +120,7 @@ def test_efforts_of_a_schedule() -> None:
     assert options.sft("random", [1, 2]).epochs == 15
     pool = EmOptions(em_schedule="8:1,4:1", assign_method="pool").resolve(64)
     assert [pool.assign(k).candidates for k in (1, 2)] == [8, 4]
-    plain = EmOptions(num_cycles=3, assign_steps=7, train_epochs=2)
+    plain = EmOptions(num_cycles=3, assign_steps=7, train_epochs=2).resolve(64)
     assert plain.schedule() == [(7, 2)] * 3
 
 
