@@ -31,9 +31,9 @@ class EmCommand:
 
     Without arguments it runs the embedded default: a small digit generator and images of digits in
     a style it does not know. For your own data short trainings choose the recipe first, see
-    --recipe. With --reward and --prompt_file there are no targets: the E-step
-    searches noises that score high, the M-step trains on the images found. An interrupted run
-    resumes when the same command is repeated.
+    --recipe. With --reward and --prompt_file there are no targets: the E-step searches noises that
+    score high, the M-step trains on the images found. An interrupted run resumes when the same
+    command is repeated.
     """
 
     work_dir: Path = Path("runs/em")

@@ -34,7 +34,7 @@ class StudyCommand:
     quick: bool = False
     """A few trainings of short-lived models, in minutes: shows that it runs, proves nothing."""
     datasets: tuple[Name, ...] = ("digits", "shapes")
-    """Generators to study; that of letters takes the most of an hour to train, and italics and
+    """Generators to study; that of letters takes most of an hour to train, and italics and
     centred are targets in narrower styles for it."""
     seeds: int = 3
     """Trainings per method, and with --outcome on each set of targets; with --few_step each seed

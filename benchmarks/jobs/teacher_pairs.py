@@ -4,10 +4,9 @@
 
 The E-step looks for the noise that fits a target. Here it is known: the targets are what the
 teacher of the letters (``recipes/letters.py``) makes of ordinary noises, from which its one-step
-student was distilled, too. The student goes on with a part of
-these pairs by the M-step's defaults for own data; a classifier that no training has seen judges
-fresh noise, as in ``python -m oneshot_fast.study --outcome``. Models and finished rows stay in
-runs/teacher_pairs.
+student was distilled, too. The student goes on with a part of these pairs by the M-step's defaults
+for own data; a classifier that no training has seen judges fresh noise, as in ``python -m
+oneshot_fast.study --outcome``. Models and finished rows stay in runs/teacher_pairs.
 """
 
 import sys
@@ -62,8 +61,7 @@ def train(
     generator: Generator, made: dict[str, torch.Tensor], count: int, steps: int, seed: int
 ) -> float:
     """Train on ``count`` of the teacher's pairs; the mean loss of the last steps."""
-    em = EmOptions(train_lr_scheduler="linear").resolve(generator.width)
-    options = em.sft()
+    options = EmOptions().resolve(generator.width).sft()
     draw = torch.Generator().manual_seed(derived_seed(seed, "pairs"))
     chosen = torch.randperm(len(made["eps"]), generator=draw)[:count]
     prompts = [PROMPTS[label] for label in made["labels"][chosen].tolist()]

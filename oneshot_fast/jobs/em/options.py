@@ -39,11 +39,11 @@ class EmOptions:
     recipe: Literal["auto", "none"] | None = None
     """auto: first short trainings of assign_method and of best_of_n (or sphere), then of the better
     one with other learning rates, on two thirds of the targets at most. The rest and the held-out
-    pairs judge them; the best is followed where it is better than your own by more than its error,
-    and what a cheaper method saves goes into more cycles. Trials take a third of what E- and
-    M-steps take in all; their measuring comes on top. By default the command does so for your own
-    data, if they are enough and no flag says how noises are found, how large the steps are or how
-    many cycles there are; none: it does not."""
+    pairs judge them; another than your own is followed where it beats yours and the base by more
+    than its error, and what a cheaper method saves goes into more cycles. Trials take a third of
+    what E- and M-steps take in all; their measuring comes on top. By default the command does so
+    for your own data, if they are enough and no flag says how noises are found, how large the steps
+    are or how many cycles there are; none: it does not."""
     patience: int = 0
     """Stop when random noises' images have come no nearer to the held-out ones (by the energy
     score, see docs/evaluate.md) for so many cycles; 0: never."""
