@@ -13,7 +13,7 @@ from torch import Tensor
 from oneshot_fast.data.images import squared
 from oneshot_fast.errors import UserError, require
 from oneshot_fast.evaluation.distances import CMMD_SIGMA
-from oneshot_fast.generators.base import Classifier, Generator
+from oneshot_fast.generators.base import Classifier, Conditioning, Generator
 from oneshot_fast.rewards.base import Setup
 from oneshot_fast.rewards.clip_encoder import VIT_L, load_clip
 from oneshot_fast.rewards.preprocess import resize
@@ -38,6 +38,8 @@ class Features:
         name: How outputs call it.
         of: Features [B, F] float32 of images [B, 3, H, W] in [0, 1] RGB.
         fit: How well images with these features, [B, F], fit their B prompts, [B]; or None.
+        told: Embeddings [B, E] of B prompts, which a ``PromptProbe`` learns to tell from features
+            that know nothing of prompts; or None.
         sigma: Width of the MMD's kernel; None: the median distance of real images.
         is_weak: Whether it knows little of what people see, and has to be named with that.
     """
@@ -45,6 +47,7 @@ class Features:
     name: str
     of: Callable[[Tensor], Tensor]
     fit: Callable[[Tensor, Sequence[str]], Tensor] | None = None
+    told: Callable[[Sequence[str]], Tensor] | None = None
     sigma: float | None = None
     is_weak: bool = False
 
@@ -117,7 +120,7 @@ def _of_clip(setup: Setup, model: str) -> Features:
         return (features * encoder.encode_prompts(prompts)).sum(1)
 
     of = _on(setup.device, encoder.encode_images)
-    return Features(_named("CLIP ViT-L/14", setup, model), of, fit, CMMD_SIGMA)
+    return Features(_named("CLIP ViT-L/14", setup, model), of, fit, sigma=CMMD_SIGMA)
 
 
 def _of_dino(setup: Setup, model: str) -> Features:
@@ -152,7 +155,22 @@ def _of_vae(generator: Generator) -> Features:
         spread = (square - mean.square()).clamp_min(0).sqrt()
         return torch.cat((mean, spread), 1).flatten(1)
 
-    return Features("the generator's own VAE latents, pooled (a weak judge)", of, is_weak=True)
+    def told(prompts: Sequence[str]) -> Tensor:
+        found = generator.encode_prompts(prompts)
+        return _pooled(found).float().cpu()
+
+    name = "the generator's own VAE latents, pooled, and the prompts that they tell (a weak judge)"
+    return Features(name, of, told=told, is_weak=True)
+
+
+def _pooled(told: Conditioning) -> Tensor:
+    """An embedding per prompt, [B, E]: its own, or the mean of its tokens that are no padding."""
+    if told.pooled is not None:
+        return told.pooled
+    if told.mask is None:
+        return told.embeds.mean(1)
+    weights = told.mask.to(told.embeds.dtype)[..., None]
+    return (told.embeds * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 @functools.cache

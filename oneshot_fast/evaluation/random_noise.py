@@ -14,6 +14,7 @@ from oneshot_fast.embedded.classifier import load_classifier
 from oneshot_fast.evaluation.distances import Verdict, error_of, replicates, verdicts
 from oneshot_fast.evaluation.features import Features
 from oneshot_fast.evaluation.measures import pairwise_diversity, prompt_accuracy
+from oneshot_fast.evaluation.probe import PromptProbe
 from oneshot_fast.generators.base import Classifier, Generator
 from oneshot_fast.rewards import WeightedRewards
 from oneshot_fast.runtime.files import (
@@ -117,6 +118,11 @@ class RandomNoiseMeasure:
         self.seed = derived_seed(seed, "bootstrap")
         found = list(_features(features, real)) if features and real is not None else []
         self.real = torch.cat(found) if sum(map(len, found)) > 1 else None
+        self.probe: PromptProbe | None = None
+        told = features.told if features is not None else None
+        if self.real is not None and told is not None and len({*real_prompts}) > 1:
+            self.probe = PromptProbe(self.real, told(real_prompts))
+            self.real, self.told = self.probe.real, told(self.prompts)
         number = dict(zip(self.prompts, self.labels.tolist(), strict=True))
         self.real_labels = torch.tensor([number.get(prompt, -1) for prompt in real_prompts])
 
@@ -179,6 +185,9 @@ class RandomNoiseMeasure:
             result["accuracy"] = prompt_accuracy(logits, torch.tensor(named))
         tensors = {"shown": made["shown"]} | ({"latents": made["latents"]} if is_base else {})
         scores = {k.removeprefix(_SCORE): v for k, v in made.items() if k.startswith(_SCORE)}
+        if self.probe is not None:
+            scores["alignment"] = self.probe.fit(made["features"], self.told)
+            made["features"] = self.probe(made["features"])
         result |= {name: values.mean().item() for name, values in scores.items()}
         if self.features is not None:
             found = replicates(

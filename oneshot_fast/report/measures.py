@@ -39,7 +39,8 @@ METRICS = {
     "density": ("density", _UP, "how many held-out images' neighbourhoods an image is in; 1: as "
                 "real ones"),
     "coverage": ("coverage", _UP, "held-out images with one of the generator's near them"),
-    "alignment": ("prompt alignment", _UP, "cosine of image and prompt in CLIP's space"),
+    "alignment": ("prompt alignment", _UP, "cosine of image and prompt in CLIP's space; by "
+                  "the VAE, of what a linear probe of held-out images tells"),
     "prompt_diversity": ("diversity in features", "as real images have it", "distance of features "
                          "between images of one prompt"),
     "diversity": ("diversity", _UP, "pixel distance between images of one prompt; 0: all alike"),
@@ -73,7 +74,7 @@ def answer(name: str, said: Said | None, measured_by: Json) -> list[str]:
         f"Images are compared by {measured_by['features']}.",
     ]
     if measured_by["is_weak"]:
-        lines[-1] += " It hardly sees what images show; a better one: --features clip, after "
+        lines[-1] += " It sees little of what images show; a better one: --features clip, after "
         lines[-1] += "python -m oneshot_fast.download --only CLIP-ViT-L-14."
     if not is_told:
         lines.append("More held-out images, or more --eval_samples, would tell more.")

@@ -1,8 +1,8 @@
 """`em --recipe auto`: short trainings that say how noises are found, and how large the steps are.
 
 Two rounds of successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): the ways to find
-noises, then other learning rates of the better one. All begin at the base generator, with half the
-effort of an E-step, and train on a part of the targets; the rest and the held-out pairs judge them.
+noises, then other learning rates of the better one. Each is a cycle from the base generator on a
+part of the targets; the rest and the held-out pairs judge them.
 """
 
 import dataclasses
@@ -93,12 +93,9 @@ def follow(options: EmOptions, method: str, lr: float) -> EmOptions:
 
 
 def short(options: EmOptions, method: str, lr: float) -> EmOptions:
-    """Options of a trial: a cycle with half as many steps or candidates."""
-    found = dataclasses.replace(options, assign_method=method, train_lr=lr, num_cycles=1)
-    draws = None if found.assign().mover else max(2, found.assign().draws // 2)
-    steps = max(1, found.assign().steps // 2)
+    """Options of a trial: a cycle."""
     return dataclasses.replace(
-        found, recipe=None, assign_fraction=1.0, assign_candidates=draws, assign_steps=steps
+        options, recipe=None, assign_method=method, train_lr=lr, num_cycles=1
     )
 
 

@@ -136,7 +136,7 @@ def test_a_recipe_is_chosen_kept_and_reported(
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     found = summary["recipe"]
     assert len(found["trials"]) == 4 and not (tmp_path / "whole" / "trials").exists()
-    assert (found["trained_on"], found["judged_by"]) == (22, 16 + 42)
+    assert (found["trained_on"], found["judged_by"]) == (17, 16 + 47)
     rates = {row["lr"] for row in found["trials"]}
     assert len(rates) == 3 and found["lr"] in rates and found["seconds"] > 0
     trained = json.loads((tmp_path / "whole/cycle-01/sft/run.json").read_text())
@@ -169,7 +169,7 @@ def test_a_recipe_needs_held_out_pairs_and_enough_targets(
 ) -> None:
     for more, said in (
         (["--heldout", 0], "judges by held-out pairs, and there are none"),
-        (["--num_cycles", 1], "would train on 11 of 64 targets, fewer than 16"),
+        (["--num_cycles", 1], "would train on 8 of 64 targets, fewer than 16"),
     ):
         ended = call("em", "--work_dir", tmp_path, *flags, *more)
         assert ended.code == 2 and said in ended.err, ended.err
