@@ -26,6 +26,7 @@ _DINO_SIDE = 224  # pixels, as Stein et al. 2023 (arXiv:2306.04675) measured wit
 # of ImageNet's pixels, as DINOv2 was trained with (Oquab et al. 2023, arXiv:2304.07193)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CELLS = 4  # pooled latents: cells a side
+_AT_ONCE = 16  # prompts: encodings of all are large
 
 FEATURES_HELP = "clip, dinov2 (each also with :FOLDER), vae, or python:module.function"
 
@@ -156,8 +157,8 @@ def _of_vae(generator: Generator) -> Features:
         return torch.cat((mean, spread), 1).flatten(1)
 
     def told(prompts: Sequence[str]) -> Tensor:
-        found = generator.encode_prompts(prompts)
-        return _pooled(found).float().cpu()
+        parts = [prompts[k : k + _AT_ONCE] for k in range(0, len(prompts), _AT_ONCE)]
+        return torch.cat([_pooled(generator.encode_prompts(p)).float().cpu() for p in parts])
 
     name = "the generator's own VAE latents, pooled, and the prompts that they tell (a weak judge)"
     return Features(name, of, told=told, is_weak=True)

@@ -12,6 +12,7 @@ from reward_folders import write_clip_model
 from oneshot_fast.embedded.classifier import load_classifier
 from oneshot_fast.errors import UserError
 from oneshot_fast.evaluation.features import DINO, load_features
+from oneshot_fast.generators.base import Conditioning
 from oneshot_fast.generators.loading import load_generator
 from oneshot_fast.rewards.base import Setup
 
@@ -44,6 +45,23 @@ def test_without_any_network_the_own_vae_is_a_weak_judge(generator, setup) -> No
     assert features[1, 2 * 16 + 6].item() == pytest.approx(cell.mean().item(), abs=1e-6)
     deviation = cell.std(correction=0).item()
     assert features[1, (4 + 2) * 16 + 6].item() == pytest.approx(deviation, abs=1e-4)
+    prompts = [f"a {k} of clubs" for k in range(20)]  # encoded in parts
+    assert found.told is not None
+    assert torch.allclose(found.told(prompts), generator.encode_prompts(prompts).pooled)
+
+
+@pytest.mark.parametrize("mask", [None, [[1, 1, 0], [1, 0, 0]]])
+def test_without_pooled_embeddings_the_mean_of_the_prompts_tokens_is_told(
+    generator, mask: list[list[int]] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embeds = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
+    told = Conditioning(embeds, mask=None if mask is None else torch.tensor(mask))
+    monkeypatch.setattr(generator, "encode_prompts", lambda prompts: told)
+    found = load_features("vae", generator).told
+    expected = (
+        embeds.mean(1) if mask is None else torch.stack([embeds[0, :2].mean(0), embeds[1, 0]])
+    )
+    assert found is not None and torch.equal(found(["a", "b"]), expected)
 
 
 def test_a_classifier_of_the_prompts_goes_first(generator, setup) -> None:
