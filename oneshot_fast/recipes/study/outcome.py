@@ -65,7 +65,7 @@ class Setting:
     def em(self, **changes: Any) -> EmOptions:
         """Options of `em`, its defaults but for ``changes``; quick ones take few steps."""
         if self.quick:
-            changes |= {"assign_steps": 2, "train_epochs": 2}
+            changes |= {"assign_steps": 5, "train_epochs": 2}
         return EmOptions(**changes)
 
     @property
