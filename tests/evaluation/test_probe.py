@@ -1,6 +1,5 @@
 """What features tell of the prompt: `evaluation.probe`, and as a part of the measures."""
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -66,9 +65,8 @@ def test_with_it_the_energy_score_sees_images_that_show_their_prompt() -> None:
     assert abs(plain) < 1.96 < probed
 
 
-@pytest.mark.parametrize("deviation", [0.0, 1e-30])
-def test_features_that_never_differ_tell_nothing(deviation: float) -> None:
-    features = torch.ones(8, 3) + deviation * torch.randn(8, 3)
+def test_features_that_never_differ_tell_nothing() -> None:
+    features = torch.ones(8, 3)
     probe = PromptProbe(features, TOLD[torch.arange(8) % CLASSES])
     assert probe(features).isfinite().all() and probe.real.isfinite().all()
     assert probe.fit(features, TOLD[torch.zeros(8, dtype=torch.long)]).abs().max() == 0
