@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from oneshot_fast.cli import OK, run_command
 from oneshot_fast.errors import require
 
-Name = Literal["digits", "shapes", "letters", "italics", "centred"]
+Name = Literal["digits", "shapes", "letters", "italics", "centred", "shapes64"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class StudyCommand:
     quick: bool = False
     """A few trainings of short-lived models, in minutes: shows that it runs, proves nothing."""
     datasets: tuple[Name, ...] = ("digits", "shapes")
-    """Generators to study; that of letters takes most of an hour to train, and italics and
-    centred are targets in narrower styles for it."""
+    """Generators to study; those of letters and shapes64 take most of an hour to train. italics
+    and centred are targets in narrower styles for the letters'."""
     seeds: int = 3
     """Trainings per method, and with --outcome on each set of targets; with --few_step each seed
     has targets of its own."""

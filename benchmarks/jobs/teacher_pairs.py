@@ -3,7 +3,7 @@
     python -m benchmarks.jobs.teacher_pairs [--output benchmarks/results/teacher_pairs.json]
 
 The E-step looks for the noise that fits a target. Here it is known: the targets are what the
-teacher of the letters (``recipes/letters.py``) makes of ordinary noises, from which its one-step
+teacher of the letters (``recipes/drawn.py``) makes of ordinary noises, from which its one-step
 student was distilled, too. The student goes on with a part of these pairs by the M-step's defaults
 for own data; a classifier that no training has seen judges fresh noise, as in ``python -m
 oneshot_fast.study --outcome``. Models and finished rows stay in runs/teacher_pairs.

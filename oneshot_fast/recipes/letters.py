@@ -1,10 +1,5 @@
-"""Letters in matplotlib's fonts, in colours and sizes, and a one-step generator of them.
+"""Letters in matplotlib's fonts, in colours and sizes, 64 x 64 pixels."""
 
-The generator has the shape and the recipe of the embedded one (``recipes/tiny``), 64 x 64 pixels,
-and is trained for a shorter time, so that there is something to improve.
-"""
-
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -13,11 +8,8 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from oneshot_fast.embedded.digits import IMAGE_SIZE
-from oneshot_fast.recipes.tiny.config import TrainConfig
-from oneshot_fast.recipes.tiny.train import train_pipeline
 from oneshot_fast.recipes.toy.data import COLOURS, LabelledImages
 
 LETTERS = "AEKS"
@@ -63,32 +55,3 @@ def _letter(label: int, draw: np.random.Generator, style: Style) -> np.ndarray:
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
     return ImageFont.truetype(str(path), size)
-
-
-class Letters:
-    """What the recipe learns from: the same images for VAE and teacher."""
-
-    prompts = PROMPTS
-
-    def __init__(self, count: int) -> None:
-        """Draw ``count`` training images."""
-        self._drawn = letters(0, count)
-
-    def of_any_style(self, count: int, draw: torch.Generator) -> Tensor:
-        """Some of the images."""
-        return self._drawn.images[torch.randint(len(self._drawn.images), (count,), generator=draw)]
-
-    def base(self, copies: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All of the images; no copies, no other draws."""
-        yield self._drawn.images, self._drawn.labels
-
-
-def train_letters(folder: Path, quick: bool = False) -> None:
-    """Train the generator and write ``folder``/pipeline; finished stages are kept."""
-    steps = (2, 2, 2, 32) if quick else (1200, 1500, 600, 4800)
-    vae, teacher, distill, pairs = steps
-    config = TrainConfig(
-        folder, "distill", vae_steps=vae, teacher_steps=teacher, distill_steps=distill,
-        distill_pairs=pairs, solver_steps=2 if quick else 8,
-    )  # fmt: skip
-    train_pipeline(config, Letters(32 if quick else 8000))

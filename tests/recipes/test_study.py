@@ -168,7 +168,9 @@ def test_tables_have_intervals_over_all_runs_and_the_worst() -> None:
         {**base, "frechet_distance": x, "best_cycle": k, "data_seed": k % 2}
         for k, x in enumerate((7.0, 8.5, 9.0, 9.5))
     ]
-    *_, row = outcome_table(base, {"em": runs})
+    table = outcome_table({"accuracy": 0.9, "diversity": 0.3}, base, {"em": runs})
+    assert table[2] == "| real images | | | 0.900 | 0.300 | |"
+    *_, row = table
     assert row == "| em | -15 ± 64 % | -5 % | +0.000 ± 0.000 | +0.000 ± 0.000 | 1 of 4 |"
 
 

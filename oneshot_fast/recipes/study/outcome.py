@@ -171,7 +171,7 @@ BESIDE: Mapping[str, Row] = {  # on each set of targets, with the first seed
 def outcomes(
     name: str, folder: Path, *, quick: bool, data_seeds: int, seeds: int, samples: int
 ) -> dict[str, Any]:
-    """All runs of one subject, each kept as it is finished: "base", and lists by row.
+    """All runs of one subject, each kept as it is finished: "real", "base", and lists by row.
 
     Args:
         name: Of ``SUBJECTS``.
@@ -196,12 +196,13 @@ def outcomes(
         return {"data_seed": data_seed, "seed": seed, **judged, **found}
 
     base = kept(folder / "outcome" / "base.json", lambda: subject.judged(subject.base(), samples))
+    real = kept(folder / "outcome" / "real.json", subject.judged_real)
     rows: dict[str, list[dict[str, Any]]] = {row: [] for row in (*ROWS, *BESIDE)}
     for seed in range(seeds):
         for data_seed in range(data_seeds):
             for row in ROWS if seed else rows:
                 rows[row].append(trained(row, data_seed, seed))
-    return {"base": base, "rows": rows}
+    return {"real": real, "base": base, "rows": rows}
 
 
 def write_outcomes(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -209,12 +210,14 @@ def write_outcomes(folder: Path, found: Mapping[str, Any], settings: Mapping[str
     write_json(folder / "outcome.json", {"settings": settings, "results": found})
     lines = [f"Settings: {', '.join(f'{k} {v}' for k, v in settings.items() if k != 'command')}."]
     for name, results in found.items():
-        lines += ["", f"## {name}", "", *outcome_table(results["base"], results["rows"])]
+        lines += ["", f"## {name}", "", *outcome_table(**results)]
     write_text(folder / "outcome.md", "\n".join(lines) + "\n")
 
 
 def outcome_table(
-    base: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]
+    real: Mapping[str, float],
+    base: Mapping[str, Any],
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> list[str]:
     """Markdown: mean change against the base, its 95 % interval, and the worst run's.
 
@@ -223,6 +226,7 @@ def outcome_table(
     lines = [
         "| training | FD to base | worst run | accuracy | diversity | base kept |",
         "| --- | --- | --- | --- | --- | --- |",
+        f"| real images | | | {real['accuracy']:.3f} | {real['diversity']:.3f} | |",
         f"| base model: {base['frechet_distance']:.2f} | | | {base['accuracy']:.3f} | "
         f"{base['diversity']:.3f} | |",
     ]
