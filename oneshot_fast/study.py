@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from oneshot_fast.cli import OK, run_command
 from oneshot_fast.errors import require
 
-Name = Literal["digits", "shapes", "letters", "italics", "centred", "shapes64"]
+Name = Literal["digits", "shapes", "letters", "italics", "centred", "shapes64", "upright"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class StudyCommand:
     """A few trainings of short-lived models, in minutes: shows that it runs, proves nothing."""
     datasets: tuple[Name, ...] = ("digits", "shapes")
     """Generators to study; those of letters and shapes64 take most of an hour to train. italics
-    and centred are targets in narrower styles for the letters'."""
+    and centred are targets in narrower styles for the first, upright for the other."""
     seeds: int = 3
     """Trainings per method, and with --outcome on each set of targets; with --few_step each seed
     has targets of its own."""

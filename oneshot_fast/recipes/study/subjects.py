@@ -29,9 +29,10 @@ class SubjectRecipe:
     Attributes:
         noise_shape: [C, h, w] of its noise.
         steps: Of its training.
-        width: Of its network.
+        width: Of its network; 0 for one that ``recipes/drawn.py`` makes.
         patch_size: Of rotations of its noise.
         tiles: G of rotations per tile.
+        base: The subject whose generator it is, for targets in a style of their own.
     """
 
     noise_shape: tuple[int, int, int]
@@ -39,6 +40,7 @@ class SubjectRecipe:
     width: int
     patch_size: int
     tiles: int
+    base: str | None = None
 
     @property
     def usual_step(self) -> float:
@@ -50,10 +52,12 @@ class SubjectRecipe:
 SUBJECTS = {
     "digits": SubjectRecipe((64, 1, 1), 300, 16, 1, 1),
     "shapes": SubjectRecipe((4, 8, 8), 800, 24, 2, 4),
-    "letters": SubjectRecipe((4, 8, 8), 0, 0, 2, 4),  # made by recipes/drawn.py
-    "italics": SubjectRecipe((4, 8, 8), 0, 0, 2, 4),  # the same generator, a style of its own
-    "centred": SubjectRecipe((4, 8, 8), 0, 0, 2, 4),  # another
-    "shapes64": SubjectRecipe((4, 8, 8), 0, 0, 2, 4),  # kept aside: nothing was chosen by it
+    "letters": SubjectRecipe((4, 8, 8), 0, 0, 2, 4),
+    "italics": SubjectRecipe((4, 8, 8), 0, 0, 2, 4, base="letters"),
+    "centred": SubjectRecipe((4, 8, 8), 0, 0, 2, 4, base="letters"),
+    # kept aside: nothing was chosen by these
+    "shapes64": SubjectRecipe((4, 8, 8), 0, 0, 2, 4),
+    "upright": SubjectRecipe((4, 8, 8), 0, 0, 2, 4, base="shapes64"),
 }
 
 
@@ -64,15 +68,7 @@ class Subject:
         """Read or make everything of one of ``SUBJECTS`` in ``folder``; with ``quick`` small."""
         self.recipe, self.folder, self.quick = SUBJECTS[name], folder, quick
         self._base_images: dict[tuple[int, int], Tensor] = {}
-        few = (640, 320) if quick else (8000, 1600)
-        if name == "digits":
-            self.train, self.real = digits("train"), digits("heldout")
-        elif name in ("shapes", "shapes64"):
-            size = 64 if name == "shapes64" else 16
-            self.train, self.real = shapes("train", few[0], size), shapes("heldout", few[1], size)
-        else:
-            style = cast(Style, name)
-            self.train, self.real = letters(0, few[0], style), letters(1, few[1], style)
+        self.train, self.real = _images_of(name, quick)
         self.base_folder = self._base(name)
         self.records = _on_disk(self.train, folder / "targets", 16 if quick else 256)
         self.heldout = _on_disk(self.real, folder / "heldout", 16 if quick else 64)
@@ -83,9 +79,9 @@ class Subject:
 
     def _base(self, name: str) -> Path:
         """Where the base generator is, trained if it is not there yet."""
-        recipe = self.recipe
+        recipe, name = self.recipe, self.recipe.base or name
+        folder = self.folder.parent / name / "base"
         if recipe.width:
-            folder = self.folder / "base"
             if not folder.exists():
                 steps = recipe.steps // 20 if self.quick else recipe.steps
                 made = train_generator(
@@ -94,12 +90,8 @@ class Subject:
                 made.classifier = train_classifier(self.train, steps=150 if self.quick else 1500)
                 made.save(folder)
             return folder
-        # the letters' generator is that of every style of them
-        of_letters = name in get_args(Style)
-        folder = self.folder.parent / "letters/base" if of_letters else self.folder / "base"
         if not (folder / "pipeline").exists():
-            images = letters(0, 32 if self.quick else 8000) if of_letters else self.train
-            train_drawn(images, folder, self.quick)
+            train_drawn(_images_of(name, self.quick)[0], folder, self.quick)
         return folder / "pipeline"
 
     @cached_property
@@ -204,6 +196,18 @@ class Subject:
             "diversity": pairwise_diversity(images, labels),
             "sharpness": 1.0,
         }
+
+
+def _images_of(name: str, quick: bool) -> tuple[LabelledImages, LabelledImages]:
+    """Training images, and held-out ones of other writers or other draws."""
+    few = (640, 320) if quick else (8000, 1600)
+    if name == "digits":
+        return digits("train"), digits("heldout")
+    if name in get_args(Style):
+        style = cast(Style, name)
+        return letters(0, few[0], style), letters(1, few[1], style)
+    size, upright = 16 if name == "shapes" else 64, name == "upright"
+    return shapes("train", few[0], size, upright), shapes("heldout", few[1], size, upright)
 
 
 def _on_disk(images: LabelledImages, folder: Path, count: int) -> list[Record]:

@@ -65,14 +65,17 @@ def digits(split: str) -> LabelledImages:
     return LabelledImages((1 - ink).expand(-1, 3, 16, 16).contiguous(), labels, DIGIT_PROMPTS)
 
 
-def shapes(split: str, count: int = 8000, size: int = 32) -> LabelledImages:
+def shapes(split: str, count: int = 8000, size: int = 32, upright: bool = False) -> LabelledImages:
     """Coloured shapes of any size, place and angle on light grey, drawn with soft edges.
 
-    "train" and "heldout" are drawn with different seeds, on ``size`` x ``size`` pixels.
+    "train" and "heldout" are drawn with different seeds, on ``size`` x ``size`` pixels. Those that
+    are ``upright`` are large and stand upright.
     """
     draw = torch.Generator().manual_seed(0 if split == "train" else 1)
     labels = torch.arange(count) % (len(SHAPES) * len(COLOURS))
     radius, x, y, turn, tone, shade = torch.rand(6, count, 1, 1, generator=draw)
+    if upright:
+        turn, radius = 0.25 + 0 * turn, 0.75 + 0.25 * radius
     radius = 0.22 + 0.16 * radius
     x, y = (0.5 + (c - 0.5) * (1 - 2 * radius) for c in (x, y))
     axis = (torch.arange(size) + 0.5) / size
